@@ -1,0 +1,29 @@
+"""Every test runs on the CPU with eight emulated devices, so that sharded programs are really sharded."""
+
+import os
+import sys
+from pathlib import Path
+
+EMULATED_DEVICES = 8
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# libtpu, installed for ahead-of-time compiles, looks for a TPU host when jax is imported; these keep it quiet.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_sessionstart(session):
+    """Fails the run, rather than skipping tests, when the emulated devices are missing."""
+    import jax
+
+    if jax.device_count() != EMULATED_DEVICES:
+        raise RuntimeError(
+            f"the tests need {EMULATED_DEVICES} emulated CPU devices and got {jax.device_count()}: "
+            "jax was imported before tests/conftest.py set XLA_FLAGS"
+        )
