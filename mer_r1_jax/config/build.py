@@ -1,0 +1,163 @@
+"""Between the schema's dataclasses, ml_collections configs and plain JSON, refusing typos and wrong types by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from mer_r1_jax.config.checks import check_values
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RunConfig
+
+# Names that users of other trainers know, and where the setting lives here.
+KNOWN_ELSEWHERE = {
+    "max_prompt_length": "data.max_prompt_length",
+    "rollout.n": "rl.num_generations",
+    "n": "rl.num_generations",
+    "kl_loss_coef": "rl.beta",
+    "kl_coef": "rl.beta",
+    "clip_ratio_low": "rl.epsilon",
+    "clip_ratio_high": "rl.epsilon_high",
+    "clip_ratio": "rl.epsilon",
+    "loss_agg_mode": "rl.loss_type",
+    "max_response_length": "rl.max_completion_length",
+    "max_new_tokens": "rl.max_completion_length",
+    "per_device_train_batch_size": "rl.prompts_per_step (prompts, not completions)",
+    "train_batch_size": "rl.prompts_per_step (prompts, not completions)",
+    "learning_rate": "sft.optimizer.learning_rate or rl.optimizer.learning_rate",
+    "lambda": "rl.calibration_weight",
+}
+
+
+def config_dict(config: RunConfig | None = None) -> ml_collections.ConfigDict:
+    """The ml_collections form of a run's configuration, locked so that a config file cannot invent fields."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config or RunConfig())).lock()
+
+
+def from_mapping(values: Mapping[str, Any]) -> RunConfig:
+    """Builds and checks a `RunConfig` from nested mappings (an ml_collections config or parsed JSON).
+
+    Raises:
+        ConfigError: for every unknown field, wrong type and impossible value, all in one message.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    problems: list[str] = []
+    config = _build(RunConfig, values, "", problems)
+    if not problems:
+        problems = check_values(config)
+    if problems:
+        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return config
+
+
+def load_config(path: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Loads a Python config file (`get_config()`) or a saved `config.json`.
+
+    Config files are Python and are executed: load only files you trust.
+
+    Args:
+        path: `*.py` with `get_config(argument="")`, where `path:argument` passes an argument, or `*.json`.
+        overrides: dotted field name -> value, applied on top.
+
+    Raises:
+        ConfigError: when the file is missing, has no `get_config`, or names fields the schema does not know.
+    """
+    name, _, argument = str(path).partition(":")
+    file = pathlib.Path(name)
+    if not file.is_file():
+        raise ConfigError(f"no configuration at {file}: expected a .py file with get_config() or a saved config.json")
+    values = json.loads(file.read_text()) if file.suffix == ".json" else _run_config_file(file, argument).to_dict()
+    for dotted, value in (overrides or {}).items():
+        _set(values, dotted, value)
+    return from_mapping(values)
+
+
+def to_json(config: RunConfig) -> str:
+    """Plain JSON of a configuration, as saved beside a run."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the fields in which two nested mappings differ, with both values (None where absent)."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed |= difference(before, after, f"{prefix}{key}.")
+        elif _plain(before) != _plain(after):
+            changed[f"{prefix}{key}"] = (before, after)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no tuples: compare what would be read back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _run_config_file(file: pathlib.Path, argument: str) -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location(f"mer_r1_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(argument) if argument else module.get_config()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: {error}. Expected get_config() to set fields of the schema only.") from error
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, field = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[field] = value
+
+
+def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
+    """Makes one dataclass of the schema, appending to `problems` instead of raising at the first."""
+    if not isinstance(values, Mapping):
+        problems.append(f"{prefix.rstrip('.') or 'config'}: got {values!r}, expected a section with fields")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            problems.append(_unknown(prefix + name, name, hints))
+        elif dataclasses.is_dataclass(hints[name]):
+            arguments[name] = _build(hints[name], value, f"{prefix}{name}.", problems)
+        else:
+            arguments[name] = _coerce(hints[name], value, prefix + name, problems)
+    return cls(**arguments)
+
+
+def _unknown(dotted: str, name: str, known: Iterable[str]) -> str:
+    message = f"{dotted}: no such field"
+    if name in KNOWN_ELSEWHERE:
+        return f"{message}; here it is {KNOWN_ELSEWHERE[name]}"
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if close:
+        section = dotted.rpartition(".")[0]
+        return f"{message}; did you mean {section + '.' if section else ''}{close[0]}?"
+    return f"{message}; known here: {', '.join(sorted(known))}"
+
+
+def _coerce(hint: Any, value: Any, dotted: str, problems: list[str]) -> Any:
+    if isinstance(hint, types.GenericAlias) and typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, (list, tuple)) and all(type(x) is item for x in value):
+            return tuple(value)
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.GenericAlias) else str(hint)
+    problems.append(f"{dotted}: got {value!r} ({type(value).__name__}), expected {expected}")
+    return value

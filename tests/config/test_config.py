@@ -1,0 +1,85 @@
+"""The configuration: what the schema accepts, and how mistakes are named."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mer_r1_jax.config.build import config_dict, difference, from_mapping, load_config, to_json
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RunConfig
+
+
+def test_schema_survives_the_round_trip_through_ml_collections_and_json(tmp_path):
+    config = dataclasses.replace(RunConfig(), name="mine")
+    assert from_mapping(config_dict(config)) == config
+    saved = tmp_path / "config.json"
+    saved.write_text(to_json(config))
+    assert load_config(saved) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("rl", "num_generation"), 4, ["rl.num_generation", "did you mean rl.num_generations"]),
+        (("rl", "kl_loss_coef"), 0.1, ["rl.kl_loss_coef", "rl.beta"]),
+        (("rl", "num_generations"), "eight", ["rl.num_generations", "'eight'", "expected int"]),
+        (("rl", "optimizer", "learning_rat"), 1.0, ["rl.optimizer.learning_rat", "rl.optimizer.learning_rate"]),
+        (("rl", "loss_type"), "dapoo", ["rl.loss_type", "grpo, bnpo, dr_grpo, dapo"]),
+        (("rl", "num_generations"), 1, ["rl.num_generations", "at least 2"]),
+        (("media", "missing_audio"), "ignore", ["media.missing_audio", "error, skip, silence"]),
+        (("mesh", "fsdp"), 0, ["mesh", "positive sizes"]),
+        (("train", "report_to"), ["wandb2"], ["train.report_to", "tensorboard"]),
+        (("sft",), 3, ["sft", "expected a section"]),
+    ],
+)
+def test_mistakes_are_named_with_their_field_and_a_mend(path, value, words):
+    values = json.loads(to_json(RunConfig()))
+    section = values
+    for name in path[:-1]:
+        section = section[name]
+    section[path[-1]] = value
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(values)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_batch_that_micro_batches_do_not_divide_suggests_one_that_they_do():
+    values = json.loads(to_json(RunConfig()))
+    values["rl"] |= {"prompts_per_step": 10, "gradient_accumulation_steps": 4}
+    with pytest.raises(ConfigError, match="try 8 or 12"):
+        from_mapping(values)
+
+
+def test_all_mistakes_come_in_one_message():
+    values = json.loads(to_json(RunConfig()))
+    values["rl"] |= {"top_p": 0.0, "temperature": 0.0, "min_p": 2.0}
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(values)
+    assert all(f"rl.{name}" in str(caught.value) for name in ("top_p", "temperature", "min_p"))
+
+
+def test_config_file_cannot_invent_fields(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from mer_r1_jax.config.build import config_dict\n"
+        "def get_config():\n    config = config_dict()\n    config.rl.num_generatoins = 8\n    return config\n"
+    )
+    with pytest.raises(ConfigError, match="num_generatoins"):
+        load_config(file)
+
+
+def test_overrides_reach_nested_fields(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from mer_r1_jax.config.build import config_dict\ndef get_config():\n    return config_dict()\n")
+    config = load_config(file, {"rl.optimizer.learning_rate": 1e-3, "rl.arm": "mer_r1"})
+    assert config.rl.optimizer.learning_rate == 1e-3
+    with pytest.raises(ConfigError, match="rl.optimizer.lr"):
+        load_config(file, {"rl.optimizer.lr": 1e-3})
+
+
+def test_difference_lists_changed_fields_with_both_values():
+    old = json.loads(to_json(RunConfig()))
+    new = dataclasses.asdict(dataclasses.replace(RunConfig(), name="other"))
+    assert difference(old, new) == {"name": ("mer_r1", "other")}
