@@ -17,6 +17,20 @@ class ModelConfig:
     path: str = ""  # Hugging Face directory to load weights, tokenizer and processor files from; "" = random weights
     preset: str = "7b"  # architecture when `path` is empty: tiny | 3b | 7b
     tokenizer_path: str = ""  # tokenizer and processor files when `path` is empty; "" = `path`
+    text_hidden_size: int = 0  # width of the language model, for `preset`s without a `path`; 0 = the preset's
+    text_layers: int = 0  # likewise its layers
+    text_heads: int = 0  # likewise its attention heads
+    text_kv_heads: int = 0  # likewise its key and value heads
+    text_mlp_size: int = 0  # likewise the width of its feed-forward layers
+    vision_hidden_size: int = 0  # width of the vision tower; 0 = the preset's
+    vision_layers: int = 0  # likewise its layers
+    vision_heads: int = 0  # likewise its attention heads
+    vision_mlp_size: int = 0  # likewise the width of its feed-forward layers
+    audio_hidden_size: int = 0  # width of the audio tower; 0 = the preset's
+    audio_layers: int = 0  # likewise its layers
+    audio_heads: int = 0  # likewise its attention heads
+    audio_mlp_size: int = 0  # likewise the width of its feed-forward layers
+    initializer_range: float = 0.02  # standard deviation of random weights
     param_dtype: str = "float32"  # dtype the parameters are kept in
     compute_dtype: str = "bfloat16"  # dtype of activations and matrix products
     remat: str = "nothing"  # what the backward pass keeps of a layer: nothing | dots | everything

@@ -1,0 +1,43 @@
+# Two commands: `make train` (the whole road on the embedded world) and `make test`. Both make .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= experiments/configs/synthetic.py
+# Further flags of experiments/train.py, for instance ARGS=--config.rl.num_generations=8
+ARGS ?=
+# A second transformers, one major version back, that exported models must load in as well.
+TRANSFORMERS4 := .compat/transformers4
+
+.PHONY: train smoke test clean
+
+train: $(BIN)/.installed
+	$(BIN)/python experiments/train.py --config=$(CONFIG) $(ARGS)
+
+smoke: $(BIN)/.installed
+	$(BIN)/python experiments/train.py --config=$(CONFIG):smoke $(ARGS)
+
+test: $(BIN)/.installed-test $(TRANSFORMERS4)/.installed
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "mer-r1-jax needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.installed: $(BIN)/python setup.cfg requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e .
+	touch $@
+
+$(BIN)/.installed-test: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[test]'
+	touch $@
+
+$(TRANSFORMERS4)/.installed: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRANSFORMERS4) --upgrade \
+		transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) .compat build *.egg-info

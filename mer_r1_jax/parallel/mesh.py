@@ -1,0 +1,35 @@
+"""The device mesh: axes `data`, `fsdp` and `tensor`, one of which may be inferred."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lays the devices out as data x fsdp x tensor, with Auto axes (the compiler propagates shardings).
+
+    Raises:
+        ConfigError: when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        wanted = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise ConfigError(
+            f"{wanted} cannot be laid out over {len(devices)} devices: the sizes must multiply to that number "
+            "(leave one of them at -1 and it is inferred)"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))

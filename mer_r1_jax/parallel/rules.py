@@ -1,0 +1,102 @@
+"""One table from logical axis names to mesh axes, and the shardings that follow from it.
+
+Every parameter and activation of the backbone carries logical names; where they live is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Mapping[str, tuple[str, ...]]
+
+# Training: parameters are cut along their model width over `fsdp` and along heads, mlp and vocabulary over `tensor`;
+# activations are cut along the batch over both data axes.
+TRAIN_RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "audio_embed": ("fsdp",),
+    "vision_embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "audio_heads": ("tensor",),
+    "vision_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "audio_mlp": ("tensor",),
+    "vision_mlp": ("tensor",),
+    "merged": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+class ShardingError(ValueError):
+    """An array that the mesh cannot cut as the rules say; names the array, the axis and the sizes."""
+
+
+def spec(axes: tuple[str | None, ...], rules: Rules = TRAIN_RULES, activation: bool = False) -> PartitionSpec:
+    """The partition of an array with these logical axes.
+
+    A mesh axis cuts an array once: an activation's `embed` stays whole because its `batch` already uses `fsdp`.
+    """
+    used: set[str] = set()
+    parts: list[Any] = []
+    for name in axes:
+        mesh_axes = () if name is None else rules.get(name, ())
+        clash = used & set(mesh_axes)
+        if clash and not activation:
+            raise ShardingError(
+                f"logical axes {axes} put mesh axis {', '.join(sorted(clash))} on two dimensions of one array; "
+                f"change the rule of {name!r}"
+            )
+        mesh_axes = () if clash else mesh_axes
+        used |= set(mesh_axes)
+        parts.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+    return PartitionSpec(*parts)
+
+
+def param_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = TRAIN_RULES) -> Any:
+    """Shardings of a parameter tree, from its abstract arrays and its tree of logical axes.
+
+    Raises:
+        ShardingError: listing every parameter a mesh axis does not divide, or whose axes collide.
+    """
+    problems: list[str] = []
+
+    def one(path: Any, shape: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> NamedSharding:
+        partition = spec(names, rules)
+        for size, name, mesh_axes in zip(shape.shape, names, partition, strict=True):
+            cut = _cut(mesh, mesh_axes)
+            if size % cut:
+                problems.append(
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}: dimension {name!r} of size {size} is "
+                    f"not a multiple of {cut} (mesh axes {mesh_axes})"
+                )
+        return NamedSharding(mesh, partition)
+
+    tree = jax.tree_util.tree_map_with_path(one, shapes, axes, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    if problems:
+        raise ShardingError(
+            "the mesh cannot cut these parameters; choose smaller mesh.tensor or mesh.fsdp:\n  " + "\n  ".join(problems)
+        )
+    return tree
+
+
+def _cut(mesh: Mesh, mesh_axes: Any) -> int:
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+    size = 1
+    for name in names:
+        size *= mesh.shape[name]
+    return size
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of something every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh, rules: Rules = TRAIN_RULES, axis: int = 0) -> NamedSharding:
+    """The sharding of a host batch whose `axis` counts rows."""
+    return NamedSharding(mesh, PartitionSpec(*([None] * axis), rules["batch"]))
