@@ -1,0 +1,56 @@
+"""Media paths: relative to one folder, the media root, and never outside it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+_URL = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.-]+:|//)")
+
+
+class MediaPathError(ValueError):
+    """A media path that is malformed or leaves the media root.
+
+    Attributes:
+        got: what the path is.
+        expected: what it should have been.
+        mend: how to put it right.
+    """
+
+    def __init__(self, got: str, expected: str, mend: str):
+        super().__init__(f"got {got}; expected {expected}; to mend it, {mend}")
+        self.got, self.expected, self.mend = got, expected, mend
+
+
+def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
+    """The absolute path, links resolved, of a record's media path. The file itself need not exist.
+
+    Args:
+        media_root: folder the path is relative to.
+        relative: path as a record gives it.
+
+    Raises:
+        MediaPathError: for an empty, absolute or home-relative path, a URL, a path with `..` or a control character, and
+            for one whose symbolic links lead out of the media root.
+    """
+    expected = f"a path relative to the media root {str(media_root)!r}"
+    if not relative.strip():
+        raise MediaPathError("an empty path", expected, "name the file or leave the column out")
+    if any(ord(character) < 32 for character in relative):
+        raise MediaPathError(f"control characters in {relative!r}", expected, "rename the file")
+    if _URL.match(relative) and not PureWindowsPath(relative).drive:
+        raise MediaPathError(f"the URL {relative!r}", expected, "download the file and give its path")
+    if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).drive or relative.startswith(("\\", "~")):
+        raise MediaPathError(f"the absolute path {relative!r}", expected, "set media_root to the folder and shorten the path")
+    if ".." in re.split(r"[/\\]", relative):
+        raise MediaPathError(f"'..' in {relative!r}", expected, "set media_root to a folder that holds all clips")
+    root = os.path.realpath(media_root)
+    resolved = os.path.realpath(os.path.join(root, relative))
+    if resolved == root or os.path.commonpath([root, resolved]) != root:
+        raise MediaPathError(
+            f"{relative!r}, which leads to {resolved!r}",
+            f"a file inside the media root {root!r}",
+            "copy the file into the media root; a symbolic link may not leave it",
+        )
+    return Path(resolved)

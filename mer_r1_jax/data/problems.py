@@ -1,0 +1,65 @@
+"""What is wrong with a data set, said so that it can be put right: where, got, expected, mend."""
+
+from __future__ import annotations
+
+import dataclasses
+
+MAX_LISTED = 20  # problems an error message spells out; the total is always stated
+MAX_SHOWN = 80  # characters of an offending value a message shows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class Problem:
+    """One fault of a data file.
+
+    Attributes:
+        file: path of the JSON-lines file.
+        line: 1-based line, 0 where the whole file is at fault.
+        field: column, or column and place in it, e.g. `messages[1].content`; "" for the whole line.
+        got: what is there.
+        expected: what should be.
+        mend: how to put it right.
+        record_id: the record's id where it is known.
+        severity: `error` stops a run, `warning` does not.
+    """
+
+    file: str
+    line: int
+    field: str
+    got: str
+    expected: str
+    mend: str
+    record_id: str = ""
+    severity: str = "error"
+
+    @property
+    def where(self) -> str:
+        """`file:line`, or the file alone."""
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    def __str__(self) -> str:
+        place = f"{self.where}: {self.field}" if self.field else self.where
+        return f"{place}: got {self.got}; expected {self.expected}; to mend it, {self.mend}"
+
+
+class RecordError(ValueError):
+    """All faults of the data files that were read, raised together.
+
+    Attributes:
+        problems: every fault found, in file and line order. The message lists the first `MAX_LISTED`.
+    """
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = tuple(problems)
+        listed = [f"  {problem}" for problem in self.problems[:MAX_LISTED]]
+        left_out = len(self.problems) - len(listed)
+        if left_out:
+            listed.append(f"  ... and {left_out} more")
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        super().__init__("\n".join([f"{len(self.problems)} {noun} in the data:", *listed]))
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr, cut to `MAX_SHOWN` characters."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
