@@ -1,0 +1,303 @@
+"""What a run measures, written where people look: metrics.jsonl, TensorBoard, completion tables, the progress line.
+
+metrics.jsonl is the truth and must succeed. TensorBoard and the tables are for looking at: when one of them fails, it is
+named in one warning and left out from then on, and training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tqdm import tqdm
+
+from mer_r1_jax.training import durable
+from mer_r1_jax.training.run_directory import RunDirectory
+
+PHASES = ("sft", "rl")  # in the order a run goes through them
+
+log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Writes a run's metrics; on resume takes back the lines of steps that will be made again.
+
+    Args:
+        run: the open run folder.
+        resume_at: (phase, step) of the checkpoint the run goes on from; None when it starts from nothing. Later lines
+            than that move to `logs/attempt_<n>/metrics_discarded.jsonl`: nothing is lost and no step is there twice.
+        report_to: backends besides metrics.jsonl; "tensorboard" is known.
+    """
+
+    def __init__(
+        self, run: RunDirectory, resume_at: tuple[str, int] | None = None, report_to: Iterable[str] = ("tensorboard",)
+    ):
+        self._path = run.metrics_file
+        self._completions = run.completions
+        discard_after(run.metrics_file, run.attempt_logs / "metrics_discarded.jsonl", resume_at)
+        self._file = open(self._path, "a")
+        self._start = time.monotonic()
+        self._broken: set[str] = set()
+        self._tensorboard = _TensorBoard(run.tensorboard, run.attempt, resume_at) if "tensorboard" in report_to else None
+
+    def write(self, phase: str, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Writes one line.
+
+        Args:
+            phase: "sft" or "rl".
+            step: optimizer steps done in this phase.
+            metrics: name -> scalar; device arrays are fetched in one transfer.
+
+        Returns:
+            The metrics as Python floats. A NaN stays a NaN here and becomes the string "NaN" in the file.
+        """
+        if phase not in PHASES:
+            raise ValueError(f"phase is {phase!r}, expected one of {', '.join(PHASES)}")
+        values = to_floats(metrics)
+        line = {"step": int(step), "phase": phase, "time": round(time.time(), 3)}
+        line |= {name: encode_number(value) for name, value in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            self._attempt("TensorBoard", lambda: self._tensorboard.write(phase, step, values))
+        return values
+
+    def write_completions(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Writes a table of sampled completions to `completions/completions_<step>.parquet`, columns of equal length."""
+        path = self._completions / f"completions_{step:05d}.parquet"
+        table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
+        self._attempt(
+            "the table of completions", lambda: durable.write_atomically(path, lambda file: pq.write_table(table, file))
+        )
+
+    def sync(self) -> None:
+        """Waits until every line is on disk. To be called before a checkpoint, which must not outlive its metrics."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs and closes. Closing twice does no harm."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+        if self._tensorboard is not None:
+            self._attempt("TensorBoard", self._tensorboard.close)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _attempt(self, backend: str, action) -> None:
+        if backend in self._broken:
+            return
+        try:
+            action()
+        except Exception as error:  # a backend for looking at must never stop a run
+            self._broken.add(backend)
+            log.warning("%s cannot be written and is left out from now on: %s. metrics.jsonl goes on.", backend, error)
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl, with "NaN" and "Infinity" as floats again. A last line cut by a kill is left out."""
+    lines = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            parsed = json.loads(line)
+        except ValueError:
+            continue
+        lines.append({k: v if k == "phase" else decode_number(v) for k, v in parsed.items()})
+    return lines
+
+
+def discard_after(path: Path, discarded: Path, resume_at: tuple[str, int] | None) -> int:
+    """Moves the lines of `path` that lie after `resume_at` to the end of `discarded`; returns how many.
+
+    The moved lines are on disk before `path` is replaced, so a kill in between loses none. Lines that are not whole
+    (the run was killed while writing) move as well.
+    """
+    if not path.exists():
+        return 0
+    kept, moved = [], []
+    for line in path.read_text(errors="replace").splitlines():
+        if line.strip():
+            (kept if _is_kept(line, resume_at) else moved).append(line)
+    if moved:
+        with open(discarded, "a") as file:
+            file.write("".join(f"{line}\n" for line in moved))
+            file.flush()
+            os.fsync(file.fileno())
+        text = "".join(f"{line}\n" for line in kept)
+        durable.write_atomically(path, lambda file: file.write(text.encode()))
+        log.info("%d lines of %s lie after the step resumed from and moved to %s", len(moved), path.name, discarded)
+    return len(moved)
+
+
+def _is_kept(line: str, resume_at: tuple[str, int] | None) -> bool:
+    if resume_at is None:
+        return False
+    try:
+        parsed = json.loads(line)
+        position = (PHASES.index(parsed["phase"]), parsed["step"])
+    except (ValueError, KeyError, TypeError):
+        return False
+    return position <= (PHASES.index(resume_at[0]), resume_at[1])
+
+
+def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars of any kind as Python floats, all device arrays fetched together.
+
+    Raises:
+        ValueError: naming a metric that is not one number.
+    """
+    values = {}
+    for name, value in zip(metrics, jax.device_get(list(metrics.values())), strict=True):
+        array = np.asarray(value)
+        is_number = array.dtype.kind in "biuf" or jax.dtypes.issubdtype(array.dtype, np.floating)  # bfloat16: kind "V"
+        if array.size != 1 or not is_number:
+            raise ValueError(f"metric {name!r} is {array.dtype}{list(array.shape)}, expected one number")
+        values[name] = float(array.reshape(()))
+    return values
+
+
+def encode_number(value: float) -> float | int | str:
+    """A number as valid JSON: NaN and infinities become "NaN", "Infinity", "-Infinity"; whole numbers lose the ".0"."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return int(value) if value == int(value) and abs(value) < 2**53 else value
+
+
+def decode_number(value: Any) -> Any:
+    """Undoes `encode_number`; anything else comes back as it is."""
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+class _TensorBoard:
+    """Scalars in one event file per phase and attempt.
+
+    Written in the calling thread through tensorboardX's record writer: its SummaryWriter hands events to a thread that
+    dies of a full disk, after which the caller hangs on a full queue.
+    """
+
+    def __init__(self, folder: Path, attempt: int, resume_at: tuple[str, int] | None):
+        self._folder, self._attempt, self._resume_at = folder, attempt, resume_at
+        self._files: dict[str, EventsWriter] = {}
+
+    def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        if phase not in self._files:
+            self._files[phase] = self._open(phase, step)
+        event = event_pb2.Event(wall_time=time.time(), step=step)
+        for name, value in values.items():
+            event.summary.value.extend(summary.scalar(name, value).value)
+        self._files[phase].write_event(event)
+        self._files[phase].flush()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _open(self, phase: str, step: int) -> EventsWriter:
+        (self._folder / phase).mkdir(parents=True, exist_ok=True)
+        file = EventsWriter(str(self._folder / phase / "events"), filename_suffix=f".attempt_{self._attempt}")
+        # Tells TensorBoard to forget what an earlier attempt wrote from this step on.
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        file.write_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=restart))
+        return file
+
+
+# Shown on the progress line when present: metric -> (label, format).
+SHOWN = {
+    "loss": ("loss", ".4f"),
+    "reward": ("reward", ".3f"),
+    "rewards/recall/mean": ("recall", ".3f"),
+    "rewards/precision/mean": ("precision", ".3f"),
+    "confidence/slow": ("conf slow", ".3f"),
+    "confidence/fast": ("fast", ".3f"),
+    "completions/mean_length": ("length", ".0f"),
+    "perf/throughput": ("tok/s", ".0f"),
+}
+LOSS_HINT = (
+    "An RL loss near 0 is normal: advantages average to zero within a group, so the loss starts at 0 and its size says "
+    "nothing about learning. Watch reward, recall and precision."
+)
+
+
+class Progress:
+    """The progress line of one phase: a bar on a terminal, one plain line a call otherwise.
+
+    Args:
+        phase: "sft" or "rl".
+        total: steps of the phase.
+        done: steps done before this attempt.
+        stream: where to write, standard error when None.
+    """
+
+    def __init__(self, phase: str, total: int, done: int = 0, stream: IO[str] | None = None):
+        self.phase, self.total, self._done, self._first = phase, total, done, done
+        self._stream = stream or sys.stderr
+        self._start = time.monotonic()
+        self._hinted = False
+        self._bar = (
+            tqdm(total=total, initial=done, desc=phase, file=self._stream, dynamic_ncols=True, unit="step")
+            if self._stream.isatty()
+            else None
+        )
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows a step's metrics; `step` counts the steps done."""
+        if self.phase == "rl" and not self._hinted:
+            self._hinted = True
+            self.note(LOSS_HINT)
+        shown = {k: v for k, v in SHOWN.items() if k in metrics and not (k == "loss" and self.phase == "rl")}
+        text = "  ".join(f"{label} {metrics[name]:{form}}" for name, (label, form) in shown.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._done)
+        else:
+            self._print(f"{self.phase} {step}/{self.total}  {text}  {self._remaining(step)}".rstrip())
+        self._done = step
+
+    def note(self, text: str) -> None:
+        """Prints text without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            self._print(text)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def _remaining(self, step: int) -> str:
+        if step <= self._first:
+            return ""
+        seconds = (time.monotonic() - self._start) / (step - self._first) * (self.total - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes}:{seconds:02d} left"
