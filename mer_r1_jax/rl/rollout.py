@@ -1,0 +1,257 @@
+"""Sampling groups of completions: prefill each prompt once, then a decode loop whose state is one pytree.
+
+Shape letters are those of `mer_r1_jax.omni.batch`; C counts the tokens of a completion, a forced prefix included where
+there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Tokens
+from mer_r1_jax.rl.sampling import SamplingConfig, sample, uniforms
+
+# Why a completion ended.
+STOP_ABSENT = 0  # the row holds no prompt, so nothing was sampled
+STOP_EOS = 1  # an end token was sampled
+STOP_LENGTH = 2  # the length cap was reached without one: a truncated completion
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completions:
+    """Sampled completions. Lengths and stop reasons are recorded while sampling, never read off the ids.
+
+    Attributes:
+        id_BGC: int32 token ids, the forced prefix first; 0 beyond the length.
+        length_BG: int32 tokens, the forced prefix and the end token included.
+        mask_BGC: bool, the tokens that were sampled: neither the forced prefix nor what lies beyond the length.
+        stop_BG: int32, STOP_EOS, STOP_LENGTH (truncated) or STOP_ABSENT.
+        logprob_BGC: float32 log-probability of each sampled token, untempered and over the whole vocabulary.
+        sampling_logprob_BGC: float32 log-probability under the distribution it was drawn from: tempered, filtered,
+            without the banned tokens. Both are 0 outside the mask.
+    """
+
+    id_BGC: Array
+    length_BG: Array
+    mask_BGC: Array
+    stop_BG: Array
+    logprob_BGC: Array
+    sampling_logprob_BGC: Array
+
+    @property
+    def exists_BGC(self) -> Array:
+        """bool, the tokens that exist: forced prefix and sampled ones."""
+        return jnp.arange(self.id_BGC.shape[-1]) < self.length_BG[..., None]
+
+    @property
+    def truncated_BG(self) -> Array:
+        """bool, completions that ended at the length cap."""
+        return self.stop_BG == STOP_LENGTH
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutState:
+    """Everything a decode loop carries from token to token; donate it when the loop is cut into several calls.
+
+    `step` tokens of every completion are sampled; the last of them is not in the cache yet. `prompt_cache`, `uniform_BGC`
+    and `position_B` (the first completion token's) do not change; they travel along so that a call needs nothing else.
+    """
+
+    step: Array
+    id_BGC: Array
+    logprob_BGC: Array
+    sampling_logprob_BGC: Array
+    length_BG: Array
+    stop_BG: Array
+    cache: Any
+    prompt_cache: Any
+    uniform_BGC: Array
+    position_B: Array
+
+
+def rollout(
+    model,
+    tokens: Tokens,
+    features: Array | None,
+    layout,
+    *,
+    next_position_B: Array,
+    prompt_uid_B: Array,
+    key: Array,
+    rollout_step: Array,
+    generations: int,
+    config: SamplingConfig,
+    forced_ids: tuple[int, ...] = (),
+) -> Completions:
+    """Samples `generations` completions of every prompt, all inside one jitted program.
+
+    Args:
+        model: a bound Thinker.
+        tokens: padded prompts; a row without any prompt token is absent and yields nothing.
+        features: media features of the rows (`model.encode_media`), or None.
+        layout: the batch's FeatureLayout.
+        next_position_B: int32, the rotary position that follows each prompt, on all three axes.
+        prompt_uid_B: uint32, numbers that identify the prompts in the data set.
+        key: the run's key, `jax.random.key(seed)`.
+        rollout_step: integer scalar, how many rollouts came before.
+        generations: completions of a prompt (G).
+        config: sampling settings, static.
+        forced_ids: ids every completion is made to start with (the empty think block of fast answers), static.
+
+    Returns:
+        Completions with C = len(forced_ids) + config.max_completion_length.
+    """
+    state = start(
+        model,
+        tokens,
+        features,
+        layout,
+        next_position_B=next_position_B,
+        prompt_uid_B=prompt_uid_B,
+        key=key,
+        rollout_step=rollout_step,
+        generations=generations,
+        config=config,
+        forced_ids=forced_ids,
+    )
+    return finish(advance(model, state, config, config.max_completion_length), forced_ids)
+
+
+def start(
+    model,
+    tokens: Tokens,
+    features: Array | None,
+    layout,
+    *,
+    next_position_B: Array,
+    prompt_uid_B: Array,
+    key: Array,
+    rollout_step: Array,
+    generations: int,
+    config: SamplingConfig,
+    forced_ids: tuple[int, ...] = (),
+) -> RolloutState:
+    """Prefills the prompts and samples every completion's first token. Arguments as `rollout`."""
+    rows, length = tokens.id_BT.shape[0], config.max_completion_length
+    present_B = jnp.any(tokens.segment_BT == PROMPT, axis=-1)
+    # A forced prefix is the same for the whole group, so it is prefilled with the prompt rather than decoded.
+    tokens = append_to_prompt(tokens, next_position_B, forced_ids)
+    h_BTD, prompt_cache = model.prefill(tokens, features, layout)
+    h_BD = hidden_at(h_BTD, last_prompt_index(tokens))
+    h_BGD = jnp.broadcast_to(h_BD[:, None], (rows, generations, h_BD.shape[-1]))
+    shape_BGC = (rows, generations, length)
+    shape_BG = shape_BGC[:2]
+    state = RolloutState(
+        step=jnp.zeros((), jnp.int32),
+        id_BGC=jnp.zeros(shape_BGC, jnp.int32),
+        logprob_BGC=jnp.zeros(shape_BGC, jnp.float32),
+        sampling_logprob_BGC=jnp.zeros(shape_BGC, jnp.float32),
+        length_BG=jnp.zeros(shape_BG, jnp.int32),
+        stop_BG=jnp.where(present_B[:, None], jnp.full(shape_BG, STOP_LENGTH), STOP_ABSENT).astype(jnp.int32),
+        cache=model.init_cache(rows, generations, length, prompt_cache.k_LBTKh.dtype),
+        prompt_cache=prompt_cache,
+        uniform_BGC=uniforms(key, rollout_step, prompt_uid_B, generations, length),
+        position_B=next_position_B + len(forced_ids),
+    )
+    return _append(model, state, h_BGD, config)
+
+
+def advance(model, state: RolloutState, config: SamplingConfig, steps: int) -> RolloutState:
+    """Samples up to `steps` further tokens; stops early once every completion has ended.
+
+    Calling it again goes on where it stopped, so a host can cut a long rollout into calls (and donate the state).
+    """
+    last = jnp.minimum(state.step + steps, config.max_completion_length)
+
+    def unfinished(state: RolloutState):
+        return (state.step < last) & jnp.any(_running(state))
+
+    def step(state: RolloutState) -> RolloutState:
+        slot = state.step - 1
+        token_BG = jax.lax.dynamic_index_in_dim(state.id_BGC, slot, axis=-1, keepdims=False)
+        position_BG = jnp.broadcast_to((state.position_B + slot)[:, None], token_BG.shape)
+        h_BGD, cache = model.decode(token_BG, position_BG, slot, state.prompt_cache, state.cache)
+        return _append(model, dataclasses.replace(state, cache=cache), h_BGD, config)
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def finish(state: RolloutState, forced_ids: tuple[int, ...] = ()) -> Completions:
+    """The completions of a state in which every completion has ended."""
+    forced = len(forced_ids)
+    rows, generations, length = state.id_BGC.shape
+    forced_BGC = jnp.broadcast_to(jnp.asarray(forced_ids, jnp.int32), (rows, generations, forced))
+    after = [(0, 0), (0, 0), (forced, 0)]
+    absent_BG = state.stop_BG == STOP_ABSENT
+    return Completions(
+        id_BGC=jnp.concatenate([forced_BGC, state.id_BGC], axis=-1),
+        length_BG=jnp.where(absent_BG, 0, state.length_BG + forced),
+        mask_BGC=jnp.pad(jnp.arange(length) < state.length_BG[..., None], after),
+        stop_BG=state.stop_BG,
+        logprob_BGC=jnp.pad(state.logprob_BGC, after),
+        sampling_logprob_BGC=jnp.pad(state.sampling_logprob_BGC, after),
+    )
+
+
+def append_to_prompt(tokens: Tokens, next_position_B: Array, ids: tuple[int, ...]) -> Tokens:
+    """Prompts with the same ids appended to each, behind the padding; absent rows stay absent."""
+    if not ids:
+        return tokens
+    rows, count = tokens.id_BT.shape[0], len(ids)
+    present_B1 = jnp.any(tokens.segment_BT == PROMPT, axis=-1, keepdims=True)
+    position_BT = next_position_B[:, None] + jnp.arange(count)
+    return Tokens(
+        id_BT=jnp.concatenate([tokens.id_BT, jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (rows, count))], axis=1),
+        segment_BT=jnp.concatenate(
+            [tokens.segment_BT, jnp.broadcast_to(jnp.where(present_B1, PROMPT, PADDING), (rows, count))], axis=1
+        ),
+        position_3BT=jnp.concatenate(
+            [tokens.position_3BT, jnp.broadcast_to(position_BT, (3, rows, count)).astype(jnp.int32)], axis=2
+        ),
+        source_BT2=jnp.concatenate([tokens.source_BT2, jnp.full((rows, count, 2), -1, jnp.int32)], axis=1),
+    )
+
+
+def last_prompt_index(tokens: Tokens) -> Array:
+    """int32 [B], where each row's last prompt token is, whichever side the padding is on (0 in an absent row)."""
+    index_T = jnp.arange(tokens.id_BT.shape[1], dtype=jnp.int32)
+    return jnp.max(jnp.where(tokens.segment_BT == PROMPT, index_T, 0), axis=-1)
+
+
+def hidden_at(h_BTD: Array, index_B: Array) -> Array:
+    """h [B, D] at one index of each row."""
+    return jnp.take_along_axis(h_BTD, index_B[:, None, None], axis=1)[:, 0]
+
+
+def _running(state: RolloutState) -> Array:
+    """bool [B, G], completions that have not ended: the cap is the only reason left and not reached yet."""
+    return (state.stop_BG == STOP_LENGTH) & (state.length_BG == state.step)
+
+
+def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) -> RolloutState:
+    """Samples one token for every completion still running and writes it at index `step`."""
+    index = state.step
+    uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
+    token_BG, logprob_BG, sampling_logprob_BG = sample(model.logits(h_BGD), uniform_BG, config)
+    running_BG = _running(state)
+    ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(config.eos_ids, jnp.int32))
+
+    def write(values_BGC, new_BG):
+        new_BG = jnp.where(running_BG, new_BG, 0).astype(values_BGC.dtype)
+        return jax.lax.dynamic_update_index_in_dim(values_BGC, new_BG, index, axis=-1)
+
+    return dataclasses.replace(
+        state,
+        step=index + 1,
+        id_BGC=write(state.id_BGC, token_BG),
+        logprob_BGC=write(state.logprob_BGC, logprob_BG),
+        sampling_logprob_BGC=write(state.sampling_logprob_BGC, sampling_logprob_BG),
+        length_BG=state.length_BG + running_BG,
+        stop_BG=jnp.where(ended_BG, STOP_EOS, state.stop_BG),
+    )
