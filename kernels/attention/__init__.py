@@ -1,0 +1,1 @@
+"""Attention: the interface in `api`, its meaning in `reference`."""

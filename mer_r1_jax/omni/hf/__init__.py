@@ -1,0 +1,1 @@
+"""Reading and writing Hugging Face directories: configuration, weights, tokenizer and processor files."""

@@ -1,0 +1,245 @@
+"""What the three towers share: parameters with logical axis names, projections, norms, rotary embedding, stacking.
+
+Every parameter carries `axes`, one logical name per dimension; activations are named where they cross a block. A table
+of rules maps names to mesh axes, so the model code is the same on one device and on a pod.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+
+class _Active(threading.local):
+    rules: Rules | None = None
+    mesh: Mesh | None = None
+
+
+_active = _Active()
+
+
+@contextlib.contextmanager
+def axis_rules(rules: Rules, mesh: Mesh):
+    """While it lasts, `constrain` places activations by these rules.
+
+    What counts are the rules at the time a function is traced: a jitted function must not be shared by two tables.
+
+    Args:
+        rules: logical axis name -> mesh axis, several mesh axes, or None; names that are missing are not sharded.
+        mesh: the mesh the axes belong to, of Auto axis types.
+
+    Raises:
+        ValueError: a rule names a mesh axis that does not exist.
+    """
+    for name, target in rules.items():
+        for axis in _mesh_axes(target):
+            if axis not in mesh.shape:
+                raise ValueError(
+                    f"sharding rule {name!r} -> {target!r}: the mesh has no axis {axis!r}, only {', '.join(mesh.shape)}"
+                )
+    before = _active.rules, _active.mesh
+    _active.rules, _active.mesh = rules, mesh
+    try:
+        yield
+    finally:
+        _active.rules, _active.mesh = before
+
+
+def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if target is None:
+        return ()
+    return (target,) if isinstance(target, str) else tuple(target)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """x, placed by the active `axis_rules`; x itself when there are none.
+
+    A mesh axis cuts an array once: an activation's "embed" stays whole where its "batch" already uses the same axis.
+
+    Args:
+        x: an activation.
+        axes: logical name of each of its dimensions, None for one that is never cut.
+
+    Raises:
+        ValueError: a dimension that its mesh axes do not divide; the message names it.
+    """
+    if _active.rules is None:
+        return x
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for name, size in zip(axes, x.shape, strict=True):
+        mesh_axes = _mesh_axes(_active.rules.get(name)) if name is not None else ()
+        mesh_axes = () if used & set(mesh_axes) else mesh_axes
+        used |= set(mesh_axes)
+        parts = math.prod(_active.mesh.shape[axis] for axis in mesh_axes)
+        if size % parts:
+            raise ValueError(
+                f"activation {tuple(axes)} of shape {x.shape}: {name!r} has size {size}, which the {parts} devices of "
+                f"mesh axes {mesh_axes} do not divide; change the size or the rule of {name!r}"
+            )
+        entries.append(mesh_axes or None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(_active.mesh, PartitionSpec(*entries)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How parameters are made and products computed: dtypes and the spread of random weights."""
+
+    param_dtype: str
+    compute_dtype: str
+    initializer_range: float
+
+
+def parameter(init: Callable, shape: Sequence[int], axes: Sequence[str], settings: Settings, rngs: nnx.Rngs) -> nnx.Param:
+    """A parameter with its logical axis names; `init` is a jax.nn.initializers function."""
+    if len(shape) != len(axes):
+        raise ValueError(f"parameter of shape {tuple(shape)} has axis names {tuple(axes)}: expected one name per axis")
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.dtype(settings.param_dtype)), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """A projection y = einsum(equation, x, kernel) + bias.
+
+    Args:
+        equation: einsum string with the kernel second, e.g. "BTD,DHh->BTHh".
+        sizes: size of every letter of the kernel, e.g. dict(D=64, H=4, h=16).
+        axes: logical name of every kernel axis.
+        bias: whether the kernel letters of the result get a bias.
+        settings, rngs: as everywhere.
+    """
+
+    def __init__(
+        self,
+        equation: str,
+        sizes: Mapping[str, int],
+        axes: Sequence[str],
+        *,
+        bias: bool,
+        settings: Settings,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.equation, self.dtype = equation, settings.compute_dtype
+        _, letters, result = equation.replace("->", ",").split(",")
+        normal = jax.nn.initializers.normal(settings.initializer_range)
+        self.kernel = parameter(normal, [sizes[a] for a in letters], axes, settings, rngs)
+        if bias:
+            kept = [(sizes[a], name) for a, name in zip(letters, axes, strict=True) if a in result]
+            zeros = jax.nn.initializers.zeros
+            self.bias = parameter(zeros, [size for size, _ in kept], [name for _, name in kept], settings, rngs)
+        else:
+            self.bias = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table embedding[N, D]."""
+
+    def __init__(self, shape: Sequence[int], axes: Sequence[str], *, settings: Settings, rngs: nnx.Rngs) -> None:
+        self.dtype = settings.compute_dtype
+        normal = jax.nn.initializers.normal(settings.initializer_range)
+        self.embedding = parameter(normal, shape, axes, settings, rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], ids, axis=0, mode="clip").astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm: float32 statistics, the weight multiplied after casting back."""
+
+    def __init__(self, size: int, axis: str, *, eps: float, settings: Settings, rngs: nnx.Rngs) -> None:
+        self.eps = eps
+        self.scale = parameter(jax.nn.initializers.ones, [size], [axis], settings, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * x32.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with torch's epsilon of 1e-5, computed in float32."""
+
+    def __init__(self, size: int, axis: str, *, settings: Settings, rngs: nnx.Rngs, eps: float = 1e-5) -> None:
+        self.eps = eps
+        self.scale = parameter(jax.nn.initializers.ones, [size], [axis], settings, rngs)
+        self.bias = parameter(jax.nn.initializers.zeros, [size], [axis], settings, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) GELU; jax's default is the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def inverse_frequencies(count: int, theta: float) -> jax.Array:
+    """float32 theta ** (-k / count) for k = 0 .. count - 1."""
+    return 1.0 / theta ** (jnp.arange(count, dtype=jnp.float32) / count)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding: the halves of the last axis of x[..., h] are rotated by angles given as [..., h / 2].
+
+    cos and sin lack x's head axis, which comes before the last; the result has the dtype of cos times x.
+    """
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` layers as one module whose parameters have a leading axis "layers"."""
+    return nnx.vmap(make)(rngs.fork(split=count))
+
+
+def scan_layers(
+    layers: nnx.Module,
+    step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    per_layer: Any = None,
+    *,
+    remat: str = "everything",
+) -> tuple[Any, Any]:
+    """lax.scan over stacked layers.
+
+    Args:
+        layers: a module made by `stack_layers`.
+        step: (layer, carry, this layer's slice of per_layer) -> (carry, output).
+        carry: what goes from layer to layer.
+        per_layer: pytree of arrays with a leading layer axis, or None.
+        remat: what the backward pass keeps of a layer: nothing | dots (results of matrix products with weights) |
+            everything.
+
+    Returns:
+        (last carry, outputs stacked over layers).
+    """
+    graphdef, params = nnx.split(layers)
+
+    def body(carry, xs):
+        layer_params, extra = xs
+        return step(nnx.merge(graphdef, layer_params), carry, extra)
+
+    if remat == "nothing":
+        body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
+    elif remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    return jax.lax.scan(body, carry, (params, per_layer))

@@ -1,0 +1,243 @@
+"""The text decoder: grouped-query attention with a three-axis rotary embedding, whole rows and cached tokens alike.
+
+Letters besides those of `omni.batch`: Y = h / 2 rotation angles of a head, f width of the feed-forward layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mer_r1_jax.kernels.attention.api import attention, shared_prompt_attention
+from mer_r1_jax.omni.batch import PADDING, PROMPT, Array
+from mer_r1_jax.omni.config import TextConfig
+from mer_r1_jax.omni.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    Settings,
+    constrain,
+    inverse_frequencies,
+    rotate,
+    scan_layers,
+    stack_layers,
+)
+
+BTD = ("batch", "length", "embed")
+BGCD = ("batch", "group", "length", "embed")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptCache:
+    """Keys and values of every layer for the prompts of a batch, shared by all completions of a row.
+
+    Attributes:
+        k_LBTKh, v_LBTKh: compute dtype, keys already rotated.
+        valid_BT: bool, False for padding.
+    """
+
+    k_LBTKh: Array
+    v_LBTKh: Array
+    valid_BT: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Keys and values of every layer for the completions' own tokens, C slots each.
+
+    Attributes:
+        k_LBGCKh, v_LBGCKh: compute dtype, keys already rotated.
+    """
+
+    k_LBGCKh: Array
+    v_LBGCKh: Array
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention: biases on q, k and v, none on o."""
+
+    def __init__(self, config: TextConfig, *, settings: Settings, rngs: nnx.Rngs) -> None:
+        sizes = dict(D=config.hidden_size, H=config.num_attention_heads, K=config.num_key_value_heads, h=config.head_dim)
+        heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        self.q = Linear("...D,DHh->...Hh", sizes, heads, bias=True, settings=settings, rngs=rngs)
+        self.k = Linear("...D,DKh->...Kh", sizes, kv_heads, bias=True, settings=settings, rngs=rngs)
+        self.v = Linear("...D,DKh->...Kh", sizes, kv_heads, bias=True, settings=settings, rngs=rngs)
+        self.o = Linear("...Hh,HhD->...D", sizes, heads[1:] + heads[:1], bias=False, settings=settings, rngs=rngs)
+
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [..., H, h], rotated keys and values [..., K, h] of x[..., D]."""
+        return rotate(self.q(x), cos, sin), rotate(self.k(x), cos, sin), self.v(x)
+
+
+class MLP(nnx.Module):
+    """SwiGLU without biases."""
+
+    def __init__(self, config: TextConfig, *, settings: Settings, rngs: nnx.Rngs) -> None:
+        sizes = dict(D=config.hidden_size, f=config.intermediate_size)
+        axes = ("embed", "mlp")
+        self.gate = Linear("...D,Df->...f", sizes, axes, bias=False, settings=settings, rngs=rngs)
+        self.up = Linear("...D,Df->...f", sizes, axes, bias=False, settings=settings, rngs=rngs)
+        self.down = Linear("...f,fD->...D", sizes, axes[::-1], bias=False, settings=settings, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class TextLayer(nnx.Module):
+    """Pre-norm attention and feed-forward; the three ways it is run differ only in what attention looks at."""
+
+    def __init__(self, config: TextConfig, *, settings: Settings, rngs: nnx.Rngs) -> None:
+        norm = dict(eps=config.rms_norm_eps, settings=settings, rngs=rngs)
+        self.attn_norm = RMSNorm(config.hidden_size, "embed", **norm)
+        self.attn = Attention(config, settings=settings, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, "embed", **norm)
+        self.mlp = MLP(config, settings=settings, rngs=rngs)
+
+    def rows(self, x_BTD, cos_BTY, sin_BTY, segment_BT) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Whole rows: (x_BTD, (k_BTKh, v_BTKh))."""
+        with jax.named_scope("attention"):
+            q_BTHh, k_BTKh, v_BTKh = self.attn.project(self.attn_norm(x_BTD), cos_BTY, sin_BTY)
+            q_BTHh = constrain(q_BTHh, ("batch", "length", "heads", "head_dim"))
+            k_BTKh = constrain(k_BTKh, ("batch", "length", "kv_heads", "head_dim"))
+            v_BTKh = constrain(v_BTKh, ("batch", "length", "kv_heads", "head_dim"))
+            out_BTHh = attention(q_BTHh, k_BTKh, v_BTKh, segment_BT, segment_BT, causal=True, shared_segment=PROMPT)
+            x_BTD = constrain(x_BTD + self.attn.o(out_BTHh), BTD)
+        with jax.named_scope("mlp"):
+            x_BTD = constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), BTD)
+        return x_BTD, (k_BTKh, v_BTKh)
+
+    def completions(self, x_BGCD, cos_BGCY, sin_BGCY, attend) -> jax.Array:
+        """Tokens of completions: `attend(q_BGCHh, k_BGCKh, v_BGCKh) -> out_BGCHh` owns the caches."""
+        with jax.named_scope("attention"):
+            out_BGCHh = attend(*self.attn.project(self.attn_norm(x_BGCD), cos_BGCY, sin_BGCY))
+            x_BGCD = constrain(x_BGCD + self.attn.o(out_BGCHh), BGCD)
+        with jax.named_scope("mlp"):
+            return constrain(x_BGCD + self.mlp(self.mlp_norm(x_BGCD)), BGCD)
+
+
+class TextDecoder(nnx.Module):
+    """Embedding table, decoder layers, final norm and, unless tied, the output head."""
+
+    def __init__(self, config: TextConfig, *, tied: bool, settings: Settings, remat: str, rngs: nnx.Rngs) -> None:
+        self.config, self.remat, self.dtype = config, remat, settings.compute_dtype
+        N, D = config.vocab_size, config.hidden_size
+        self.embed = Embedding((N, D), ("vocab", "embed"), settings=settings, rngs=rngs)
+        self.layers = stack_layers(
+            lambda rngs: TextLayer(config, settings=settings, rngs=rngs), config.num_hidden_layers, rngs
+        )
+        self.norm = RMSNorm(D, "embed", eps=config.rms_norm_eps, settings=settings, rngs=rngs)
+        axes = ("embed", "vocab")
+        head = Linear("...D,DN->...N", dict(D=D, N=N), axes, bias=False, settings=settings, rngs=rngs)
+        self.head = None if tied else head
+
+    def rotary(self, position_3: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """cos and sin [..., Y] of int32 positions [3, ...].
+
+        The head's frequencies are cut into contiguous sections that follow the time, height and width position; angles
+        are float32 and only their cosine and sine are rounded to the compute dtype.
+        """
+        angle_3Y = position_3[..., None].astype(jnp.float32) * inverse_frequencies(
+            self.config.head_dim // 2, self.config.rope_theta
+        )
+        time, height, _ = self.config.mrope_section
+        angle_Y = jnp.concatenate(
+            [
+                angle_3Y[0, ..., :time],
+                angle_3Y[1, ..., time : time + height],
+                angle_3Y[2, ..., time + height :],
+            ],
+            axis=-1,
+        )
+        return jnp.cos(angle_Y).astype(self.dtype), jnp.sin(angle_Y).astype(self.dtype)
+
+    @jax.named_scope("text_decoder")
+    def rows(self, x_BTD: jax.Array, segment_BT, position_3BT, *, keep: bool) -> tuple[jax.Array, PromptCache | None]:
+        """Runs whole rows.
+
+        Args:
+            x_BTD: embeddings.
+            segment_BT, position_3BT: as in `Tokens`.
+            keep: whether to return the keys and values.
+
+        Returns:
+            (h_BTD after the final norm, the cache or None).
+        """
+        cos_BTY, sin_BTY = self.rotary(position_3BT)
+
+        def step(layer: TextLayer, x_BTD, _):
+            x_BTD, kv = layer.rows(x_BTD, cos_BTY, sin_BTY, segment_BT)
+            return x_BTD, kv if keep else None
+
+        h_BTD, kv = scan_layers(self.layers, step, constrain(x_BTD, BTD), remat=self.remat)
+        cache = PromptCache(k_LBTKh=kv[0], v_LBTKh=kv[1], valid_BT=segment_BT != PADDING) if keep else None
+        return self.norm(h_BTD), cache
+
+    @jax.named_scope("text_decoder")
+    def token(self, x_BGD: jax.Array, position_BG, slot, prompt: PromptCache, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One token of every completion, written to `slot` of the cache; earlier slots are its own past.
+
+        The stacked cache is carried through the layer scan and only the token is written, so it is never copied.
+        """
+        position_BG1 = position_BG[..., None]
+        cos_BGCY, sin_BGCY = self.rotary(jnp.broadcast_to(position_BG1, (3, *position_BG1.shape)))
+        B, G, C = cache.k_LBGCKh.shape[1:4]
+        past_BGCS = jnp.broadcast_to(jnp.arange(C) <= slot, (B, G, 1, C))
+
+        def step(layer: TextLayer, carry, per_layer):
+            x_BGCD, k_LBGCKh, v_LBGCKh = carry
+            number, prompt_k_BTKh, prompt_v_BTKh = per_layer
+
+            def attend(q_BGCHh, k_BGCKh, v_BGCKh):
+                nonlocal k_LBGCKh, v_LBGCKh
+                start = (number, 0, 0, slot, 0, 0)
+                k_LBGCKh = jax.lax.dynamic_update_slice(k_LBGCKh, k_BGCKh[None].astype(k_LBGCKh.dtype), start)
+                v_LBGCKh = jax.lax.dynamic_update_slice(v_LBGCKh, v_BGCKh[None].astype(v_LBGCKh.dtype), start)
+                own_k = jax.lax.dynamic_index_in_dim(k_LBGCKh, number, keepdims=False).astype(k_BGCKh.dtype)
+                own_v = jax.lax.dynamic_index_in_dim(v_LBGCKh, number, keepdims=False).astype(v_BGCKh.dtype)
+                return shared_prompt_attention(
+                    q_BGCHh, prompt_k_BTKh, prompt_v_BTKh, prompt.valid_BT, own_k, own_v, past_BGCS
+                )
+
+            x_BGCD = layer.completions(x_BGCD, cos_BGCY, sin_BGCY, attend)
+            return (x_BGCD, k_LBGCKh, v_LBGCKh), None
+
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        carry = (x_BGD[:, :, None], cache.k_LBGCKh, cache.v_LBGCKh)
+        per_layer = (numbers, prompt.k_LBTKh, prompt.v_LBTKh)
+        (h_BGCD, k_LBGCKh, v_LBGCKh), _ = scan_layers(self.layers, step, carry, per_layer)
+        return self.norm(h_BGCD[:, :, 0]), Cache(k_LBGCKh=k_LBGCKh, v_LBGCKh=v_LBGCKh)
+
+    @jax.named_scope("text_decoder")
+    def contexts(self, x_BGCD: jax.Array, mask_BGC, position_BGC, prompt: PromptCache) -> jax.Array:
+        """Whole completions at once against a finished prompt cache: h_BGCD after the final norm.
+
+        Args:
+            x_BGCD: embeddings of the completions' tokens.
+            mask_BGC: bool, tokens that exist.
+            position_BGC: int32, the same on all three axes.
+            prompt: the cache of the rows' prompts.
+        """
+        C = x_BGCD.shape[2]
+        cos_BGCY, sin_BGCY = self.rotary(jnp.broadcast_to(position_BGC, (3, *position_BGC.shape)))
+        past_BGCS = (jnp.arange(C)[:, None] >= jnp.arange(C)) & mask_BGC[:, :, None, :]
+
+        def step(layer: TextLayer, x_BGCD, prompt_kv):
+            def attend(q_BGCHh, k_BGCKh, v_BGCKh):
+                return shared_prompt_attention(q_BGCHh, *prompt_kv, prompt.valid_BT, k_BGCKh, v_BGCKh, past_BGCS)
+
+            return layer.completions(x_BGCD, cos_BGCY, sin_BGCY, attend), None
+
+        per_layer = (prompt.k_LBTKh, prompt.v_LBTKh)
+        h_BGCD, _ = scan_layers(self.layers, step, constrain(x_BGCD, BGCD), per_layer, remat=self.remat)
+        return self.norm(h_BGCD)
+
+    @jax.named_scope("logits")
+    def logits(self, h: jax.Array) -> jax.Array:
+        """float32 logits[..., N] of hidden states h[..., D]."""
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return jnp.einsum("...D,DN->...N", h, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
