@@ -93,10 +93,6 @@ class LineReader:
         )
 
     def _parse(self, text: str) -> dict[str, Any] | None:
-        if text.startswith("[") and self.line == 1:
-            mend = "write one object per line, e.g. `jq -c '.[]' data.json > data.jsonl`"
-            self._fail("", "a JSON array", "one JSON object per line", mend)
-            return None
         try:
             row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
         except json.JSONDecodeError as error:

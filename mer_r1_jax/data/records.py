@@ -162,6 +162,10 @@ def _lines(file: Path, problems: list[Problem]) -> Iterable[tuple[int, str]]:
                     Problem(file=str(file), line=number, field="", got=got, expected="UTF-8", mend="save the file as UTF-8")
                 )
                 continue
+            if number == 1 and text.startswith("["):
+                mend = "write one object per line, e.g. `jq -c '.[]' data.json > data.jsonl`"
+                problems.append(_whole_file(file, "a JSON array", "one JSON object per line", mend))
+                return
             if text:
                 yield number, text
 

@@ -1,0 +1,125 @@
+"""Clips that broke during training: listed, counted, saved with the checkpoint, and limited.
+
+A broken clip's row stays in its batch with weight zero; no other clip takes its place. Once listed, a clip is not decoded
+again, so a run and its resumed copy agree even where a clip broke by time-out.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from mer_r1_jax.data.records import Record
+
+MAX_LISTED = 10  # clips an error message names
+
+
+class QuarantineLimitError(RuntimeError):
+    """More clips broke than the configuration allows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BrokenClip:
+    """A record whose media could not be used.
+
+    Attributes:
+        id, file, line: the record and where it was read.
+        reason: short slug of what was wrong, e.g. `truncated`; see `media.errors.MediaError`.
+        message: the whole error.
+        step: training step at which it was first met.
+    """
+
+    id: str
+    file: str
+    line: int
+    reason: str
+    message: str
+    step: int
+
+
+class Quarantine:
+    """The list of broken clips of a run.
+
+    Args:
+        num_records: records of an epoch, over all processes.
+        max_fraction: share of them that may break before the run stops (`data.max_quarantined_fraction`).
+    """
+
+    def __init__(self, num_records: int, max_fraction: float):
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"max_quarantined_fraction: got {max_fraction}; expected a share from 0 to 1")
+        self.num_records = num_records
+        self.max_fraction = max_fraction
+        self._clips: dict[str, BrokenClip] = {}
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __contains__(self, record_id: str) -> bool:
+        return record_id in self._clips
+
+    def __getitem__(self, record_id: str) -> BrokenClip:
+        return self._clips[record_id]
+
+    @property
+    def clips(self) -> tuple[BrokenClip, ...]:
+        """The broken clips in the order they were met."""
+        return tuple(self._clips.values())
+
+    @property
+    def fraction(self) -> float:
+        """Share of an epoch's records that are broken."""
+        return len(self._clips) / max(1, self.num_records)
+
+    def add(self, record: Record, error: Exception, step: int) -> BrokenClip:
+        """Lists a record; one that is listed already keeps its first entry. `check` is a call of its own."""
+        reason = getattr(error, "reason", type(error).__name__)
+        clip = BrokenClip(
+            id=record.id, file=record.file, line=record.line, reason=reason, message=str(error), step=step
+        )
+        return self._clips.setdefault(record.id, clip)
+
+    def check(self) -> None:
+        """Stops the run when too many clips are broken.
+
+        Raises:
+            QuarantineLimitError: with the counts by reason and by data file, and the clips themselves.
+        """
+        if self.fraction <= self.max_fraction:
+            return
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self._counts("reason"))
+        files = ", ".join(f"{file} {count}" for file, count in self._counts("file"))
+        listed = [f"  {clip.file}:{clip.line}: {clip.id}: {clip.message}" for clip in self.clips[:MAX_LISTED]]
+        if len(self) > MAX_LISTED:
+            listed.append(f"  ... and {len(self) - MAX_LISTED} more")
+        raise QuarantineLimitError(
+            "\n".join(
+                [
+                    f"{len(self)} of {self.num_records} clips ({self.fraction:.1%}) are broken; expected at most "
+                    f"data.max_quarantined_fraction = {self.max_fraction:.1%}. By reason: {reasons}. By data file: "
+                    f"{files}. To mend it, repair or remove the clips below (experiments/validate.py finds all of them "
+                    "before a run), or raise the limit:",
+                    *listed,
+                ]
+            )
+        )
+
+    def state(self) -> list[dict[str, Any]]:
+        """The list as JSON-able data, for checkpoints."""
+        return [dataclasses.asdict(clip) for clip in self.clips]
+
+    def restore(self, *states: Iterable[dict[str, Any]]) -> None:
+        """Replaces the list by the union of the states, e.g. of several processes, first met first."""
+        try:
+            clips = [BrokenClip(**entry) for state in states for entry in state]
+        except TypeError as error:
+            names = ", ".join(field.name for field in dataclasses.fields(BrokenClip))
+            raise ValueError(f"quarantine state: {error}; expected entries of {names}; it is damaged") from error
+        self._clips = {}
+        for clip in sorted(clips, key=lambda clip: (clip.step, clip.id)) if len(states) > 1 else clips:
+            self._clips.setdefault(clip.id, clip)
+
+    def _counts(self, field: str) -> list[tuple[str, int]]:
+        return collections.Counter(getattr(clip, field) for clip in self.clips).most_common(MAX_LISTED)
