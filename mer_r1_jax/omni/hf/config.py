@@ -261,6 +261,4 @@ def _special_ids(
                 f"{spellings[0]} is missing, and the released id {max(ids)} is not below vocab_size={vocab_size}: add it"
             )
         found[field] = ids if field == "eos_token_ids" else value
-    if "user_token_id" not in thinker and vocab_size <= ThinkerConfig.user_token_id:
-        found["user_token_id"] = vocab_size - 1
     return found
