@@ -1,0 +1,251 @@
+"""Decoded clips of the next prompts, loaded ahead of use, with broken ones set aside.
+
+Running ahead changes nothing about what a step sees: the saved state counts what was *consumed*, and whether a record is
+quarantined is decided when it is consumed, in order.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mer_r1_jax.data.pipeline import Item, PromptStream
+from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.media.errors import MediaError
+
+START_UP_GRACE = 60.0  # seconds a worker process may take to start before a load counts as stalled
+METRICS = ("data/skipped", "data/silent_audio", "data/audio_cut", "data/decode_ms")
+
+
+class StalledLoadError(RuntimeError):
+    """The loader itself stands still: it neither returned nor timed out within the watchdog's limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedItem:
+    """One visit of a prompt with its decoded clips.
+
+    Attributes:
+        item: the visit.
+        clips: what the loader returned, None for a quarantined record.
+        broken: why the record is quarantined, else None. Its row keeps its place with weight zero.
+        decode_ms: milliseconds the load took, 0 where nothing was loaded.
+    """
+
+    item: Item
+    clips: Any | None
+    broken: BrokenClip | None
+    decode_ms: float
+
+    @property
+    def record(self) -> Record:
+        """The prompt's record."""
+        return self.item.record
+
+    @property
+    def weight(self) -> float:
+        """1 for a usable row, 0 for a quarantined one."""
+        return 0.0 if self.clips is None else 1.0
+
+
+class ClipPrefetcher:
+    """Loads the clips of a stream's next prompts in the background and hands them out in order.
+
+    Args:
+        stream: decides which prompts come; advanced by `next` only.
+        load: decodes the clips of a record, raising MediaError for those that cannot be used; called in threads.
+        quarantine: list of broken clips; grows as broken records are consumed.
+        prompts_ahead: prompts loaded beyond the step being consumed, the bound on host memory.
+        threads: loads that run at once (`media.decode_workers`).
+        stall_seconds: how long one load may run before the loader counts as stalled; above its own time limit.
+    """
+
+    def __init__(
+        self,
+        stream: PromptStream,
+        load: Callable[[Record], Any],
+        quarantine: Quarantine,
+        *,
+        prompts_ahead: int,
+        threads: int,
+        stall_seconds: float,
+    ):
+        if prompts_ahead < 0 or threads < 1 or stall_seconds <= 0:
+            raise ValueError(
+                f"got prompts_ahead {prompts_ahead}, threads {threads}, stall_seconds {stall_seconds}; expected at least "
+                "0 and 1, and a positive time"
+            )
+        self.stream = stream
+        self.quarantine = quarantine
+        self._prompts_ahead = prompts_ahead
+        self._stall_seconds = stall_seconds
+        self._loads: dict[int, _Load] = {}
+        self._metrics = dict.fromkeys(METRICS, 0.0)
+        self._threads = _LoadThreads(load, threads)
+
+    def __enter__(self) -> ClipPrefetcher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def next(self, step: int) -> list[LoadedItem]:
+        """This process's prompts of the next step with their clips, in global order.
+
+        Args:
+            step: the training step they are for, noted in the quarantine list.
+
+        Raises:
+            QuarantineLimitError: when more clips are broken than allowed.
+            StalledLoadError: when the loader stands still; names the record.
+        """
+        self._schedule()
+        loaded = [self._consume(item, step) for item in self.stream.peek()]
+        self.quarantine.check()
+        self.stream.next()
+        for visit in loaded:
+            self._loads.pop(visit.item.global_index, None)
+        self._metrics = _count(loaded)
+        self._schedule()
+        return loaded
+
+    def metrics(self) -> dict[str, float]:
+        """Counts of the last step: rows skipped, clips with stand-in silence, audio cut, mean decoding time (ms)."""
+        return dict(self._metrics)
+
+    def state(self) -> dict[str, Any]:
+        """What was consumed and which clips were found broken, as JSON-able data."""
+        return {"stream": self.stream.state(), "quarantine": self.quarantine.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken; what was loaded ahead is thrown away.
+
+        Raises:
+            ResumeError: when the state is of another data set or seed.
+        """
+        self.stream.restore(state["stream"])
+        self.quarantine.restore(state["quarantine"])
+        self._cancel()
+
+    def close(self) -> None:
+        """Drops what was loaded ahead and ends the threads once their current load returns."""
+        self._cancel()
+        self._threads.close()
+
+    def _cancel(self) -> None:
+        for load in self._loads.values():
+            load.future.cancel()
+        self._loads.clear()
+
+    def _schedule(self) -> None:
+        """Starts loads, in order, for the step at hand and `prompts_ahead` prompts after it."""
+        wanted = self.stream.local_prompts + self._prompts_ahead
+        steps = -(-wanted // self.stream.local_prompts)
+        upcoming = [item for step in range(steps) for item in self.stream.peek(step)][:wanted]
+        for item in upcoming:
+            if item.global_index not in self._loads and item.record.id not in self.quarantine:
+                self._loads[item.global_index] = self._threads.submit(item.record)
+
+    def _consume(self, item: Item, step: int) -> LoadedItem:
+        record = item.record
+        # A record quarantined after its next visit was loaded stays quarantined: a resumed run would not load it.
+        if record.id in self.quarantine:
+            return LoadedItem(item, None, self.quarantine[record.id], 0.0)
+        load = self._loads[item.global_index]
+        try:
+            clips = load.wait(self._stall_seconds)
+        except MediaError as error:
+            return LoadedItem(item, None, self.quarantine.add(record, error, step), load.milliseconds)
+        except StalledLoadError as error:
+            raise StalledLoadError(
+                f"{record.where}: {record.id}: {error}; expected the loader to answer or time out by itself. To mend it, "
+                "look at the clip with experiments/validate.py, and at the machine's load; then start again to resume"
+            ) from None
+        except Exception as error:
+            error.add_note(f"while loading the clips of {record.id} ({record.where})")
+            raise
+        return LoadedItem(item, clips, None, load.milliseconds)
+
+
+def _count(loaded: list[LoadedItem]) -> dict[str, float]:
+    """Metrics of one step's rows."""
+    good = [visit for visit in loaded if visit.clips is not None]
+    times = [visit.decode_ms for visit in loaded if visit.decode_ms]
+    return {
+        "data/skipped": float(len(loaded) - len(good)),
+        "data/silent_audio": float(sum(getattr(visit.clips, "silent_audio", 0) for visit in good)),
+        "data/audio_cut": float(sum(getattr(visit.clips, "audio_cut", 0) for visit in good)),
+        "data/decode_ms": sum(times) / len(times) if times else 0.0,
+    }
+
+
+class _Load:
+    """One load under way: its future, and when it began and ended."""
+
+    def __init__(self, record: Record):
+        self.record = record
+        self.future: concurrent.futures.Future = concurrent.futures.Future()
+        self.began = threading.Event()
+        self.began_at = 0.0
+        self.milliseconds = 0.0
+
+    def run(self, load: Callable[[Record], Any]) -> None:
+        """Runs the load in the calling thread and keeps its result or error."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        self.began_at = time.monotonic()
+        self.began.set()
+        try:
+            result, error = load(self.record), None
+        except BaseException as caught:  # noqa: B036 - handed over to the thread that waits
+            result, error = None, caught
+        self.milliseconds = 1e3 * (time.monotonic() - self.began_at)
+        if error is None:
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(error)
+
+    def wait(self, seconds: float) -> Any:
+        """The result, once there; `seconds` count from when the load began, or from now while it queues."""
+        if not self.began.wait(seconds):
+            raise StalledLoadError(f"its load did not begin within {seconds:g} s, others hold all threads")
+        left = self.began_at + seconds - time.monotonic()
+        try:
+            return self.future.result(timeout=max(0.0, left))
+        except concurrent.futures.TimeoutError:
+            if self.future.done():
+                raise
+            raise StalledLoadError(f"its load has not ended after {seconds:g} s") from None
+
+
+class _LoadThreads:
+    """Daemon threads that run loads first come, first served.
+
+    Not a ThreadPoolExecutor: that one joins its threads when Python exits, and a stalled load would keep the process.
+    """
+
+    def __init__(self, load: Callable[[Record], Any], count: int):
+        self._load = load
+        self._queue: queue.SimpleQueue[_Load | None] = queue.SimpleQueue()
+        self._count = count
+        for number in range(count):
+            threading.Thread(target=self._work, name=f"clip-load-{number}", daemon=True).start()
+
+    def submit(self, record: Record) -> _Load:
+        load = _Load(record)
+        self._queue.put(load)
+        return load
+
+    def close(self) -> None:
+        for _ in range(self._count):
+            self._queue.put(None)
+
+    def _work(self) -> None:
+        while (load := self._queue.get()) is not None:
+            load.run(self._load)
