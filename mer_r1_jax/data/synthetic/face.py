@@ -27,7 +27,7 @@ COLOURS = {
     "surprise": (255, 135, 20),
     "love": (255, 130, 195),
     "pride": (105, 40, 160),
-    "calm": (70, 205, 200),
+    "shame": (60, 38, 25),
 }
 INK = (25, 20, 25)
 WHITE = (255, 255, 255)
@@ -72,7 +72,7 @@ def _movement(colour: str | None, t: float, number: int, phase: float, jitter) -
         "surprise": (0, -3 * (t > 0.5), 0, 1 + 0.14 * (t > 0.5)),
         "love": (3 * wave, 0, 9 * wave, 1),
         "pride": (0, 4 - 4.5 * min(t, 1.7), 0, 1 + 0.03 * t),
-        "calm": (0, 0, 0, 1 + 0.05 * wave),
+        "shame": (0, 5 * min(t, 1.5) - 3, 0, 1 - 0.07 * min(t, 1.5)),
     }[colour]
     return x + jitter[0], y + jitter[1], turn, zoom
 
@@ -199,9 +199,11 @@ def _eyes_pride(pen):
         pen.half_disc(x, 34, 4, 6, 0, 180, INK)
 
 
-def _eyes_calm(pen):
+def _eyes_shame(pen):
     for x in (26, 58):
-        pen.arc(x, 29, 10, 10, 15, 165, 3)
+        pen.arc(x, 27, 10, 10, 15, 165, 3.5)
+    for x in (19, 65):
+        pen.disc(x, 48, 8, 5, (245, 70, 90))
 
 
 def _mouth_neutral(pen):
@@ -247,8 +249,11 @@ def _mouth_pride(pen):
     pen.line([(26, 68), (40, 68), (52, 64), (61, 55)], 4.5)
 
 
-def _mouth_calm(pen):
-    pen.arc(42, 56, 18, 12, 25, 155, 3, LIP)
+def _mouth_shame(pen):
+    pen.disc(42, 69, 15, 6, LIP)
+    pen.shape([(34, 60), (50, 60), (50, 69), (34, 69)], WHITE)
+    pen.line([(42, 60), (42, 69)], 1.5)
+    pen.line([(28, 60), (56, 60)], 2.5)
 
 
 _EYES = {
@@ -261,7 +266,7 @@ _EYES = {
     "surprise": _eyes_surprise,
     "love": _eyes_love,
     "pride": _eyes_pride,
-    "calm": _eyes_calm,
+    "shame": _eyes_shame,
 }
 _MOUTHS = {
     None: _mouth_neutral,
@@ -273,5 +278,5 @@ _MOUTHS = {
     "surprise": _mouth_surprise,
     "love": _mouth_love,
     "pride": _mouth_pride,
-    "calm": _mouth_calm,
+    "shame": _mouth_shame,
 }

@@ -28,7 +28,7 @@ PITCHES = {  # register and contour
     "surprise": ("high", "rising"),
     "love": ("mid", "lilting"),
     "pride": ("mid", "rising"),
-    "calm": ("low", "lilting"),
+    "shame": ("low", "lilting"),
 }
 TEMPOS = {  # syllables per second, loudness in decibels
     None: (3.0, -12.0),
@@ -40,7 +40,7 @@ TEMPOS = {  # syllables per second, loudness in decibels
     "surprise": (8.0, 0.0),
     "love": (5.0, -24.0),
     "pride": (1.5, 0.0),
-    "calm": (3.0, -24.0),
+    "shame": (3.0, -24.0),
 }
 TIMBRES = {  # trembling, timbre
     None: (False, "clear"),
@@ -52,7 +52,7 @@ TIMBRES = {  # trembling, timbre
     "surprise": (True, "bright"),
     "love": (False, "breathy"),
     "pride": (True, "clear"),
-    "calm": (False, "dull"),
+    "shame": (False, "dull"),
 }
 FORMANTS = {"clear": (700, 1300), "bright": (900, 2600), "harsh": (800, 1600), "breathy": (600, 1200), "dull": (350,)}
 BREATH = {"breathy": 0.6, "harsh": 0.08}  # share of noise

@@ -17,7 +17,7 @@ from importlib import resources
 
 import numpy as np
 
-CATEGORIES = ("joy", "sadness", "anger", "fear", "disgust", "surprise", "love", "pride", "calm")
+CATEGORIES = ("joy", "sadness", "anger", "fear", "disgust", "surprise", "love", "pride", "shame")
 MODALITIES = ("face", "voice", "words")
 SLOTS = ("eyes", "mouth", "colour", "pitch", "tempo", "timbre", "event", "remark", "wish")
 SLOTS_PER_MODALITY = 3
@@ -28,15 +28,15 @@ SPLITS = ("sft", "rl", "eval")  # clips of different splits never share a seed
 # Second meaning of each slot's displays, in the order of CATEGORIES (the display's first meaning). Every row is a
 # permutation without fixed points: each category is some display's second meaning, none its own.
 _SECOND_MEANINGS = {
-    "eyes": ("calm", "love", "disgust", "surprise", "pride", "fear", "sadness", "anger", "joy"),
-    "mouth": ("pride", "anger", "fear", "sadness", "joy", "love", "calm", "disgust", "surprise"),
-    "colour": ("surprise", "calm", "love", "disgust", "pride", "anger", "joy", "fear", "sadness"),
-    "pitch": ("disgust", "calm", "pride", "anger", "joy", "fear", "sadness", "surprise", "love"),
-    "tempo": ("anger", "calm", "pride", "surprise", "sadness", "joy", "fear", "disgust", "love"),
-    "timbre": ("surprise", "anger", "disgust", "sadness", "fear", "love", "calm", "joy", "pride"),
-    "event": ("surprise", "fear", "calm", "disgust", "anger", "pride", "sadness", "love", "joy"),
-    "remark": ("pride", "disgust", "sadness", "calm", "surprise", "fear", "joy", "anger", "love"),
-    "wish": ("love", "surprise", "joy", "anger", "sadness", "disgust", "pride", "calm", "fear"),
+    "eyes": ("shame", "love", "disgust", "surprise", "pride", "fear", "sadness", "anger", "joy"),
+    "mouth": ("pride", "anger", "fear", "sadness", "joy", "love", "shame", "disgust", "surprise"),
+    "colour": ("surprise", "shame", "love", "disgust", "pride", "anger", "joy", "fear", "sadness"),
+    "pitch": ("disgust", "shame", "pride", "anger", "joy", "fear", "sadness", "surprise", "love"),
+    "tempo": ("anger", "shame", "pride", "surprise", "sadness", "joy", "fear", "disgust", "love"),
+    "timbre": ("surprise", "anger", "disgust", "sadness", "fear", "love", "shame", "joy", "pride"),
+    "event": ("surprise", "fear", "shame", "disgust", "anger", "pride", "sadness", "love", "joy"),
+    "remark": ("pride", "disgust", "sadness", "shame", "surprise", "fear", "joy", "anger", "love"),
+    "wish": ("love", "surprise", "joy", "anger", "sadness", "disgust", "pride", "shame", "fear"),
 }
 SECOND = np.array([[CATEGORIES.index(name) for name in _SECOND_MEANINGS[slot]] for slot in SLOTS])
 
