@@ -1,0 +1,313 @@
+"""Parameters out to Hugging Face directories that transformers 4 and 5 both load.
+
+A Thinker alone, or a full Omni directory with its Thinker replaced. Tensors are fetched from the devices, cast and
+written one at a time. Everything goes to a directory beside the target, which is renamed when it is whole: an
+interrupted export never looks finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mer_r1_jax.omni.config import DTYPES, ThinkerConfig
+from mer_r1_jax.omni.hf import table
+from mer_r1_jax.omni.hf.config import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
+from mer_r1_jax.omni.hf.matching import Matched, match_tensors
+from mer_r1_jax.omni.hf.staging import ExportError, staged
+from mer_r1_jax.omni.hf.tensor_files import (
+    INDEX_FILE,
+    NUMPY_DTYPES,
+    SINGLE_FILE,
+    TensorSpec,
+    list_tensors,
+    spec,
+    write_index,
+    write_tensor_file,
+)
+from mer_r1_jax.omni.thinker import abstract_thinker
+
+# Tokenizer, processor and generation files, of which a source directory has some.
+COPIED_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    *("added_tokens.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.json", "chat_template.jinja", GENERATION_FILE),
+)
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+_NOT_ARCHITECTURE = ("param_dtype", "compute_dtype", "remat", "initializer_range", "pad_token_id", "eos_token_ids")
+_CHUNK_BYTES = 1 << 26  # host bytes cast at once
+_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+Source = tuple[table.Entry, Any]  # a stored tensor's place in our tree and the leaf it comes from
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        directory: where it is.
+        tensors, parameters, nbytes: of the Thinker.
+        weight_files: names of the safetensors files.
+        verbatim_tensors: talker and vocoder tensors copied from the base.
+        copied_files: names of the other files that were copied.
+        left_out: names of files of the base that were not, being weights in other formats.
+    """
+
+    directory: Path
+    tensors: int
+    parameters: int
+    nbytes: int
+    weight_files: tuple[str, ...]
+    verbatim_tensors: int
+    copied_files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def export_model(
+    directory: str | Path,
+    config: ThinkerConfig,
+    params: Mapping,
+    *,
+    source: str | Path | None = None,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> ExportReport:
+    """Writes a Hugging Face directory.
+
+    Args:
+        directory: where it goes; must not exist, or be empty, unless `overwrite`.
+        config: the architecture of `params`.
+        params: nested dict of numpy or jax arrays in the shapes of `abstract_thinker(config)`, all of them held by this
+            process.
+        source: directory whose tokenizer, processor and generation files are copied.
+        base: full Omni directory (`thinker.`, `talker.` and `token2wav.` tensors). The export is then a copy of it, file
+            by file and tensor by tensor, in which only the Thinker's weights are new; `source` and `max_shard_size` do
+            not apply.
+        dtype: float32 | bfloat16 | float16; None keeps the dtype of each parameter, or with `base` that of the tensor
+            it replaces.
+        max_shard_size: bytes, or text like "5GB" (10^9); more than fits goes to further files with an index.
+        overwrite: replace `directory` if it holds an earlier export.
+
+    Raises:
+        ExportError: parameters that do not fit `config`, are held by other processes or are not finite; a base that is
+            another model or none; a target that exists; an impossible dtype or shard size.
+        WeightError: the base's tensors are not those of its config.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ExportError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+    limit = _parse_size(max_shard_size)
+    sources = _sources(config, params)
+    inputs = [Path(path) for path in (source, base) if path is not None]
+    for path in inputs:
+        if not path.is_dir():
+            raise ExportError(f"{path}: not a directory; expected one to copy files from")
+    with staged(Path(directory), overwrite=overwrite, inputs=inputs) as staging:
+        if base is not None:
+            report = _write_omni(staging, Path(base), config, sources, dtype)
+        else:
+            report = _write_thinker(staging, config, sources, dtype, limit, Path(source) if source else None)
+    return dataclasses.replace(report, directory=Path(directory))
+
+
+def _sources(config: ThinkerConfig, params: Mapping) -> dict[str, Source]:
+    """Bare stored name -> its entry and leaf. Raises ExportError listing every leaf that does not fit."""
+    _, abstract, _ = abstract_thinker(config)
+    expected, given = table.leaves(abstract), table.leaves(params)
+    problems = [f"missing: {'/'.join(path)}" for path in expected if path not in given]
+    problems += [f"surplus: {'/'.join(path)}" for path in given if path not in expected]
+    for path in expected.keys() & given.keys():
+        if tuple(given[path].shape) != tuple(expected[path].shape):
+            problems.append(f"misshapen: {'/'.join(path)}: got {given[path].shape}, expected {expected[path].shape}")
+        elif np.dtype(given[path].dtype) not in NUMPY_DTYPES.values():
+            problems.append(f"not a float: {'/'.join(path)}: got {given[path].dtype}")
+        elif isinstance(given[path], jax.Array) and not given[path].is_fully_addressable:
+            problems.append(f"held by several processes: {'/'.join(path)}; export from a checkpoint, on one process")
+    if problems:
+        raise ExportError("these parameters are not the ones of the config:\n  " + "\n  ".join(sorted(problems)))
+    return {entry.name: (entry, given[entry.path]) for entry in table.entries(abstract, config)}
+
+
+def _write_thinker(
+    staging: Path, config: ThinkerConfig, sources: Mapping[str, Source], dtype: str | None, limit: int, source: Path | None
+) -> ExportReport:
+    specs = [
+        spec(name, entry.stored_shape, np.dtype(jnp.dtype(dtype or leaf.dtype))) for name, (entry, leaf) in sources.items()
+    ]
+    shards = _split(specs, limit)
+    for file, tensors in shards.items():
+        write_tensor_file(staging / file, tensors, lambda tensor: _chunks(tensor, sources[tensor.name]))
+    if len(shards) > 1:
+        write_index(staging, shards)
+    written = {NUMPY_DTYPES[tensor.dtype].name for tensor in specs}
+    _write_json(staging / CONFIG_FILE, config_to_hf(config, dtype=written.pop() if len(written) == 1 else None))
+    copied = _copy_files(source, staging, COPIED_FILES) if source else ()
+    if GENERATION_FILE not in copied:
+        _write_json(staging / GENERATION_FILE, generation_to_hf(config))
+    return _report(staging, specs, sources, tuple(shards), 0, copied)
+
+
+def _write_omni(
+    staging: Path, base: Path, config: ThinkerConfig, sources: Mapping[str, Source], dtype: str | None
+) -> ExportReport:
+    stored = list_tensors(base)
+    matched = _match_base(base, config, stored, [entry for entry, _ in sources.values()])
+    if matched.tied_head:
+        embedding = sources[table.EMBEDDING_NAME]
+        sources = {**sources, table.HEAD_NAME: embedding}
+    replaced: list[TensorSpec] = []
+    shards: dict[str, list[TensorSpec]] = {}
+    for name, tensor in stored.items():
+        plain = table.plain_name(name)
+        if table.known_extra(name) is None:
+            shape = sources[plain][0].stored_shape
+            tensor = spec(name, shape, np.dtype(jnp.dtype(dtype)) if dtype else NUMPY_DTYPES[tensor.dtype])
+            replaced.append(tensor)
+        shards.setdefault(stored[name].path.name, []).append(tensor)
+    for file, tensors in shards.items():
+        write_tensor_file(
+            staging / file, tensors, lambda t: t.chunks() if t.path else _chunks(t, sources[table.plain_name(t.name)])
+        )
+    if (base / INDEX_FILE).is_file() and SINGLE_FILE not in shards:
+        write_index(staging, shards)
+    copied, left_out = _copy_rest(base, staging)
+    verbatim = sum(matched.skipped.values())
+    report = _report(staging, replaced, sources, tuple(shards), verbatim, copied)
+    return dataclasses.replace(report, left_out=left_out)
+
+
+def _match_base(
+    base: Path, config: ThinkerConfig, stored: Mapping[str, TensorSpec], entries: Sequence[table.Entry]
+) -> Matched:
+    """Makes sure that `base` is a full Omni directory of the same architecture."""
+    base_config = load_config(base)
+    differing = [
+        f"{name}: {mine!r} here, {theirs!r} in the base"
+        for name, mine, theirs in _compare(config, base_config)
+        if name not in _NOT_ARCHITECTURE
+    ]
+    if differing:
+        raise ExportError(f"{base} is the base of another architecture:\n  " + "\n  ".join(differing))
+    matched = match_tensors(stored, entries, base, tied=base_config.tie_word_embeddings)
+    if not matched.skipped:
+        raise ExportError(
+            f"{base} has no talker. or token2wav. tensors: expected a full Omni directory; leave base out to export the "
+            "Thinker alone"
+        )
+    return matched
+
+
+def _compare(one: Any, other: Any, prefix: str = "") -> Iterable[tuple[str, Any, Any]]:
+    for field in dataclasses.fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(mine):
+            yield from _compare(mine, theirs, f"{field.name}.")
+        elif mine != theirs:
+            yield f"{prefix}{field.name}", mine, theirs
+
+
+def _chunks(tensor: TensorSpec, source: Source) -> Iterable[memoryview]:
+    """The bytes of one stored tensor, cast to the spec's dtype a bounded number of rows at a time."""
+    entry, leaf = source
+    dtype = NUMPY_DTYPES[tensor.dtype]
+    rows = entry.to_stored(_fetch(leaf, entry.layer))
+    step = max(1, _CHUNK_BYTES * len(rows) // max(1, tensor.nbytes))
+    for start in range(0, len(rows), step):
+        with np.errstate(over="ignore"):  # an overflow is reported below
+            piece = np.ascontiguousarray(rows[start : start + step]).astype(dtype, copy=False)
+        if not np.isfinite(piece).all():
+            raise ExportError(
+                f"{tensor.name} ({'/'.join(entry.path)}) holds values that are not finite in {dtype}: export an earlier "
+                "checkpoint, or use a wider dtype"
+            )
+        yield piece.reshape(-1).view(np.uint8).data
+
+
+def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
+    """A leaf, or one layer of it, on the host.
+
+    A jax.Array keeps the host copy made of it for as long as it lives, so what is fetched is a temporary one.
+    """
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf if layer is None else leaf[layer])
+    return np.asarray(jnp.copy(leaf) if layer is None else _layer_of(leaf, layer))
+
+
+@jax.jit
+def _layer_of(leaf: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+
+
+def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
+    """File name -> tensors, filled in order up to `limit` bytes; a tensor larger than that gets a file of its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for tensor in specs:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _copy_files(source: Path, staging: Path, names: Iterable[str]) -> tuple[str, ...]:
+    present = [name for name in names if (source / name).is_file()]
+    for name in present:
+        shutil.copyfile(source / name, staging / name)
+    return tuple(present)
+
+
+def _copy_rest(base: Path, staging: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Copies whatever is not a weight file and not hidden; returns the names copied and those left out."""
+    copied, left_out = [], []
+    for path in sorted(base.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if any(path.match(pattern) for pattern in _WEIGHT_PATTERNS):
+            if not (staging / path.name).exists():
+                left_out.append(path.name)
+        elif path.is_dir():
+            shutil.copytree(path, staging / path.name)
+            copied.append(path.name)
+        else:
+            shutil.copyfile(path, staging / path.name)
+            copied.append(path.name)
+    return tuple(copied), tuple(left_out)
+
+
+def _report(
+    staging: Path,
+    specs: Sequence[TensorSpec],
+    sources: Mapping[str, Source],
+    files: tuple[str, ...],
+    verbatim: int,
+    copied: tuple[str, ...],
+) -> ExportReport:
+    parameters = sum(int(np.prod(tensor.shape)) for tensor in specs)
+    nbytes = sum(tensor.nbytes for tensor in specs)
+    return ExportReport(staging, len(specs), parameters, nbytes, files, verbatim, copied)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _parse_size(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", str(size).strip().upper())
+    if match is None or match[2] not in _SIZE_UNITS or int(match[1]) == 0:
+        raise ExportError(f'max_shard_size is {size!r}: expected a positive number of bytes or text like "5GB"')
+    return int(match[1]) * _SIZE_UNITS[match[2]]
