@@ -276,16 +276,16 @@ def feature_sources(
     ids_T: np.ndarray,
     config: ThinkerConfig,
     *,
-    images: Sequence[tuple[int, int]] = (),
-    videos: Sequence[tuple[int, int]] = (),
-    audios: Sequence[tuple[int, int]] = (),
+    images: Sequence[tuple[int, np.ndarray]] = (),
+    videos: Sequence[tuple[int, np.ndarray]] = (),
+    audios: Sequence[tuple[int, np.ndarray]] = (),
 ) -> np.ndarray:
     """Which (clip, feature row) each token takes its embedding from; the k-th placeholder of a kind takes the k-th row.
 
     Args:
         ids_T: token ids of one row, placeholders expanded.
         config: for the placeholder ids.
-        images, videos, audios: (clip number in the row, feature rows) of each, in reading order.
+        images, videos, audios: (clip number in the row, feature rows of the clip in order) of each, in reading order.
 
     Returns:
         int32 source_T2, (-1, 0) for ordinary tokens.
@@ -301,9 +301,10 @@ def feature_sources(
         ("audio", config.audio_token_id, audios),
     ):
         at = np.flatnonzero(np.asarray(ids_T) == token_id)
-        rows = [(clip, row) for clip, count in clips for row in range(count)]
-        if len(at) != len(rows):
-            raise PositionError(f"{len(at)} {name} placeholders for {len(rows)} feature rows of {len(clips)} {name} clips")
+        rows = sum(len(rows) for _, rows in clips)
+        if len(at) != rows:
+            raise PositionError(f"{len(at)} {name} placeholders for {rows} feature rows of {len(clips)} {name} clips")
         if rows:
-            source_T2[at] = rows
+            source_T2[at, 0] = np.concatenate([np.full(len(rows), clip) for clip, rows in clips])
+            source_T2[at, 1] = np.concatenate([rows for _, rows in clips])
     return source_T2
