@@ -19,6 +19,7 @@ import grain
 from mer_r1_jax.data.records import Record, dataset_hash
 
 STATE_VERSION = 1
+INDICES_CACHED = 4096
 
 
 class ResumeError(ValueError):
@@ -83,7 +84,9 @@ class PromptStream:
         self.dataset_hash = dataset_hash(records)
         # Hashed, because grain seeds epoch e with seed + e: runs with neighbouring seeds would share epochs.
         order_seed = int.from_bytes(hashlib.sha256(f"prompt order {seed}".encode()).digest()[:4], "little")
-        self._order = grain.MapDataset.source(range(len(records))).shuffle(seed=order_seed).repeat()
+        order = grain.MapDataset.source(range(len(records))).shuffle(seed=order_seed).repeat()
+        # Cached, because an index of a very small data set costs grain milliseconds and prefetching asks repeatedly.
+        self._record_index = functools.lru_cache(maxsize=INDICES_CACHED)(order.__getitem__)
         self._next_index = 0
 
     def __iter__(self):
@@ -104,7 +107,7 @@ class PromptStream:
 
     def item(self, global_index: int) -> Item:
         """The visit at a place of the global order; the same on every process."""
-        record = self.records[int(self._order[global_index])]
+        record = self.records[self._record_index(global_index)]
         return Item(record, global_index // len(self.records), global_index)
 
     def peek(self, step: int = 0) -> list[Item]:

@@ -61,7 +61,7 @@ class ClipPrefetcher:
         stream: decides which prompts come; advanced by `next` only.
         load: decodes the clips of a record, raising MediaError for those that cannot be used; called in threads.
         quarantine: list of broken clips; grows as broken records are consumed.
-        prompts_ahead: prompts loaded beyond the step being consumed, the bound on host memory.
+        prompts_ahead: prompts loaded beyond the step handed out, the bound on host memory.
         threads: loads that run at once (`media.decode_workers`).
         stall_seconds: how long one load may run before the loader counts as stalled; above its own time limit.
     """
@@ -112,7 +112,6 @@ class ClipPrefetcher:
         for visit in loaded:
             self._loads.pop(visit.item.global_index, None)
         self._metrics = _count(loaded)
-        self._schedule()
         return loaded
 
     def metrics(self) -> dict[str, float]:

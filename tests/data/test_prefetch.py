@@ -1,0 +1,233 @@
+"""Clips loaded ahead: in order, bounded, resumed exactly; broken ones set aside; a stalled loader named."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+
+import pytest
+from support.clips import make_clip
+
+from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.data.pipeline import PromptStream
+from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError
+from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
+from mer_r1_jax.data.records import Record, read_records
+from mer_r1_jax.media.decode import read_video
+from mer_r1_jax.media.errors import MediaError
+
+BROKEN = MediaError("x.mp4", "truncated", "half a file", "a whole one", "Copy it again.")
+
+
+def make_records(count):
+    return [Record(id=f"r{n}", messages=(), file="data.jsonl", line=n + 1, subtitle=str(n)) for n in range(count)]
+
+
+def prefetcher(records, load, *, per_step=4, fraction=1.0, ahead=8, threads=2, stall=30.0, processes=(0, 1)):
+    stream = PromptStream(records, per_step, 0, *processes)
+    quarantine = Quarantine(len(records), fraction)
+    return ClipPrefetcher(stream, load, quarantine, prompts_ahead=ahead, threads=threads, stall_seconds=stall)
+
+
+def test_clips_come_in_the_order_of_the_stream_whichever_is_ready_first():
+    records = make_records(10)
+    expected = PromptStream(records, 4, 0)
+
+    def load(record):
+        time.sleep(0.002 * (int(record.subtitle) % 3))
+        return f"clips of {record.id}"
+
+    with prefetcher(records, load, threads=4) as clips:
+        for step in range(8):
+            loaded = clips.next(step)
+            assert [visit.item for visit in loaded] == expected.next()
+            assert [visit.clips for visit in loaded] == [f"clips of {visit.record.id}" for visit in loaded]
+            assert all(visit.weight == 1 and visit.broken is None for visit in loaded)
+
+
+def test_loading_ahead_is_bounded_and_really_ahead():
+    records = make_records(40)
+    loaded = []
+    with prefetcher(records, lambda record: loaded.append(record.id) or "clips", ahead=6) as clips:
+        clips.next(0)
+        deadline = time.monotonic() + 20
+        while len(loaded) < 10 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(loaded) == 4 + 6
+        assert sorted(loaded) == sorted(clips.stream.item(n).record.id for n in range(10))
+
+
+def test_a_broken_clip_keeps_its_row_with_weight_zero_and_is_not_loaded_again():
+    records = make_records(8)
+    attempts = []
+
+    def load(record):
+        if record.id == "r3":
+            attempts.append(record.id)
+            raise BROKEN
+        return "clips"
+
+    with prefetcher(records, load, ahead=0) as clips:
+        rows = [visit for step in range(6) for visit in clips.next(step)]
+        skipped = [visit for visit in rows if visit.weight == 0]
+        assert [visit.record.id for visit in skipped] == ["r3"] * 3
+        assert all(visit.clips is None and visit.broken.reason == "truncated" for visit in skipped)
+        assert len(rows) == 24 and len(attempts) == 1
+        (broken,) = clips.quarantine.clips
+        assert (broken.id, broken.file, broken.line) == ("r3", "data.jsonl", 4)
+        assert broken.step == skipped[0].item.global_index // 4
+
+
+def test_metrics_count_the_rows_of_the_last_step():
+    class Clips:
+        silent_audio, audio_cut = 1, 2
+
+    def load(record):
+        time.sleep(0.005)
+        if record.id == "r0":
+            raise BROKEN
+        return Clips()
+
+    with prefetcher(make_records(4), load) as clips:
+        clips.next(0)
+        metrics = clips.metrics()
+    assert metrics["data/skipped"] == 1
+    assert metrics["data/silent_audio"] == 3
+    assert metrics["data/audio_cut"] == 6
+    assert 5 <= metrics["data/decode_ms"] < 5000
+
+
+def test_too_many_broken_clips_stop_the_run_without_moving_the_stream():
+    def load(record):
+        raise BROKEN
+
+    with prefetcher(make_records(8), load, fraction=0.25) as clips:
+        with pytest.raises(QuarantineLimitError, match="4 of 8 clips"):
+            clips.next(0)
+        assert clips.state()["stream"]["next_index"] == 0
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopping_anywhere_and_resuming_gives_the_same_rows(stop, processes):
+    records = make_records(8)
+
+    def load(record):
+        if record.id in ("r2", "r5"):
+            raise BROKEN
+        return f"clips of {record.id}"
+
+    def rows(clips, steps):
+        return [(visit.item, visit.clips, visit.weight) for step in steps for visit in clips.next(step)]
+
+    with prefetcher(records, load) as straight:
+        expected = rows(straight, range(7))
+        end = straight.state()
+    with prefetcher(records, load) as first:
+        rows(first, range(stop))
+        state = json.loads(json.dumps(first.state()))
+    assert state["stream"]["next_index"] == 4 * stop, "what was loaded ahead was not consumed"
+    resumed = [prefetcher(records, load, processes=(n, processes)) for n in range(processes)]
+    got = []
+    for clips in resumed:
+        clips.restore(state)
+    for step in range(stop, 7):
+        for clips in resumed:
+            got.extend(rows(clips, [step]))
+    assert got == expected[4 * stop :]
+    assert resumed[0].state()["stream"] == end["stream"]
+    both = Quarantine(8, 1.0)
+    both.restore(*(clips.state()["quarantine"] for clips in resumed))
+    assert {clip.id for clip in both.clips} == {clip["id"] for clip in end["quarantine"]}
+    for clips in resumed:
+        clips.close()
+
+
+def test_a_clip_that_broke_once_stays_broken_though_a_later_load_would_succeed():
+    """A straight run has the second visit loaded before the first one breaks; a resumed run has not. Both must agree."""
+    attempts = []
+
+    def load(record):
+        if record.id == "r1":
+            attempts.append(None)
+            if len(attempts) == 1:
+                raise BROKEN
+        return "clips"
+
+    with prefetcher(make_records(4), load, ahead=16, threads=1) as clips:
+        weights = [visit.weight for step in range(4) for visit in clips.next(step) if visit.record.id == "r1"]
+    assert len(attempts) > 1
+    assert weights == [0, 0, 0, 0]
+
+
+def test_a_stalled_loader_is_named_within_the_time_limit():
+    release = threading.Event()
+
+    def load(record):
+        if record.id == "r2":
+            release.wait(60)
+        return "clips"
+
+    clips = prefetcher(make_records(4), load, stall=0.5)
+    began = time.monotonic()
+    try:
+        with pytest.raises(StalledLoadError, match=r"data.jsonl:3: r2: its load has not ended after 0.5 s") as caught:
+            clips.next(0)
+    finally:
+        release.set()
+        clips.close()
+    assert time.monotonic() - began < 10
+    assert "expected" in str(caught.value) and "To mend it" in str(caught.value)
+
+
+def test_a_fault_of_the_loader_itself_is_raised_with_the_record():
+    def load(record):
+        raise ZeroDivisionError("a bug")
+
+    with prefetcher(make_records(4), load) as clips:
+        with pytest.raises(ZeroDivisionError) as caught:
+            clips.next(0)
+    first = clips.stream.item(0).record
+    assert caught.value.__notes__ == [f"while loading the clips of {first.id} ({first.where})"]
+
+
+def test_threads_end_when_the_prefetcher_is_closed():
+    with prefetcher(make_records(4), lambda record: "clips", threads=3) as clips:
+        clips.next(0)
+    deadline = time.monotonic() + 10
+    while any(thread.name.startswith("clip-load") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "a thread is left"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("options", [{"ahead": -1}, {"threads": 0}, {"stall": 0}])
+def test_impossible_settings_are_refused(options):
+    with pytest.raises(ValueError, match="expected at least"):
+        prefetcher(make_records(4), lambda record: "clips", **options)
+
+
+def test_real_clips_break_by_name(tmp_path):
+    """Whole, cut-off, empty, missing and frameless files, decoded for real."""
+    make_clip(tmp_path / "good.mp4")
+    whole = make_clip(tmp_path / "cut.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.mp4").touch()
+    make_clip(tmp_path / "sound.mp4", with_video=False)
+    names = ["good", "cut", "empty", "missing", "sound"]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"id": name, "videos": [f"{name}.mp4"]}) + "\n" for name in names))
+    records = read_records(data)
+    media = MediaConfig()
+    load = lambda record: read_video(os.path.join(tmp_path, record.videos[0]), media)  # noqa: E731
+    with prefetcher(records, load, per_step=5) as clips:
+        rows = {visit.record.id: visit for visit in clips.next(0)}
+    assert rows["good"].clips.frames.dtype == "uint8"
+    for name in names[1:]:
+        assert rows[name].weight == 0
+        assert f"{name}.mp4" in rows[name].broken.message
+    assert rows["empty"].broken.reason == "empty"
+    assert rows["missing"].broken.reason == "missing"
+    assert rows["sound"].broken.reason == "no_video"
