@@ -13,13 +13,20 @@ PARTS = ("adj", "noun", "verb", "phrase")
 
 # verbs whose past forms the rules cannot find: stem -> (past, participle)
 IRREGULAR = {
+    "bite": ("bit", "bitten"),
+    "drive": ("drove", "driven"),
+    "leave": ("left", "left"),
+    "misread": ("misread", "misread"),
+    "misunderstand": ("misunderstood", "misunderstood"),
+    "sleep": ("slept", "slept"),
+    "unbind": ("unbound", "unbound"),
+    "unwind": ("unwound", "unwound"),
     "break": ("broke", "broken"),
     "forget": ("forgot", "forgotten"),
     "forsake": ("forsook", "forsaken"),
     "freeze": ("froze", "frozen"),
     "hide": ("hid", "hidden"),
     "hurt": ("hurt", "hurt"),
-    "leave": ("left", "left"),
     "lose": ("lost", "lost"),
     "mislead": ("misled", "misled"),
     "overcome": ("overcame", "overcome"),
@@ -30,6 +37,15 @@ IRREGULAR = {
     "weep": ("wept", "wept"),
     "withdraw": ("withdrew", "withdrawn"),
 }
+
+
+_SUFFIX = re.compile(
+    r"(tion|sion|ment|ness|ity|ance|ence|ancy|ency|ism|ship|hood|dom|our|tude|ous|ful|less|able|ible|ive|ic|ical|al|ent|ant"
+    r"|ly|ed|ing|ate|ary|ory|ish|some|ile|id|y|ern)$"
+)
+
+# longer verbs whose last letter doubles
+_DOUBLES = set("abhor admit befit commit compel defer deter forget fulfil omit propel rebel rebut regret repel submit".split())
 
 
 def inflections(word: str, part: str, stem: str | None = None) -> list[str]:
@@ -45,16 +61,33 @@ def inflections(word: str, part: str, stem: str | None = None) -> list[str]:
     """
     if part not in PARTS:
         raise ValueError(f"unknown part of speech {part!r}: expected one of {', '.join(PARTS)}")
-    if part == "phrase" or " " in word:
-        return [word]
-    forms = {"adj": _adjective, "noun": _noun, "verb": verb_forms}[part](word)
+    if " " in word:
+        return list(dict.fromkeys([word, *(_phrase(word, stem) if stem is not None else ())]))
+    forms = {"adj": _adjective, "noun": _noun, "verb": verb_forms, "phrase": lambda _: []}[part](word)
     if stem is not None:
         forms = [*forms, *verb_forms(stem)]
     return list(dict.fromkeys([word, *forms]))
 
 
+def _phrase(word: str, stem: str) -> list[str]:
+    """Forms of a phrase that opens with a participle: turned away -> turn away, turns away, turning away."""
+    rest = word[word.index(" ") :]
+    return [form + rest for form in (stem, plural(stem), _before_vowel(stem) + "ing")]
+
+
 def _noun(word: str) -> list[str]:
-    return [plural(word)]
+    forms = [plural(word)]
+    if _is_plain(word):
+        full = (word[:-1] + "i" if word.endswith("y") else word) + "ful"
+        forms += [*verb_forms(word), full, full + "s", full + "ly", full + "ness"]
+    if word.endswith("pathy"):
+        forms += verb_forms(word[:-1] + "ize")
+    return forms
+
+
+def _is_plain(word: str) -> bool:
+    """Whether a word shows no ending that tells its part of speech, so that it may also be used as a verb."""
+    return not _SUFFIX.search(word)
 
 
 def plural(word: str) -> str:
@@ -78,9 +111,35 @@ def verb_forms(stem: str) -> list[str]:
     gerund = (stem[:-2] + "ying") if stem.endswith("ie") else base + "ing"
     forms = [stem, plural(stem), *pasts, gerund, agent, agent + "s", gerund + "s", gerund + "ly", pasts[-1] + "ly"]
     forms += [pasts[-1] + "ness", gerund + "ness"]
-    if stem.endswith("ate"):
-        forms += [stem[:-1] + "ion", stem[:-1] + "ions", stem[:-1] + "or", stem[:-1] + "ive"]
+    forms += [base + "able", base + "ably", base + "ability"]
+    for ending, nouns in _VERB_NOUNS:
+        if stem.endswith(ending):
+            forms += [stem[: -len(ending)] + noun for noun in nouns]
     return forms
+
+
+# what verbs with these endings are turned into: frustrate -> frustration, energize -> energization, energise
+_VERB_NOUNS = (
+    ("ate", ("ation", "ations", "ator", "ators", "ative", "atory")),
+    ("ize", ("ization", "izations", "isation", "ise", "ises", "ised", "ising")),
+    ("ise", ("isation", "isations", "ize", "izes", "ized", "izing")),
+    ("ify", ("ification", "ifications")),
+    ("ade", ("adation", "adations")),
+    ("ct", ("ction", "ctions", "ctive", "ctor", "ctors")),
+    ("ss", ("ssion", "ssions", "ssive")),
+    ("se", ("sion", "sions", "sive", "sure")),
+    ("de", ("sion", "sions", "sive")),
+    ("ive", ("iver", "ivers", "iving")),
+    ("it", ("ition", "itions", "ission", "itive")),
+    ("pt", ("ption", "ptions", "ptive")),
+    ("rt", ("rtion", "rtions", "rtive")),
+    ("ve", ("vation", "vations")),
+    ("re", ("ration", "rations")),
+    ("sh", ("shment", "shments")),
+    ("ge", ("gement", "gements")),
+    ("le", ("lement", "lements")),
+    ("in", ("inment", "inments")),
+)
 
 
 def _before_vowel(stem: str) -> str:
@@ -89,14 +148,24 @@ def _before_vowel(stem: str) -> str:
         return stem
     if stem.endswith("e"):
         return stem[:-1]
+    if stem.endswith("ic"):
+        return stem + "k"
     one_syllable = re.fullmatch(r"[^aeiou]*(?:qu)?[aeiou][^aeiouwxy]", stem)
-    if one_syllable or stem in {"regret", "upset", "repel", "forget", "rebut", "commit", "admit", "propel", "befit"}:
+    if one_syllable or stem in _DOUBLES:
         return stem + stem[-1]
     return stem
 
 
 def _adjective(word: str) -> list[str]:
-    forms = [adverb(word), *_quality(word)]
+    forms = [adverb(word), *_quality(word), plural(word)]
+    if _is_plain(word) or (word.endswith("ate") and len(word) > 5):
+        forms += verb_forms(word)
+    elif word.endswith("ative"):
+        forms += verb_forms(word[:-3] + "e")
+    elif word.endswith(("ctive", "rtive", "ssive")):
+        forms += verb_forms(word[:-3])
+    elif word.endswith("al"):
+        forms += verb_forms(word + "ize")
     return forms + _comparison(word) if _is_short(word) else forms
 
 
@@ -114,9 +183,9 @@ def adverb(word: str) -> str:
 def _quality(word: str) -> list[str]:
     """Nouns for the quality an adjective names, with their plurals where usual."""
     if word.endswith("y") and word[-2:-1] not in VOWELS:
-        found = [word[:-1] + "iness"]
+        found = [word[:-1] + "iness", word[:-1] + "inesses"]
     else:
-        found = [word + "ness"]
+        found = [word + "ness", word + "nesses"]
     for ending, nouns in (
         ("able", ("ability", "abilities")),
         ("ible", ("ibility", "ibilities")),
@@ -139,8 +208,10 @@ def _quality(word: str) -> list[str]:
 
 
 def _is_short(word: str) -> bool:
-    syllables = len(re.findall(r"[aeiouy]+", word.removesuffix("e") if not word.endswith("le") else word))
-    return syllables == 1 or (syllables == 2 and word.endswith(("y", "le", "ow")))
+    if word.endswith("y") and word[-2:-1] not in VOWELS:
+        return len(word) < 9
+    syllables = len(re.findall(r"[aeiouy]+", word if word.endswith("le") else word.removesuffix("e")))
+    return syllables == 1 or (syllables == 2 and word.endswith(("le", "ow")))
 
 
 def _comparison(word: str) -> list[str]:

@@ -106,7 +106,8 @@ def _entry(part: str, text: str) -> Entry:
     stem, ending = text.split("|")
     if ending == "ied":
         return Entry(stem + ending, part, stem + "y", on_wheel)
-    word = (stem[:-1] if ending == "ing" and stem.endswith("e") else stem) + ending
+    drops_e = ending.split()[0] == "ing" and stem.endswith("e")
+    word = (stem[:-1] if drops_e else stem) + ending
     return Entry(word, part, stem, on_wheel)
 
 
