@@ -162,12 +162,22 @@ def test_foreign_and_empty_numeric_folders_are_named_and_left_alone(tmp_path, ca
 def test_save_total_limit_keeps_the_newest_valid_steps(tmp_path):
     checkpoints = save_steps(tmp_path, 1, 2, 3, keep=2)
     assert checkpoints.valid_steps() == [2, 3]
-    (tmp_path / "3" / "host.json").unlink()  # a damaged step takes nobody's place
+    (tmp_path / "3" / "host.json").write_text("{}")  # a damaged step takes nobody's place
     checkpoints.save(4, make_arrays(4), HOST | {"step": 4})
     assert checkpoints.valid_steps() == [2, 4]
     assert not (tmp_path / "3").exists()
     with pytest.raises(ValueError, match="at least one"):
         Checkpoints(tmp_path, max_to_keep=0)
+
+
+def test_a_flipped_step_takes_nobodys_place_once_found(tmp_path):
+    checkpoints = save_steps(tmp_path, 10, 20, keep=2)
+    path = tmp_path / "20" / "host.json"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert checkpoints.restore(abstract(make_arrays())).step == 10
+    assert checkpoints.valid_steps() == [10]
+    checkpoints.save(30, make_arrays(30), HOST | {"step": 30})
+    assert checkpoints.valid_steps() == [10, 30] and not (tmp_path / "20").exists()
 
 
 def test_saving_after_an_older_step_was_resumed_drops_the_abandoned_future(tmp_path, caplog):
