@@ -127,6 +127,11 @@ def _check_media(config: RunConfig) -> list[str]:
         low, high = getattr(media, f"{kind}_min_pixels"), getattr(media, f"{kind}_max_pixels")
         if not 0 < low <= high:
             problems.append(f"media.{kind}_min_pixels: got {low}, expected 1..{kind}_max_pixels={high}")
+    buckets, cap = config.data.prompt_buckets, config.data.max_prompt_length
+    if buckets and (list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != cap):
+        problems.append(
+            f"data.prompt_buckets: got {buckets}, expected ascending lengths that end with data.max_prompt_length={cap}"
+        )
     if not 0 <= config.data.max_quarantined_fraction <= 1:
         problems.append(f"data.max_quarantined_fraction: got {config.data.max_quarantined_fraction}, expected 0..1")
     return problems

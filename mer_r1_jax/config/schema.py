@@ -73,10 +73,13 @@ class DataConfig:
         "Reason inside <think></think>, then list the emotion words inside <answer></answer>."
     )
     max_prompt_length: int = 2048  # tokens of a prompt, media included; a longer one is an error, never cut
+    prompt_buckets: tuple[int, ...] = ()  # token lengths prompts are padded to; () = four even steps up to the cap
     cache_dir: str = ""  # decoded clips are kept here, keyed by file content and media settings; "" = no cache
     max_quarantined_fraction: float = 0.02  # share of an epoch's clips that may break before the run stops
-    synthetic_clips: int = 0  # > 0: make this many training clips of the embedded world before the run
-    synthetic_eval_clips: int = 0  # held-out clips of the embedded world
+    synthetic_dir: str = ""  # folder the embedded world is made in, or found; "" = no embedded world
+    synthetic_sft_clips: int = 0  # clips of the embedded world for SFT
+    synthetic_rl_clips: int = 0  # likewise for RL
+    synthetic_eval_clips: int = 0  # likewise held out
     synthetic_seed: int = 0  # seed of the embedded world
 
 

@@ -1,0 +1,24 @@
+"""What the commands under experiments/ share: errors of ours are messages to the user, never tracebacks."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+EXIT_ERROR = 2  # the run cannot go on as it is; the message on stderr says why and how to mend it
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turns an error class of this package into its message and exit code 2; anything else is a bug and is shown whole.
+
+    Every module raises its own exception class for what a user can mend, so the class tells the two apart.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("mer_r1_jax."):
+            raise
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_ERROR) from error

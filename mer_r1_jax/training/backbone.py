@@ -1,0 +1,158 @@
+"""The backbone as training holds it: its structure once, its parameters as sharded leaves beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import ModelConfig
+from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.load import load_params
+from mer_r1_jax.omni.layers import axis_rules
+from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
+from mer_r1_jax.parallel.rules import TRAIN_RULES, param_shardings
+from mer_r1_jax.training.state import Leaves, flatten, merge
+
+# Schema field -> (part of the architecture, its field there).
+_SIZES = {
+    "text_hidden_size": ("text", "hidden_size"),
+    "text_layers": ("text", "num_hidden_layers"),
+    "text_heads": ("text", "num_attention_heads"),
+    "text_kv_heads": ("text", "num_key_value_heads"),
+    "text_mlp_size": ("text", "intermediate_size"),
+    "vision_hidden_size": ("vision", "hidden_size"),
+    "vision_layers": ("vision", "depth"),
+    "vision_heads": ("vision", "num_heads"),
+    "vision_mlp_size": ("vision", "intermediate_size"),
+    "audio_hidden_size": ("audio", "d_model"),
+    "audio_layers": ("audio", "encoder_layers"),
+    "audio_heads": ("audio", "encoder_attention_heads"),
+    "audio_mlp_size": ("audio", "encoder_ffn_dim"),
+}
+
+_SPECIAL_TOKENS = {
+    "audio_token_id": "<|AUDIO|>",
+    "image_token_id": "<|IMAGE|>",
+    "video_token_id": "<|VIDEO|>",
+    "audio_start_token_id": "<|audio_bos|>",
+    "audio_end_token_id": "<|audio_eos|>",
+    "vision_start_token_id": "<|vision_bos|>",
+    "vision_end_token_id": "<|vision_eos|>",
+    "pad_token_id": "<|endoftext|>",
+    "eos_token_ids": "<|im_end|>",
+}
+
+_VOCAB_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """Structure, shapes and shardings of the Thinker on a mesh. Holds no parameters.
+
+    Attributes:
+        config: the architecture.
+        mesh: where it lives.
+        graphdef: the NNX structure, hashable.
+        shapes: flat abstract parameters.
+        shardings: flat `NamedSharding`s of the same names.
+    """
+
+    config: ThinkerConfig
+    mesh: Mesh
+    graphdef: Any
+    shapes: Leaves
+    shardings: Leaves
+
+    @classmethod
+    def create(cls, config: ThinkerConfig, mesh: Mesh) -> Backbone:
+        """Lays the architecture out on a mesh without allocating anything."""
+        graphdef, shapes, axes = abstract_thinker(config)
+        shardings = param_shardings(shapes, axes, mesh)
+        return cls(config, mesh, graphdef, flatten(shapes), flatten(shardings))
+
+    def bind(self, *leaves: Leaves) -> Thinker:
+        """The module around parameters given as sets of leaves; for use inside `jit`."""
+        return bind(self.graphdef, merge(*leaves))
+
+    def init(self, seed: int) -> Leaves:
+        """Random parameters, each made where it will live."""
+        make = functools.partial(init_params, self.config)
+        return jax.jit(lambda key: flatten(make(key)), out_shardings=self.shardings)(jax.random.key(seed))
+
+    def load(self, path: str | pathlib.Path) -> Leaves:
+        """Parameters of a Hugging Face directory, streamed onto the mesh."""
+        return flatten(load_params(path, self.config, shardings=merge(self.shardings)))
+
+    def rules(self) -> Any:
+        """Context in which activations are constrained to this mesh."""
+        return axis_rules(TRAIN_RULES, self.mesh)
+
+
+def thinker_config(model: ModelConfig, tokenizer: Any) -> ThinkerConfig:
+    """The architecture a run trains: a checkpoint's own, or a preset with the sizes given and the tokenizer's ids.
+
+    Raises:
+        ConfigError: when sizes are given beside a checkpoint, which has its own.
+    """
+    sizes = {name: getattr(model, name) for name in _SIZES if getattr(model, name)}
+    common = {"param_dtype": model.param_dtype, "compute_dtype": model.compute_dtype, "remat": model.remat}
+    if model.path:
+        if sizes:
+            raise ConfigError(f"model.path is {model.path!r}, whose sizes are its own: leave {', '.join(sizes)} at 0")
+        return dataclasses.replace(load_config(model.path), **common)
+    if model.preset == "tiny":
+        preset = _sized_for(ThinkerConfig.tiny(), len(tokenizer))
+    else:
+        preset = {"3b": ThinkerConfig.qwen2_5_omni_3b, "7b": ThinkerConfig.qwen2_5_omni_7b}[model.preset]()
+    return dataclasses.replace(
+        _resized(preset, sizes), initializer_range=model.initializer_range, **special_ids(tokenizer), **common
+    )
+
+
+def special_ids(tokenizer: Any) -> dict[str, Any]:
+    """The special ids an architecture takes from its tokenizer.
+
+    Raises:
+        ConfigError: naming every special token of Qwen2.5-Omni that the tokenizer lacks.
+    """
+    ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in _SPECIAL_TOKENS.items()}
+    missing = [_SPECIAL_TOKENS[field] for field, token_id in ids.items() if token_id in (None, tokenizer.unk_token_id)]
+    if missing:
+        raise ConfigError(
+            f"the tokenizer lacks {', '.join(missing)}: expected the tokenizer of a Qwen2.5-Omni model "
+            "(model.tokenizer_path)"
+        )
+    return ids | {"eos_token_ids": (ids.pop("eos_token_ids"),)}
+
+
+def _sized_for(config: ThinkerConfig, tokens: int) -> ThinkerConfig:
+    """The architecture with a vocabulary that holds `tokens` ids, rounded up so that a mesh axis can cut it."""
+    vocab_size = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=max(vocab_size, 512)))
+
+
+def _resized(config: ThinkerConfig, sizes: dict[str, int]) -> ThinkerConfig:
+    """A preset with other sizes; what follows from them (rotary sections, output widths) follows."""
+    parts: dict[str, dict[str, Any]] = {"text": {}, "vision": {}, "audio": {}}
+    for name, size in sizes.items():
+        part, field = _SIZES[name]
+        parts[part][field] = size
+    text = parts["text"]
+    width = text.get("hidden_size", config.text.hidden_size)
+    half_head = width // text.get("num_attention_heads", config.text.num_attention_heads) // 2
+    # Qwen gives a quarter of the frequencies to time and the rest to height and width in equal parts.
+    spatial = half_head * 3 // 8
+    text["mrope_section"] = (half_head - 2 * spatial, spatial, spatial)
+    parts["vision"]["out_hidden_size"] = parts["audio"]["output_dim"] = width
+    depth = parts["vision"].get("depth", config.vision.depth)
+    parts["vision"]["fullatt_block_indexes"] = tuple(range(depth - 1, -1, -4))[::-1]
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in parts.items()}
+    )

@@ -1,0 +1,137 @@
+"""From records to batches on the host: prompts are built in the loading threads, buckets are known before the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mer_r1_jax.config.schema import MediaConfig, RunConfig
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.media.collate import bucket_for, collate
+from mer_r1_jax.media.frames import video_pixels
+from mer_r1_jax.media.loader import ClipLoader
+from mer_r1_jax.media.prompt import Prompt, PromptBuilder
+from mer_r1_jax.media.vision import merge_factor
+from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT, BatchShape
+from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.training.rl import PromptRows
+
+BUCKETS = 4  # token lengths planned when the configuration names none
+HOP = 160  # samples between two mel frames
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedPrompt:
+    """A prompt with the counts its clips bring.
+
+    Attributes:
+        prompt: the prompt.
+        silent_audio, audio_cut: audio tracks that are missing, or were longer than allowed.
+    """
+
+    prompt: Prompt
+    silent_audio: int
+    audio_cut: int
+
+
+class PromptSource:
+    """Turns records into prompts; safe to call from several threads."""
+
+    def __init__(self, config: RunConfig, tokenizer: Any, thinker: ThinkerConfig):
+        self.thinker = thinker
+        self._loader = ClipLoader(
+            config.media, thinker.vision, thinker.audio.num_mel_bins, config.data.cache_dir, config.data.media_root
+        )
+        self._builder = PromptBuilder(
+            tokenizer, config.media, thinker, config.data.system_prompt, config.data.max_prompt_length
+        )
+
+    def load(self, record: Record) -> LoadedPrompt:
+        """Decodes a record's clips and builds its prompt.
+
+        Raises:
+            MediaError: for a clip that cannot be used.
+            PromptError: for a record that cannot become a prompt, such as one longer than the cap.
+        """
+        clips = self._loader.load(record)
+        prompt = self._builder.build(record, clips)
+        return LoadedPrompt(prompt, silent_audio=clips.silent_audio, audio_cut=clips.audio_cut)
+
+    def close(self) -> None:
+        """Ends the decoding workers."""
+        self._loader.close()
+
+
+def plan_buckets(config: RunConfig, thinker: ThinkerConfig, records: Sequence[Record], rows: int) -> list[BatchShape]:
+    """The shapes batches of these records can have, from the configuration's limits alone: no clip is opened.
+
+    Args:
+        config: media limits and prompt lengths.
+        thinker: patch sizes.
+        records: every record of the phase; they say how many clips a row can hold.
+        rows: rows of every batch.
+    """
+    cap = config.data.max_prompt_length
+    lengths = config.data.prompt_buckets or sorted({-(-cap * step // BUCKETS) for step in range(1, BUCKETS + 1)})
+    videos = max(len(record.videos) for record in records)
+    images = max(len(record.images) for record in records)
+    audios = max(_audio_clips(record, config.media) for record in records)
+    pairs, patches = _vision_limits(config.media, thinker, bool(videos), bool(images))
+    mel_frames = -(-int(config.media.max_audio_seconds * config.media.sampling_rate) // HOP)
+    return [
+        BatchShape(
+            rows=rows,
+            tokens=length,
+            vision_clips=videos + images,
+            frame_pairs=pairs,
+            patches=patches,
+            audio_clips=audios,
+            audio_units=-(-mel_frames // MEL_FRAMES_PER_UNIT) if audios else 0,
+        )
+        for length in lengths
+    ]
+
+
+def _audio_clips(record: Record, media: MediaConfig) -> int:
+    if not media.use_audio_in_video:
+        return len(record.audios)
+    return len(record.videos) + sum(name not in record.videos for name in record.audios)
+
+
+def _vision_limits(media: MediaConfig, thinker: ThinkerConfig, videos: bool, images: bool) -> tuple[int, int]:
+    """Most frame pairs of a clip, and most patches of a frame pair, whole merge blocks each."""
+    vision = thinker.vision
+    # A frame's own limit is highest where frames are fewest.
+    pixels = [video_pixels(media.min_frames, media)] if videos else []
+    pixels += [media.image_max_pixels] if images else []
+    pairs = -(-media.max_frames // vision.temporal_patch_size) if videos else int(images)
+    cells = int(max(pixels, default=0)) // merge_factor(vision) ** 2
+    return pairs, cells * vision.merge_unit
+
+
+def prompt_rows(
+    prompts: Sequence[Prompt | None], buckets: Sequence[BatchShape], thinker: ThinkerConfig, uids: Sequence[int]
+) -> PromptRows:
+    """Pads prompts to their bucket; None keeps the place of a broken clip's row.
+
+    Args:
+        prompts: at most a bucket's rows.
+        buckets: of this phase.
+        thinker: for padding.
+        uids: uint32 identity of each prompt's visit.
+    """
+    shape = bucket_for(prompts, buckets)
+    next_position_B, uid_B = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.uint32)
+    for row, (prompt, uid) in enumerate(zip(prompts, uids, strict=True)):
+        if prompt is not None:
+            next_position_B[row], uid_B[row] = prompt.next_position, uid
+    return PromptRows(batch=collate(prompts, shape, thinker), next_position_B=next_position_B, uid_B=uid_B)
+
+
+def uid_of(name: str) -> int:
+    """uint32 identity of something with a name, the same on every host and in every run."""
+    return zlib.crc32(name.encode())

@@ -1,0 +1,246 @@
+"""The jitted programs of one RL step: encode, sample, score, refer, update. Each is a pure function of arrays.
+
+Frozen towers are encoded once and their features shared by every program; trainable ones are encoded again inside the
+update's gradient. A row holds a prompt once and all its completions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.omni.batch import Array, Batch
+from mer_r1_jax.omni.thinker import FeatureLayout, Thinker
+from mer_r1_jax.rl import confidence
+from mer_r1_jax.rl.losses import PolicyLossConfig, StepTotals, policy_loss, step_totals, token_logprobs
+from mer_r1_jax.rl.packing import Continuations, pack, predictor_hidden
+from mer_r1_jax.rl.rollout import Completions, rollout
+from mer_r1_jax.rl.sampling import SamplingConfig
+from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.sft import accumulate
+from mer_r1_jax.training.state import Leaves, TrainState, apply_gradients
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptRows:
+    """Prompts on the device with what every program needs of them.
+
+    Attributes:
+        batch: token rows and media.
+        next_position_B: int32 rotary position that follows each prompt.
+        uid_B: uint32 identity of each visit of a prompt; the random bits of its completions follow from it.
+    """
+
+    batch: Batch
+    next_position_B: Array
+    uid_B: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experience:
+    """One rollout, ready to be learnt from.
+
+    Attributes:
+        prompts: the prompts.
+        features_BRD: media features of frozen towers; None when a tower is trained and encoded inside the gradient.
+        completion: the sampled completions, as a set of a packed row.
+        loss_mask_BGC: bool, tokens in the loss.
+        present_BG: bool, completions that exist.
+        advantage_BG: float32.
+        sampling_logprob_BGC: float32, under the distribution each token was drawn from.
+        reference_logprob_BGC: float32, under the reference; None when there is no KL term.
+        old_logprob_BGC: float32, under the policy that sampled; None when that is the policy being updated.
+        anchors: answer words and fast contexts, for the arm with a calibration loss; None otherwise.
+    """
+
+    prompts: PromptRows
+    features_BRD: Array | None
+    completion: Continuations
+    loss_mask_BGC: Array
+    present_BG: Array
+    advantage_BG: Array
+    sampling_logprob_BGC: Array
+    reference_logprob_BGC: Array | None
+    old_logprob_BGC: Array | None
+    anchors: confidence.Anchors | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: its programs are cached on it
+class RlPrograms:
+    """Every jitted program of RL and of evaluation, for one backbone and one set of static settings."""
+
+    backbone: Backbone
+    config: RlConfig
+    sampling: SamplingConfig
+
+    def encode(self, leaves: tuple[Leaves, Leaves], batch: Batch) -> Array | None:
+        """Media features [B, R, D] of a batch; None when it has no media."""
+        return self._encode(leaves, batch.vision, batch.audio)
+
+    @functools.cached_property
+    def _encode(self) -> Callable[..., Array | None]:
+        return self._jit(lambda model, vision, audio: model.encode_media(vision, audio))
+
+    def sample(
+        self,
+        leaves: tuple[Leaves, Leaves],
+        prompts: PromptRows,
+        features_BRD: Array | None,
+        key: Array,
+        rollout_step: Array,
+        *,
+        generations: int,
+        sampling: SamplingConfig | None = None,
+        forced_ids: tuple[int, ...] = (),
+    ) -> Completions:
+        """Samples `generations` completions of every prompt; settings are the training rollout's unless given."""
+        return self._sample(generations, sampling or self.sampling, forced_ids)(
+            leaves, prompts, features_BRD, key, rollout_step
+        )
+
+    @functools.cache  # noqa: B019 - one object a run; the cache lives as long as its programs should
+    def _sample(self, generations: int, sampling: SamplingConfig, forced_ids: tuple[int, ...]) -> Callable[..., Any]:
+        def sample(model: Thinker, prompts: PromptRows, features_BRD, key, rollout_step):
+            return rollout(
+                model,
+                prompts.batch.tokens,
+                features_BRD,
+                FeatureLayout.of_batch(prompts.batch),
+                next_position_B=prompts.next_position_B,
+                prompt_uid_B=prompts.uid_B,
+                key=key,
+                rollout_step=rollout_step,
+                generations=generations,
+                config=sampling,
+                forced_ids=forced_ids,
+            )
+
+        return self._jit(sample)
+
+    @functools.cached_property
+    def score(self) -> Callable[..., tuple[Array, Array]]:
+        """Slow and fast confidences [B, G, W, Q] in nats, from one forward pass over prompt, completions and contexts.
+
+        Arguments: leaves, prompts, features_BRD, completion (Continuations), anchors, candidate_ids_ZY.
+        """
+
+        def score(model: Thinker, prompts: PromptRows, features_BRD, completion, anchors, candidate_ids_ZY):
+            slow_h, fast_h = _hidden(model, prompts, features_BRD, completion, anchors.fast)
+            return confidence.confidences(model, slow_h, fast_h, anchors, candidate_ids_ZY)
+
+        return self._jit(score)
+
+    @functools.cached_property
+    def logprobs(self) -> Callable[..., Array]:
+        """Tempered log-probabilities [B, G, C] of completions: of the reference, or of the policy that sampled.
+
+        Arguments: leaves, prompts, features_BRD, completion (Continuations).
+        """
+
+        def logprobs(model: Thinker, prompts: PromptRows, features_BRD, completion: Continuations):
+            (h_BGCD,) = _hidden(model, prompts, features_BRD, completion)
+            return token_logprobs(model, h_BGCD, completion.id_BGC, temperature=self.config.temperature)[0]
+
+        return self._jit(logprobs)
+
+    def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Jits a function of (model, *arrays) as one of (leaves, *arrays)."""
+
+        def bound(leaves: tuple[Leaves, Leaves], *arrays: Any) -> Any:
+            with self.backbone.rules():
+                return function(self.backbone.bind(*leaves), *arrays)
+
+        return jax.jit(bound)
+
+    def make_update(
+        self, optimizer: Any, candidate_ids_ZY: Array
+    ) -> Callable[[TrainState, Experience, Array], tuple[TrainState, dict[str, Array]]]:
+        """The jitted `update(state, experience, beta) -> (state, metrics)`; the state is donated."""
+        config, parts = self.config, self.config.gradient_accumulation_steps
+        loss_config = PolicyLossConfig(
+            loss_type=config.loss_type,
+            importance_sampling_level=config.importance_sampling_level,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            max_completion_length=config.max_completion_length,
+        )
+
+        def update(state: TrainState, experience: Experience, beta: Array) -> tuple[TrainState, dict[str, Array]]:
+            totals = step_totals(experience.loss_mask_BGC, experience.present_BG, parts)
+            words = confidence.calibration_words(experience.anchors) if experience.anchors is not None else None
+
+            def loss(trainable: Leaves, micro_batch: Experience):
+                model = self.backbone.bind(trainable, state.frozen)
+                return self._loss(model, micro_batch, beta, totals, words, loss_config, candidate_ids_ZY)
+
+            with self.backbone.rules():
+                value, metrics, gradients = accumulate(loss, state.trainable, experience, parts)
+            state, update_metrics = apply_gradients(state, gradients, value, optimizer, config.optimizer.dtype)
+            return state, {"loss": value} | metrics | update_metrics
+
+        return jax.jit(update, donate_argnums=0)
+
+    def _loss(
+        self,
+        model: Thinker,
+        experience: Experience,
+        beta: Array,
+        totals: StepTotals,
+        words: Array | None,
+        loss_config: PolicyLossConfig,
+        candidate_ids_ZY: Array,
+    ) -> tuple[Array, dict[str, Array]]:
+        prompts, completion, anchors = experience.prompts, experience.completion, experience.anchors
+        features_BRD = experience.features_BRD
+        if features_BRD is None:
+            features_BRD = model.encode_media(prompts.batch.vision, prompts.batch.audio)
+        sets = (completion,) if anchors is None else (completion, anchors.fast)
+        h_BGCD, *fast_h = _hidden(model, prompts, features_BRD, *sets)
+        logprob_BGC, entropy_BGC = token_logprobs(
+            model, h_BGCD, completion.id_BGC, temperature=self.config.temperature
+        )
+        mask_BGC = experience.loss_mask_BGC
+        value, metrics = policy_loss(
+            logprob_BGC,
+            experience.old_logprob_BGC,
+            experience.reference_logprob_BGC,
+            experience.advantage_BG,
+            mask_BGC,
+            beta=beta,
+            totals=totals,
+            config=loss_config,
+            present=experience.present_BG,
+        )
+        if anchors is not None:
+            slow, fast = confidence.confidences(model, h_BGCD, fast_h[0], anchors, candidate_ids_ZY)
+            calibration = confidence.calibration_loss(slow, fast, anchors, words)
+            value = value + self.config.calibration_weight * calibration
+            metrics["calibration_loss"] = calibration
+        tokens = jnp.maximum(totals.tokens, 1)
+        gap_BGC = jnp.where(mask_BGC, jnp.abs(experience.sampling_logprob_BGC - logprob_BGC), 0.0)
+        metrics["entropy"] = jnp.sum(jnp.where(mask_BGC, entropy_BGC, 0.0)) / tokens
+        metrics["sampling/sampling_logp_difference/mean"] = jnp.sum(gap_BGC) / tokens
+        return value, jax.lax.stop_gradient(metrics)
+
+
+def _hidden(
+    model: Thinker, prompts: PromptRows, features_BRD: Array | None, *sets: Continuations
+) -> tuple[Array, ...]:
+    """The hidden states [B, G, C, D] that predict the tokens of each set, all from one packed forward pass."""
+    tokens = prompts.batch.tokens
+    packed = pack(tokens, prompts.next_position_B, *sets)
+    h_BTD = model.hidden(packed, features_BRD, FeatureLayout.of_batch(prompts.batch))
+    return predictor_hidden(h_BTD, tokens, *sets)
+
+
+def beta_at(config: RlConfig, step: int, total_steps: int) -> float:
+    """Weight of the KL term at an optimizer step: beta (1 - beta_decay min(1, t / (max_steps / 2))), as MER-R1's recipe."""
+    return config.beta * (1 - config.beta_decay * min(1.0, step / max(1.0, 0.5 * total_steps)))
