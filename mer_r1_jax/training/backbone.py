@@ -123,7 +123,8 @@ def special_ids(tokenizer: Any) -> dict[str, Any]:
         ConfigError: naming every special token of Qwen2.5-Omni that the tokenizer lacks.
     """
     ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in _SPECIAL_TOKENS.items()}
-    missing = [_SPECIAL_TOKENS[field] for field, token_id in ids.items() if token_id in (None, tokenizer.unk_token_id)]
+    vocabulary = tokenizer.get_vocab()  # not the unknown token's id: Qwen tokenizers have <|endoftext|> for that, too
+    missing = [token for token in _SPECIAL_TOKENS.values() if token not in vocabulary]
     if missing:
         raise ConfigError(
             f"the tokenizer lacks {', '.join(missing)}: expected the tokenizer of a Qwen2.5-Omni model "
