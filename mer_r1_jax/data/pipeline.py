@@ -22,7 +22,11 @@ STATE_VERSION = 1
 INDICES_CACHED = 4096
 
 
-class ResumeError(ValueError):
+class StreamError(ValueError):
+    """Sizes that no stream of prompts can have."""
+
+
+class ResumeError(StreamError):
     """A data state that does not belong to the stream it is given to; the message shows the difference."""
 
 
@@ -64,7 +68,7 @@ class PromptStream:
         process_index, process_count: which slice of every step this process gets.
 
     Raises:
-        ValueError: for an empty data set, a step larger than the data set, or one the processes cannot share evenly.
+        StreamError: for an empty data set, a step larger than the data set, or one the processes cannot share evenly.
     """
 
     def __init__(
@@ -160,17 +164,17 @@ def steps_for_epochs(num_records: int, prompts_per_step: int, num_train_epochs: 
 
 def _check_sizes(num_records: int, prompts_per_step: int, process_index: int, process_count: int) -> None:
     if not num_records:
-        raise ValueError("records: got none; expected at least one; to mend it, check the data file")
+        raise StreamError("records: got none; expected at least one; to mend it, check the data file")
     if process_count < 1 or not 0 <= process_index < process_count:
-        raise ValueError(f"process_index: got {process_index}; expected 0 to process_count - 1 = {process_count - 1}")
+        raise StreamError(f"process_index: got {process_index}; expected 0 to process_count - 1 = {process_count - 1}")
     if prompts_per_step < 1 or prompts_per_step % process_count:
-        raise ValueError(
+        raise StreamError(
             f"prompts_per_step: got {prompts_per_step}; expected a positive multiple of the {process_count} process(es), "
             "so that no prompt's completions span two of them; to mend it, set it to "
             f"{max(process_count, prompts_per_step // process_count * process_count)}"
         )
     if prompts_per_step > num_records:
-        raise ValueError(
+        raise StreamError(
             f"prompts_per_step: got {prompts_per_step}; expected at most the {num_records} records of the data set; "
             "to mend it, lower prompts_per_step or add records"
         )

@@ -11,15 +11,16 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.pipeline import Item, PromptStream
 from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.pool import ATTEMPTS, START_SECONDS
 
-START_UP_GRACE = 60.0  # seconds a worker process may take to start before a load counts as stalled
 METRICS = ("data/skipped", "data/silent_audio", "data/audio_cut", "data/decode_ms")
 
 
@@ -59,7 +60,8 @@ class ClipPrefetcher:
 
     Args:
         stream: decides which prompts come; advanced by `next` only.
-        load: decodes the clips of a record, raising MediaError for those that cannot be used; called in threads.
+        load: decodes the clips of a record (and may go on to build its prompt), raising MediaError for those that cannot
+            be used; called in threads.
         quarantine: list of broken clips; grows as broken records are consumed.
         prompts_ahead: prompts loaded beyond the step handed out, the bound on host memory.
         threads: loads that run at once (`media.decode_workers`).
@@ -170,6 +172,12 @@ class ClipPrefetcher:
             error.add_note(f"while loading the clips of {record.id} ({record.where})")
             raise
         return LoadedItem(item, clips, None, load.milliseconds)
+
+
+def stall_limit(media: MediaConfig, records: Iterable[Record]) -> float:
+    """Seconds after which a load counts as stalled: more than the loader's own limits let any record take."""
+    files = max(2 * len(record.videos) + len(record.audios) + len(record.images) for record in records)
+    return (1 + files) * ATTEMPTS * (START_SECONDS + media.decode_timeout)
 
 
 def _count(loaded: list[LoadedItem]) -> dict[str, float]:

@@ -17,8 +17,8 @@ class Problem:
         line: 1-based line, 0 where the whole file is at fault.
         field: column, or column and place in it, e.g. `messages[1].content`; "" for the whole line.
         got: what is there.
-        expected: what should be.
-        mend: how to put it right.
+        expected: what should be; "" where `got` is a whole message.
+        mend: how to put it right; "" where `got` is a whole message.
         record_id: the record's id where it is known.
         severity: `error` stops a run, `warning` does not.
     """
@@ -39,6 +39,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.field}" if self.field else self.where
+        if not self.expected:
+            return f"{place}: {self.got}"
         return f"{place}: got {self.got}; expected {self.expected}; to mend it, {self.mend}"
 
 

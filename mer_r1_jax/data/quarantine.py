@@ -16,6 +16,10 @@ from mer_r1_jax.data.records import Record
 MAX_LISTED = 10  # clips an error message names
 
 
+class QuarantineError(ValueError):
+    """A limit or a saved list that cannot be used."""
+
+
 class QuarantineLimitError(RuntimeError):
     """More clips broke than the configuration allows."""
 
@@ -49,7 +53,7 @@ class Quarantine:
 
     def __init__(self, num_records: int, max_fraction: float):
         if not 0 <= max_fraction <= 1:
-            raise ValueError(f"max_quarantined_fraction: got {max_fraction}; expected a share from 0 to 1")
+            raise QuarantineError(f"max_quarantined_fraction: got {max_fraction}; expected a share from 0 to 1")
         self.num_records = num_records
         self.max_fraction = max_fraction
         self._clips: dict[str, BrokenClip] = {}
@@ -116,7 +120,7 @@ class Quarantine:
             clips = [BrokenClip(**entry) for state in states for entry in state]
         except TypeError as error:
             names = ", ".join(field.name for field in dataclasses.fields(BrokenClip))
-            raise ValueError(f"quarantine state: {error}; expected entries of {names}; it is damaged") from error
+            raise QuarantineError(f"quarantine state: {error}; expected entries of {names}; it is damaged") from error
         self._clips = {}
         for clip in sorted(clips, key=lambda clip: (clip.step, clip.id)) if len(states) > 1 else clips:
             self._clips.setdefault(clip.id, clip)

@@ -1,0 +1,139 @@
+"""Checks data before a run: python experiments/validate.py --data=train.jsonl,eval.jsonl [--model=HF_DIR] [--config=...]
+
+Every record and clip is checked, and every fault listed with file and line. With `--model`, or a `--config` that names a
+tokenizer, prompts and targets are measured against the caps too; with `--config` alone the data files are the config's.
+Ends with status 0 when the data can be used, 1 when it has errors, 2 when it could not be checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from tqdm import tqdm
+
+from mer_r1_jax.cli import explained
+from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.data.report import print_report
+from mer_r1_jax.data.synthetic.make import WorldPaths
+from mer_r1_jax.data.validation import Checks, DataFile, validate
+from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.media.loader import ClipLoader
+from mer_r1_jax.media.prompt import PromptBuilder
+from mer_r1_jax.media.tokenizer import load_tokenizer
+from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.rl.tags import AnswerTags
+from mer_r1_jax.training.backbone import thinker_config
+
+_DATA = flags.DEFINE_list("data", [], "JSON-lines files; empty = those of --config.")
+_MEDIA_ROOT = flags.DEFINE_string("media_root", "", "Folder the media paths are relative to; empty = as configured.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration; its caps apply.", lock_config=True)
+_MODEL = flags.DEFINE_string("model", "", "Hugging Face directory whose tokenizer measures prompts and targets.")
+_WHEELS = flags.DEFINE_string("wheel_dir", "", "Folder with emotion wheels; empty = as configured.")
+_DECODE = flags.DEFINE_boolean("decode", True, "Decode every clip; without it prompts are not measured either.")
+_JSON = flags.DEFINE_string("json", "", "Write the whole report to this file as JSON.")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; data files are given as --data=FILE,FILE")
+    with explained(), contextlib.ExitStack() as stack:
+        config = _with_synthetic_world(_config())
+        files = _files(config)
+        checks = _checks(config, stack)
+        bar = stack.enter_context(tqdm(unit="record", desc="checked"))
+        report = validate(
+            files, config.data.media_root, checks, question=config.data.question, progress=lambda: bar.update()
+        )
+        bar.close()
+        if _JSON.value:
+            pathlib.Path(_JSON.value).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        print_report(report, Console())
+        return 1 if report.errors else 0
+
+
+def _config() -> RunConfig:
+    """The configuration with the flags applied on top."""
+    config = from_mapping(_CONFIG.value) if _CONFIG.value is not None else RunConfig()
+    if _MODEL.value:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=_MODEL.value, tokenizer_path=""))
+    if _MEDIA_ROOT.value:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, media_root=_MEDIA_ROOT.value))
+    if _WHEELS.value:
+        config = dataclasses.replace(config, emotion=dataclasses.replace(config.emotion, wheel_dir=_WHEELS.value))
+    return config
+
+
+def _files(config: RunConfig) -> list[DataFile]:
+    if _DATA.value:
+        return [DataFile(path=path) for path in _DATA.value]
+    data = config.data
+    needs = [(data.sft_path, ("target",)), (data.rl_path, ("solution",)), (data.eval_path, ("solution",))]
+    files = [DataFile(path=path, require=require) for path, require in needs if path]
+    if not files:
+        raise ConfigError("no data to check: give --data=FILE[,FILE], or a --config whose data.*_path name files")
+    return files
+
+
+def _with_synthetic_world(config: RunConfig) -> RunConfig:
+    """The configuration with the paths of the embedded world, where it uses one that has been made."""
+    data, model = config.data, config.model
+    if not data.synthetic_dir or data.sft_path or data.rl_path or data.eval_path:
+        return config
+    world = WorldPaths(pathlib.Path(data.synthetic_dir))
+    if not world.manifest.is_file():
+        raise ConfigError(
+            f"data.synthetic_dir: got {data.synthetic_dir!r}, which holds no finished data set; make it with "
+            f"experiments/make_synthetic.py --out={data.synthetic_dir}, or start the run, which makes it"
+        )
+    data = dataclasses.replace(
+        data, sft_path=str(world.sft), rl_path=str(world.rl), eval_path=str(world.eval), media_root=str(world.media_root)
+    )
+    if not (model.path or model.tokenizer_path):
+        model = dataclasses.replace(model, tokenizer_path=str(world.tokenizer))
+    return dataclasses.replace(config, data=data, model=model)
+
+
+def _checks(config: RunConfig, stack: contextlib.ExitStack) -> Checks:
+    """Everything that can be checked with what was given."""
+    wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
+    checks = Checks(wheels=wheels, threads=max(1, config.media.decode_workers))
+    thinker = ThinkerConfig.qwen2_5_omni_7b()
+    tokenizer_path = config.model.tokenizer_path or config.model.path
+    if tokenizer_path:
+        tokenizer = load_tokenizer(tokenizer_path)
+        thinker = thinker_config(config.model, tokenizer)
+        tags = AnswerTags(tokenizer)
+        data = config.data
+        builder = PromptBuilder(tokenizer, config.media, thinker, data.system_prompt, data.max_prompt_length)
+        checks = dataclasses.replace(
+            checks,
+            build=builder.build,
+            target_length=lambda record: _target_length(tags, record),
+            max_target_length=config.sft.max_completion_length,
+        )
+    if not _DECODE.value:
+        return checks
+    mel_bins = thinker.audio.num_mel_bins
+    loader = ClipLoader(config.media, thinker.vision, mel_bins, config.data.cache_dir, config.data.media_root)
+    return dataclasses.replace(checks, load=stack.enter_context(loader).load)
+
+
+def _target_length(tags: AnswerTags, record: Record) -> int:
+    """Tokens of the longer of a record's two SFT targets."""
+    slow, _ = tags.slow_target(record.target_reasoning, record.target_answer)
+    fast, _ = tags.fast_target(", ".join(record.solution))
+    return max(len(slow), len(fast))
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))
