@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from mer_r1_jax.omni.config import ConfigError, ThinkerConfig
-from mer_r1_jax.omni.hf.config import config_from_hf, config_to_hf, load_config
 from support.omni_dir import older_config
 from support.tiny_hf import tiny_thinker_config
 from transformers import Qwen2_5OmniThinkerConfig
+
+from mer_r1_jax.omni.config import ConfigError, ThinkerConfig
+from mer_r1_jax.omni.hf.config import config_from_hf, config_to_hf, load_config
 
 PRESETS = {
     "3b": ThinkerConfig.qwen2_5_omni_3b(),
@@ -91,7 +92,11 @@ def test_only_the_outer_tie_flag_counts():
 
 def test_missing_fields_take_the_defaults_of_transformers():
     written = config_to_hf(PRESETS["7b"])
-    del written["vision_config"]["hidden_size"], written["text_config"]["rope_scaling"], written["text_config"]["rope_theta"]
+    del (
+        written["vision_config"]["hidden_size"],
+        written["text_config"]["rope_scaling"],
+        written["text_config"]["rope_theta"],
+    )
     config = config_from_hf(written)
     assert config.vision.hidden_size == 3584  # the class's default, which no released model has
     assert config.text == PRESETS["7b"].text

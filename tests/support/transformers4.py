@@ -18,6 +18,7 @@ def transformers4_path() -> str:
         where = f"{VARIABLE}={given}" if given else f"{folder} (and {VARIABLE} is not set)"
         pytest.fail(
             f"transformers {VERSION} is not at {where}. Make it with: pip install --target .compat/transformers4 "
-            f"--no-deps transformers=={VERSION} tokenizers==0.22.2 huggingface_hub==0.36.0"
+            f"--no-deps transformers=={VERSION} tokenizers==0.22.2 huggingface_hub==0.36.0 "
+            "requests urllib3 charset-normalizer"
         )
     return str(folder)

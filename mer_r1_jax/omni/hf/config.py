@@ -34,7 +34,13 @@ _TEXT_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "rms_norm_eps", "max_position_embeddings"),
 )
-_THINKER_FIELDS = ("user_token_id", "position_id_per_seconds", "seconds_per_chunk", "tie_word_embeddings", "initializer_range")
+_THINKER_FIELDS = (
+    "user_token_id",
+    "position_id_per_seconds",
+    "seconds_per_chunk",
+    "tie_word_embeddings",
+    "initializer_range",
+)
 # What transformers assumes for absent fields where the released models, and so our defaults, differ.
 _HF_DEFAULTS = {("vision", "hidden_size"): 3584}
 # Our field -> the spellings config files use, the one we write first.
@@ -77,7 +83,11 @@ def load_config(path: str | Path, **overrides: Any) -> ThinkerConfig:
 
 
 def config_from_hf(
-    mapping: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None, where: str = CONFIG_FILE, **overrides: Any
+    mapping: Mapping[str, Any],
+    *,
+    generation: Mapping[str, Any] | None = None,
+    where: str = CONFIG_FILE,
+    **overrides: Any,
 ) -> ThinkerConfig:
     """Makes a ThinkerConfig of a parsed `config.json`.
 
@@ -111,7 +121,11 @@ def config_from_hf(
     for name in ("patch_size", "temporal_patch_size"):
         vision[name] = _one_number(vision.get(name, getattr(VisionConfig, name)), f"vision_config.{name}", problems)
     audio = _select(parts["audio"], _AUDIO_FIELDS, "audio")
-    for name, cls, values in (("audio", AudioConfig, audio), ("vision", VisionConfig, vision), ("text", TextConfig, text)):
+    for name, cls, values in (
+        ("audio", AudioConfig, audio),
+        ("vision", VisionConfig, vision),
+        ("text", TextConfig, text),
+    ):
         try:
             fields[name] = cls(**values)
         except (ConfigError, TypeError) as error:
@@ -207,7 +221,8 @@ def _thinker_part(mapping: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     model_type = thinker.get("model_type", MODEL_TYPE)
     if model_type != MODEL_TYPE:
         raise ConfigError(
-            f"{where}: model_type is {model_type!r}; expected {MODEL_TYPE!r}, or {OMNI_MODEL_TYPE!r} with a thinker_config"
+            f"{where}: model_type is {model_type!r}; expected {MODEL_TYPE!r}, or {OMNI_MODEL_TYPE!r} "
+            "with a thinker_config"
         )
     return thinker
 
@@ -258,7 +273,8 @@ def _special_ids(
         ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         if not values and max(ids) >= vocab_size:
             problems.append(
-                f"{spellings[0]} is missing, and the released id {max(ids)} is not below vocab_size={vocab_size}: add it"
+                f"{spellings[0]} is missing, and the released id {max(ids)} is not below vocab_size={vocab_size}: "
+                "add it"
             )
         found[field] = ids if field == "eos_token_ids" else value
     return found

@@ -92,9 +92,9 @@ def export_model(
         params: nested dict of numpy or jax arrays in the shapes of `abstract_thinker(config)`, all of them held by this
             process.
         source: directory whose tokenizer, processor and generation files are copied.
-        base: full Omni directory (`thinker.`, `talker.` and `token2wav.` tensors). The export is then a copy of it, file
-            by file and tensor by tensor, in which only the Thinker's weights are new; `source` and `max_shard_size` do
-            not apply.
+        base: full Omni directory (`thinker.`, `talker.` and `token2wav.` tensors). The export is then a copy of it,
+            file by file and tensor by tensor, in which only the Thinker's weights are new; `source` and
+            `max_shard_size` do not apply.
         dtype: float32 | bfloat16 | float16; None keeps the dtype of each parameter, or with `base` that of the tensor
             it replaces.
         max_shard_size: bytes, or text like "5GB" (10^9); more than fits goes to further files with an index.
@@ -140,10 +140,16 @@ def _sources(config: ThinkerConfig, params: Mapping) -> dict[str, Source]:
 
 
 def _write_thinker(
-    staging: Path, config: ThinkerConfig, sources: Mapping[str, Source], dtype: str | None, limit: int, source: Path | None
+    staging: Path,
+    config: ThinkerConfig,
+    sources: Mapping[str, Source],
+    dtype: str | None,
+    limit: int,
+    source: Path | None,
 ) -> ExportReport:
     specs = [
-        spec(name, entry.stored_shape, np.dtype(jnp.dtype(dtype or leaf.dtype))) for name, (entry, leaf) in sources.items()
+        spec(name, entry.stored_shape, np.dtype(jnp.dtype(dtype or leaf.dtype)))
+        for name, (entry, leaf) in sources.items()
     ]
     shards = _split(specs, limit)
     for file, tensors in shards.items():
@@ -202,8 +208,8 @@ def _match_base(
     matched = match_tensors(stored, entries, base, tied=base_config.tie_word_embeddings)
     if not matched.skipped:
         raise ExportError(
-            f"{base} has no talker. or token2wav. tensors: expected a full Omni directory; leave base out to export the "
-            "Thinker alone"
+            f"{base} has no talker. or token2wav. tensors: expected a full Omni directory; leave base out to export "
+            "the Thinker alone"
         )
     return matched
 
@@ -228,8 +234,8 @@ def _chunks(tensor: TensorSpec, source: Source) -> Iterable[memoryview]:
             piece = np.ascontiguousarray(rows[start : start + step]).astype(dtype, copy=False)
         if not np.isfinite(piece).all():
             raise ExportError(
-                f"{tensor.name} ({'/'.join(entry.path)}) holds values that are not finite in {dtype}: export an earlier "
-                "checkpoint, or use a wider dtype"
+                f"{tensor.name} ({'/'.join(entry.path)}) holds values that are not finite in {dtype}: export an "
+                "earlier checkpoint, or use a wider dtype"
             )
         yield piece.reshape(-1).view(np.uint8).data
 

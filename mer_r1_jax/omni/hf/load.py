@@ -37,9 +37,7 @@ def find_weights(directory: str | Path, config: ThinkerConfig) -> Matched:
     return match_tensors(list_tensors(directory), entries, directory, tied=config.tie_word_embeddings)
 
 
-def load_params(
-    directory: str | Path, config: ThinkerConfig, *, shardings: Mapping | None = None
-) -> dict[str, Any]:
+def load_params(directory: str | Path, config: ThinkerConfig, *, shardings: Mapping | None = None) -> dict[str, Any]:
     """Loads the parameters of a Thinker.
 
     Bare transformers 4 names, the `thinker.` prefix of full Omni directories and transformers 5's in-memory names are
@@ -88,11 +86,14 @@ def _placements(shapes: Mapping[tuple[str, ...], Any], shardings: Mapping | None
     placed = table.leaves(shardings)
     if placed.keys() != shapes.keys():
         odd = sorted("/".join(path) for path in placed.keys() ^ shapes.keys())
-        raise ValueError(f"shardings and parameters differ in {', '.join(odd)}; make them from abstract_thinker(config)")
+        raise ValueError(
+            f"shardings and parameters differ in {', '.join(odd)}; make them from abstract_thinker(config)"
+        )
     for path, sharding in placed.items():
         if not isinstance(sharding, (NamedSharding, SingleDeviceSharding)):
             raise ValueError(
-                f"sharding of {'/'.join(path)} is a {type(sharding).__name__}: expected NamedSharding or SingleDeviceSharding"
+                f"sharding of {'/'.join(path)} is a {type(sharding).__name__}: expected NamedSharding or "
+                "SingleDeviceSharding"
             )
     return placed
 
@@ -124,7 +125,7 @@ def _without_layer_axis(sharding: Sharding) -> Sharding:
 
 
 def _allocate(shapes: Mapping[tuple[str, ...], Any], placed: Mapping[tuple[str, ...], Sharding]) -> dict:
-    """Zeros for the stacked leaves, on the devices; one program, as compiling one for each takes longer than loading."""
+    """Zeros for the stacked leaves, on the devices; one program, as compiling one for each outlasts the loading."""
     make = jax.jit(
         lambda: [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes.values()],
         out_shardings=[placed[path] for path in shapes],

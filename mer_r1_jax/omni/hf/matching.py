@@ -1,4 +1,4 @@
-"""Which stored tensor fills which place: compares a checkpoint's headers with the weight table before any data moves."""
+"""Which stored tensor fills which place: a checkpoint's headers against the weight table, before any data moves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.tensor_files import COPY_BYTES, NUMPY_DTYPES, TensorSpec, WeightError
+from mer_r1_jax.omni.hf.tensor_files import NUMPY_DTYPES, TensorSpec, WeightError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +89,14 @@ def _report(directory: Path, problems: Iterable[tuple[str, str, str]], any_match
         count += 1
         template, layer = _layer_of(name)
         groups.setdefault((kind, template, detail), []).extend([] if layer is None else [layer])
-    lines = [f"  {kind}: {template.replace('*', _ranges(layers), 1)}: {detail}" for (kind, template, detail), layers in groups.items()]
+    lines = [
+        f"  {kind}: {template.replace('*', _ranges(layers), 1)}: {detail}"
+        for (kind, template, detail), layers in groups.items()
+    ]
     kinds = {kind for kind, _, _ in groups}
-    return "\n".join([f"{directory}: {count} of its weights do not fit the config:", *lines, *_advice(kinds, any_match)])
+    return "\n".join(
+        [f"{directory}: {count} of its weights do not fit the config:", *lines, *_advice(kinds, any_match)]
+    )
 
 
 def _layer_of(name: str) -> tuple[str, int | None]:
@@ -102,7 +107,7 @@ def _layer_of(name: str) -> tuple[str, int | None]:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """"3" for one layer, "[0-2,5]" for several."""
+    """ "3" for one layer, "[0-2,5]" for several."""
     if not layers:
         return "*"
     runs: list[list[int]] = []

@@ -2,8 +2,8 @@
 
 A row names a parameter of the tree (`text/layers/attn/q/kernel`), the tensor in transformers 4 naming
 (`model.layers.{i}.self_attn.q_proj.weight`; `{i}` marks a leaf that stacks all layers) and how one becomes the other.
-Nothing else in the package knows a tensor name. Torch keeps linear weights as (out, in), we keep them as (in..., out...)
-with heads apart.
+Nothing else in the package knows a tensor name. Torch keeps linear weights as (out, in), we keep them as
+(in..., out...) with heads apart.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def plain_name(name: str) -> str:
 
 
 def known_extra(name: str) -> str | None:
-    """"talker" or "token2wav" when the tensor belongs to that part of a full Omni directory, else None."""
+    """ "talker" or "token2wav" when the tensor belongs to that part of a full Omni directory, else None."""
     return next((prefix[:-1] for prefix in KNOWN_EXTRAS if name.startswith(prefix)), None)
 
 

@@ -59,7 +59,9 @@ class TensorSpec:
         dtype = NUMPY_DTYPES[self.dtype]
         data = np.fromfile(self.path, dtype=np.uint8, count=self.nbytes, offset=self.start)
         if data.nbytes != self.nbytes:
-            raise WeightError(f"{self.path}: {self.name} ends after {data.nbytes} of {self.nbytes} bytes; copy it again")
+            raise WeightError(
+                f"{self.path}: {self.name} ends after {data.nbytes} of {self.nbytes} bytes; copy it again"
+            )
         return data.view(dtype).reshape(self.shape)
 
     def chunks(self) -> Iterable[bytes]:
@@ -91,7 +93,9 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise WeightError(f"{path}: {size} bytes, too few for its header; the file is cut short or no safetensors file")
+            raise WeightError(
+                f"{path}: {size} bytes, too few for its header; the file is cut short or no safetensors file"
+            )
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
