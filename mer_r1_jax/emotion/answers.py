@@ -1,0 +1,99 @@
+"""From an answer's text to its emotion words.
+
+`parse_answer` reads `<think>R</think>\\n<answer>W</answer>`. Splitting W into words is the official MER-UniBench splitter
+(zeroQiaoba/AffectGPT, toolkit/utils), quirks included: only quotes and ASCII commas separate, so "happy; sad", "happy/sad",
+"happy and sad", a newline or a Chinese comma leave one unknown word, and other punctuation stays ("happy." is unknown).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+
+_WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_EXTRACTOR_PREFIXES = ("输入", "输出", "翻译", "让我们来翻译一下", "output", "Output", "input", "Input")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedAnswer:
+    """What one answer says.
+
+    Attributes:
+        reasoning: the text of the first closed think block, trimmed; None when there is no such block.
+        answer_text: the text of the first closed answer block as it stands; None when there is no such block.
+        words: the distinct words of that block, lower-case and trimmed, in order; empty when there is no such block.
+        format_reward: 1.0 when the text is one think block that is not empty, then one answer block that is not empty,
+            and besides them only white space; else 0.0.
+    """
+
+    reasoning: str | None
+    answer_text: str | None
+    words: tuple[str, ...]
+    format_reward: float
+
+
+def parse_answer(text: str) -> ParsedAnswer:
+    """Reads the text of one completion, without the token that ends the turn.
+
+    Words are read from the first closed answer block whatever the format. A fast answer, parsed together with the empty
+    think block it was prefilled with, has format reward 0: its reasoning is empty.
+    """
+    reasoning = _first_block(text, THINK_OPEN, THINK_CLOSE)
+    answer = _first_block(text, ANSWER_OPEN, ANSWER_CLOSE)
+    words = distinct_words(split_words(answer))
+    return ParsedAnswer(reasoning if reasoning is None else reasoning.strip(), answer, words, _format_reward(text))
+
+
+def _first_block(text: str, opening: str, closing: str) -> str | None:
+    start = text.find(opening)
+    end = text.find(closing, start + len(opening)) if start >= 0 else -1
+    return text[start + len(opening) : end] if end >= 0 else None
+
+
+def _format_reward(text: str) -> float:
+    once = all(text.count(tag) == 1 for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE))
+    match = _WELL_FORMED.fullmatch(text) if once else None
+    return float(match is not None and all(block.strip() for block in match.groups()))
+
+
+def split_words(answer: str | Sequence[str] | None) -> list[str]:
+    """The official splitter. A list passes unchanged; None, NaN (an empty csv cell) and "" give no words.
+
+    One leading "[" and one trailing "]" go; quotes and ASCII commas separate; words are trimmed but keep their case. On a
+    lone "[" the official code raises IndexError (it looks for the "]" in an empty string); here it gives no words.
+
+    Raises:
+        TypeError: `answer` is neither text, a list of texts, nor missing.
+    """
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+        return []
+    if isinstance(answer, (list, tuple)) and all(isinstance(word, str) for word in answer):
+        return list(answer)
+    if not isinstance(answer, str):
+        raise TypeError(f"got {answer!r}; expected text with words between commas, or a list of words")
+    answer = answer.removeprefix("[").removesuffix("]")
+    return [word.strip() for word in re.split("['\",]", answer) if word.strip()]
+
+
+def distinct_words(words: Iterable[str]) -> tuple[str, ...]:
+    """Lower-case, trimmed words without repeats and blanks, in order."""
+    lowered = (word.lower().strip() for word in words)
+    return tuple(dict.fromkeys(word for word in lowered if word))
+
+
+def clean_extractor_text(text: str) -> str:
+    """The official clean-up of what the word-extracting LLM wrote, applied before `split_words`.
+
+    Quirks: the prefixes are tested once each and in order, so "Input output: x" keeps "output"; newlines are deleted rather than
+    replaced, so two words on two lines grow together.
+    """
+    text = text.strip()
+    for prefix in _EXTRACTOR_PREFIXES:
+        text = text.removeprefix(prefix)
+    text = text.strip().removeprefix(":").removeprefix("：").strip()
+    return text.replace("\n", "").strip()

@@ -1,0 +1,160 @@
+"""Scoring a file of predictions: one JSON object a line with `id`, `prediction` and `truth`."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from mer_r1_jax.emotion import answers, metrics
+from mer_r1_jax.emotion.wheels import Wheels
+
+METRICS = ("set_f1", "hit", "waf")
+_MOST_SHOWN = 20  # mistakes listed in one error
+
+
+class PredictionError(ValueError):
+    """A predictions file that cannot be scored; the message lists file, line, what was got and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """The columns of a predictions file. Words are as the official splitter gives them; waf has a word and a number."""
+
+    ids: list[str]
+    predictions: list[Any]
+    truths: list[Any]
+
+
+def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = False) -> Predictions:
+    """Reads a predictions file.
+
+    Args:
+        path: JSON lines; `prediction` and `truth` are text or a list of words for set_f1; for hit `truth` is one word; for
+            waf `truth` is a number and `prediction` a sentiment word. null stands for no words.
+        metric: set_f1 | hit | waf.
+        clean_up: predictions are an extractor LLM's raw text, to be cleaned as the official pipeline does.
+
+    Raises:
+        PredictionError: unknown metric, missing or empty file, lines that are not as described, an id twice.
+    """
+    if metric not in METRICS:
+        raise PredictionError(f"unknown metric {metric!r}: expected one of {', '.join(METRICS)}")
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise PredictionError(f"{path}: no such file; expected JSON lines with id, prediction and truth")
+    read_prediction, read_truth = _READERS[metric]
+    columns, mistakes, seen = Predictions([], [], []), [], {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = _record(line)
+                name = str(record["id"])
+                if name in seen:
+                    raise ValueError(f"id {name!r} is on line {seen[name]} already; every sample is scored once")
+                prediction = record["prediction"]
+                if clean_up and isinstance(prediction, str):
+                    prediction = answers.clean_extractor_text(prediction)
+                row = read_prediction(prediction), read_truth(record["truth"])
+            except (ValueError, TypeError) as error:
+                mistakes.append(f"{path}:{number}: {error}")
+                continue
+            seen[name] = number
+            columns.ids.append(name)
+            columns.predictions.append(row[0])
+            columns.truths.append(row[1])
+    if mistakes:
+        more = len(mistakes) - _MOST_SHOWN
+        raise PredictionError("\n".join(mistakes[:_MOST_SHOWN] + [f"... and {more} more"] * (more > 0)))
+    if not columns.ids:
+        raise PredictionError(f"{path}: no predictions; expected JSON lines with id, prediction and truth")
+    return columns
+
+
+def score_predictions(columns: Predictions, metric: str, wheels: Wheels) -> dict[str, Any]:
+    """Scores what `read_predictions` gave, as a JSON-ready dict; NaN becomes None.
+
+    Returns:
+        score, precision, recall, per_wheel (a list of dicts), n, n_scored, and n_unknown_words with unknown_words: how often
+        each predicted word that has no category on any wheel occurs (waf: each word that is no sentiment).
+    """
+    if metric == "waf":
+        score = metrics.waf(columns.predictions, columns.truths)
+        unknown = collections.Counter(word for word in columns.predictions if word not in metrics.SENTIMENTS)
+    else:
+        scorer = metrics.set_f1 if metric == "set_f1" else metrics.hit
+        score = scorer(columns.predictions, columns.truths, wheels)
+        lowered = (answers.distinct_words(words) for words in columns.predictions)
+        unknown = collections.Counter(word for words in lowered for word in words if not wheels.is_known(word))
+    result = {
+        "metric": metric,
+        "variant": wheels.variant,
+        "score": score.score,
+        "precision": score.precision,
+        "recall": score.recall,
+        "per_wheel": [
+            {"wheel": name, **{key: _number(value) for key, value in dataclasses.asdict(wheel).items()}}
+            for name, wheel in zip(wheels.names, score.per_wheel, strict=False)
+        ],
+        "n": score.n,
+        "n_scored": score.n_scored,
+        "n_unknown_words": sum(unknown.values()),
+        "unknown_words": dict(unknown.most_common()),
+    }
+    if metric == "waf":
+        result["accuracy"] = score.accuracy
+    return {key: _number(value) for key, value in result.items()}
+
+
+def _record(line: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}; expected an object with id, prediction and truth on one line") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"got a {type(record).__name__}; expected an object with id, prediction and truth")
+    missing = [name for name in ("id", "prediction", "truth") if name not in record]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}; found {', '.join(record) or 'nothing'}")
+    return record
+
+
+def _words(cell: Any) -> list[str]:
+    return answers.split_words(cell)
+
+
+def _label(cell: Any) -> str:
+    if not isinstance(cell, str):
+        raise TypeError(f"truth is {cell!r}; expected one emotion word for hit")
+    return cell
+
+
+def _sentiment(cell: Any) -> str:
+    if cell is None:
+        return ""
+    if not isinstance(cell, str):
+        raise TypeError(f"prediction is {cell!r}; expected positive, negative or neutral for waf")
+    return cell
+
+
+def _real(cell: Any) -> float:
+    if isinstance(cell, bool) or not isinstance(cell, (int, float)) or not math.isfinite(cell):
+        raise TypeError(f"truth is {cell!r}; expected a finite number for waf")
+    return float(cell)
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+_READERS: dict[str, tuple[Callable, Callable]] = {
+    "set_f1": (_words, _words),
+    "hit": (_words, _label),
+    "waf": (_sentiment, _real),
+}

@@ -1,0 +1,91 @@
+"""Rewards of one answer: recall, precision and F1 of emotion categories, averaged over the wheels.
+
+MER-R1, rewards: R_R = |Y & G| / |G|, R_P = |Y & G| / |Y| with Y the predicted and G the true set of level-1 categories of
+a wheel. Each is computed on every wheel on which the truth has a category, then averaged over those wheels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from mer_r1_jax.emotion import answers
+from mer_r1_jax.emotion.wheels import Wheels
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+    """Rewards of one answer.
+
+    Attributes:
+        recall, precision, f1: in [0, 1] without a word penalty; 0 when nothing can be scored.
+        n_words: distinct words of the answer.
+        n_unknown: those among them that have no category on any wheel.
+        n_categories: predicted categories, averaged over the scored wheels.
+        scorable: the truth has a category on at least one wheel.
+    """
+
+    recall: float
+    precision: float
+    f1: float
+    n_words: int
+    n_unknown: int
+    n_categories: float
+    scorable: bool
+
+
+def category_sets(words: Iterable[str], wheels: Wheels) -> tuple[frozenset[str], ...]:
+    """The set of categories of `words` on each wheel."""
+    words = tuple(words)
+    return tuple(frozenset(wheels.categories(words, wheel)) for wheel in range(len(wheels)))
+
+
+def answer_rewards(
+    words: Iterable[str], truth_words: Iterable[str], wheels: Wheels, *, word_penalty: float = 0.0
+) -> Rewards:
+    """Scores the words of one answer against the true words.
+
+    Args:
+        words: the answer's words; repeats do not count.
+        truth_words: the true words.
+        wheels: the wheels.
+        word_penalty: taken off recall, precision and F1 for every distinct word beyond the number of distinct true words
+            (off by default); the rewards may then be negative.
+
+    Returns:
+        Rewards. An answer without a category on a wheel has precision, recall and F1 0 there. A truth without a category
+        on any wheel ("neutral") gives zeros and `scorable` False.
+    """
+    words, truth_words = answers.distinct_words(words), answers.distinct_words(truth_words)
+    predicted, true = category_sets(words, wheels), category_sets(truth_words, wheels)
+    unknown = sum(not wheels.is_known(word) for word in words)
+    scored = set_rewards(predicted, true)
+    if scored is None:
+        return Rewards(0.0, 0.0, 0.0, len(words), unknown, 0.0, False)
+    recall, precision, f1 = (value - word_penalty * max(len(words) - len(truth_words), 0) for value in scored)
+    n_categories = _mean(len(y) for y, g in zip(predicted, true, strict=True) if g)
+    return Rewards(recall, precision, f1, len(words), unknown, n_categories, True)
+
+
+def set_rewards(
+    predicted: Sequence[frozenset[str]], true: Sequence[frozenset[str]]
+) -> tuple[float, float, float] | None:
+    """Recall, precision and F1 of category sets, averaged over the wheels whose true set is not empty; None without any.
+
+    Args:
+        predicted: categories of the answer on each wheel.
+        true: true categories on each wheel.
+    """
+    scored = [(y, g) for y, g in zip(predicted, true, strict=True) if g]
+    if not scored:
+        return None
+    return (
+        _mean(len(y & g) / len(g) for y, g in scored),
+        _mean(len(y & g) / len(y) if y else 0.0 for y, g in scored),
+        _mean(2 * len(y & g) / (len(y) + len(g)) for y, g in scored),
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
