@@ -20,9 +20,8 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
 from mer_r1_jax.training import durable
@@ -205,7 +204,7 @@ class _TensorBoard:
             self._files[phase] = self._open(phase, step)
         event = event_pb2.Event(wall_time=time.time(), step=step)
         for name, value in values.items():
-            event.summary.value.extend(summary.scalar(name, value).value)
+            event.summary.value.append(summary_pb2.Summary.Value(tag=name, simple_value=value))
         self._files[phase].write_event(event)
         self._files[phase].flush()
 

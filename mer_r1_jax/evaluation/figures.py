@@ -1,0 +1,157 @@
+"""The report's pictures as data URIs: curves drawn by matplotlib, frames of a clip in a strip."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+SLOW, FAST, RECALL, PRECISION, NEUTRAL = "#1f5fbf", "#d9730d", "#2a8c5f", "#8a4fbf", "#475569"
+_GRID, _TEXT, _MUTED = "#e2e8f0", "#1e293b", "#94a3b8"
+_BEHIND_LABEL = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
+_STYLE = {
+    "svg.fonttype": "path",  # looks the same wherever it is opened
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": _TEXT,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One curve: steps and values of equal length, a label ("" for none), a colour, and how it is drawn."""
+
+    steps: Sequence[float]
+    values: Sequence[float]
+    label: str
+    color: str
+    markers: bool = False  # few, exact points rather than a noisy series that is smoothed
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One set of axes; `levels` are (value, label) of horizontal dashed lines."""
+
+    title: str
+    lines: tuple[Line, ...]
+    levels: tuple[tuple[float, str], ...] = ()
+
+
+def draw(panels: Sequence[Panel], columns: int, width: float = 4.6, height: float = 2.5) -> str:
+    """Draws panels in a grid and returns an SVG as a data URI; `width` and `height` of one panel in inches."""
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        for number, panel in enumerate(panels):
+            _draw_panel(figure.add_subplot(rows, columns, number + 1), panel)
+        out = io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over about a twelfth of the series, shorter at its ends; NaN are left out of it."""
+    half = max(1, len(values) // 24)
+    finite = np.isfinite(values)
+    sums = np.cumsum(np.concatenate([[0.0], np.where(finite, values, 0.0)]))
+    counts = np.cumsum(np.concatenate([[0], finite]))
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    count = counts[high] - counts[low]
+    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
+
+
+def _draw_panel(axes, panel: Panel) -> None:
+    for line in panel.lines:
+        steps, values = np.asarray(line.steps, float), np.asarray(line.values, float)
+        values = np.where(np.isfinite(values), values, np.nan)
+        if line.markers or len(values) < 12:
+            axes.plot(steps, values, color=line.color, label=line.label, marker="o", markersize=4, linewidth=1.8)
+        else:
+            axes.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smooth(values), color=line.color, label=line.label, linewidth=1.8)
+    for value, label in panel.levels:
+        axes.axhline(value, color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        axes.annotate(
+            label, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+            ha="right", va="bottom", color=_MUTED, fontsize=8, bbox=_BEHIND_LABEL,
+        )  # fmt: skip
+    axes.set_title(panel.title)
+    _pad_flat_axis(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.yaxis.get_major_formatter().set_useOffset(False)
+    if len(panel.lines) > 1:
+        axes.legend(loc="best", ncols=2)
+
+
+def _pad_flat_axis(axes) -> None:
+    """Gives a constant series an axis around its value, where matplotlib would magnify rounding."""
+    low, high = axes.dataLim.intervaly
+    if np.isfinite([low, high]).all() and high - low < 1e-6 * max(abs(low), abs(high)):
+        margin = 0.5 * max(abs(low), abs(high))
+        axes.set_ylim(low - margin, high + margin)
+
+
+def frame_strip(path: str | Path, frames: int = 4, height: int = 84) -> tuple[str, float]:
+    """`frames` frames spread over a clip, side by side, as a JPEG data URI; and the clip's seconds.
+
+    Raises:
+        ValueError: the file holds no frame that decodes; the message says why, without the folder.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            seconds = float((container.duration or 0) / av.time_base)
+            expected = stream.frames or round(seconds * float(stream.average_rate or 0)) or frames
+            wanted = [round(position) for position in np.linspace(0, expected - 1, frames)]
+            pictures = _decoded(container, stream, wanted)
+    except (OSError, IndexError, av.error.FFmpegError) as error:
+        raise ValueError(f"{Path(path).name} cannot be shown: {type(error).__name__}") from error
+    if not pictures:
+        raise ValueError(f"{Path(path).name} cannot be shown: it has no frames")
+    width = max(1, round(pictures[0].width * height / pictures[0].height))
+    strip = Image.new("RGB", (len(pictures) * width + 2 * (len(pictures) - 1), height), "white")
+    for number, picture in enumerate(pictures):
+        strip.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (number * (width + 2), 0))
+    out = io.BytesIO()
+    strip.save(out, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode(), seconds
+
+
+def _decoded(container: av.container.InputContainer, stream: av.VideoStream, wanted: Sequence[int]) -> list[Image.Image]:
+    """The frames of those numbers, decoded up to the last of them and no more held than asked for."""
+    pictures = []
+    for number, frame in enumerate(container.decode(stream)):
+        if number in wanted:
+            pictures.append(frame.to_image())
+        if number >= wanted[-1]:
+            break
+    return pictures

@@ -1,0 +1,343 @@
+"""report.html: one file that explains a run to somebody who saw nothing of it, without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mer_r1_jax.data.paths import MediaPathError, resolve_media
+from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
+from mer_r1_jax.evaluation import figures
+from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
+from mer_r1_jax.evaluation.narrative import describe, f1_difference, percent, signed, stages_of, warnings_of
+from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
+from mer_r1_jax.training import durable
+
+__all__ = ["ReportError", "make_report"]
+
+DEFAULT_EXAMPLES = 24
+COMPLETIONS_SHOWN, TEXT_SHOWN = 8, 600
+# Rows of the headline table: label, score, whether it is a share shown in hundredths, digits otherwise.
+TABLE_ROWS = (
+    ("Precision", "precision", True, 1),
+    ("Recall", "recall", True, 1),
+    ("F1", "f1", True, 1),
+    ("Confidence on right categories", "confidence_correct", True, 1),
+    ("Confidence on wrong categories", "confidence_wrong", True, 1),
+    ("Emotion words per answer", "mean_words", False, 2),
+    ("Tokens per answer", "mean_length", False, 1),
+    ("Distinct answers", "distinct_answers", False, 0),
+    ("In the right format", "format_rate", True, 1),
+    ("Cut at the length limit", "truncated_rate", True, 1),
+)
+# Small curves: title, and metric -> (label, colour). Those without data are left out.
+SMALL_PANELS = (
+    ("Completion length (tokens)", {"completions/mean_length": ("", NEUTRAL)}),
+    ("Cut at the length limit", {"completions/clipped_ratio": ("", NEUTRAL)}),
+    ("Confidence, slow and fast", {"confidence/slow": ("slow", SLOW), "confidence/fast": ("fast", FAST)}),
+    ("Format reward", {"rewards/format/mean": ("", NEUTRAL)}),
+    ("KL to the reference", {"kl": ("", NEUTRAL)}),
+    ("Entropy of the policy", {"entropy": ("", NEUTRAL)}),
+    ("Gradient norm", {"grad_norm": ("", NEUTRAL)}),
+    ("Groups without spread of reward", {"frac_reward_zero_std": ("", NEUTRAL)}),
+    ("Clipped tokens", {"clip_ratio/region_mean": ("", NEUTRAL)}),
+    ("Sampler against trainer (log-prob.)", {"sampling/sampling_logp_difference/mean": ("", NEUTRAL)}),
+    ("Learning rate", {"learning_rate": ("", NEUTRAL)}),
+    ("Tokens per second", {"perf/throughput": ("", NEUTRAL)}),
+    ("Seconds per step", {"step_time": ("", NEUTRAL)}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """An emotion word and how it fares: right, wrong or unknown (answers), found or missed (truth), or "" (unmarked)."""
+
+    text: str
+    mark: str
+
+
+def make_report(
+    run_dir: str | os.PathLike, media_root: str | os.PathLike | None = None, num_examples: int | None = None
+) -> Path:
+    """Writes `<run_dir>/report.html` from what lies in the folder.
+
+    Args:
+        run_dir: a run's folder, finished or not. What is missing there is named in the report.
+        media_root: folder of the clips; None = `data.media_root` of the run's configuration, or the folder of its
+            `data.eval_path`.
+        num_examples: clips shown, the first ones in order; None = `eval.num_examples` of the configuration.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ReportError: there is no such folder, or the report cannot be written.
+    """
+    run = read_run(run_dir)
+    if num_examples is None:
+        num_examples = run.config.get("eval", {}).get("num_examples", DEFAULT_EXAMPLES)
+    missing = list(run.missing)
+    benchmarks = list(run.evaluations.values())
+    stages = stages_of(benchmarks[0]) if benchmarks else None
+    clips = _clips(run, stages, media_root, num_examples, missing) if stages else []
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mer_r1_jax.evaluation", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html.jinja").render(
+        title=run.config.get("train", {}).get("run_name") or run.config.get("name") or run.path.resolve().name,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        summary=describe(run),
+        warnings=warnings_of(run),
+        cards=_cards(stages.start, stages.end) if stages and stages.end else [],
+        tables=[_table(evaluations) for evaluations in benchmarks],
+        figures=_figures(run),
+        clips=clips,
+        clips_of=stages.end if stages else None,
+        completions=_completions(run),
+        config=_shown_json(run.config),
+        environment=_shown_json(run.environment),
+        missing=list(dict.fromkeys(missing)),
+    )
+    path = run.path / "report.html"
+    try:
+        durable.write_atomically(path, lambda file: file.write(html.encode()))
+    except OSError as error:
+        raise ReportError(f"{path} cannot be written: {error}") from error
+    return path
+
+
+def _cards(start: Evaluation | None, end: Evaluation) -> list[dict[str, str]]:
+    """The few numbers at the top: F1 of both modes at the end, with the paired change since the start of RL."""
+    cards = []
+    for mode in MODES:
+        note, kind = "", ""
+        if start is not None and start is not end and (change := f1_difference(end, mode, start, mode)):
+            note = f"{signed(change.points)} since the start of RL [{signed(change.low)}, {signed(change.high)}]"
+            kind = ("up" if change.points > 0 else "down") if change.is_clear else ""
+        cards.append({"label": f"{mode.capitalize()} F1", "value": percent(end.score(mode, "f1")), "note": note, "kind": kind})
+    if (gap := f1_difference(end, "slow", end, "fast")) is not None:
+        note = f"points [{signed(gap.low)}, {signed(gap.high)}]"
+        cards.append({"label": "Slow minus fast", "value": signed(gap.points), "note": note, "kind": ""})
+    for label, name in (("Floor: majority answer", "majority_f1"), ("Ceiling: oracle", "oracle_f1")):
+        if (value := end.reference(name)) is not None:
+            cards.append({"label": label, "value": percent(value), "note": "F1", "kind": "reference"})
+    return cards
+
+
+def _table(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Start and end side by side, slow and fast apart."""
+    stages = stages_of(evaluations)
+    columns = []
+    if stages.start is not None:
+        is_sft = stages.start.phase == "sft"
+        columns.append((f"After SFT (step {stages.start.step})" if is_sft else "Start of RL (after SFT)", stages.start))
+    if stages.end_is_rl:
+        columns.append((f"End (RL step {stages.end.step})", stages.end))
+    rows = []
+    for label, name, is_share, digits in TABLE_ROWS:
+        values = [evaluation.score(mode, name) for _, evaluation in columns for mode in MODES]
+        if any(value is not None for value in values):
+            cells = [percent(value) if is_share else "–" if value is None else f"{value:.{digits}f}" for value in values]
+            rows.append({"label": label, "cells": cells, "strong": name == "f1"})
+    end = stages.end
+    return {
+        "benchmark": end.benchmark,
+        "n": end.n,
+        "columns": [label for label, _ in columns],
+        "rows": rows,
+        "floor": percent(end.reference("majority_f1")),
+        "ceiling": percent(end.reference("oracle_f1")),
+        "majority": ", ".join(end.scores.get("majority_answer") or []),
+    }
+
+
+def _figures(run: RunRecord) -> list[dict[str, str]]:
+    found = []
+    for benchmark, evaluations in run.evaluations.items():
+        panels = _held_out_panels(evaluations)
+        if panels:
+            caption = f"Held-out clips ({benchmark}). Dashed: the majority answer as floor, the oracle as ceiling."
+            found.append({"caption": caption, "source": figures.draw(panels, 2)})
+    reward = _panel(run, "rl", "Reward", {"reward": ("", NEUTRAL)})
+    parts = {"rewards/recall/mean": ("recall", RECALL), "rewards/precision/mean": ("precision", PRECISION)}
+    sampled = [panel for panel in (reward, _panel(run, "rl", "Recall and precision", parts)) if panel.lines]
+    if sampled:
+        caption = "Sampled training completions, per RL step. Pale: each step; strong: running mean."
+        found.append({"caption": caption, "source": figures.draw(sampled, 2)})
+    if small := [panel for title, names in SMALL_PANELS if (panel := _panel(run, "rl", title, names)).lines]:
+        found.append({"caption": "Health of RL, per step.", "source": figures.draw(small, 4, 2.7, 1.8)})
+    sft_names = (("SFT loss", {"loss": ("", NEUTRAL)}), *SMALL_PANELS)
+    if sft := [panel for title, names in sft_names if (panel := _panel(run, "sft", title, names)).lines]:
+        found.append({"caption": "Supervised fine-tuning, per step.", "source": figures.draw(sft, 4, 2.7, 1.8)})
+    return found
+
+
+def _held_out_panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
+    """F1 of both modes, and precision and recall of slow, over the steps of RL (of SFT where there was no RL)."""
+    stages = stages_of(evaluations)
+    phase = "rl" if stages.end_is_rl else "sft"
+    points = [evaluation for evaluation in evaluations if evaluation.phase == phase]
+    if stages.end_is_rl and points[0].step > 0 and stages.start is not None:
+        points.insert(0, stages.start)
+    steps = [0 if evaluation.phase != phase else evaluation.step for evaluation in points]
+
+    def line(mode: str, name: str, label: str, color: str) -> Line:
+        values = [100 * value if (value := point.score(mode, name)) is not None else float("nan") for point in points]
+        return Line(steps, values, label, color, markers=True)
+
+    levels = tuple(
+        (100 * value, label)
+        for label, name in (("floor", "majority_f1"), ("ceiling", "oracle_f1"))
+        if stages.end is not None and (value := stages.end.reference(name)) is not None
+    )
+    where = f"over {phase.upper()} steps"
+    return [
+        Panel(f"F1 {where}", (line("slow", "f1", "slow", SLOW), line("fast", "f1", "fast", FAST)), levels),
+        Panel(
+            f"Precision and recall {where}",
+            (
+                line("slow", "precision", "slow precision", PRECISION),
+                line("slow", "recall", "slow recall", RECALL),
+                line("fast", "precision", "fast precision", "#c9a9e6"),
+                line("fast", "recall", "fast recall", "#9fd3b8"),
+            ),
+        ),
+    ]
+
+
+def _panel(run: RunRecord, phase: str, title: str, names: dict[str, tuple[str, str]]) -> Panel:
+    lines = []
+    for name, (label, color) in names.items():
+        steps, values = run.series(phase, name)
+        if len(steps):
+            lines.append(Line(steps, values, label, color))
+    return Panel(title, tuple(lines))
+
+
+def _clips(
+    run: RunRecord, stages: Any, media_root: str | os.PathLike | None, count: int, missing: list[str]
+) -> list[dict[str, Any]]:
+    """Rows of the table of clips: the first `count` of the last evaluation, in its order, so none is hand-picked."""
+    if stages.end is None or not stages.end.samples:
+        return []
+    wheels = _wheels(run, missing)
+    root = _media_root(run, media_root)
+    rows = []
+    for clip, sample in list(stages.end.samples.items())[:count]:
+        strip, seconds, problem = _strip(sample.get("video"), root)
+        if problem:
+            missing.append(f"frames of clip {clip}: {problem}")
+        truth = [str(word) for word in sample.get("truth") or []]
+        before = stages.start.samples.get(clip, {}).get("slow") if stages.end_is_rl and stages.start else None
+        slow_words = [str(word) for word in sample.get("slow", {}).get("words") or []]
+        rows.append(
+            {
+                "id": clip,
+                "strip": strip,
+                "seconds": seconds,
+                "problem": problem,
+                "subtitle": sample.get("subtitle"),
+                "truth": [Word(word, _truth_mark(word, slow_words, wheels)) for word in truth],
+                "reasoning": sample.get("slow", {}).get("reasoning"),
+                "slow": _answer(sample.get("slow"), truth, wheels),
+                "fast": _answer(sample.get("fast"), truth, wheels),
+                "before": _answer(before, truth, wheels),
+            }
+        )
+    return rows
+
+
+def _answer(answer: dict[str, Any] | None, truth: list[str], wheels: Wheels | None) -> dict[str, Any] | None:
+    if not isinstance(answer, dict):
+        return None
+    f1 = answer.get("f1")
+    f1 = float(f1) if isinstance(f1, int | float) else None
+    verdict = "not scored" if f1 is None else "correct" if f1 > 0.995 else "wrong" if f1 < 0.005 else "partly"
+    words = [Word(str(word), _answer_mark(str(word), truth, wheels)) for word in answer.get("words") or []]
+    return {"words": words, "f1": percent(f1), "verdict": verdict, "text": str(answer.get("text", ""))[:TEXT_SHOWN]}
+
+
+def _shares_category(word: str, others: list[str], wheels: Wheels) -> bool:
+    """Whether `word` has a category of `others` on at least half of the wheels it is on."""
+    hits = [
+        category in wheels.categories(others, wheel)
+        for wheel in range(len(wheels.names))
+        if (category := wheels.category(word, wheel)) is not None
+    ]
+    return bool(hits) and 2 * sum(hits) >= len(hits)
+
+
+def _answer_mark(word: str, truth: list[str], wheels: Wheels | None) -> str:
+    if wheels is None:
+        return ""
+    if all(wheels.category(word, wheel) is None for wheel in range(len(wheels.names))):
+        return "unknown"
+    return "right" if _shares_category(word, truth, wheels) else "wrong"
+
+
+def _truth_mark(word: str, answer: list[str], wheels: Wheels | None) -> str:
+    return "" if wheels is None else "found" if _shares_category(word, answer, wheels) else "missed"
+
+
+def _wheels(run: RunRecord, missing: list[str]) -> Wheels | None:
+    settings = run.config.get("emotion", {})
+    try:
+        return load_wheels(settings.get("wheel_dir", ""), settings.get("variant", "unibench"))
+    except (WheelError, OSError) as error:
+        missing.append(f"marks of single words: {error}")
+        return None
+
+
+def _media_root(run: RunRecord, given: str | os.PathLike | None) -> Path:
+    data = run.config.get("data", {})
+    return Path(given or data.get("media_root") or os.path.dirname(data.get("eval_path") or "") or run.path)
+
+
+def _strip(video: str | None, root: Path) -> tuple[str | None, float | None, str | None]:
+    """(data URI, seconds, None), or (None, None, why there is no picture)."""
+    if not video:
+        return None, None, "the clip has no video"
+    try:
+        path = resolve_media(root, str(video))
+        if not path.is_file():
+            return None, None, f"{video} is not in the media folder"
+        return *figures.frame_strip(path), None
+    except (MediaPathError, ValueError) as error:
+        return None, None, str(error)
+
+
+def _completions(run: RunRecord) -> dict[str, Any] | None:
+    if run.completions is None or not run.completions[1]:
+        return None
+    step, rows = run.completions
+    return {
+        "step": step,
+        "total": len(rows),
+        "columns": list(rows[0]),
+        "rows": [[_shown(value) for value in row.values()] for row in rows[:COMPLETIONS_SHOWN]],
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = value if isinstance(value, str) else "–" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= TEXT_SHOWN else text[:TEXT_SHOWN] + " …"
+
+
+def _shown_json(content: dict[str, Any]) -> str:
+    """Readable JSON without the user's home folder."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    home = os.path.expanduser("~")
+    return text.replace(home, "~") if len(home) > 1 else text

@@ -1,0 +1,240 @@
+"""The report: what it says is what the files say, it needs no network, nothing in it runs, nothing missing is hidden."""
+
+import base64
+import html
+import html.parser
+import io
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.finished_run import write_clip, write_run
+
+from mer_r1_jax.evaluation import figures
+from mer_r1_jax.evaluation.narrative import Difference, describe, f1_difference, stages_of, warnings_of
+from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.evaluation.run_record import Evaluation, ReportError, read_run
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(path.read_text())
+        self.text = re.sub(r"\s+", " ", self.text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def page(run_folder):
+    return Page(make_report(run_folder))
+
+
+def scores_of(folder, step):
+    return json.loads((folder / "eval" / f"synthetic_rl_{step:05d}.json").read_text())
+
+
+def test_report_shows_the_scores_of_start_and_end(run_folder, page):
+    start, end = scores_of(run_folder, 0), scores_of(run_folder, 40)
+    row = " ".join(f"{100 * scores[mode]['f1']:.1f}" for scores in (start, end) for mode in ("slow", "fast"))
+    cells = re.sub(r"<[^>]+>", " ", (run_folder / "report.html").read_text())
+    assert f"F1 {row}" in re.sub(r"\s+", " ", cells)
+    assert f"slow answers scored F1 {100 * start['slow']['f1']:.1f}" in page.text
+    assert f"After RL step 40, slow answers score F1 {100 * end['slow']['f1']:.1f}" in page.text
+    assert "60 steps of supervised fine-tuning" in page.text and "mer_r1 advantage" in page.text
+    assert "(happy, sad) would score 31.0" in page.text and "reaches 85.0" in page.text
+
+
+def test_report_is_self_contained(page):
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "data", "action"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    assert page.all("meta")[2]["content"].startswith("default-src 'none'")
+    sources = [attributes["src"][:22] for attributes in page.all("img")]
+    assert sources.count("data:image/svg+xml;bas") == 4  # held-out, training, health, SFT
+    assert sources.count("data:image/jpeg;base64") == 8  # one strip a clip
+
+
+def test_report_shows_every_clip_with_both_answers_and_truth(run_folder, page):
+    assert "clip-7" in page.text and "“line 7”" in page.text and "1.0 s" in page.text
+    rows = [json.loads(line) for line in (run_folder / "eval" / "synthetic_rl_00040.samples.jsonl").open()]
+    wrong = sum(row["slow"]["f1"] == 0 for row in rows)
+    source = (run_folder / "report.html").read_text()
+    slow_rows = re.findall(r'class="answer slow-row".*?</div>', source, re.DOTALL)
+    assert len(slow_rows) == len(rows)
+    assert sum("verdict wrong" in row for row in slow_rows) == wrong
+    missed = sum(len(row["truth"]) for row in rows if row["slow"]["f1"] == 0)
+    assert source.count('<span class="word missed">') == missed + 1  # and once in the legend
+
+
+def test_html_and_scripts_in_a_completion_are_escaped(tmp_path):
+    attack = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}"
+    folder = write_run(tmp_path / "run", clips=2, reasoning=attack)
+    rows = folder / "eval" / "synthetic_rl_00040.samples.jsonl"
+    hostile = [json.loads(line) for line in rows.open()]
+    for row in hostile:
+        row["subtitle"] = row["id"] = row["slow"]["words"][0] = row["truth"][0] = f"{row['id']}{attack}"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in hostile))
+    page = Page(make_report(folder))
+    assert not page.all("script") and "49" not in page.text.split("Clips, answers")[1].split("How it was")[0]
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert "<script>alert(1)</script>" in page.text  # shown, as text
+    assert html.escape("<script>") in (folder / "report.html").read_text()
+
+
+def test_missing_and_broken_pieces_are_named(tmp_path):
+    folder = write_run(tmp_path / "run", clips=3)
+    (folder / "clips" / "1.mp4").unlink()
+    (folder / "clips" / "2.mp4").write_bytes(b"not a video")
+    (folder / "eval" / "synthetic_rl_00020.json").write_text("{")
+    (folder / "eval" / "other_rl_00020.json").write_text('{"step": 3}')
+    (folder / "eval" / "synthetic_rl_00000.samples.jsonl").unlink()
+    (folder / "completions" / "completions_00040.parquet").write_bytes(b"PAR1")
+    (folder / "env.json").unlink()
+    text = Page(make_report(folder)).text
+    assert "frames of clip clip-1: clips/1.mp4 is not in the media folder" in text
+    assert "frames of clip clip-2: 2.mp4 cannot be shown" in text
+    assert "synthetic_rl_00020.json cannot be read" in text
+    assert "other_rl_00020.json lacks benchmark, phase or step" in text
+    assert "there is no synthetic_rl_00000.samples.jsonl" in text
+    assert "completions_00040.parquet cannot be read" in text
+    assert "there is no env.json" in text
+
+
+def test_report_of_a_run_that_only_began(tmp_path):
+    (tmp_path / "run").mkdir()
+    text = Page(make_report(tmp_path / "run")).text
+    assert "No training step is on record." in text and "not evaluated on held-out clips" in text
+    assert "there is no config.json" in text and "no evaluation was written" in text
+    with pytest.raises(ReportError, match="is not a folder"):
+        make_report(tmp_path / "nowhere")
+
+
+def test_report_of_sft_alone(tmp_path):
+    folder = write_run(tmp_path / "run", clips=2)
+    (folder / "metrics.jsonl").write_text(
+        "".join(line for line in (folder / "metrics.jsonl").open() if '"sft"' in line)
+    )
+    for path in folder.glob("eval/synthetic_rl_000[24]0*"):
+        path.unlink()
+    for path in folder.glob("eval/synthetic_rl_00000*"):
+        content = path.read_text().replace('"phase": "rl"', '"phase": "sft"').replace('"step": 0', '"step": 60')
+        path.write_text(content)
+    text = Page(make_report(folder)).text
+    assert "At the end, slow answers scored F1" in text and "After SFT (step 60)" in text
+    assert "RL curves: metrics.jsonl has no line of that phase" in text
+
+
+def test_a_clip_outside_the_media_folder_is_not_shown(tmp_path):
+    folder = write_run(tmp_path / "run", clips=1)
+    write_clip(tmp_path / "private.mp4")
+    rows = folder / "eval" / "synthetic_rl_00040.samples.jsonl"
+    rows.write_text(rows.read_text().replace("clips/0.mp4", "../private.mp4"))
+    page = Page(make_report(folder))
+    assert "'..' in '../private.mp4'" in page.text
+    assert not [a for a in page.all("img") if a["src"].startswith("data:image/jpeg")]
+
+
+def test_secrets_and_the_home_folder_are_not_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-planted-secret")
+    home = os.path.expanduser("~")
+    folder = write_run(tmp_path / "run", clips=1, config={"data": {"rl_path": f"{home}/mine/rl.jsonl"}})
+    source = make_report(folder, media_root=folder).read_text()
+    assert "planted" not in source and f"{home}/mine" not in source and "~/mine/rl.jsonl" in source
+
+
+def evaluation(step, slow_f1, fast_f1=None, phase="rl", **scores):
+    fast_f1 = slow_f1 if fast_f1 is None else fast_f1
+    pairs = enumerate(zip(slow_f1, fast_f1, strict=True))
+    samples = {str(number): {"slow": {"f1": slow}, "fast": {"f1": fast}} for number, (slow, fast) in pairs}
+    means = {"slow": {"f1": float(np.mean(slow_f1))}, "fast": {"f1": float(np.mean(fast_f1))}}
+    described = {"benchmark": "b", "phase": phase, "step": step, "n": len(slow_f1)}
+    return Evaluation(described | means | scores, samples)
+
+
+def test_paired_difference_and_its_interval():
+    rng = np.random.default_rng(0)
+    old = rng.random(400)
+    noise = rng.normal(0.05, 0.1, 400)
+    difference = f1_difference(evaluation(9, old + noise), "slow", evaluation(0, old), "slow")
+    assert difference.points == pytest.approx(100 * noise.mean())
+    half_width = 1.96 * 100 * noise.std() / np.sqrt(400)  # of the paired differences, not of the scores
+    assert difference.high - difference.points == pytest.approx(half_width, rel=0.1)
+    assert difference.points - difference.low == pytest.approx(half_width, rel=0.1)
+    assert difference.is_clear and difference.clips == 400
+    assert not Difference(1.0, -0.5, 2.5, 10).is_clear
+    assert f1_difference(evaluation(9, [0.5]), "slow", evaluation(0, [0.5]), "slow") is None
+    assert f1_difference(evaluation(9, [0.5, 1]), "fast", Evaluation({}, {}), "slow") is None
+
+
+def test_stages_are_start_of_rl_and_end():
+    sft, zero, middle, end = (
+        evaluation(60, [1, 1], phase="sft"), evaluation(0, [1, 1]), evaluation(5, [1, 1]), evaluation(9, [1, 1]),
+    )  # fmt: skip
+    stages = stages_of([sft, zero, middle, end])
+    assert (stages.start, stages.end, stages.end_is_rl) == (zero, end, True)
+    assert stages_of([sft, end]).start is sft
+    stages = stages_of([sft, zero])
+    assert (stages.start, stages.end, stages.end_is_rl) == (zero, zero, False)
+    assert stages_of([]).end is None and stages_of([end]).start is None
+
+
+def test_summary_does_not_claim_what_the_interval_leaves_open(tmp_path):
+    folder = write_run(tmp_path / "run", clips=4)
+    record = read_run(folder)
+    rng = np.random.default_rng(1)
+    slow, fast = rng.random(50), rng.random(50)
+    record.evaluations["synthetic"][:] = [evaluation(0, slow, fast), evaluation(40, rng.permutation(slow), fast)]
+    text = " ".join(describe(record))
+    assert "did not clearly change slow F1" in text and "raised" not in text and "lowered" not in text
+    record.evaluations["synthetic"][:] = [evaluation(0, slow, fast), evaluation(40, slow - 0.2, fast)]
+    assert "RL lowered slow F1, −20.0 points" in " ".join(describe(record))
+
+
+def test_warnings_name_collapse_floor_and_skipped_updates(tmp_path):
+    record = read_run(write_run(tmp_path / "run", clips=4))
+    assert any("updates skipped because a loss or gradient was not finite: 1" in line for line in warnings_of(record))
+    assert any("only 4 held-out clips" in line for line in warnings_of(record))
+    slow = {"f1": 0.3, "distinct_answers": 2, "format_rate": 0.5, "truncated_rate": 0.5}
+    record.evaluations["synthetic"][:] = [evaluation(40, [0.3] * 200, slow=slow, majority_f1=0.31)]
+    text = "\n".join(warnings_of(record))
+    assert "no better than the same majority answer" in text and "only 2 distinct slow answers" in text
+    assert "50% of the slow answers are not in the think/answer format" in text
+    assert "50% of the slow answers were cut" in text and "held-out clips;" not in text
+
+
+def test_curves_survive_nan_infinity_and_single_points():
+    line = figures.Line([1, 2, 3], [float("nan"), float("inf"), 1.0], "", "#000000")
+    flat = figures.Line(list(range(30)), [0.001] * 30, "flat", "#000000")
+    assert figures.draw([figures.Panel("a", (line,)), figures.Panel("b", (flat, line))], 2).startswith("data:image/svg")
+    values = np.array([1.0, np.nan, 3.0, 5.0])
+    np.testing.assert_allclose(figures.smooth(values), [1, 2, 4, 4])
+    assert np.isnan(figures.smooth(np.array([np.nan, np.nan]))).all()
+
+
+def test_frame_strip_shows_first_to_last_frame(tmp_path):
+    write_clip(tmp_path / "a.mp4", size=48)
+    source, seconds = figures.frame_strip(tmp_path / "a.mp4", frames=4, height=48)
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("L"), float)
+    assert strip.shape == (48, 4 * 48 + 6) and seconds == pytest.approx(1.0, abs=0.05)
+    levels = [strip[10:38, 50 * n + 10 : 50 * n + 38].mean() for n in range(4)]
+    assert levels == pytest.approx([0, 60, 120, 180], abs=8)  # frames 0, 3, 6, 9 of the rising grey
