@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from support.omni_dir import EXTRA_TENSORS, make_omni_directory
 from support.tiny_hf import make_tiny_thinker
 
+from mer_r1_jax.omni.hf import load as load_module
 from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import find_weights, load_params
@@ -305,3 +306,14 @@ def test_a_directory_with_torch_files_only_says_how_to_convert(copy):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(WeightError, match="save_pretrained"):
         load_params(directory, config)
+
+
+def test_layers_are_written_into_the_stack_in_place():
+    """Else the devices would hold every stack twice while it is filled."""
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "all"))
+    stack = jax.device_put(np.zeros((3, 8, 4), np.float32), sharding)
+    stack = jax.jit(lambda x: x + 0, out_shardings=sharding)(stack)  # owned by the devices, so that it can be donated
+    written = load_module._write_layer(stack, np.ones((8, 4), np.float32), 1, sharding)
+    assert stack.is_deleted()
+    np.testing.assert_array_equal(written, np.stack([np.zeros((8, 4)), np.ones((8, 4)), np.zeros((8, 4))]))
