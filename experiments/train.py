@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.cli import explained
-from mer_r1_jax.training.run import run
+from mer_r1_jax.run.road import run
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)
 flags.mark_flag_as_required("config")

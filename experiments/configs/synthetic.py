@@ -13,8 +13,11 @@ def get_config(setting: str = "full"):
     _model(config.model)
     _media(config.media)
     config.data.max_prompt_length = 192
-    config.data.synthetic_clips = 6000
+    config.data.synthetic_dir = "synthetic_data" if setting == "full" else f"synthetic_data_{setting}"
+    config.data.synthetic_sft_clips = 4000
+    config.data.synthetic_rl_clips = 2000
     config.data.synthetic_eval_clips = 320
+    config.data.cache_dir = f"{config.data.synthetic_dir}/cache"
     _sft(config.sft)
     _rl(config.rl)
     config.eval.eval_steps = 50
@@ -67,7 +70,8 @@ def _rl(rl):
 
 
 def _smoke(config):
-    config.data.synthetic_clips = 64
+    config.data.synthetic_sft_clips = 64
+    config.data.synthetic_rl_clips = 32
     config.data.synthetic_eval_clips = 16
     config.sft.max_steps = 6
     config.sft.prompts_per_step = 8

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mer_r1_jax.emotion.answers import ParsedAnswer, parse_answer
-from mer_r1_jax.emotion.candidates import CandidateTable
-from mer_r1_jax.emotion.rewards import AnswerRewards, answer_rewards
+from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
+from mer_r1_jax.emotion.rewards import Rewards as AnswerRewards
+from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.rl.advantage import Rewards
 from mer_r1_jax.rl.confidence import Anchors, AnchorSettings, AnswerToScore, build_anchors
@@ -65,21 +66,30 @@ class AnswerScorer:
         candidates: first tokens of the categories' words.
         max_words: words of an answer that get a confidence.
         max_fast_context: tokens of a fast scoring context.
+        word_penalty: taken off the rewards for every answer word beyond the truth's count.
     """
 
     def __init__(
-        self, tags: AnswerTags, wheels: Wheels, candidates: CandidateTable, *, max_words: int, max_fast_context: int
+        self,
+        tags: AnswerTags,
+        wheels: Wheels,
+        candidates: CandidateTable | WordTable,
+        *,
+        max_words: int,
+        max_fast_context: int,
+        word_penalty: float = 0.0,
     ):
         self.tags = tags
         self.wheels = wheels
         self.candidates = candidates
+        self._word_penalty = word_penalty
         self._settings = AnchorSettings(max_words=max_words, max_fast_context=max_fast_context)
 
     def answer(self, ids_C: np.ndarray, length: int, truncated: bool, truth: Sequence[str]) -> ScoredAnswer:
         """Reads one completion and scores it against the truth's words."""
         text = self.tags.completion_text(ids_C, length)
         parsed = parse_answer(text)
-        rewards = answer_rewards(parsed.words, truth, self.wheels)
+        rewards = answer_rewards(parsed.words, truth, self.wheels, word_penalty=self._word_penalty)
         return ScoredAnswer(text=text, parsed=parsed, rewards=rewards, length=length, truncated=truncated)
 
     def groups(
@@ -152,7 +162,7 @@ class AnswerScorer:
             for row, group in enumerate(answers)
         ]
         categories = [
-            [frozenset(self.wheels.categories(truth or (), wheel)) for wheel in range(len(self.wheels.names))]
+            [frozenset(self.wheels.categories(truth or (), wheel)) for wheel in range(len(self.wheels))]
             for truth in truths
         ]
         return build_anchors(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import ModelConfig
+from mer_r1_jax.media.tokenizer import SPECIAL_TOKENS, TURN_END
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import load_params
@@ -37,18 +38,7 @@ _SIZES = {
     "audio_mlp_size": ("audio", "encoder_ffn_dim"),
 }
 
-_SPECIAL_TOKENS = {
-    "audio_token_id": "<|AUDIO|>",
-    "image_token_id": "<|IMAGE|>",
-    "video_token_id": "<|VIDEO|>",
-    "audio_start_token_id": "<|audio_bos|>",
-    "audio_end_token_id": "<|audio_eos|>",
-    "vision_start_token_id": "<|vision_bos|>",
-    "vision_end_token_id": "<|vision_eos|>",
-    "pad_token_id": "<|endoftext|>",
-    "eos_token_ids": "<|im_end|>",
-}
-
+PAD_TOKEN = "<|endoftext|>"
 _VOCAB_MULTIPLE = 64
 
 
@@ -117,20 +107,12 @@ def thinker_config(model: ModelConfig, tokenizer: Any) -> ThinkerConfig:
 
 
 def special_ids(tokenizer: Any) -> dict[str, Any]:
-    """The special ids an architecture takes from its tokenizer.
-
-    Raises:
-        ConfigError: naming every special token of Qwen2.5-Omni that the tokenizer lacks.
-    """
-    ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in _SPECIAL_TOKENS.items()}
-    vocabulary = tokenizer.get_vocab()  # not the unknown token's id: Qwen tokenizers have <|endoftext|> for that, too
-    missing = [token for token in _SPECIAL_TOKENS.values() if token not in vocabulary]
-    if missing:
-        raise ConfigError(
-            f"the tokenizer lacks {', '.join(missing)}: expected the tokenizer of a Qwen2.5-Omni model "
-            "(model.tokenizer_path)"
-        )
-    return ids | {"eos_token_ids": (ids.pop("eos_token_ids"),)}
+    """The special ids an architecture takes from its tokenizer (`load_tokenizer` has checked that it has them)."""
+    ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in SPECIAL_TOKENS.items()}
+    return ids | {
+        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD_TOKEN),
+        "eos_token_ids": (tokenizer.convert_tokens_to_ids(TURN_END),),
+    }
 
 
 def _sized_for(config: ThinkerConfig, tokens: int) -> ThinkerConfig:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: every prompt carries its slow and its fast target, in one row.
 
-The prompt (and its media) is computed once for both: they are two continuations that do not see each other. The loss
-weight of every token is set on the host for the whole optimizer step, so micro-batches simply add up.
+The prompt (and its media) is computed once for both: they are two continuations that do not see each other. Every
+micro-batch divides by the tokens of the whole optimizer step, so micro-batches simply add up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mer_r1_jax.config.schema import OptimizerConfig
+from mer_r1_jax.config.schema import SftConfig
 from mer_r1_jax.omni.batch import Array, Batch
 from mer_r1_jax.omni.thinker import FeatureLayout
 from mer_r1_jax.parallel.rows import split_rows
@@ -30,12 +30,11 @@ class Targets:
 
     Attributes:
         continuation: the target's tokens, the fast target's forced prefix included.
-        weight_BGC: float32 weight of each token's log-loss; the weights of a whole optimizer step sum to the kind's
-            share of the loss, and are 0 on padding and on forced prefixes.
+        loss_mask_BGC: bool, tokens in the loss: neither padding nor a forced prefix.
     """
 
     continuation: Continuations
-    weight_BGC: Array
+    loss_mask_BGC: Array
 
 
 @jax.tree_util.register_dataclass
@@ -56,11 +55,19 @@ class SftBatch:
 
 
 def sft_loss(
-    backbone: Backbone, trainable: Leaves, frozen: Leaves, batch: SftBatch, encode_inside: bool
+    backbone: Backbone,
+    trainable: Leaves,
+    frozen: Leaves,
+    batch: SftBatch,
+    tokens_in_loss: dict[str, jax.Array],
+    fast_fraction: float,
+    encode_inside: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """This micro-batch's share of the step's weighted mean of token log-losses, in nats.
+    """This micro-batch's share of the step's loss, (1 - f) x mean over slow tokens + f x mean over fast tokens, in nats.
 
     Args:
+        tokens_in_loss: tokens of the whole optimizer step, "slow" and "fast".
+        fast_fraction: f.
         encode_inside: whether a tower is trained, so that gradients flow through the media encoding; frozen towers are
             encoded with their gradient stopped.
     """
@@ -68,16 +75,17 @@ def sft_loss(
     features = model.encode_media(batch.prompts.vision, batch.prompts.audio)
     if not encode_inside and features is not None:
         features = jax.lax.stop_gradient(features)
-    kinds = [kind for kind in (batch.slow, batch.fast) if kind is not None]
-    sets = [kind.continuation for kind in kinds]
+    kinds = {"slow": batch.slow} | ({"fast": batch.fast} if batch.fast is not None else {})
+    shares = {"slow": 1 - fast_fraction, "fast": fast_fraction} if batch.fast is not None else {"slow": 1.0}
+    sets = [kind.continuation for kind in kinds.values()]
     tokens = pack(batch.prompts.tokens, batch.next_position_B, *sets)
     h_BTD = model.hidden(tokens, features, FeatureLayout.of_batch(batch.prompts))
-    losses = []
-    for kind, h_BGCD in zip(kinds, predictor_hidden(h_BTD, batch.prompts.tokens, *sets), strict=True):
+    means = {}
+    for (name, kind), h_BGCD in zip(kinds.items(), predictor_hidden(h_BTD, batch.prompts.tokens, *sets), strict=True):
         logprob_BGC, _ = token_logprobs(model, h_BGCD, kind.continuation.id_BGC, temperature=1.0)
-        losses.append(-jnp.sum(logprob_BGC * kind.weight_BGC))
-    metrics = {"loss/slow": losses[0]} | ({"loss/fast": losses[1]} if batch.fast is not None else {})
-    return sum(losses), metrics
+        total = jnp.sum(jnp.where(kind.loss_mask_BGC, logprob_BGC, 0.0))
+        means[name] = -total / jnp.maximum(tokens_in_loss[name], 1)
+    return sum(shares[name] * mean for name, mean in means.items()), {f"loss/{name}": m for name, m in means.items()}
 
 
 def accumulate(
@@ -102,17 +110,22 @@ def accumulate(
 
 
 def make_sft_step(
-    backbone: Backbone, optimizer: Any, optimizer_config: OptimizerConfig, encode_inside: bool, parts: int
+    backbone: Backbone, optimizer: Any, config: SftConfig, encode_inside: bool
 ) -> Callable[[TrainState, SftBatch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted `step(state, batch) -> (state, metrics)`; the state is donated."""
 
     def sft_step(state: TrainState, batch: SftBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        kinds = {"slow": batch.slow} | ({"fast": batch.fast} if batch.fast is not None else {})
+        counts = {name: jnp.sum(kind.loss_mask_BGC, dtype=jnp.float32) for name, kind in kinds.items()}
+
         def loss(trainable, micro_batch):
-            return sft_loss(backbone, trainable, state.frozen, micro_batch, encode_inside)
+            return sft_loss(
+                backbone, trainable, state.frozen, micro_batch, counts, config.fast_fraction, encode_inside
+            )
 
         with backbone.rules():
-            value, metrics, gradients = accumulate(loss, state.trainable, batch, parts)
-        state, update_metrics = apply_gradients(state, gradients, value, optimizer, optimizer_config.dtype)
+            value, metrics, gradients = accumulate(loss, state.trainable, batch, config.gradient_accumulation_steps)
+        state, update_metrics = apply_gradients(state, gradients, value, optimizer, config.optimizer.dtype)
         return state, {"loss": value} | metrics | update_metrics
 
     return jax.jit(sft_step, donate_argnums=0)

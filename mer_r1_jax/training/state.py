@@ -124,7 +124,7 @@ def apply_gradients(
     """One optimizer step, left out (and counted) when the loss or a gradient is not finite.
 
     Returns:
-        The new state, and `grad_norm` (before clipping) with `skipped_steps`.
+        The new state, and `grad_norm` (before clipping) with the counts of skipped updates.
     """
     grad_norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -142,8 +142,25 @@ def apply_gradients(
         skipped=state.skipped + ~finite,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
-    return new_state, {"grad_norm": grad_norm, "skipped_steps": new_state.skipped}
+    metrics = {"skipped_steps": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row}
+    return new_state, {"grad_norm": grad_norm} | metrics
 
 
 def _cast(leaves: Leaves, dtype: str) -> Leaves:
     return {name: leaf.astype(dtype) for name, leaf in leaves.items()}
+
+
+def state_shardings(state: TrainState, shardings: Leaves, scalar: Any) -> TrainState:
+    """The sharding of every array of a state: optimizer moments live where their parameter does.
+
+    Args:
+        state: a (possibly abstract) state.
+        shardings: of the flat parameters.
+        scalar: of everything that is no parameter's.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = getattr(path[-1], "key", None)
+        return shardings[name] if name in shardings else scalar
+
+    return jax.tree_util.tree_map_with_path(one, state)

@@ -1,0 +1,216 @@
+"""Slow and fast answers on held-out clips, scored against the truth.
+
+Decoding is greedy, so an evaluation is a function of parameters and clips alone. Slow and fast share a clip's media
+features; they differ in what the assistant's turn starts with.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.emotion.rewards import answer_rewards
+from mer_r1_jax.emotion.wheels import Wheels
+from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.rl.confidence import NO_SET, Anchors
+from mer_r1_jax.rl.packing import Continuations
+from mer_r1_jax.rl.rollout import Completions
+from mer_r1_jax.rl.sampling import GREEDY
+from mer_r1_jax.rl.scoring import AnswerScorer, ScoredAnswer
+from mer_r1_jax.training.prompts import prompt_rows, uid_of
+from mer_r1_jax.training.rl import PromptRows, RlPrograms
+from mer_r1_jax.training.state import Leaves
+
+MODES = ("slow", "fast")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerOf:
+    """One mode's answer to one clip.
+
+    Attributes:
+        answer: text, words and rewards.
+        confidence_correct, confidence_wrong: mean probability given to the categories of its correct (wrong) words,
+            None where it has none with a confidence.
+    """
+
+    answer: ScoredAnswer
+    confidence_correct: float | None
+    confidence_wrong: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Answers to every clip.
+
+    Attributes:
+        records: the clips, in order.
+        answers: mode -> one answer per clip.
+        skipped: records whose media could not be used, with the reason; they are in no score.
+    """
+
+    records: tuple[Record, ...]
+    answers: dict[str, tuple[AnswerOf, ...]]
+    skipped: tuple[tuple[Record, str], ...] = ()
+
+    def scores(self, mode: str, name: str) -> np.ndarray:
+        """float64 [clips]: precision, recall or f1 of each clip's answer."""
+        return np.asarray([getattr(answer.answer.rewards, name) for answer in self.answers[mode]], np.float64)
+
+
+class Evaluator:
+    """Decodes and scores held-out clips.
+
+    Args:
+        programs: the jitted programs of the run.
+        scorer: reads and scores answers.
+        candidate_ids_ZY: int32 candidate sets of the confidences.
+        buckets: shapes of evaluation batches.
+        max_completion_length: tokens an answer may have.
+    """
+
+    def __init__(
+        self,
+        programs: RlPrograms,
+        scorer: AnswerScorer,
+        candidate_ids_ZY: np.ndarray,
+        buckets: Sequence[BatchShape],
+        max_completion_length: int,
+    ):
+        self.programs = programs
+        self.scorer = scorer
+        self.buckets = buckets
+        self._candidate_ids_ZY = candidate_ids_ZY
+        self._sampling = dataclasses.replace(
+            programs.sampling,
+            temperature=GREEDY,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            max_completion_length=max_completion_length,
+        )
+
+    def run(
+        self,
+        leaves: tuple[Leaves, Leaves],
+        prompts: Iterator[tuple[Record, Prompt | str]],
+        modes: Sequence[str] = MODES,
+        check: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        """Answers every prompt in every mode.
+
+        Args:
+            leaves: trainable and frozen parameters.
+            prompts: records with their prompt, or the reason why there is none.
+            modes: slow, fast or both.
+            check: called between batches; may raise to stop.
+        """
+        records: list[Record] = []
+        answers: dict[str, list[AnswerOf]] = {mode: [] for mode in modes}
+        skipped: list[tuple[Record, str]] = []
+        for batch in _batches(prompts, self.buckets[0].rows, skipped):
+            check()
+            rows = [record for record, _ in batch]
+            records += rows
+            for mode, batch_answers in self._answer(leaves, rows, [prompt for _, prompt in batch], modes).items():
+                answers[mode] += batch_answers
+        return Evaluation(tuple(records), {mode: tuple(listed) for mode, listed in answers.items()}, tuple(skipped))
+
+    def _answer(
+        self, leaves: tuple[Leaves, Leaves], records: list[Record], prompts: list[Prompt], modes: Sequence[str]
+    ) -> dict[str, list[AnswerOf]]:
+        mesh, thinker = self.programs.backbone.mesh, self.programs.backbone.config
+        host = prompt_rows(prompts, self.buckets, thinker, [uid_of(record.id) for record in records])
+        device = put(host, mesh)
+        features = self.programs.encode(leaves, device.batch)
+        padding = host.uid_B.shape[0] - len(records)
+        truths = [record.solution for record in records] + [None] * padding
+        results = {}
+        for mode in modes:
+            completions = self.programs.sample(
+                leaves,
+                device,
+                features,
+                jax.random.key(0),
+                np.int32(0),
+                generations=1,
+                sampling=self._sampling,
+                forced_ids=self.scorer.tags.empty_think if mode == "fast" else (),
+            )
+            results[mode] = self._score(leaves, device, features, completions, truths, mode)[: len(records)]
+        return results
+
+    def _score(
+        self,
+        leaves: tuple[Leaves, Leaves],
+        prompts: PromptRows,
+        features: Any,
+        completions: Completions,
+        truths: list[Any],
+        mode: str,
+    ) -> list[AnswerOf]:
+        host = jax.device_get(completions)
+        groups = self.scorer.groups(host, truths, require_format=mode == "slow")
+        completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
+        anchors = put(groups.anchors, self.programs.backbone.mesh)
+        slow_BGWQ, _ = self.programs.score(
+            leaves, prompts, features, completion, anchors, self._candidate_ids_ZY
+        )
+        probability_BGWQ = np.exp(jax.device_get(slow_BGWQ))
+        results = []
+        for row, group in enumerate(groups.answers):
+            if group:
+                correct, wrong = _mean_confidences(probability_BGWQ[row, 0], groups.anchors, row)
+                results.append(AnswerOf(group[0], correct, wrong))
+        return results
+
+
+def _batches(
+    prompts: Iterator[tuple[Record, Prompt | str]], rows: int, skipped: list[tuple[Record, str]]
+) -> Iterator[list[tuple[Record, Prompt]]]:
+    """Groups prompts into batches, setting aside the records that have none."""
+    batch: list[tuple[Record, Prompt]] = []
+    for record, prompt in prompts:
+        if isinstance(prompt, str):
+            skipped.append((record, prompt))
+            continue
+        batch.append((record, prompt))
+        if len(batch) == rows:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _mean_confidences(probability_WQ: np.ndarray, anchors: Anchors, row: int) -> tuple[float | None, float | None]:
+    """Mean over the words (and wheels) of one answer, correct and wrong apart."""
+    held_WQ = anchors.set_BGWQ[row, 0] != NO_SET
+    correct_WQ = anchors.correct_BGWQ[row, 0]
+    means = []
+    for kind_WQ in (held_WQ & correct_WQ, held_WQ & ~correct_WQ):
+        means.append(float(probability_WQ[kind_WQ].mean()) if kind_WQ.any() else None)
+    return means[0], means[1]
+
+
+def majority_answer(records: Sequence[Record], wheels: Wheels) -> tuple[str, ...]:
+    """The constant answer, of one to three of the commonest words of distinct categories, with the best mean F1."""
+    counts = collections.Counter(word for record in records for word in record.solution)
+    ordered: list[str] = []
+    for word, _ in counts.most_common():
+        if all(wheels.category(word, 0) != wheels.category(other, 0) for other in ordered):
+            ordered.append(word)
+    candidates = [tuple(ordered[:count]) for count in range(1, min(3, len(ordered)) + 1)]
+    return max(candidates, key=lambda words: mean_f1(words, records, wheels), default=())
+
+
+def mean_f1(words: Sequence[str], records: Sequence[Record], wheels: Wheels) -> float:
+    """Mean F1 of one and the same answer to every record."""
+    return float(np.mean([answer_rewards(words, record.solution, wheels).f1 for record in records]))

@@ -1,0 +1,101 @@
+"""An evaluation as the numbers and rows that are kept: one JSON file of scores, one JSON-lines file of answers."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.emotion.rewards import answer_rewards
+from mer_r1_jax.emotion.wheels import Wheels
+from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, majority_answer, mean_f1
+from mer_r1_jax.training import durable
+
+ORACLE_COLUMN = "oracle"  # extra column of the embedded world's held-out records: the answer of one who knows the cues
+
+
+def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: str, step: int) -> dict[str, Any]:
+    """Scores of an evaluation: slow and fast, the majority answer as a floor, the oracle (where known) as a ceiling."""
+    records = evaluation.records
+    oracles = [record.extra.get(ORACLE_COLUMN) for record in records]
+    known = [(words, record) for words, record in zip(oracles, records, strict=True) if words is not None]
+    majority = majority_answer(records, wheels)
+    return {
+        "step": step,
+        "phase": phase,
+        "benchmark": benchmark,
+        "n": len(records),
+        "skipped": [{"id": record.id, "reason": reason} for record, reason in evaluation.skipped],
+        **{mode: _scores(answers) for mode, answers in evaluation.answers.items()},
+        "majority_answer": list(majority),
+        "majority_f1": mean_f1(majority, records, wheels) if records else None,
+        "oracle_f1": float(np.mean([answer_rewards(words, record.solution, wheels).f1 for words, record in known]))
+        if known and len(known) == len(records)
+        else None,
+    }
+
+
+def _scores(answers: Sequence[AnswerOf]) -> dict[str, Any]:
+    def mean(values: list[float | None]) -> float | None:
+        present = [value for value in values if value is not None]
+        return float(np.mean(present)) if present else None
+
+    scored = [answer.answer for answer in answers]
+    return {
+        "precision": mean([answer.rewards.precision for answer in scored]),
+        "recall": mean([answer.rewards.recall for answer in scored]),
+        "f1": mean([answer.rewards.f1 for answer in scored]),
+        "confidence_correct": mean([answer.confidence_correct for answer in answers]),
+        "confidence_wrong": mean([answer.confidence_wrong for answer in answers]),
+        "distinct_answers": len({tuple(sorted(answer.parsed.words)) for answer in scored}),
+        "mean_words": mean([float(len(answer.parsed.words)) for answer in scored]),
+        "mean_length": mean([float(answer.length) for answer in scored]),
+        "format_rate": mean([float(answer.parsed.format_reward) for answer in scored]),
+        "truncated_rate": mean([float(answer.truncated) for answer in scored]),
+    }
+
+
+def samples(evaluation: Evaluation, wheels: Wheels) -> list[dict[str, Any]]:
+    """One row a clip with everything needed to look at it, or to score it again without the model."""
+    return [
+        _sample(record, {mode: answers[index] for mode, answers in evaluation.answers.items()}, wheels)
+        for index, record in enumerate(evaluation.records)
+    ]
+
+
+def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": record.id,
+        "video": record.videos[0] if record.videos else None,
+        "subtitle": record.subtitle,
+        "truth": list(record.solution),
+    }
+    for mode, answer in answers.items():
+        scored = answer.answer
+        row[mode] = {
+            "text": scored.text,
+            "reasoning": scored.parsed.reasoning,
+            "words": list(scored.parsed.words),
+            "categories": [sorted(wheels.categories(scored.parsed.words, k)) for k in range(len(wheels.names))],
+            "precision": scored.rewards.precision,
+            "recall": scored.rewards.recall,
+            "f1": scored.rewards.f1,
+            "length": scored.length,
+            "confidence_correct": answer.confidence_correct,
+            "confidence_wrong": answer.confidence_wrong,
+        }
+    return row
+
+
+def write(directory: pathlib.Path, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pathlib.Path:
+    """Writes `<benchmark>_<step>.samples.jsonl`, then `<benchmark>_<step>.json`: who finds the scores finds the rows."""
+    stem = f"{summary['benchmark']}_{summary['step']:05d}"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    durable.write_atomically(directory / f"{stem}.samples.jsonl", lambda file: file.write(text.encode()))
+    path = directory / f"{stem}.json"
+    durable.write_json(path, summary)
+    return path

@@ -1,0 +1,154 @@
+"""The RL phase: a rollout, one or more updates from it, evaluations in between.
+
+Checkpoints are taken between rollouts, so that no buffer of experience has to be kept with them: a signal that comes
+half-way through the updates of a rollout is obeyed after the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.run.experience import ExperienceMaker, Rollout
+from mer_r1_jax.run.session import Session, StepLog
+from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.run.sft import total_steps, tower_flags
+from mer_r1_jax.training.checkpoints import Checkpoints, Restored
+from mer_r1_jax.training.prompts import plan_buckets
+from mer_r1_jax.training.rl import beta_at
+from mer_r1_jax.training.state import (
+    Leaves,
+    TrainState,
+    learning_rate_schedule,
+    make_optimizer,
+    partition,
+    trainable_names,
+)
+
+
+class RlPhase:
+    """Reinforcement learning of one run."""
+
+    name = "rl"
+
+    def __init__(self, setup: Setup):
+        self.setup, self.config = setup, setup.config.rl
+        self.total_steps = total_steps(setup.config, "rl", len(setup.data.rl))
+        if self.total_steps % self.config.num_iterations:
+            raise ConfigError(
+                f"rl.max_steps: got {self.total_steps} updates, expected a multiple of "
+                f"rl.num_iterations={self.config.num_iterations}: a rollout is used up before the run ends"
+            )
+        self.buckets = plan_buckets(
+            setup.config, setup.backbone.config, setup.data.rl, self.config.prompts_per_step
+        )
+        towers = tower_flags(setup.config, "rl")
+        self.is_trainable = trainable_names(**towers)
+        self.optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+        self._schedule = learning_rate_schedule(self.config.optimizer, self.total_steps)
+        self._maker = ExperienceMaker(setup, self.buckets, encode_inside=any(towers.values()))
+
+    @property
+    def abstract(self) -> TrainState:
+        """The state's shapes and shardings."""
+        return self.setup.abstract_state(self.is_trainable, self.optimizer, self.config.optimizer.dtype)
+
+    def run(
+        self,
+        session: Session,
+        leaves: Leaves | None,
+        restored: Restored | None,
+        evaluate: Callable[[TrainState, int], None],
+    ) -> Leaves | None:
+        """Trains from the SFT result or a checkpoint to the end of the phase.
+
+        Args:
+            evaluate: called with the state and the steps done, before the first step and after each.
+
+        Returns:
+            All parameters, or None when a signal stopped the run (a checkpoint was saved).
+        """
+        setup, config = self.setup, self.setup.config
+        with session.prefetcher(setup.data.rl, self.config.prompts_per_step, setup.source.load, self.name) as data:
+            done, num_tokens = 0, 0
+            if restored is None:
+                state = setup.new_state(leaves, self.is_trainable, self.optimizer, self.config.optimizer.dtype)
+            else:
+                state, done = restored.arrays, restored.host["step"]
+                data.restore(restored.host["data"])
+                num_tokens = restored.host["counters"]["num_tokens"]
+            reference = self._reference(session, state, fresh=restored is None)
+            update = setup.programs.make_update(self.optimizer, setup.candidates.ids_ZY)
+            with StepLog(session, self.name, self.total_steps, done, num_tokens) as log:
+                evaluate(state, done)
+                rollout: Rollout | None = None
+                for step in range(done + 1, self.total_steps + 1):
+                    first_update = (step - 1) % self.config.num_iterations == 0
+                    if first_update:
+                        rollout = self._maker.make(
+                            (state.trainable, state.frozen),
+                            reference and (reference, state.frozen),
+                            data.next(step),
+                            (step - 1) // self.config.num_iterations,
+                        )
+                    beta = beta_at(self.config, step - 1, self.total_steps)
+                    state, metrics = update(state, rollout.experience, np.float32(beta))
+                    metrics |= {"beta": beta, "learning_rate": float(self._schedule(step - 1))}
+                    log.add(step, metrics | rollout.metrics | data.metrics(), rollout.tokens if first_update else 0)
+                    if first_update and config.train.log_completions and step % config.train.logging_steps == 0:
+                        self._log_completions(session, log, step, rollout)
+                    self._after_step(session, log, state, data, step, evaluate)
+                    if session.stop.should_stop() and step % self.config.num_iterations == 0:
+                        return None
+        return state.trainable | state.frozen
+
+    def _after_step(
+        self, session: Session, log: StepLog, state: TrainState, data: Any, step: int, evaluate: Callable[..., None]
+    ) -> None:
+        between_rollouts = step % self.config.num_iterations == 0
+        due = step % self.setup.config.train.save_steps < self.config.num_iterations or step == self.total_steps
+        if between_rollouts and (due or session.stop.should_stop()):
+            log.flush()
+            session.save(self.name, step, state, data, {"num_tokens": log.num_tokens})
+        if not session.stop.should_stop():
+            evaluate(state, step)
+
+    def _reference(self, session: Session, state: TrainState, fresh: bool) -> Leaves | None:
+        """The frozen copy of the trainable leaves the phase started from, kept on disk once for later attempts."""
+        if not self.config.beta:
+            return None
+        kept = Checkpoints(session.folder.path / "reference", max_to_keep=1)
+        if fresh:
+            # A copy, because the state's own buffers are donated to the first update.
+            reference = jax.tree.map(lambda leaf: leaf.copy(), state.trainable)
+            kept.save(0, reference, {})
+            return reference
+        shapes = partition(self.setup.backbone.shapes, self.is_trainable)[0]
+        shardings = self.setup.backbone.shardings
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in shapes.items()
+        }
+        restored = kept.restore(abstract)
+        if restored is None:
+            raise ReferenceLostError(
+                f"{kept.directory} has no valid copy of the reference, which this RL run needs to go on: expected the one "
+                "saved when RL began; restore it, or remove the run's RL checkpoints so that RL starts again"
+            )
+        return restored.arrays
+
+    def _log_completions(self, session: Session, log: StepLog, step: int, rollout: Rollout) -> None:
+        session.metrics.write_completions(step, rollout.table)
+        for line in range(min(self.setup.config.train.num_completions_to_print, len(rollout.table.get("id", ())))):
+            words, truth = rollout.table["words"][line], rollout.table["truth"][line]
+            log.note(
+                f"  {rollout.table['id'][line]}: {rollout.table['completion'][line]!r}\n"
+                f"  answer {', '.join(words) or 'none'} | truth {', '.join(truth)} | F1 {rollout.table['f1'][line]:.2f}"
+            )
+
+
+class ReferenceLostError(RuntimeError):
+    """The reference that RL started from is not there any more."""

@@ -1,0 +1,253 @@
+"""The whole road of one run: data, SFT, RL, evaluations, export, report. Started again, it goes on where it stopped.
+
+Every stage is either recorded in a checkpoint or leaves a file that appears whole; a stage whose record is there is not
+done again, and one that is cut short is done again from the last record, with the same result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.evaluation import summary
+from mer_r1_jax.evaluation.evaluate import Evaluator
+from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.run.rl import RlPhase
+from mer_r1_jax.run.session import Session
+from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.run.sft import SftPhase, describe
+from mer_r1_jax.training.checkpoints import Checkpoints, Restored
+from mer_r1_jax.training.metrics import MetricsWriter
+from mer_r1_jax.training.prompts import plan_buckets
+from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
+from mer_r1_jax.training.state import Leaves, TrainState, merge
+
+BENCHMARK = "heldout"
+
+log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> int:
+    """Runs, or goes on with, a run.
+
+    Returns:
+        The process's exit code: 0 when everything is done, EXIT_SAVED when a signal stopped the run with a checkpoint.
+    """
+    console = Console(stderr=True)
+    path = pathlib.Path(config.train.output_dir) / (config.train.run_name or config.name)
+    setup = make_setup(config, _clip_progress(console))
+    resume = config.train.resume_from_checkpoint == "auto"
+    with (
+        RunDirectory.open(
+            path, dataclasses.asdict(config), fingerprints=setup.data.fingerprints(), resume=resume
+        ) as folder,
+        StopSignals() as stop,
+    ):
+        try:
+            return _Road(setup, folder, stop, console).walk()
+        except StopRequested:
+            # Raised inside an evaluation, which leaves no trace: the newest checkpoint is where the run goes on.
+            return EXIT_SAVED
+        finally:
+            setup.source.close()
+
+
+class _Road:
+    """One attempt, from what is there to what is missing."""
+
+    def __init__(self, setup: Setup, folder: RunDirectory, stop: StopSignals, console: Console):
+        self.setup, self.folder, self.stop, self.console = setup, folder, stop, console
+        self.config = setup.config
+        self.sft = SftPhase(setup) if setup.data.sft else None
+        self.rl = RlPhase(setup) if setup.data.rl else None
+        self.sft_steps = self.sft.total_steps if self.sft else 0
+        self._evaluator: Evaluator | None = None
+
+    def walk(self) -> int:
+        """Does what is not done yet; see `run`."""
+        checkpoints = Checkpoints(self.folder.checkpoints, max_to_keep=self.config.train.save_total_limit)
+        restored = checkpoints.restore(self._abstract)
+        self._introduce(restored)
+        resume_at = (restored.host["phase"], restored.host["step"]) if restored else None
+        with MetricsWriter(self.folder, resume_at, self.config.train.report_to) as metrics:
+            session = Session(self.setup, self.folder, checkpoints, metrics, self.stop, self.sft_steps)
+            leaves = self._train(session, restored)
+        if leaves is None:
+            self.console.print(f"stopped; the same command goes on from checkpoint {checkpoints.latest_step()}")
+            return EXIT_SAVED
+        final_step = self.rl.total_steps if self.rl else 0
+        self._evaluate(leaves, "rl" if self.rl else "sft", self.sft_steps + final_step)
+        self._export(leaves)
+        make_report(self.folder.path)
+        self._conclude()
+        return 0
+
+    def _abstract(self, step: int, host: dict[str, Any]) -> TrainState:
+        return (self.rl if host["phase"] == "rl" else self.sft).abstract
+
+    def _train(self, session: Session, restored: Restored | None) -> Leaves | None:
+        phase = restored.host["phase"] if restored else None
+        if phase != "rl":
+            leaves = self._train_sft(session, restored)
+            if leaves is None or self.rl is None:
+                return leaves
+            return self.rl.run(session, leaves, None, self._evaluate_state)
+        return self.rl.run(session, None, restored, self._evaluate_state)
+
+    def _train_sft(self, session: Session, restored: Restored | None) -> Leaves | None:
+        if self.sft is None:
+            return self.setup.initial_leaves()
+        if restored is not None and restored.host["step"] == self.sft.total_steps:
+            return restored.arrays.trainable | restored.arrays.frozen
+        return self.sft.run(session, None if restored else self.setup.initial_leaves(), restored)
+
+    def _evaluate_state(self, state: TrainState, step: int) -> None:
+        """Evaluates before RL and every `eval.eval_steps` updates; the end is evaluated by `walk`."""
+        every = self.config.eval.eval_steps
+        if step == 0 or (every and step % every == 0 and step < self.rl.total_steps):
+            self._evaluate(state.trainable | state.frozen, "rl", self.sft_steps + step)
+
+    def _evaluate(self, leaves: Leaves, phase: str, step: int) -> None:
+        if not self.setup.data.eval or (self.folder.eval / f"{BENCHMARK}_{step:05d}.json").exists():
+            return
+        if self._evaluator is None:
+            self._evaluator = make_evaluator(self.setup)
+        evaluation = self._evaluator.run((leaves, {}), self._prompts(), check=self.stop.check)
+        wheels = self.setup.wheels
+        scores = summary.summarise(evaluation, wheels, benchmark=BENCHMARK, phase=phase, step=step)
+        summary.write(self.folder.eval, scores, summary.samples(evaluation, wheels))
+        self.console.print(
+            f"held-out clips after step {step}: "
+            + "; ".join(
+                f"{mode} F1 {scores[mode]['f1']:.3f} (P {scores[mode]['precision']:.3f} R {scores[mode]['recall']:.3f})"
+                for mode in ("slow", "fast")
+            )
+        )
+
+    def _prompts(self) -> Iterator[tuple[Record, Prompt | str]]:
+        return load_prompts(self.setup, self.setup.data.eval)
+
+    def _export(self, leaves: Leaves) -> None:
+        if not self.config.train.export or (self.folder.export / "config.json").exists():
+            return
+        export_model(
+            self.folder.export,
+            self.setup.backbone.config,
+            merge(leaves),
+            source=self.setup.tokenizer_path,
+            overwrite=True,
+        )
+
+    def _introduce(self, restored: Restored | None) -> None:
+        """Says what is about to happen: sizes, shapes that can compile, one rendered prompt."""
+        setup, say = self.setup, self.console.print
+        say(f"[bold]{self.folder.path}[/bold], attempt {self.folder.attempt}", highlight=False)
+        if restored:
+            say(f"going on after {restored.host['phase']} step {restored.host['step']}")
+        count = sum(leaf.size for leaf in setup.backbone.shapes.values())
+        say(f"{count / 1e6:.2f} M parameters on mesh {dict(setup.backbone.mesh.shape)}")
+        say(
+            f"{len(setup.data.sft)} SFT, {len(setup.data.rl)} RL ({setup.data.unscorable} unscorable left out), "
+            f"{len(setup.data.eval)} held-out records"
+        )
+        lost = getattr(setup.candidates, "share_lost", None)
+        if lost is not None:
+            say(f"confidences: {lost:.1%} of the emotion words' spellings share their first token with another category")
+        say("shapes this run can compile:")
+        for line in self._shapes():
+            say(f"  {line}", highlight=False)
+        record = next(iter(setup.data.sft or setup.data.rl or setup.data.eval))
+        prompt = setup.source.load(record).prompt
+        say(f"first prompt, {record.id}: {prompt.stats['frames']} frames, {prompt.stats['audio_seconds']:.1f} s of audio")
+        say(prompt.text, markup=False, highlight=False, style="dim")
+
+    def _shapes(self) -> list[str]:
+        config, lines = self.config, []
+        if self.sft:
+            lines += describe(self.sft.buckets, "SFT", " + ".join(f"{n} target" for n in self.sft.lengths if n))
+        if self.rl:
+            added = f"{config.rl.num_generations} x {config.rl.max_completion_length} completion tokens"
+            lines += describe(self.rl.buckets, "RL", added)
+        if self.setup.data.eval:
+            lines += describe(eval_buckets(self.setup), "evaluation", f"{eval_length(config)} completion tokens")
+        return lines
+
+    def _conclude(self) -> None:
+        table = Table("held-out clips", "precision", "recall", "F1", "words", "tokens", "distinct answers")
+        files = sorted(self.folder.eval.glob(f"{BENCHMARK}_*.json"))
+        for file, label in [(files[0], "start of RL"), (files[-1], "end")] if len(files) > 1 else [(f, "end") for f in files]:
+            scores = json.loads(file.read_text())
+            for mode in ("slow", "fast"):
+                row = scores[mode]
+                numbers = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")]
+                numbers += [f"{row[name]:.1f}" for name in ("mean_words", "mean_length")]
+                table.add_row(f"{label}, {mode}", *numbers, str(row["distinct_answers"]))
+        output = Console()
+        output.print(table)
+        if files:
+            scores = json.loads(files[-1].read_text())
+            ceiling = "" if scores["oracle_f1"] is None else f"; one who knows the cues: F1 {scores['oracle_f1']:.3f}"
+            output.print(f"always the same answer: F1 {scores['majority_f1']:.3f}{ceiling}")
+        for name, path in (
+            ("report", self.folder.report_file),
+            ("model in Hugging Face format", self.folder.export),
+            ("metrics", self.folder.metrics_file),
+        ):
+            if path.exists():
+                output.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+
+
+def eval_length(config: RunConfig) -> int:
+    """Tokens an answer may have in evaluation."""
+    return config.eval.max_completion_length or config.rl.max_completion_length
+
+
+def eval_buckets(setup: Setup, records: tuple[Record, ...] | None = None) -> list[Any]:
+    """Shapes of evaluation batches."""
+    return plan_buckets(
+        setup.config, setup.backbone.config, records or setup.data.eval, setup.config.eval.prompts_per_batch
+    )
+
+
+def make_evaluator(setup: Setup, records: tuple[Record, ...] | None = None) -> Evaluator:
+    """An evaluator with the run's settings."""
+    return Evaluator(
+        setup.programs,
+        setup.eval_scorer,
+        setup.candidates.ids_ZY,
+        eval_buckets(setup, records),
+        eval_length(setup.config),
+    )
+
+
+def load_prompts(setup: Setup, records: tuple[Record, ...]) -> Iterator[tuple[Record, Prompt | str]]:
+    """Prompts of records; a clip that cannot be used comes as the reason, and is counted by whoever asked."""
+    for record in records:
+        try:
+            yield record, setup.source.load(record).prompt
+        except MediaError as error:
+            log.warning("%s: left out of the evaluation: %s", record.id, error)
+            yield record, error.reason
+
+
+def _clip_progress(console: Console) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == total or done % 512 < 32:
+            console.print(f"clips of the embedded world: {done} of {total}", highlight=False)
+            sys.stderr.flush()
+
+    return progress

@@ -1,0 +1,129 @@
+"""What both phases of a run share while it goes on: its folder, checkpoints, metrics and signals."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from mer_r1_jax.data.pipeline import PromptStream
+from mer_r1_jax.data.prefetch import ClipPrefetcher
+from mer_r1_jax.data.quarantine import Quarantine
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.media.pool import ATTEMPTS, START_SECONDS
+from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.training.checkpoints import Checkpoints
+from mer_r1_jax.training.metrics import MetricsWriter, Progress
+from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.training.signals import StopSignals
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One attempt at a run.
+
+    Attributes:
+        setup: the parts that do not change.
+        folder: the run's folder.
+        checkpoints: of training states, numbered by optimizer steps over both phases.
+        metrics: metrics.jsonl, TensorBoard, completion tables.
+        stop: set by SIGTERM and SIGINT.
+        sft_steps: steps of the whole SFT phase, which checkpoints of RL are numbered after.
+    """
+
+    setup: Setup
+    folder: RunDirectory
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    stop: StopSignals
+    sft_steps: int
+
+    def prefetcher(self, records: tuple[Record, ...], prompts_per_step: int, load: Any, phase: str) -> ClipPrefetcher:
+        """The stream of a phase's prompts, loaded ahead of use."""
+        config = self.setup.config
+        stream = PromptStream(
+            records,
+            prompts_per_step,
+            seed=config.train.seed * 2 + (phase == "rl"),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        # The pool's own time limit is per file and attempt; the watchdog is for a pool that stands still itself.
+        files = max(len(record.videos) + len(record.audios) + len(record.images) for record in records)
+        return ClipPrefetcher(
+            stream,
+            load,
+            Quarantine(len(records), config.data.max_quarantined_fraction),
+            prompts_ahead=stream.local_prompts,
+            threads=max(1, config.media.decode_workers),
+            stall_seconds=files * ATTEMPTS * (START_SECONDS + config.media.decode_timeout),
+        )
+
+    def save(self, phase: str, step: int, state: Any, data: ClipPrefetcher, counters: Mapping[str, Any]) -> None:
+        """Saves a checkpoint of `step` steps done in `phase`."""
+        self.metrics.sync()  # a checkpoint must not outlive its metrics
+        first = self.sft_steps if phase == "rl" else 0
+        host = {"phase": phase, "step": step, "data": data.state(), "counters": dict(counters)}
+        self.checkpoints.save(first + step, state, host)
+
+    def check_finite(self, skipped_in_a_row: float, phase: str, step: int) -> None:
+        """Stops the run after too many skipped updates.
+
+        Raises:
+            NonFiniteError: naming the step and what to do.
+        """
+        limit = self.setup.config.train.max_nonfinite_steps
+        if skipped_in_a_row >= limit:
+            raise NonFiniteError(
+                f"{phase} step {step}: {int(skipped_in_a_row)} updates in a row had a loss or gradient that is not "
+                f"finite and were left out; the run stops at train.max_nonfinite_steps={limit}. Lower "
+                f"{phase}.optimizer.learning_rate and go on from an earlier checkpoint under a new train.run_name"
+            )
+
+
+class StepLog:
+    """Writes the metrics of a step after the next one was dispatched, so that the device never waits for the host."""
+
+    def __init__(self, session: Session, phase: str, total: int, done: int, num_tokens: int):
+        self._session, self._phase = session, phase
+        self._progress = Progress(phase, total, done)
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._last = time.perf_counter()
+        self.num_tokens = num_tokens
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.close()
+
+    def add(self, step: int, metrics: Mapping[str, Any], tokens: int) -> None:
+        """Takes a step's metrics and writes those of the step before."""
+        self.flush()
+        self.num_tokens += tokens
+        self._pending = (step, {**metrics, "num_tokens": self.num_tokens, "tokens": tokens})
+
+    def flush(self) -> None:
+        """Writes what is pending; waits for the device."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        metrics |= {"step_time": seconds, "perf/throughput": metrics.pop("tokens") / seconds}
+        in_a_row = float(metrics.pop("skipped_in_a_row"))
+        if step % self._session.setup.config.train.logging_steps == 0:
+            self._progress.update(step, self._session.metrics.write(self._phase, step, metrics))
+        self._session.check_finite(in_a_row, self._phase, step)
+
+    def note(self, text: str) -> None:
+        """Prints text beside the progress line."""
+        self._progress.note(text)

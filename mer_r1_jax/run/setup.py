@@ -1,0 +1,222 @@
+"""Everything a run stands on, made once: tokenizer, backbone, wheels, data, programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from typing import Any
+
+import jax
+
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.data.records import Record, dataset_hash, read_records
+from mer_r1_jax.data.synthetic.make import make_world
+from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
+from mer_r1_jax.emotion.rewards import category_sets
+from mer_r1_jax.emotion.wheels import Wheels, load_wheels
+from mer_r1_jax.media.tokenizer import load_tokenizer
+from mer_r1_jax.parallel.mesh import make_mesh
+from mer_r1_jax.parallel.rules import replicated
+from mer_r1_jax.rl.advantage import ARMS
+from mer_r1_jax.rl.sampling import SamplingConfig
+from mer_r1_jax.rl.scoring import AnswerScorer
+from mer_r1_jax.rl.tags import AnswerTags
+from mer_r1_jax.training.backbone import Backbone, thinker_config
+from mer_r1_jax.training.prompts import PromptSource
+from mer_r1_jax.training.rl import RlPrograms
+from mer_r1_jax.training.state import Leaves, TrainState, init_state, state_shardings
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSets:
+    """Records of the three phases; a phase that is skipped has none.
+
+    Attributes:
+        sft, rl, eval: records.
+        unscorable: RL records left out because their truth lies on no wheel.
+    """
+
+    sft: tuple[Record, ...]
+    rl: tuple[Record, ...]
+    eval: tuple[Record, ...]
+    unscorable: int
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the content, to refuse resuming on other data."""
+        return {name: dataset_hash(getattr(self, name)) for name in ("sft", "rl", "eval")}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """The parts of a run that do not change while it goes on.
+
+    Attributes:
+        config: the configuration, with the paths of the embedded world filled in.
+        tokenizer, tags: the tokenizer and the answer tags under it.
+        tokenizer_path: folder of the tokenizer and processor files, copied into exports.
+        backbone: structure and shardings.
+        wheels, candidates: emotion wheels, and first tokens of their categories.
+        data: records.
+        source: decodes clips and builds prompts.
+        programs: the jitted programs of RL and evaluation.
+    """
+
+    config: RunConfig
+    tokenizer: Any
+    tags: AnswerTags
+    tokenizer_path: pathlib.Path
+    backbone: Backbone
+    wheels: Wheels
+    candidates: CandidateTable | WordTable
+    data: DataSets
+    source: PromptSource
+    programs: RlPrograms
+
+    @property
+    def scorer(self) -> AnswerScorer:
+        """Scores sampled answers for training: with the word penalty, if any."""
+        return self._scorer(self.config.rl.word_penalty)
+
+    @property
+    def eval_scorer(self) -> AnswerScorer:
+        """Scores answers for evaluation."""
+        return self._scorer(0.0)
+
+    def _scorer(self, word_penalty: float) -> AnswerScorer:
+        return AnswerScorer(
+            self.tags,
+            self.wheels,
+            self.candidates,
+            max_words=self.config.rl.max_answer_words,
+            max_fast_context=self.config.rl.max_fast_context,
+            word_penalty=word_penalty,
+        )
+
+    def initial_leaves(self) -> Leaves:
+        """Parameters the run starts from: a checkpoint's, or random ones."""
+        model = self.config.model
+        return self.backbone.load(model.path) if model.path else self.backbone.init(self.config.train.seed)
+
+    def abstract_state(self, is_trainable: Any, optimizer: Any, dtype: str) -> TrainState:
+        """A train state without numbers, with its shardings."""
+        shapes = jax.eval_shape(lambda leaves: init_state(leaves, is_trainable, optimizer, dtype), self.backbone.shapes)
+        shardings = state_shardings(shapes, self.backbone.shardings, replicated(self.backbone.mesh))
+        return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+    def new_state(self, leaves: Leaves, is_trainable: Any, optimizer: Any, dtype: str) -> TrainState:
+        """A fresh train state around parameters, every array made where it will live."""
+        abstract = self.abstract_state(is_trainable, optimizer, dtype)
+        make = functools.partial(init_state, is_trainable=is_trainable, optimizer=optimizer, dtype=dtype)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.jit(make, out_shardings=shardings)(leaves)
+
+
+def make_setup(config: RunConfig, progress: Any = None) -> Setup:
+    """Makes the embedded world if it is asked for, reads and checks everything, lays out the backbone.
+
+    Args:
+        config: the configuration.
+        progress: called with (clips done, clips in all) while clips are made.
+
+    Raises:
+        ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
+    """
+    if config.rl.arm not in ARMS:
+        raise ConfigError(f"rl.arm: got {config.rl.arm!r}, expected one of {', '.join(ARMS)}")
+    config = _with_embedded_world(config, progress)
+    wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
+    data = _read(config, wheels)
+    tokenizer_path = pathlib.Path(config.model.tokenizer_path or config.model.path)
+    tokenizer = load_tokenizer(tokenizer_path)
+    backbone = Backbone.create(thinker_config(config.model, tokenizer), make_mesh(config.mesh))
+    tags = AnswerTags(tokenizer)
+    table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
+    return Setup(
+        config=config,
+        tokenizer=tokenizer,
+        tags=tags,
+        tokenizer_path=tokenizer_path,
+        backbone=backbone,
+        wheels=wheels,
+        candidates=table(tokenizer, wheels),
+        data=data,
+        source=PromptSource(config, tokenizer, backbone.config),
+        programs=RlPrograms(backbone, config.rl, _sampling(config, backbone, tags)),
+    )
+
+
+def _sampling(config: RunConfig, backbone: Backbone, tags: AnswerTags) -> SamplingConfig:
+    thinker, rl = backbone.config, config.rl
+    return SamplingConfig(
+        max_completion_length=rl.max_completion_length,
+        eos_ids=thinker.eos_token_ids,
+        banned_ids=tags.banned_ids(
+            thinker.text.vocab_size, eos_ids=thinker.eos_token_ids, extra=thinker.media_token_ids
+        ),
+        temperature=rl.temperature,
+        top_k=rl.top_k,
+        top_p=rl.top_p,
+        min_p=rl.min_p,
+    )
+
+
+def _with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
+    """Makes the embedded world (or finds it made) and points the paths that are empty at it."""
+    if not config.data.synthetic_dir:
+        return config
+    world = make_world(
+        config.data.synthetic_dir,
+        sft_clips=config.data.synthetic_sft_clips,
+        rl_clips=config.data.synthetic_rl_clips,
+        eval_clips=config.data.synthetic_eval_clips,
+        seed=config.data.synthetic_seed,
+        wheel_dir=config.emotion.wheel_dir,
+        progress=progress,
+    )
+    found = {"sft_path": world.sft, "rl_path": world.rl, "eval_path": world.eval, "media_root": world.media_root}
+    data = {name: getattr(config.data, name) or str(path) for name, path in found.items()}
+    tokenizer_path = config.model.tokenizer_path or config.model.path or str(world.tokenizer)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **data),
+        model=dataclasses.replace(config.model, tokenizer_path=tokenizer_path),
+    )
+
+
+def _read(config: RunConfig, wheels: Wheels) -> DataSets:
+    def read(path: str, field: str, wanted: bool, require: tuple[str, ...]) -> tuple[Record, ...]:
+        if not wanted:
+            return ()
+        if not path:
+            raise ConfigError(f"data.{field} is empty, but this run needs it: name a JSON-lines file, or skip the phase")
+        return tuple(read_records(path, config.data.media_root, question=config.data.question, require=require))
+
+    sft = read(config.data.sft_path, "sft_path", config.sft.max_steps != 0, ("target", "solution"))
+    rl = read(config.data.rl_path, "rl_path", config.rl.max_steps != 0, ("solution",))
+    held_out = read(config.data.eval_path, "eval_path", bool(config.data.eval_path), ("solution",))
+    scorable = tuple(record for record in rl if any(category_sets(record.solution, wheels)))
+    unscorable = len(rl) - len(scorable)
+    if unscorable and config.rl.unscorable == "drop":
+        log.warning("%d of %d RL records are left out: no word of their solution is on a wheel", unscorable, len(rl))
+        rl = scorable
+    if rl and not scorable:
+        raise ConfigError(
+            f"{config.data.rl_path}: no record's solution has a word on a wheel, so nothing can be learnt from it; "
+            "check the solutions, or emotion.wheel_dir"
+        )
+    _check_held_out(sft + rl, held_out, config)
+    limit = config.eval.limit or len(held_out)
+    return DataSets(sft=sft, rl=rl, eval=held_out[:limit], unscorable=unscorable)
+
+
+def _check_held_out(training: tuple[Record, ...], held_out: tuple[Record, ...], config: RunConfig) -> None:
+    """Refuses held-out clips that are trained on."""
+    trained = {path for record in training for path in (*record.videos, *record.audios, *record.images)}
+    shared = [record.id for record in held_out if trained & {*record.videos, *record.audios, *record.images}]
+    if shared and config.data.eval_path not in (config.data.sft_path, config.data.rl_path):
+        log.warning("%d held-out clips are also trained on, among them %s", len(shared), ", ".join(shared[:3]))
