@@ -146,7 +146,9 @@ def frame_strip(path: str | Path, frames: int = 4, height: int = 84) -> tuple[st
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode(), seconds
 
 
-def _decoded(container: av.container.InputContainer, stream: av.VideoStream, wanted: Sequence[int]) -> list[Image.Image]:
+def _decoded(
+    container: av.container.InputContainer, stream: av.VideoStream, wanted: Sequence[int]
+) -> list[Image.Image]:
     """The frames of those numbers, decoded up to the last of them and no more held than asked for."""
     pictures = []
     for number, frame in enumerate(container.decode(stream)):

@@ -106,7 +106,9 @@ def _warnings_of_answers(end: Evaluation | None) -> list[str]:
     if floor is not None and (end.score("slow", "f1") or 0) <= floor:
         found.append(f"{name}: slow answers score no better than the same majority answer given to every clip.")
     if distinct is not None and distinct < max(3, 0.05 * end.n):
-        found.append(f"{name}: only {distinct:.0f} distinct slow answers to {end.n} clips: the policy may have collapsed.")
+        found.append(
+            f"{name}: only {distinct:.0f} distinct slow answers to {end.n} clips: the policy may have collapsed."
+        )
     for mode in ("slow", "fast"):
         if (rate := end.score(mode, "format_rate")) is not None and rate < 0.9 and mode == "slow":
             found.append(f"{name}: {100 * (1 - rate):.0f}% of the slow answers are not in the think/answer format.")
@@ -127,7 +129,9 @@ def _what_ran(run: RunRecord) -> str:
         parts.append(f"{steps['sft']:.0f} steps of supervised fine-tuning{fall}")
     if "rl" in steps:
         arm = run.config.get("rl", {}).get("arm")
-        parts.append(f"{steps['rl']:.0f} steps of reinforcement learning" + (f" with the {arm} advantage" if arm else ""))
+        parts.append(
+            f"{steps['rl']:.0f} steps of reinforcement learning" + (f" with the {arm} advantage" if arm else "")
+        )
     return f"The model was trained by {', then by '.join(parts)}."
 
 
@@ -138,7 +142,9 @@ def _what_it_gained(run: RunRecord) -> list[str]:
     stages = stages_of(evaluations)
     paragraphs = []
     if stages.start is not None:
-        paragraphs.append(_standing(stages.start, "Before reinforcement learning" if stages.end_is_rl else "At the end"))
+        paragraphs.append(
+            _standing(stages.start, "Before reinforcement learning" if stages.end_is_rl else "At the end")
+        )
     if stages.end_is_rl:
         paragraphs.append(_gain(stages))
     paragraphs.append(_frame(stages.end))
@@ -147,7 +153,8 @@ def _what_it_gained(run: RunRecord) -> list[str]:
 
 def _standing(evaluation: Evaluation, when: str) -> str:
     slow, fast = evaluation.score("slow", "f1"), evaluation.score("fast", "f1")
-    text = f"{when}, slow answers scored F1 {percent(slow)} and fast answers {percent(fast)} on {evaluation.n} held-out clips"
+    text = f"{when}, slow answers scored F1 {percent(slow)} and fast answers {percent(fast)}"
+    text += f" on {evaluation.n} held-out clips"
     difference = f1_difference(evaluation, "slow", evaluation, "fast")
     if difference is None:
         return text + "."
@@ -181,7 +188,9 @@ def _frame(end: Evaluation | None) -> str:
     if ceiling is not None:
         parts.append(f"An oracle that is told the cues, noise included, reaches {percent(ceiling)}.")
     if None not in (floor, ceiling, slow) and ceiling > floor:
-        parts.append(f"Slow thinking has covered {100 * (slow - floor) / (ceiling - floor):.0f}% of the way between the two.")
+        parts.append(
+            f"Slow thinking has covered {100 * (slow - floor) / (ceiling - floor):.0f}% of the way between the two."
+        )
     return " ".join(parts)
 
 

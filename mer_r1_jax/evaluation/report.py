@@ -57,7 +57,7 @@ SMALL_PANELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """An emotion word and how it fares: right, wrong or unknown (answers), found or missed (truth), or "" (unmarked)."""
+    """An emotion word and its mark: right, wrong or unknown (answers), found or missed (truth), "" when not marked."""
 
     text: str
     mark: str
@@ -125,7 +125,9 @@ def _cards(start: Evaluation | None, end: Evaluation) -> list[dict[str, str]]:
         if start is not None and start is not end and (change := f1_difference(end, mode, start, mode)):
             note = f"{signed(change.points)} since the start of RL [{signed(change.low)}, {signed(change.high)}]"
             kind = ("up" if change.points > 0 else "down") if change.is_clear else ""
-        cards.append({"label": f"{mode.capitalize()} F1", "value": percent(end.score(mode, "f1")), "note": note, "kind": kind})
+        cards.append(
+            {"label": f"{mode.capitalize()} F1", "value": percent(end.score(mode, "f1")), "note": note, "kind": kind}
+        )
     if (gap := f1_difference(end, "slow", end, "fast")) is not None:
         note = f"points [{signed(gap.low)}, {signed(gap.high)}]"
         cards.append({"label": "Slow minus fast", "value": signed(gap.points), "note": note, "kind": ""})
@@ -148,7 +150,9 @@ def _table(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     for label, name, is_share, digits in TABLE_ROWS:
         values = [evaluation.score(mode, name) for _, evaluation in columns for mode in MODES]
         if any(value is not None for value in values):
-            cells = [percent(value) if is_share else "–" if value is None else f"{value:.{digits}f}" for value in values]
+            cells = [
+                percent(value) if is_share else "–" if value is None else f"{value:.{digits}f}" for value in values
+            ]
             rows.append({"label": label, "cells": cells, "strong": name == "f1"})
     end = stages.end
     return {
@@ -332,7 +336,13 @@ def _completions(run: RunRecord) -> dict[str, Any] | None:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    text = value if isinstance(value, str) else "–" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    text = (
+        value
+        if isinstance(value, str)
+        else "–"
+        if value is None
+        else json.dumps(value, default=str, ensure_ascii=False)
+    )
     return text if len(text) <= TEXT_SHOWN else text[:TEXT_SHOWN] + " …"
 
 

@@ -70,7 +70,9 @@ class RunRecord:
 
     def series(self, phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of one metric, float64; lines without it are left out."""
-        points = [(line["step"], line[name]) for line in self.metrics.get(phase, []) if _number(line.get(name)) is not None]
+        points = [
+            (line["step"], line[name]) for line in self.metrics.get(phase, []) if _number(line.get(name)) is not None
+        ]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.asarray(steps, np.float64), np.asarray(values, np.float64)
 

@@ -63,7 +63,9 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, max_to_keep: int = 2, layout_version: int = 1):
         if max_to_keep < 1:
-            raise ValueError(f"max_to_keep is {max_to_keep}, but at least one checkpoint must be kept: set it to 1 or more")
+            raise ValueError(
+                f"max_to_keep is {max_to_keep}, but at least one checkpoint must be kept: set it to 1 or more"
+            )
         self.directory = Path(directory).absolute()
         self.max_to_keep = max_to_keep
         self.layout_version = layout_version
@@ -164,7 +166,7 @@ class Checkpoints:
         if state["layout_version"] != self.layout_version:
             raise CheckpointError(
                 f"checkpoint {folder} has layout version {state['layout_version']}, this program writes and reads "
-                f"version {self.layout_version}: resume with the version of the program that made it, or start a new run"
+                f"version {self.layout_version}: resume with the program version that made it, or start a new run"
             )
         if callable(abstract_arrays):
             abstract_arrays = abstract_arrays(step, state["host"])
@@ -210,8 +212,8 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free / 2**30 if self.directory.is_dir() else float("nan")
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return (
-            f"the checkpoint of step {step} could not be saved in {self.directory} ({free:.2f} GiB free): {reason[:400]}. "
-            f"Earlier checkpoints are unharmed: {self.valid_steps() or 'none'}. Make room or mend the folder's "
+            f"the checkpoint of step {step} could not be saved in {self.directory} ({free:.2f} GiB free): "
+            f"{reason[:400]}. Earlier checkpoints are unharmed: {self.valid_steps() or 'none'}. Make room or mend the folder's "
             "permissions, then run the same command again: it goes on from the newest one."
         )
 
@@ -236,7 +238,9 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
-        raise CheckpointError("two arrays of the tree get the same name: keys must not contain dots that make them alike")
+        raise CheckpointError(
+            "two arrays of the tree get the same name: keys must not contain dots that make them alike"
+        )
     return named
 
 
@@ -251,7 +255,8 @@ def _check_matches(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) 
             problems.append(f"{name}: {was} in the checkpoint, {spec.dtype}{list(spec.shape)} in the run")
     if problems:
         raise CheckpointError(
-            f"checkpoint {folder} does not fit the run, {len(problems)} mismatches:\n  " + "\n  ".join(problems)
+            f"checkpoint {folder} does not fit the run, {len(problems)} mismatches:\n  "
+            + "\n  ".join(problems)
             + "\nResume with the configuration it was made with, or start a run of another name."
         )
 

@@ -1,7 +1,7 @@
 """What a run measures, written where people look: metrics.jsonl, TensorBoard, completion tables, the progress line.
 
-metrics.jsonl is the truth and must succeed. TensorBoard and the tables are for looking at: when one of them fails, it is
-named in one warning and left out from then on, and training goes on.
+metrics.jsonl is the truth and must succeed. TensorBoard and the tables are for looking at: when one of them fails, it
+is named in one warning and left out from then on, and training goes on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class MetricsWriter:
         self._file = open(self._path, "a")
         self._start = time.monotonic()
         self._broken: set[str] = set()
-        self._tensorboard = _TensorBoard(run.tensorboard, run.attempt, resume_at) if "tensorboard" in report_to else None
+        self._tensorboard = (
+            _TensorBoard(run.tensorboard, run.attempt, resume_at) if "tensorboard" in report_to else None
+        )
 
     def write(self, phase: str, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Writes one line.
@@ -76,7 +78,7 @@ class MetricsWriter:
         return values
 
     def write_completions(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Writes a table of sampled completions to `completions/completions_<step>.parquet`, columns of equal length."""
+        """Writes sampled completions, columns of equal length, to `completions/completions_<step>.parquet`."""
         path = self._completions / f"completions_{step:05d}.parquet"
         table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
         self._attempt(

@@ -1,16 +1,16 @@
 """One run, one folder: where everything is, what it was started with, and who may write.
 
-    <output_dir>/<run_name>/
-        config.json          the configuration, plain JSON
-        env.json             versions and platform of the first attempt, fingerprints of the data
-        metrics.jsonl        one line a logging step
-        completions/         sampled completions, parquet
-        tensorboard/<phase>/
-        checkpoints/<step>/
-        eval/                <benchmark>_<step>.json and .samples.jsonl
-        export/hf/
-        report.html
-        logs/attempt_<n>/    config.json, env.json and log.txt of each start of the command
+<output_dir>/<run_name>/
+    config.json          the configuration, plain JSON
+    env.json             versions and platform of the first attempt, fingerprints of the data
+    metrics.jsonl        one line a logging step
+    completions/         sampled completions, parquet
+    tensorboard/<phase>/
+    checkpoints/<step>/
+    eval/                <benchmark>_<step>.json and .samples.jsonl
+    export/hf/
+    report.html
+    logs/attempt_<n>/    config.json, env.json and log.txt of each start of the command
 """
 
 from __future__ import annotations

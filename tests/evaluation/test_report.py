@@ -1,4 +1,4 @@
-"""The report: what it says is what the files say, it needs no network, nothing in it runs, nothing missing is hidden."""
+"""The report: it says what the files say, needs no network, runs nothing, and hides nothing that is missing."""
 
 import base64
 import html
@@ -205,6 +205,7 @@ def test_summary_does_not_claim_what_the_interval_leaves_open(tmp_path):
     slow, fast = rng.random(50), rng.random(50)
     record.evaluations["synthetic"][:] = [evaluation(0, slow, fast), evaluation(40, rng.permutation(slow), fast)]
     text = " ".join(describe(record))
+    assert "Slow now stands not clearly apart from fast" in text
     assert "did not clearly change slow F1" in text and "raised" not in text and "lowered" not in text
     record.evaluations["synthetic"][:] = [evaluation(0, slow, fast), evaluation(40, slow - 0.2, fast)]
     assert "RL lowered slow F1, −20.0 points" in " ".join(describe(record))

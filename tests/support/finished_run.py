@@ -69,7 +69,9 @@ def write_evaluation(run, phase, step, skill, clips, reasoning="the brows are lo
         return float(np.mean([row[mode][name] for row in rows]))
 
     scores = {
-        mode: {name: mean(mode, name) for name in ("precision", "recall", "f1", "confidence_correct", "confidence_wrong")}
+        mode: {
+            name: mean(mode, name) for name in ("precision", "recall", "f1", "confidence_correct", "confidence_wrong")
+        }
         | {
             "distinct_answers": len({tuple(row[mode]["words"]) for row in rows}),
             "mean_words": float(np.mean([len(row[mode]["words"]) for row in rows])),

@@ -26,7 +26,10 @@ HOST = {"iterator": {"next": 7}, "quarantine": ["clip-3"], "counters": {"tokens"
 
 def make_arrays(step=1):
     params = {
-        "text": {"kernel": jax.random.normal(jax.random.key(step), (16, 8)), "bias": jnp.full((8,), step, jnp.bfloat16)},
+        "text": {
+            "kernel": jax.random.normal(jax.random.key(step), (16, 8)),
+            "bias": jnp.full((8,), step, jnp.bfloat16),
+        },
         "audio": [jnp.array([np.nan, -0.0, np.inf, 1e-42], jnp.float32), jnp.zeros((0, 3))],
     }
     return {
