@@ -1,10 +1,9 @@
 """Scores predictions as MER-UniBench does.
 
-    python experiments/score.py --predictions=FILE.jsonl --metric=set_f1|hit|waf [--wheel_dir=DIR] [--variant=unibench] \
-        --out=FILE.json
+    python experiments/score.py --predictions=FILE.jsonl --metric=set_f1|hit|waf [--wheel_dir=DIR] --out=FILE.json
 
-A line is {"id", "prediction", "truth"}: text or lists of words for set_f1; one word as truth for hit; a number as truth and
-a sentiment word as prediction for waf. Published numbers need the official wheel folder (--wheel_dir).
+A line is {"id", "prediction", "truth"}: text or lists of words for set_f1; one word as truth for hit; a number as truth
+and a sentiment word as prediction for waf. Published numbers need the official wheel folder (--wheel_dir).
 """
 
 import json
@@ -21,7 +20,7 @@ _PREDICTIONS = flags.DEFINE_string("predictions", None, "JSON lines to score.", 
 _METRIC = flags.DEFINE_enum("metric", None, list(predictions.METRICS), "Which score.", required=True)
 _WHEELS = flags.DEFINE_string("wheel_dir", "", "Folder with emotion wheels; empty = the ones shipped.")
 _VARIANT = flags.DEFINE_enum("variant", "unibench", list(VARIANTS), "Word forms and the treatment of an undefined F.")
-_CLEAN = flags.DEFINE_bool("clean_up", False, "Predictions are an extractor LLM's raw text: clean it as the official code does.")
+_CLEAN = flags.DEFINE_bool("clean_up", False, "Predictions are an extractor LLM's raw text; clean it officially.")
 _OUT = flags.DEFINE_string("out", None, "Where to write the scores as JSON.", required=True)
 
 

@@ -1,8 +1,9 @@
 """From an answer's text to its emotion words.
 
-`parse_answer` reads `<think>R</think>\\n<answer>W</answer>`. Splitting W into words is the official MER-UniBench splitter
-(zeroQiaoba/AffectGPT, toolkit/utils), quirks included: only quotes and ASCII commas separate, so "happy; sad", "happy/sad",
-"happy and sad", a newline or a Chinese comma leave one unknown word, and other punctuation stays ("happy." is unknown).
+`parse_answer` reads `<think>R</think>\\n<answer>W</answer>`. W is split into words by the official MER-UniBench rule
+(zeroQiaoba/AffectGPT, toolkit/utils), quirks included: only quotes and ASCII commas separate, so "happy; sad",
+"happy/sad", "happy and sad", a newline or a Chinese comma leave one unknown word, and other punctuation stays ("happy."
+is unknown).
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def _format_reward(text: str) -> float:
 def split_words(answer: str | Sequence[str] | None) -> list[str]:
     """The official splitter. A list passes unchanged; None, NaN (an empty csv cell) and "" give no words.
 
-    One leading "[" and one trailing "]" go; quotes and ASCII commas separate; words are trimmed but keep their case. On a
-    lone "[" the official code raises IndexError (it looks for the "]" in an empty string); here it gives no words.
+    One leading "[" and one trailing "]" go; quotes and ASCII commas separate; words are trimmed but keep their case. On
+    a lone "[" the official code raises IndexError (it looks for the "]" in an empty string); here it gives no words.
 
     Raises:
         TypeError: `answer` is neither text, a list of texts, nor missing.
@@ -89,8 +90,8 @@ def distinct_words(words: Iterable[str]) -> tuple[str, ...]:
 def clean_extractor_text(text: str) -> str:
     """The official clean-up of what the word-extracting LLM wrote, applied before `split_words`.
 
-    Quirks: the prefixes are tested once each and in order, so "Input output: x" keeps "output"; newlines are deleted rather than
-    replaced, so two words on two lines grow together.
+    Quirks: the prefixes are tested once each and in order, so "Inputoutput: x" keeps "output"; newlines are deleted
+    rather than replaced, so two words on two lines grow together.
     """
     text = text.strip()
     for prefix in _EXTRACTOR_PREFIXES:

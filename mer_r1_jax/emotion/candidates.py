@@ -1,8 +1,8 @@
 """Candidate first tokens of emotion categories: what counts as "naming" a category at the position before a word.
 
 V(c) of MER-R1's slow-fast confidence calibration: every surface form of category c, lower-case and capitalised, reduced
-to its first token with and without a leading space. A token that two categories of the same wheel share is dropped, even
-when it opens the very word that was sampled. A category left with no token has no set.
+to its first token with and without a leading space. A token that two categories of the same wheel share is dropped,
+even when it opens the very word that was sampled. A category left with no token has no set.
 
 Shape letters: Z candidate sets, all wheels together; Y tokens of a set.
 """
@@ -24,12 +24,12 @@ class CandidateTable:
     """V(c) for every wheel and category under one tokenizer, as arrays that can enter jit.
 
     Attributes:
-        ids_ZY: int32, token ids of each set in ascending order, padded with -1. Sets stand in the order of the wheels and
-            of `Wheels.groups`.
+        ids_ZY: int32, token ids of each set in ascending order, padded with -1. Sets stand in the order of the wheels
+            and of `Wheels.groups`.
         size_Z: int32, tokens of each set.
         wheel_Z: int32, the wheel of each set.
         names: the category of each set.
-        share_lost: share of spellings (forms x case x space) whose first token was dropped, all wheels together.
+        share_lost: share of the surface forms of all wheels that lost the first tokens of all their spellings to sharing.
         shared_tokens: per wheel, how many first tokens were dropped.
     """
 
@@ -57,10 +57,9 @@ class CandidateTable:
                         owners[token].add(category)
             shared = {token for token, categories in owners.items() if len(categories) > 1}
             for category, members in by_category.items():
-                tokens = [token for form in members for token in opening[form]]
-                total += len(tokens)
-                lost += sum(token in shared for token in tokens)
-                sets.append(sorted(set(tokens) - shared))
+                total += len(members)
+                lost += sum(set(opening[form]) <= shared for form in members)
+                sets.append(sorted({token for form in members for token in opening[form]} - shared))
                 wheel_Z.append(wheel)
             self.names += tuple(by_category)
             self.shared_tokens += (len(shared),)

@@ -40,12 +40,14 @@ IRREGULAR = {
 
 
 _SUFFIX = re.compile(
-    r"(tion|sion|ment|ness|ity|ance|ence|ancy|ency|ism|ship|hood|dom|our|tude|ous|ful|less|able|ible|ive|ic|ical|al|ent|ant"
-    r"|ly|ed|ing|ate|ary|ory|ish|some|ile|id|y|ern)$"
+    r"(tion|sion|ment|ness|ity|ance|ence|ancy|ency|ism|ship|hood|dom|our|tude|ous|ful|less|able|ible|ive|ic|ical|al|ent"
+    r"|ant|ly|ed|ing|ate|ary|ory|ish|some|ile|id|y|ern)$"
 )
 
 # longer verbs whose last letter doubles
-_DOUBLES = set("abhor admit befit commit compel defer deter forget fulfil omit propel rebel rebut regret repel submit".split())
+_DOUBLES = set(
+    "abhor admit befit commit compel defer deter forget fulfil omit propel rebel rebut regret repel submit".split()
+)
 
 
 def inflections(word: str, part: str, stem: str | None = None) -> list[str]:
@@ -79,7 +81,7 @@ def _noun(word: str) -> list[str]:
     forms = [plural(word)]
     if _is_plain(word):
         full = (word[:-1] + "i" if word.endswith("y") else word) + "ful"
-        forms += [*verb_forms(word), full, full + "s", full + "ly", full + "ness"]
+        forms += [*conjugation(word), full, full + "s", full + "ly", full + "ness"]
     if word.endswith("pathy"):
         forms += verb_forms(word[:-1] + "ize")
     return forms
@@ -99,19 +101,22 @@ def plural(word: str) -> str:
     return word + "s"
 
 
-def verb_forms(stem: str) -> list[str]:
-    """Third person, past, participles, agent noun and the adverbs of the participles."""
-    base = _before_vowel(stem)
+def conjugation(stem: str) -> list[str]:
+    """A verb's own forms: stem, third person, past, participles."""
     if stem.endswith("y") and stem[-2:-1] not in VOWELS:
         past = stem[:-1] + "ied"
-        agent = stem[:-1] + "ier"
     else:
-        past, agent = base + "ed", base + "er"
-    pasts = IRREGULAR.get(stem, (past,))
-    gerund = (stem[:-2] + "ying") if stem.endswith("ie") else base + "ing"
-    forms = [stem, plural(stem), *pasts, gerund, agent, agent + "s", gerund + "s", gerund + "ly", pasts[-1] + "ly"]
-    forms += [pasts[-1] + "ness", gerund + "ness"]
-    forms += [base + "able", base + "ably", base + "ability"]
+        past = _before_vowel(stem) + "ed"
+    gerund = (stem[:-2] + "ying") if stem.endswith("ie") else _before_vowel(stem) + "ing"
+    return [stem, plural(stem), *IRREGULAR.get(stem, (past,)), gerund]
+
+
+def verb_forms(stem: str) -> list[str]:
+    """A verb's own forms, the agent noun, what the participles give, and the nouns and adjectives of its ending."""
+    own = conjugation(stem)
+    participle, gerund = own[-2:]
+    agent = stem[:-1] + "ier" if participle.endswith("ied") else _before_vowel(stem) + "er"
+    forms = [*own, agent, agent + "s", gerund + "ly", participle + "ly", participle + "ness"]
     for ending, nouns in _VERB_NOUNS:
         if stem.endswith(ending):
             forms += [stem[: -len(ending)] + noun for noun in nouns]
@@ -120,7 +125,7 @@ def verb_forms(stem: str) -> list[str]:
 
 # what verbs with these endings are turned into: frustrate -> frustration, energize -> energization, energise
 _VERB_NOUNS = (
-    ("ate", ("ation", "ations", "ator", "ators", "ative", "atory")),
+    ("ate", ("ation", "ations", "ator", "ators")),
     ("ize", ("ization", "izations", "isation", "ise", "ises", "ised", "ising")),
     ("ise", ("isation", "isations", "ize", "izes", "ized", "izing")),
     ("ify", ("ification", "ifications")),
@@ -159,13 +164,13 @@ def _before_vowel(stem: str) -> str:
 def _adjective(word: str) -> list[str]:
     forms = [adverb(word), *_quality(word), plural(word)]
     if _is_plain(word) or (word.endswith("ate") and len(word) > 5):
-        forms += verb_forms(word)
+        forms += conjugation(word)
     elif word.endswith("ative"):
         forms += verb_forms(word[:-3] + "e")
     elif word.endswith(("ctive", "rtive", "ssive")):
         forms += verb_forms(word[:-3])
     elif word.endswith("al"):
-        forms += verb_forms(word + "ize")
+        forms += conjugation(word + "ize")
     return forms + _comparison(word) if _is_short(word) else forms
 
 
@@ -183,12 +188,12 @@ def adverb(word: str) -> str:
 def _quality(word: str) -> list[str]:
     """Nouns for the quality an adjective names, with their plurals where usual."""
     if word.endswith("y") and word[-2:-1] not in VOWELS:
-        found = [word[:-1] + "iness", word[:-1] + "inesses"]
+        found = [word[:-1] + "iness"]
     else:
-        found = [word + "ness", word + "nesses"]
+        found = [word + "ness"]
     for ending, nouns in (
-        ("able", ("ability", "abilities")),
-        ("ible", ("ibility", "ibilities")),
+        ("able", ("ability",)),
+        ("ible", ("ibility",)),
         ("ent", ("ence", "ency", "ences")),
         ("ant", ("ance", "ancy", "ances")),
         ("ical", ("icality",)),

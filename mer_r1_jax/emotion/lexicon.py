@@ -2,9 +2,9 @@
 
     python -m mer_r1_jax.emotion.lexicon
 
-rewrites `wheel1.csv` to `wheel5.csv`, `synonym.csv` and `format.csv` beside it. The lexicon is written by hand: families
-of words that mean nearly the same, with the place of each family on the five wheels (`wheels/README.md` names the
-literature). A family:
+rewrites `wheel1.csv` to `wheel5.csv`, `synonym.csv` and `format.csv` beside it. The lexicon is written by hand:
+families of words that mean nearly the same, with the place of each family on the five wheels (`wheels/README.md` names
+the literature). A family:
 
     [annoyance]
     at: anger/annoyance | anger/annoyance | anger/irritation | angry/annoyed | negative and forceful/irritation
@@ -88,7 +88,8 @@ def _family(name: str, block: dict[str, list[str]], where: str) -> Family:
     if len(cells) != NUM_WHEELS or not all(cell == "-" or cell.count("/") == 1 for cell in cells):
         raise LexiconError(f"{where}: [{name}] needs 'at:' with five places 'level1/level2' or '-', got {cells}")
     places = tuple(None if cell == "-" else tuple(cell.split("/")) for cell in cells)
-    entries = tuple(entry for part in inflection.PARTS for cell in block.get(part, []) for entry in _entries(part, cell))
+    lines = [(part, cell) for part in inflection.PARTS for cell in block.get(part, [])]
+    entries = tuple(entry for part, cell in lines for entry in _entries(part, cell))
     family = Family(name, places, entries)
     if not family.wheel_words:
         raise LexiconError(f"{where}: [{name}] has no wheel word; mark one with a star")

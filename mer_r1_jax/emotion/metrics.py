@@ -2,9 +2,10 @@
 
 Kept quirks, all of them part of published numbers:
 
-* the set F of a wheel is made of the data set's mean precision and recall, not of per-sample F; and the reported F is the
-  mean of the wheels' F, so it is not 2PR / (P + R) of the reported precision and recall.
-* P + R = 0 on a wheel, or no sample to score on it, makes its F and so the score NaN under "unibench", 0 under "mer2026".
+* the set F of a wheel is made of the data set's mean precision and recall, not of per-sample F; and the reported F is
+  the mean of the wheels' F, so it is not 2PR / (P + R) of the reported precision and recall.
+* P + R = 0 on a wheel, or no sample to score on it, makes its F (and so the score) NaN under "unibench" and 0 under
+  "mer2026".
 * a sample whose truth has no category on a wheel is skipped on that wheel ("neutral" is never scored).
 * HIT costs nothing for extra predictions.
 * WAF: samples whose label is 0 are left out; a prediction that is not exactly "positive" (so "Positive", "neutral",
@@ -132,7 +133,8 @@ def waf(sentiments: Sequence[str], labels: Sequence[float]) -> Score:
     from sklearn.metrics import accuracy_score, f1_score  # takes a second to import
 
     _check_lengths(sentiments, labels)
-    pairs = [(label > 0, SENTIMENTS.get(word, 0.0) > 0) for word, label in zip(sentiments, labels, strict=True) if label]
+    signs = ((label, SENTIMENTS.get(word, 0.0)) for word, label in zip(sentiments, labels, strict=True))
+    pairs = [(label > 0, sentiment > 0) for label, sentiment in signs if label]
     if not pairs:
         return Score(NAN, NAN, NAN, (), len(labels), 0)
     true, predicted = zip(*pairs, strict=True)

@@ -9,8 +9,8 @@ from mer_r1_jax.emotion.wheels import Wheels
 
 # Valence of level-1 categories, of our wheels and of the official ones; a category that is not here is negative.
 POSITIVE = frozenset(
-    "enjoyment contentment pride affection interest joy trust love optimism anticipation happy excited fond romantic kind liked "
-    "interested touched sure joyful powerful peaceful genius".split()
+    "enjoyment contentment pride affection interest joy trust love optimism anticipation happy excited fond romantic "
+    "kind liked interested touched sure joyful powerful peaceful genius".split()
 ) | {"positive and lively", "positive thoughts", "quiet positive", "caring"}
 NEUTRAL = frozenset("surprise surprised awe reactive thinking wanting unsure submission".split())
 
@@ -18,8 +18,8 @@ NEUTRAL = frozenset("surprise surprised awe reactive thinking wanting unsure sub
 def polarity(words: Iterable[str], wheels: Wheels) -> str:
     """One of positive, negative, neutral, by the majority of the words' categories.
 
-    Every distinct word votes with the mean valence (+1, 0, -1) of its categories over the wheels that have one; the sign of
-    the votes' sum decides. No known word, or a tie: neutral.
+    Every distinct word votes with the mean valence (+1, 0, -1) of its categories over the wheels that have one; the
+    sign of the votes' sum decides. No known word, or a tie: neutral.
     """
     total = 0.0
     for word in answers.distinct_words(words):

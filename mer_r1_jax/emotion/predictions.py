@@ -34,8 +34,8 @@ def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = 
     """Reads a predictions file.
 
     Args:
-        path: JSON lines; `prediction` and `truth` are text or a list of words for set_f1; for hit `truth` is one word; for
-            waf `truth` is a number and `prediction` a sentiment word. null stands for no words.
+        path: JSON lines; `prediction` and `truth` are text or a list of words for set_f1; for hit `truth` is one word;
+            for waf `truth` is a number and `prediction` a sentiment word. null stands for no words.
         metric: set_f1 | hit | waf.
         clean_up: predictions are an extractor LLM's raw text, to be cleaned as the official pipeline does.
 
@@ -81,8 +81,8 @@ def score_predictions(columns: Predictions, metric: str, wheels: Wheels) -> dict
     """Scores what `read_predictions` gave, as a JSON-ready dict; NaN becomes None.
 
     Returns:
-        score, precision, recall, per_wheel (a list of dicts), n, n_scored, and n_unknown_words with unknown_words: how often
-        each predicted word that has no category on any wheel occurs (waf: each word that is no sentiment).
+        score, precision, recall, per_wheel (a list of dicts), n, n_scored, and n_unknown_words with unknown_words: how
+        often each predicted word that has no category on any wheel occurs (waf: each word that is no sentiment).
     """
     if metric == "waf":
         score = metrics.waf(columns.predictions, columns.truths)

@@ -1,7 +1,7 @@
 """Rewards of one answer: recall, precision and F1 of emotion categories, averaged over the wheels.
 
-MER-R1, rewards: R_R = |Y & G| / |G|, R_P = |Y & G| / |Y| with Y the predicted and G the true set of level-1 categories of
-a wheel. Each is computed on every wheel on which the truth has a category, then averaged over those wheels.
+MER-R1, rewards: R_R = |Y & G| / |G|, R_P = |Y & G| / |Y| with Y the predicted and G the true set of level-1 categories
+of a wheel. Each is computed on every wheel on which the truth has a category, then averaged over those wheels.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def answer_rewards(
         words: the answer's words; repeats do not count.
         truth_words: the true words.
         wheels: the wheels.
-        word_penalty: taken off recall, precision and F1 for every distinct word beyond the number of distinct true words
-            (off by default); the rewards may then be negative.
+        word_penalty: taken off recall, precision and F1 for every distinct word beyond the number of distinct true
+            words (off by default); the rewards may then be negative.
 
     Returns:
-        Rewards. An answer without a category on a wheel has precision, recall and F1 0 there. A truth without a category
-        on any wheel ("neutral") gives zeros and `scorable` False.
+        Rewards. An answer without a category on a wheel has precision, recall and F1 0 there. A truth without a
+        category on any wheel ("neutral") gives zeros and `scorable` False.
     """
     words, truth_words = answers.distinct_words(words), answers.distinct_words(truth_words)
     predicted, true = category_sets(words, wheels), category_sets(truth_words, wheels)
@@ -70,7 +70,7 @@ def answer_rewards(
 def set_rewards(
     predicted: Sequence[frozenset[str]], true: Sequence[frozenset[str]]
 ) -> tuple[float, float, float] | None:
-    """Recall, precision and F1 of category sets, averaged over the wheels whose true set is not empty; None without any.
+    """Recall, precision and F1 of category sets, averaged over the wheels with a true category; None without any.
 
     Args:
         predicted: categories of the answer on each wheel.

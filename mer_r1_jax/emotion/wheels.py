@@ -1,9 +1,9 @@
 """Emotion wheels: from a folder of tables to "which category is this word in".
 
-A wheel folder holds `wheel1` to `wheel5` (columns level1, level2, level3; a blank cell repeats the one above), `synonym`
-(column pairs word_runN, synonym_runN) and `format` (columns name, format: a base word and a comma list of its surface
-forms), each as `.csv` or `.xlsx`. The official MER-UniBench folder (zeroQiaoba/AffectGPT, `emotion_wheel/`) has this
-shape, and so has the folder shipped with this package. The lookup follows the released scorer, quirks included:
+A wheel folder holds `wheel1` to `wheel5` (columns level1, level2, level3; a blank cell repeats the one above),
+`synonym` (column pairs word_runN, synonym_runN) and `format` (columns name, format: a base word and a comma list of its
+surface forms), each as `.csv` or `.xlsx`. The official MER-UniBench folder (zeroQiaoba/AffectGPT, `emotion_wheel/`) has
+this shape, and so has the folder shipped with this package. The lookup follows the released scorer, quirks included:
 
 * base words of w: every name in `format` that is w or has w among its forms. The official table lists "fear" under
   "fearless", so "fear" is joyful on wheels 2 to 5; its `mer2026` version mends 17 such rows.
@@ -180,7 +180,8 @@ def _read_synonyms(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
                 for base in (word, *_split(synonyms)):
                     found[base].add(word)
     if not run:
-        raise WheelError(f"{path}: no column word_run1; found {', '.join(table[0])}; expected pairs word_runN, synonym_runN")
+        found_columns = ", ".join(table[0])
+        raise WheelError(f"{path}: no column word_run1; found {found_columns}; expected pairs word_runN, synonym_runN")
     return {base: tuple(sorted(words)) for base, words in found.items()}
 
 

@@ -50,6 +50,19 @@ def test_sets_agree_with_a_plain_loop(width):
             z += 1
 
 
+def test_share_of_forms_lost_agrees_with_a_plain_loop():
+    tokenizer = PrefixTokenizer(3)
+    lost = total = 0
+    for wheel in range(5):
+        kept = brute_force(tokenizer, wheel)
+        for category, forms in WHEELS.forms(wheel).items():
+            for form in forms:
+                own = {tokenizer.encode(text, add_special_tokens=False)[0] for text in spellings(form)}
+                total += 1
+                lost += not own & kept[category]
+    assert CandidateTable(tokenizer, WHEELS).share_lost == lost / total > 0
+
+
 def test_sharing_falls_with_longer_tokens():
     losses = [CandidateTable(PrefixTokenizer(width), WHEELS).share_lost for width in (1, 3, 40)]
     assert 1.0 >= losses[0] > losses[1] > losses[2] == 0.0

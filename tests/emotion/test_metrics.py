@@ -1,4 +1,4 @@
-"""The MER-UniBench scores: cases counted by hand on the shipped wheels, and the official examples where they are at hand."""
+"""The MER-UniBench scores: cases counted by hand on the shipped wheels, and the official examples where at hand."""
 
 import json
 import math
@@ -103,8 +103,10 @@ def test_our_wheels_cover_the_official_vocabulary(official):
 
 @needs_official_data
 def test_upstream_error_about_fear_is_kept_and_mended_by_variant(official):
-    assert [official["unibench"].category("fear", k) for k in range(5)] == ["scared", "happy", "joyful", "genius", "joyful"]
-    assert [official["mer2026"].category("fear", k) for k in range(5)] == ["scared", "fearful", "scared", "fear", "scared"]
+    kept = [official["unibench"].category("fear", k) for k in range(5)]
+    assert kept == ["scared", "happy", "joyful", "genius", "joyful"]
+    mended = [official["mer2026"].category("fear", k) for k in range(5)]
+    assert mended == ["scared", "fearful", "scared", "fear", "scared"]
 
 
 # Five cases counted by hand on the shipped wheels (tests/emotion/test_rewards.py lists the categories they rest on).

@@ -95,6 +95,10 @@ def test_majority_answer_is_the_best_constant():
     assert constant_floor(["happy"], truths, WHEELS).f1 == pytest.approx((1 + 1 + 2 / 3 + 0) / 4)
 
 
+def test_majority_answer_takes_as_many_words_as_help():
+    assert set(majority_answer([["happy", "sad"]] * 3 + [["angry"]], WHEELS)) == {"happy", "sad"}
+
+
 def test_majority_answer_without_known_truth():
     assert majority_answer([["neutral"], []], WHEELS) == ()
     assert constant_floor((), [["neutral"]], WHEELS).f1 == 0.0
@@ -112,6 +116,7 @@ def test_majority_answer_without_known_truth():
         ([], "neutral"),
         (["happy", "sad"], "neutral"),
         (["Hopeful", "hopeful", "sad"], "neutral"),
+        (["happy", "sneaky"], "neutral"),  # sneaky is on three wheels only and weighs as much
     ],
 )
 def test_polarity_rule(found, expected):
