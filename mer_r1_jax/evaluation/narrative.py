@@ -35,21 +35,43 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The evaluations a run is told by: after SFT (where RL starts) and at the end. Either may be absent."""
+    """The evaluations a run is told by. Evaluations count steps over both phases.
+
+    Attributes:
+        start: after SFT, where RL starts; None when it was not evaluated.
+        end: the last one, or `start`.
+        end_is_rl: whether `end` was made by RL.
+        sft_steps: steps done before RL, to be taken off an evaluation's step.
+    """
 
     start: Evaluation | None
     end: Evaluation | None
     end_is_rl: bool
+    sft_steps: int
+
+    def rl_step(self, evaluation: Evaluation) -> int:
+        """Steps of RL done at an evaluation; 0 at one of SFT."""
+        return max(0, evaluation.step - self.sft_steps) if evaluation.phase == "rl" else 0
 
 
-def stages_of(evaluations: Sequence[Evaluation]) -> Stages:
-    """Picks start and end: RL's step 0 or else the last of SFT; the last of RL or else of SFT."""
+def stages_of(run: RunRecord, benchmark: str) -> Stages:
+    """Picks start and end: RL before its first update or else the last of SFT; the last of RL or else of SFT."""
+    evaluations = run.evaluations.get(benchmark, [])
+    sft_steps = _sft_steps(run, evaluations)
     sft = [evaluation for evaluation in evaluations if evaluation.phase == "sft"]
-    rl = [evaluation for evaluation in evaluations if evaluation.phase == "rl"]
-    trained = [evaluation for evaluation in rl if evaluation.step > 0]
-    at_zero = [evaluation for evaluation in rl if evaluation.step == 0]
-    start = at_zero[0] if at_zero else sft[-1] if sft else None
-    return Stages(start, trained[-1] if trained else start, bool(trained))
+    untrained = [evaluation for evaluation in evaluations if evaluation.phase == "rl" and evaluation.step <= sft_steps]
+    trained = [evaluation for evaluation in evaluations if evaluation.phase == "rl" and evaluation.step > sft_steps]
+    start = untrained[-1] if untrained else sft[-1] if sft else None
+    return Stages(start, trained[-1] if trained else start, bool(trained), sft_steps)
+
+
+def _sft_steps(run: RunRecord, evaluations: Sequence[Evaluation]) -> int:
+    """Steps of SFT: its last line, or the first evaluation of RL when the last steps fell between two lines."""
+    lines = [line["step"] for line in run.metrics.get("sft", [])]
+    logged = int(max(lines, default=0))
+    every = run.config.get("train", {}).get("logging_steps", 1)
+    first_of_rl = min((evaluation.step for evaluation in evaluations if evaluation.phase == "rl"), default=logged)
+    return first_of_rl if lines and logged <= first_of_rl < logged + every else logged
 
 
 def f1_difference(new: Evaluation, new_mode: str, old: Evaluation, old_mode: str) -> Difference | None:
@@ -79,19 +101,21 @@ def warnings_of(run: RunRecord) -> list[str]:
     for phase in run.metrics:
         for name, words in _COUNTED.items():
             values = run.series(phase, name)[1]
-            if len(values) and values[-1] > 0:
-                found.append(f"{phase.upper()}: {words}: {values[-1]:.0f}.")
-    for evaluations in run.evaluations.values():
-        found += _warnings_of_answers(stages_of(evaluations).end)
+            count = values[-1:].sum() if name in _RUNNING_TOTALS else values.sum()
+            if count > 0:
+                found.append(f"{phase.upper()}: {words}: {count:.0f}.")
+    for benchmark in run.evaluations:
+        found += _warnings_of_answers(stages_of(run, benchmark).end)
     return found
 
 
 _COUNTED = {
     "skipped_steps": "updates skipped because a loss or gradient was not finite",
-    "data/quarantined": "clips that broke during training and count with weight zero",
-    "data/silent_audio": "clips without sound",
-    "data/audio_cut": "clips whose sound was cut at media.max_audio_seconds",
+    "data/skipped": "prompts left out, with weight zero, for a clip that broke",
+    "data/silent_audio": "prompts whose clip had no sound and was given silence",
+    "data/audio_cut": "prompts whose sound was cut at media.max_audio_seconds",
 }
+_RUNNING_TOTALS = {"skipped_steps"}  # the others count one step each
 
 
 def _warnings_of_answers(end: Evaluation | None) -> list[str]:
@@ -138,8 +162,7 @@ def _what_ran(run: RunRecord) -> str:
 def _what_it_gained(run: RunRecord) -> list[str]:
     if not run.evaluations:
         return ["It was not evaluated on held-out clips, so nothing can be said about what it learnt."]
-    evaluations = next(iter(run.evaluations.values()))
-    stages = stages_of(evaluations)
+    stages = stages_of(run, next(iter(run.evaluations)))
     paragraphs = []
     if stages.start is not None:
         paragraphs.append(
@@ -163,7 +186,7 @@ def _standing(evaluation: Evaluation, when: str) -> str:
 
 def _gain(stages: Stages) -> str:
     start, end = stages.start, stages.end
-    text = f"After RL step {end.step}, slow answers score F1 {percent(end.score('slow', 'f1'))}"
+    text = f"After RL step {stages.rl_step(end)}, slow answers score F1 {percent(end.score('slow', 'f1'))}"
     text += f" and fast answers {percent(end.score('fast', 'f1'))}."
     if start is not None:
         for mode in ("slow", "fast"):

@@ -16,7 +16,7 @@ from mer_r1_jax.data.paths import MediaPathError, resolve_media
 from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
-from mer_r1_jax.evaluation.narrative import describe, f1_difference, percent, signed, stages_of, warnings_of
+from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, percent, signed, stages_of, warnings_of
 from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
 from mer_r1_jax.training import durable
 
@@ -42,6 +42,7 @@ SMALL_PANELS = (
     ("Completion length (tokens)", {"completions/mean_length": ("", NEUTRAL)}),
     ("Cut at the length limit", {"completions/clipped_ratio": ("", NEUTRAL)}),
     ("Confidence, slow and fast", {"confidence/slow": ("slow", SLOW), "confidence/fast": ("fast", FAST)}),
+    ("Calibration rewards", {"rewards/r_plus/mean": ("R+", RECALL), "rewards/r_minus/mean": ("R−", PRECISION)}),
     ("Format reward", {"rewards/format/mean": ("", NEUTRAL)}),
     ("KL to the reference", {"kl": ("", NEUTRAL)}),
     ("Entropy of the policy", {"entropy": ("", NEUTRAL)}),
@@ -71,7 +72,7 @@ def make_report(
     Args:
         run_dir: a run's folder, finished or not. What is missing there is named in the report.
         media_root: folder of the clips; None = `data.media_root` of the run's configuration, or the folder of its
-            `data.eval_path`.
+            `data.eval_path`, or its `data.synthetic_dir`.
         num_examples: clips shown, the first ones in order; None = `eval.num_examples` of the configuration.
 
     Returns:
@@ -84,8 +85,7 @@ def make_report(
     if num_examples is None:
         num_examples = run.config.get("eval", {}).get("num_examples", DEFAULT_EXAMPLES)
     missing = list(run.missing)
-    benchmarks = list(run.evaluations.values())
-    stages = stages_of(benchmarks[0]) if benchmarks else None
+    stages = stages_of(run, next(iter(run.evaluations))) if run.evaluations else None
     clips = _clips(run, stages, media_root, num_examples, missing) if stages else []
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mer_r1_jax.evaluation", "."),
@@ -100,10 +100,10 @@ def make_report(
         summary=describe(run),
         warnings=warnings_of(run),
         cards=_cards(stages.start, stages.end) if stages and stages.end else [],
-        tables=[_table(evaluations) for evaluations in benchmarks],
+        tables=[_table(stages_of(run, benchmark)) for benchmark in run.evaluations],
         figures=_figures(run),
         clips=clips,
-        clips_of=stages.end if stages else None,
+        clips_at=_named_step(stages) if stages else "",
         completions=_completions(run),
         config=_shown_json(run.config),
         environment=_shown_json(run.environment),
@@ -137,15 +137,18 @@ def _cards(start: Evaluation | None, end: Evaluation) -> list[dict[str, str]]:
     return cards
 
 
-def _table(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+def _named_step(stages: Stages) -> str:
+    return f"RL step {stages.rl_step(stages.end)}" if stages.end_is_rl else "the end of SFT"
+
+
+def _table(stages: Stages) -> dict[str, Any]:
     """Start and end side by side, slow and fast apart."""
-    stages = stages_of(evaluations)
     columns = []
     if stages.start is not None:
         is_sft = stages.start.phase == "sft"
         columns.append((f"After SFT (step {stages.start.step})" if is_sft else "Start of RL (after SFT)", stages.start))
     if stages.end_is_rl:
-        columns.append((f"End (RL step {stages.end.step})", stages.end))
+        columns.append((f"End ({_named_step(stages)})", stages.end))
     rows = []
     for label, name, is_share, digits in TABLE_ROWS:
         values = [evaluation.score(mode, name) for _, evaluation in columns for mode in MODES]
@@ -169,13 +172,16 @@ def _table(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 def _figures(run: RunRecord) -> list[dict[str, str]]:
     found = []
     for benchmark, evaluations in run.evaluations.items():
-        panels = _held_out_panels(evaluations)
-        if panels:
+        if panels := _held_out_panels(evaluations, stages_of(run, benchmark)):
             caption = f"Held-out clips ({benchmark}). Dashed: the majority answer as floor, the oracle as ceiling."
             found.append({"caption": caption, "source": figures.draw(panels, 2)})
     reward = _panel(run, "rl", "Reward", {"reward": ("", NEUTRAL)})
-    parts = {"rewards/recall/mean": ("recall", RECALL), "rewards/precision/mean": ("precision", PRECISION)}
-    sampled = [panel for panel in (reward, _panel(run, "rl", "Recall and precision", parts)) if panel.lines]
+    parts = {
+        "rewards/recall/mean": ("recall", RECALL),
+        "rewards/precision/mean": ("precision", PRECISION),
+        "rewards/f1/mean": ("F1", NEUTRAL),
+    }
+    sampled = [panel for panel in (reward, _panel(run, "rl", "Recall, precision, F1", parts)) if panel.lines]
     if sampled:
         caption = "Sampled training completions, per RL step. Pale: each step; strong: running mean."
         found.append({"caption": caption, "source": figures.draw(sampled, 2)})
@@ -187,14 +193,14 @@ def _figures(run: RunRecord) -> list[dict[str, str]]:
     return found
 
 
-def _held_out_panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
-    """F1 of both modes, and precision and recall of slow, over the steps of RL (of SFT where there was no RL)."""
-    stages = stages_of(evaluations)
-    phase = "rl" if stages.end_is_rl else "sft"
-    points = [evaluation for evaluation in evaluations if evaluation.phase == phase]
-    if stages.end_is_rl and points[0].step > 0 and stages.start is not None:
-        points.insert(0, stages.start)
-    steps = [0 if evaluation.phase != phase else evaluation.step for evaluation in points]
+def _held_out_panels(evaluations: Sequence[Evaluation], stages: Stages) -> list[Panel]:
+    """F1 of both modes, and their precision and recall, over the steps of RL (of SFT where there was no RL)."""
+    if stages.end_is_rl:
+        points = [point for point in evaluations if point is stages.start or stages.rl_step(point)]
+        steps = [stages.rl_step(point) for point in points]
+    else:
+        points = [point for point in evaluations if point.phase == "sft" or point is stages.start]
+        steps = [point.step for point in points]
 
     def line(mode: str, name: str, label: str, color: str) -> Line:
         values = [100 * value if (value := point.score(mode, name)) is not None else float("nan") for point in points]
@@ -205,7 +211,7 @@ def _held_out_panels(evaluations: Sequence[Evaluation]) -> list[Panel]:
         for label, name in (("floor", "majority_f1"), ("ceiling", "oracle_f1"))
         if stages.end is not None and (value := stages.end.reference(name)) is not None
     )
-    where = f"over {phase.upper()} steps"
+    where = f"over {'RL' if stages.end_is_rl else 'SFT'} steps"
     return [
         Panel(f"F1 {where}", (line("slow", "f1", "slow", SLOW), line("fast", "f1", "fast", FAST)), levels),
         Panel(
@@ -230,7 +236,7 @@ def _panel(run: RunRecord, phase: str, title: str, names: dict[str, tuple[str, s
 
 
 def _clips(
-    run: RunRecord, stages: Any, media_root: str | os.PathLike | None, count: int, missing: list[str]
+    run: RunRecord, stages: Stages, media_root: str | os.PathLike | None, count: int, missing: list[str]
 ) -> list[dict[str, Any]]:
     """Rows of the table of clips: the first `count` of the last evaluation, in its order, so none is hand-picked."""
     if stages.end is None or not stages.end.samples:
@@ -305,7 +311,8 @@ def _wheels(run: RunRecord, missing: list[str]) -> Wheels | None:
 
 def _media_root(run: RunRecord, given: str | os.PathLike | None) -> Path:
     data = run.config.get("data", {})
-    return Path(given or data.get("media_root") or os.path.dirname(data.get("eval_path") or "") or run.path)
+    beside_records = os.path.dirname(data.get("eval_path") or "")
+    return Path(given or data.get("media_root") or beside_records or data.get("synthetic_dir") or run.path)
 
 
 def _strip(video: str | None, root: Path) -> tuple[str | None, float | None, str | None]:

@@ -213,8 +213,8 @@ class Checkpoints:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return (
             f"the checkpoint of step {step} could not be saved in {self.directory} ({free:.2f} GiB free): "
-            f"{reason[:400]}. Earlier checkpoints are unharmed: {self.valid_steps() or 'none'}. Make room or mend the folder's "
-            "permissions, then run the same command again: it goes on from the newest one."
+            f"{reason[:400]}. Earlier checkpoints are unharmed: {self.valid_steps() or 'none'}. Make room or mend the "
+            "folder's permissions, then run the same command again: it goes on from the newest one."
         )
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from support.finished_run import write_clip, write_run
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.narrative import Difference, describe, f1_difference, stages_of, warnings_of
 from mer_r1_jax.evaluation.report import make_report
-from mer_r1_jax.evaluation.run_record import Evaluation, ReportError, read_run
+from mer_r1_jax.evaluation.run_record import Evaluation, ReportError, RunRecord, read_run
 
 
 class Page(html.parser.HTMLParser):
@@ -49,11 +50,11 @@ def page(run_folder):
 
 
 def scores_of(folder, step):
-    return json.loads((folder / "eval" / f"synthetic_rl_{step:05d}.json").read_text())
+    return json.loads((folder / "eval" / f"synthetic_{step:05d}.json").read_text())
 
 
 def test_report_shows_the_scores_of_start_and_end(run_folder, page):
-    start, end = scores_of(run_folder, 0), scores_of(run_folder, 40)
+    start, end = scores_of(run_folder, 60), scores_of(run_folder, 100)
     row = " ".join(f"{100 * scores[mode]['f1']:.1f}" for scores in (start, end) for mode in ("slow", "fast"))
     cells = re.sub(r"<[^>]+>", " ", (run_folder / "report.html").read_text())
     assert f"F1 {row}" in re.sub(r"\s+", " ", cells)
@@ -76,7 +77,7 @@ def test_report_is_self_contained(page):
 
 def test_report_shows_every_clip_with_both_answers_and_truth(run_folder, page):
     assert "clip-7" in page.text and "“line 7”" in page.text and "1.0 s" in page.text
-    rows = [json.loads(line) for line in (run_folder / "eval" / "synthetic_rl_00040.samples.jsonl").open()]
+    rows = [json.loads(line) for line in (run_folder / "eval" / "synthetic_00100.samples.jsonl").open()]
     wrong = sum(row["slow"]["f1"] == 0 for row in rows)
     source = (run_folder / "report.html").read_text()
     slow_rows = re.findall(r'class="answer slow-row".*?</div>', source, re.DOTALL)
@@ -89,7 +90,7 @@ def test_report_shows_every_clip_with_both_answers_and_truth(run_folder, page):
 def test_html_and_scripts_in_a_completion_are_escaped(tmp_path):
     attack = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}"
     folder = write_run(tmp_path / "run", clips=2, reasoning=attack)
-    rows = folder / "eval" / "synthetic_rl_00040.samples.jsonl"
+    rows = folder / "eval" / "synthetic_00100.samples.jsonl"
     hostile = [json.loads(line) for line in rows.open()]
     for row in hostile:
         row["subtitle"] = row["id"] = row["slow"]["words"][0] = row["truth"][0] = f"{row['id']}{attack}"
@@ -105,17 +106,17 @@ def test_missing_and_broken_pieces_are_named(tmp_path):
     folder = write_run(tmp_path / "run", clips=3)
     (folder / "clips" / "1.mp4").unlink()
     (folder / "clips" / "2.mp4").write_bytes(b"not a video")
-    (folder / "eval" / "synthetic_rl_00020.json").write_text("{")
-    (folder / "eval" / "other_rl_00020.json").write_text('{"step": 3}')
-    (folder / "eval" / "synthetic_rl_00000.samples.jsonl").unlink()
+    (folder / "eval" / "synthetic_00080.json").write_text("{")
+    (folder / "eval" / "other_00080.json").write_text('{"step": 3}')
+    (folder / "eval" / "synthetic_00060.samples.jsonl").unlink()
     (folder / "completions" / "completions_00040.parquet").write_bytes(b"PAR1")
     (folder / "env.json").unlink()
     text = Page(make_report(folder)).text
     assert "frames of clip clip-1: clips/1.mp4 is not in the media folder" in text
     assert "frames of clip clip-2: 2.mp4 cannot be shown" in text
-    assert "synthetic_rl_00020.json cannot be read" in text
-    assert "other_rl_00020.json lacks benchmark, phase or step" in text
-    assert "there is no synthetic_rl_00000.samples.jsonl" in text
+    assert "synthetic_00080.json cannot be read" in text
+    assert "other_00080.json lacks benchmark, phase or step" in text
+    assert "there is no synthetic_00060.samples.jsonl" in text
     assert "completions_00040.parquet cannot be read" in text
     assert "there is no env.json" in text
 
@@ -134,11 +135,10 @@ def test_report_of_sft_alone(tmp_path):
     (folder / "metrics.jsonl").write_text(
         "".join(line for line in (folder / "metrics.jsonl").open() if '"sft"' in line)
     )
-    for path in folder.glob("eval/synthetic_rl_000[24]0*"):
+    for path in [*folder.glob("eval/synthetic_00080*"), *folder.glob("eval/synthetic_00100*")]:
         path.unlink()
-    for path in folder.glob("eval/synthetic_rl_00000*"):
-        content = path.read_text().replace('"phase": "rl"', '"phase": "sft"').replace('"step": 0', '"step": 60')
-        path.write_text(content)
+    for path in folder.glob("eval/synthetic_00060*"):
+        path.write_text(path.read_text().replace('"phase": "rl"', '"phase": "sft"'))
     text = Page(make_report(folder)).text
     assert "At the end, slow answers scored F1" in text and "After SFT (step 60)" in text
     assert "RL curves: metrics.jsonl has no line of that phase" in text
@@ -147,7 +147,7 @@ def test_report_of_sft_alone(tmp_path):
 def test_a_clip_outside_the_media_folder_is_not_shown(tmp_path):
     folder = write_run(tmp_path / "run", clips=1)
     write_clip(tmp_path / "private.mp4")
-    rows = folder / "eval" / "synthetic_rl_00040.samples.jsonl"
+    rows = folder / "eval" / "synthetic_00100.samples.jsonl"
     rows.write_text(rows.read_text().replace("clips/0.mp4", "../private.mp4"))
     page = Page(make_report(folder))
     assert "'..' in '../private.mp4'" in page.text
@@ -186,16 +186,30 @@ def test_paired_difference_and_its_interval():
     assert f1_difference(evaluation(9, [0.5, 1]), "fast", Evaluation({}, {}), "slow") is None
 
 
-def test_stages_are_start_of_rl_and_end():
-    sft, zero, middle, end = (
-        evaluation(60, [1, 1], phase="sft"), evaluation(0, [1, 1]), evaluation(5, [1, 1]), evaluation(9, [1, 1]),
-    )  # fmt: skip
-    stages = stages_of([sft, zero, middle, end])
-    assert (stages.start, stages.end, stages.end_is_rl) == (zero, end, True)
-    assert stages_of([sft, end]).start is sft
-    stages = stages_of([sft, zero])
-    assert (stages.start, stages.end, stages.end_is_rl) == (zero, zero, False)
-    assert stages_of([]).end is None and stages_of([end]).start is None
+def record_of(evaluations, sft_lines=(), **config):
+    metrics = {"sft": [{"step": step} for step in sft_lines], "rl": []}
+    return RunRecord(Path("run"), config, {}, metrics, {"b": list(evaluations)}, None, ())
+
+
+def test_stages_are_start_of_rl_and_end_in_steps_of_both_phases():
+    sft, start, middle, end = (
+        evaluation(step, [1, 1], phase=phase) for step, phase in ((60, "sft"), (60, "rl"), (65, "rl"), (69, "rl"))
+    )
+    lines = range(1, 61)
+    stages = stages_of(record_of([sft, start, middle, end], lines), "b")
+    assert (stages.start, stages.end, stages.end_is_rl, stages.sft_steps) == (start, end, True, 60)
+    assert (stages.rl_step(sft), stages.rl_step(start), stages.rl_step(end)) == (0, 0, 9)
+    assert stages_of(record_of([sft, end], lines), "b").start is sft
+    assert stages_of(record_of([middle, end], lines), "b").start is None  # a trained policy is no start
+    stages = stages_of(record_of([sft, start], lines), "b")
+    assert (stages.start, stages.end, stages.end_is_rl) == (start, start, False)
+    assert stages_of(record_of([]), "b").end is None
+    # Steps 57 to 60 fell between two lines of metrics.jsonl.
+    every_eighth = record_of([start, end], range(8, 57, 8), train={"logging_steps": 8})
+    assert stages_of(every_eighth, "b").start is start and stages_of(every_eighth, "b").rl_step(end) == 9
+    without_sft = [evaluation(0, [1, 1]), evaluation(9, [1, 1])]
+    stages = stages_of(record_of(without_sft), "b")
+    assert stages.start is without_sft[0] and stages.rl_step(stages.end) == 9
 
 
 def test_summary_does_not_claim_what_the_interval_leaves_open(tmp_path):
@@ -203,20 +217,21 @@ def test_summary_does_not_claim_what_the_interval_leaves_open(tmp_path):
     record = read_run(folder)
     rng = np.random.default_rng(1)
     slow, fast = rng.random(50), rng.random(50)
-    record.evaluations["synthetic"][:] = [evaluation(0, slow, fast), evaluation(40, rng.permutation(slow), fast)]
+    record.evaluations["synthetic"][:] = [evaluation(60, slow, fast), evaluation(100, rng.permutation(slow), fast)]
     text = " ".join(describe(record))
     assert "Slow now stands not clearly apart from fast" in text
     assert "did not clearly change slow F1" in text and "raised" not in text and "lowered" not in text
-    record.evaluations["synthetic"][:] = [evaluation(0, slow, fast), evaluation(40, slow - 0.2, fast)]
+    record.evaluations["synthetic"][:] = [evaluation(60, slow, fast), evaluation(100, slow - 0.2, fast)]
     assert "RL lowered slow F1, −20.0 points" in " ".join(describe(record))
 
 
 def test_warnings_name_collapse_floor_and_skipped_updates(tmp_path):
     record = read_run(write_run(tmp_path / "run", clips=4))
     assert any("updates skipped because a loss or gradient was not finite: 1" in line for line in warnings_of(record))
+    assert any("for a clip that broke: 2." in line for line in warnings_of(record))  # of steps 20 and 40
     assert any("only 4 held-out clips" in line for line in warnings_of(record))
     slow = {"f1": 0.3, "distinct_answers": 2, "format_rate": 0.5, "truncated_rate": 0.5}
-    record.evaluations["synthetic"][:] = [evaluation(40, [0.3] * 200, slow=slow, majority_f1=0.31)]
+    record.evaluations["synthetic"][:] = [evaluation(100, [0.3] * 200, slow=slow, majority_f1=0.31)]
     text = "\n".join(warnings_of(record))
     assert "no better than the same majority answer" in text and "only 2 distinct slow answers" in text
     assert "50% of the slow answers are not in the think/answer format" in text

@@ -83,7 +83,7 @@ def write_evaluation(run, phase, step, skill, clips, reasoning="the brows are lo
     }
     summary = {"step": step, "phase": phase, "benchmark": "synthetic", "n": clips, **scores}
     summary |= {"majority_answer": ["happy", "sad"], "majority_f1": 0.31, "oracle_f1": 0.85}
-    stem = run.eval / f"synthetic_{phase}_{step:05d}"
+    stem = run.eval / f"synthetic_{step:05d}"
     stem.with_suffix(".samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     durable.write_json(stem.with_suffix(".json"), summary)
 
@@ -116,6 +116,7 @@ def write_run(folder, *, rl_steps=40, sft_steps=60, clips=8, reasoning="the brow
                     "grad_norm": float("nan") if step == 3 else 1 + rng.random(),
                     "step_time": 1 + 0.1 * rng.random(),
                     "skipped_steps": step >= 3,
+                    "data/skipped": step % 20 == 0,
                 },
             )
         columns = {"prompt": ["a question"] * 9, "completion": [reasoning] * 9, "reward": [0.5] * 9}
@@ -123,7 +124,8 @@ def write_run(folder, *, rl_steps=40, sft_steps=60, clips=8, reasoning="the brow
         if records is None:
             for number in range(clips):
                 write_clip(folder / "clips" / f"{number}.mp4")
-        write_evaluation(run, "rl", 0, 0.3, clips, reasoning, records)
-        write_evaluation(run, "rl", rl_steps // 2, 0.6, clips, reasoning, records)
-        write_evaluation(run, "rl", rl_steps, 0.9, clips, reasoning, records)
+        # Evaluations count the steps of both phases.
+        write_evaluation(run, "rl", sft_steps, 0.3, clips, reasoning, records)
+        write_evaluation(run, "rl", sft_steps + rl_steps // 2, 0.6, clips, reasoning, records)
+        write_evaluation(run, "rl", sft_steps + rl_steps, 0.9, clips, reasoning, records)
     return folder
