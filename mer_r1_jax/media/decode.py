@@ -1,0 +1,340 @@
+"""Reading video frames, audio samples and images from files with PyAV and Pillow, within bounds set before decoding.
+
+Everything that goes wrong with a file ends in one `MediaError`. Memory is bounded: only sampled frames are kept, and a
+clip whose header promises too much (seconds, pixels, frame or sample rate) is refused before a frame is decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import soxr
+from PIL import Image, UnidentifiedImageError
+
+from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.frames import FRAME_FACTOR, frame_count, frame_indices, image_size, video_size
+from mer_r1_jax.media.resize import resize
+
+MAX_SIDE = 8192  # pixels; a larger picture is a broken header or not a clip of a person
+MAX_FRAME_RATE = 1000.0
+SAMPLE_RATES = (1_000, 384_000)
+MAX_CHANNELS = 64
+THREADED_PIXELS = 512 * 512  # pictures above this size are decoded with several threads
+
+Size = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFrames:
+    """Sampled frames of a video.
+
+    Attributes:
+        frames: uint8[n, h, w, 3] RGB.
+        sampled_fps: frames per second after sampling.
+        duration: seconds of the whole video.
+    """
+
+    frames: np.ndarray
+    sampled_fps: float
+    duration: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioTrack:
+    """Decoded audio.
+
+    Attributes:
+        samples: float32[samples], mono, at the configured sampling rate.
+        cut: whether the track went on after `max_audio_seconds`.
+    """
+
+    samples: np.ndarray
+    cut: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _VideoHeader:
+    """What is known of a video after its packets were counted, without decoding."""
+
+    total: int
+    rate: float
+
+
+def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) -> VideoFrames:
+    """Reads the frames of a video that `media` asks for.
+
+    Args:
+        path: any container FFmpeg reads.
+        media: sampling and limits.
+        factor: when given, frames are resized as they are decoded, to multiples of this many pixels.
+
+    Raises:
+        MediaError: for anything wrong with the file.
+    """
+    with _opened(path) as container:
+        stream = _video_stream(path, container)
+        header = _count_frames(path, container, stream, media)
+        pictures = _sample(path, container, stream, header, media, factor)
+    return VideoFrames(
+        frames=pictures,
+        sampled_fps=len(pictures) / header.total * header.rate,
+        duration=header.total / header.rate,
+    )
+
+
+def read_audio(path: str | Path, media: MediaConfig) -> np.ndarray:
+    """Returns float32[samples], the file's audio as mono at `media.sampling_rate`, cut at `media.max_audio_seconds`.
+
+    Raises:
+        MediaError: for anything wrong with the file, reason "no_audio" when it has no audio track.
+    """
+    return read_audio_track(path, media).samples
+
+
+def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
+    """Reads the first audio track of a file: the mean of its channels, resampled by soxr at high quality.
+
+    Raises:
+        MediaError: for anything wrong with the file, reason "no_audio" when it has no audio track.
+    """
+    with _opened(path) as container:
+        if not container.streams.audio:
+            raise MediaError(
+                path, "no_audio", "no audio track", "one", "Add one, or set media.missing_audio to skip or silence."
+            )
+        stream = container.streams.audio[0]
+        _check_duration(path, container, stream, media)
+        rate, channels = stream.rate or 0, stream.codec_context.channels
+        if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1] or not 1 <= channels <= MAX_CHANNELS:
+            raise MediaError(
+                path,
+                "bad_rate",
+                f"an audio track of {channels} channels at {rate} Hz",
+                f"1 to {MAX_CHANNELS} channels at {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]} Hz",
+                "Re-encode the audio.",
+            )
+        samples = _decode_audio(path, container, stream, media.max_audio_seconds)
+    if not np.isfinite(samples).all():
+        raise MediaError(path, "not_finite", "audio samples that are NaN or infinite", "finite ones", "Re-encode it.")
+    if rate != media.sampling_rate:
+        wanted = math.ceil(samples.size * media.sampling_rate / rate)
+        samples = soxr.resample(samples, rate, media.sampling_rate, quality="HQ")[:wanted]
+        samples = np.pad(samples, (0, wanted - samples.size))
+    most = int(media.max_audio_seconds * media.sampling_rate)
+    return AudioTrack(samples[:most].astype(np.float32, copy=False), cut=samples.size > most)
+
+
+def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
+    """Returns uint8[h, w, 3]: an image over white, resized by Pillow's bicubic filter to multiples of `factor` pixels.
+
+    Raises:
+        MediaError: for anything wrong with the file.
+    """
+    _check_present(path)
+    try:
+        with Image.open(path) as picture:
+            _check_size(path, *picture.size)
+            if picture.mode == "P" and "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+            if picture.mode == "RGBA":
+                white = Image.new("RGB", picture.size, (255, 255, 255))
+                white.paste(picture, mask=picture.getchannel("A"))
+                picture = white
+            picture = picture.convert("RGB")
+            height, width = image_size(picture.height, picture.width, factor, media)
+            return np.asarray(picture.resize((width, height)))
+    except MediaError:
+        raise
+    except UnidentifiedImageError:
+        raise MediaError(
+            path, "not_media", "not an image", "a PNG, JPEG or the like", "Check what the file really is."
+        ) from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(
+            path, "corrupt", f"an image that fails to decode ({error})", "a whole one", "Make it again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """Opens a container and turns whatever FFmpeg raises inside the block into a MediaError."""
+    _check_present(path)
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(
+            path,
+            "not_media",
+            f"a file FFmpeg cannot open ({_words(error)})",
+            "a video or audio file with its header",
+            "Check what it is; an mp4 cut short lacks its header and must be made or copied again.",
+        ) from error
+    with container:
+        try:
+            yield container
+        except av.error.FFmpegError as error:
+            raise MediaError(
+                path,
+                "corrupt",
+                f"data that fails to decode ({_words(error)})",
+                "a whole file",
+                "Copy or encode it again.",
+            ) from error
+
+
+def _words(error: Exception) -> str:
+    """The part of an FFmpeg message that says something."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _check_present(path: str | Path) -> None:
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise MediaError(path, "missing", found, "a media file", "Check the path and data.media_root.")
+    if path.stat().st_size == 0:
+        raise MediaError(path, "empty", "an empty file", "a media file", "Copy or make it again.")
+
+
+def _check_size(path: str | Path, width: int, height: int) -> None:
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise MediaError(
+            path,
+            "bad_size",
+            f"pictures of {width}x{height} pixels",
+            f"1 to {MAX_SIDE} pixels a side",
+            "Scale the clip down.",
+        )
+
+
+def _check_duration(path, container, stream, media: MediaConfig) -> None:
+    """Refuses a clip whose header says it is too long."""
+    seconds = [container.duration / av.time_base] if container.duration else []
+    if stream.duration and stream.time_base:
+        seconds.append(float(stream.duration * stream.time_base))
+    if seconds and max(seconds) > media.max_clip_seconds:
+        raise _too_long(path, f"{max(seconds):.1f}", media)
+
+
+def _too_long(path, seconds: str, media: MediaConfig) -> MediaError:
+    return MediaError(
+        path,
+        "too_long",
+        f"a clip of {seconds} s",
+        f"at most {media.max_clip_seconds:g} s",
+        "Cut it, or raise media.max_clip_seconds.",
+    )
+
+
+def _video_stream(path, container):
+    """Returns the first video stream that is not cover art."""
+    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        raise MediaError(path, "no_video", "no video track", "one", "List the file under `audios` if it is audio only.")
+    stream = streams[0]
+    _check_size(path, stream.codec_context.width, stream.codec_context.height)
+    return stream
+
+
+def _count_frames(path, container, stream, media: MediaConfig) -> _VideoHeader:
+    """Counts the video's packets, which are its frames, and rewinds."""
+    _check_duration(path, container, stream, media)
+    rate = float(stream.average_rate or stream.guessed_rate or Fraction(0))
+    if not 0 < rate <= MAX_FRAME_RATE:
+        raise MediaError(
+            path, "bad_rate", f"{rate:g} frames/s", f"more than 0, at most {MAX_FRAME_RATE:g}", "Re-encode the video."
+        )
+    total = 0
+    for packet in container.demux(stream):
+        total += packet.size > 0 and not packet.is_discard
+        if total / rate > media.max_clip_seconds:
+            raise _too_long(path, f"more than {media.max_clip_seconds:g}", media)
+    container.seek(0)
+    if total < stream.frames:
+        raise MediaError(
+            path,
+            "truncated",
+            f"{total} of the {stream.frames} frames its header announces",
+            "all of them",
+            "The file is cut short: copy or encode it again.",
+        )
+    if total < FRAME_FACTOR:
+        raise MediaError(
+            path, "no_frames", f"{total} video frame(s)", f"at least {FRAME_FACTOR}", "List stills under `images`."
+        )
+    return _VideoHeader(total=total, rate=rate)
+
+
+def _sample(path, container, stream, header: _VideoHeader, media: MediaConfig, factor: int | None) -> np.ndarray:
+    """Decodes the video once and returns the sampled frames, uint8[n, h, w, 3]."""
+    indices = frame_indices(header.total, frame_count(header.total, header.rate, media))
+    wanted = np.bincount(indices, minlength=header.total)
+    if stream.codec_context.width * stream.codec_context.height > THREADED_PIXELS:
+        stream.thread_type = "AUTO"
+    pictures: list[np.ndarray] = []
+    fit = _fitter(path, len(indices), media, factor)
+    number = -1
+    for number, frame in enumerate(container.decode(stream)):
+        if number < header.total and wanted[number]:
+            picture = fit(np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90))
+            pictures.extend([picture] * int(wanted[number]))
+    if len(pictures) < len(indices):
+        raise MediaError(
+            path,
+            "truncated",
+            f"{number + 1} frames that decode",
+            f"the {header.total} that are stored",
+            "Encode the video again.",
+        )
+    return np.stack(pictures)
+
+
+def _fitter(path, count: int, media: MediaConfig, factor: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function that resizes every frame to the size the first one asks for (`factor` None: leaves it)."""
+    size: list[Size] = []
+
+    def fit(picture: np.ndarray) -> np.ndarray:
+        height, width = picture.shape[:2]
+        if not size:
+            try:
+                size.append(video_size(height, width, count, factor, media) if factor else (height, width))
+            except ValueError as error:
+                raise MediaError(path, "bad_size", str(error), "a usual picture format", "Crop the clip.") from error
+        return resize(picture, *size[0])
+
+    return fit
+
+
+def _decode_audio(path, container, stream, max_seconds: float) -> np.ndarray:
+    """Returns float32[samples] at the stream's own rate: the mean of the channels, hardly more than `max_seconds`."""
+    to_planar = av.AudioResampler(format="fltp")  # sample format only: its own down-mix is louder than a mean
+    most = int((max_seconds + 1) * stream.rate)
+    blocks, total = [], 0
+    for frame in container.decode(stream):
+        for block in to_planar.resample(frame):
+            blocks.append(block.to_ndarray().mean(axis=0))
+            total += blocks[-1].size
+        if total >= most:
+            break
+    if not total:
+        raise MediaError(
+            path, "no_audio", "an audio track without samples", "sound", "Re-encode it, or set media.missing_audio."
+        )
+    return np.concatenate(blocks)[: _stated_samples(container, stream, total)]
+
+
+def _stated_samples(container, stream, decoded: int) -> int:
+    """Returns how many decoded samples are sound: in an mp4 the last codec block is filled up beyond the duration."""
+    if "mp4" not in container.format.name or not stream.duration:
+        return decoded
+    stated = round(stream.duration * stream.time_base * stream.rate)
+    block = stream.codec_context.frame_size or 0
+    return stated if stated < decoded < stated + block else decoded

@@ -1,0 +1,100 @@
+"""What decoding one file yields, and the bytes it is kept as: by the cache on disk, and between processes.
+
+Layout: 8 bytes of magic, CRC-32 of all that follows, length of the header, JSON header, arrays one after the other. The
+checksum covers header and arrays, so a truncated, extended or damaged entry is recognised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+
+from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.media import decode
+from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.mel import log_mel
+
+MAGIC = b"MERCLIP1"
+_PREFIX = struct.Struct("<8sII")
+DTYPES = ("uint8", "float32")
+
+VIDEO, AUDIO, IMAGE = "video", "audio", "image"
+
+
+class CorruptEntryError(ValueError):
+    """Bytes that are not a whole entry."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One decoded file.
+
+    Attributes:
+        arrays: "frames" uint8[n, h, w, 3] of a video or image, or "mel" float32[F, M] of an audio track.
+        facts: plain numbers: "fps" (sampled) and "duration" of a video; "samples" and "cut" of an audio track.
+    """
+
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any]
+
+    def to_bytes(self) -> bytes:
+        """Returns the entry as bytes."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        described = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
+        header = json.dumps({"arrays": described, "facts": self.facts}).encode()
+        body = b"".join([header, *(array.tobytes() for array in arrays.values())])
+        return _PREFIX.pack(MAGIC, zlib.crc32(body), len(header)) + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Entry:
+        """Returns the entry with read-only arrays that share `data`.
+
+        Raises:
+            CorruptEntryError: if the bytes are not exactly what `to_bytes` wrote.
+        """
+        if len(data) < _PREFIX.size:
+            raise CorruptEntryError(f"{len(data)} bytes are too few for an entry")
+        magic, checksum, header_size = _PREFIX.unpack_from(data)
+        body = memoryview(data)[_PREFIX.size :]
+        if magic != MAGIC or zlib.crc32(body) != checksum:
+            raise CorruptEntryError("the checksum does not match")
+        header = json.loads(bytes(body[:header_size]))
+        arrays, at = {}, _PREFIX.size + header_size
+        for name, dtype, shape in header["arrays"]:
+            if dtype not in DTYPES:
+                raise CorruptEntryError(f"array of dtype {dtype}")
+            size = int(np.prod(shape, dtype=np.int64))
+            arrays[name] = np.frombuffer(data, dtype, size, at).reshape(shape)
+            at += arrays[name].nbytes
+        return cls(arrays=arrays, facts=header["facts"])
+
+
+def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: int) -> Entry:
+    """Decodes one file completely, up to resized frames or the log-mel spectrogram.
+
+    Args:
+        path: the file.
+        kind: "video", "audio" or "image": what to read from it.
+        media: sampling and limits.
+        factor: pixels that sides of resized pictures are multiples of.
+        n_mels: mel bins.
+
+    Raises:
+        MediaError: for anything wrong with the file.
+    """
+    if kind == VIDEO:
+        video = decode.read_video(path, media, factor)
+        return Entry({"frames": video.frames}, {"fps": video.sampled_fps, "duration": video.duration})
+    if kind == IMAGE:
+        return Entry({"frames": decode.read_image(path, media, factor)[None]}, {"fps": 0.0, "duration": 0.0})
+    track = decode.read_audio_track(path, media)
+    try:
+        mel = log_mel(track.samples, n_mels, media.sampling_rate)
+    except ValueError as error:
+        raise MediaError(path, "too_long", str(error), "a shorter clip", "Lower media.max_audio_seconds.") from error
+    return Entry({"mel": mel}, {"samples": track.samples.size, "cut": track.cut})

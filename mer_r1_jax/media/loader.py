@@ -1,0 +1,146 @@
+"""From a record's paths to decoded clips: worker processes, time limit, cache, and the policy for missing audio."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.media.cache import ClipCache
+from mer_r1_jax.media.clips import AudioInput, Clips
+from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, Entry, decode_file
+from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.mel import log_mel
+from mer_r1_jax.media.pool import WorkerPool
+from mer_r1_jax.media.vision import VisionInput, laid_out, merge_factor
+from mer_r1_jax.omni.config import VisionConfig
+
+MISSING_AUDIO = ("error", "skip", "silence")
+SILENCE_SECONDS = 1.0  # length of silence for an audio file of its own that has no track
+
+
+class ClipLoader:
+    """Decodes the media of records. Safe to use from several threads; what it returns depends on files and settings alone.
+
+    A record shows what it lists: `videos` their frames, `audios` the sound of a file, which may be a video file. With
+    `media.use_audio_in_video` every video brings its own sound, interleaved, and an `audios` entry that names the same
+    file is that sound and not a second item.
+    """
+
+    def __init__(
+        self,
+        media: MediaConfig,
+        vision: VisionConfig,
+        n_mels: int,
+        cache_dir: str | Path = "",
+        media_root: str | Path = "",
+    ):
+        """
+        Args:
+            media: sampling, limits, workers and policies.
+            vision: patch sizes.
+            n_mels: mel bins of the audio tower.
+            cache_dir: folder of decoded clips; "" keeps none.
+            media_root: folder the records' paths are relative to; "" means each record's own file's folder.
+        """
+        if media.missing_audio not in MISSING_AUDIO:
+            raise ValueError(f"media.missing_audio: got {media.missing_audio!r}, expected one of {', '.join(MISSING_AUDIO)}")
+        self.media, self.vision, self.n_mels, self.media_root = media, vision, n_mels, media_root
+        self._factor = merge_factor(vision)
+        self.cache = ClipCache(cache_dir, media, self._factor, n_mels) if str(cache_dir) else None
+        self._pool = WorkerPool(media.decode_workers, media.decode_timeout) if media.decode_workers else None
+
+    def __enter__(self) -> ClipLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._pool:
+            self._pool.close()
+
+    def load(self, record) -> Clips:
+        """Decodes everything a record lists.
+
+        Args:
+            record: a `data.records.Record`; `videos`, `audios`, `images` and `file` are used.
+
+        Raises:
+            MediaError: for the first file that cannot be used.
+        """
+        root = Path(self.media_root or Path(record.file).parent)
+        interleaved = set(record.videos) if self.media.use_audio_in_video else set()
+        videos = [self._entry(root / name, VIDEO) for name in record.videos]
+        seconds = dict(zip(record.videos, (entry.facts["duration"] for entry in videos), strict=True))
+        own = [self._audio(root / name, seconds[name]) if name in interleaved else None for name in record.videos]
+        others = [
+            None if name in interleaved else self._audio(root / name, seconds.get(name, SILENCE_SECONDS))
+            for name in record.audios
+        ]
+        tracks = [track for track in own + others if track is not None]
+        return Clips(
+            videos=tuple(self._vision(entry) for entry in videos),
+            video_audios=tuple(track and track.clip for track in own),
+            audios=tuple(track and track.clip for track in others),
+            images=tuple(self._vision(self._entry(root / name, IMAGE)) for name in record.images),
+            silent_audio=sum(track.silent for track in tracks),
+            audio_cut=sum(track.cut for track in tracks),
+        )
+
+    def _vision(self, entry: Entry) -> VisionInput:
+        return laid_out(entry.arrays["frames"], entry.facts["fps"], self.vision)
+
+    def _audio(self, path: Path, seconds: float) -> _Track:
+        """Loads an audio track; one that is missing is treated as `media.missing_audio` says."""
+        try:
+            entry = self._entry(path, AUDIO)
+        except MediaError as error:
+            if error.reason != "no_audio" or self.media.missing_audio == "error":
+                raise
+            if self.media.missing_audio == "skip":
+                return _Track(None, silent=True)
+            samples = np.zeros(round(min(seconds, self.media.max_audio_seconds) * self.media.sampling_rate), np.float32)
+            mel = log_mel(samples, self.n_mels, self.media.sampling_rate)
+            return _Track(AudioInput(mel, samples.size / self.media.sampling_rate), silent=True)
+        clip = AudioInput(entry.arrays["mel"], entry.facts["samples"] / self.media.sampling_rate)
+        if clip.rows < 1:
+            raise MediaError(
+                path,
+                "too_short",
+                f"{entry.facts['samples']} samples of sound",
+                "enough for one audio token (321 samples at 16 kHz)",
+                "Leave the clip out, or list no audio for it.",
+            )
+        return _Track(clip, cut=bool(entry.facts["cut"]))
+
+    def _entry(self, path: Path, kind: str) -> Entry:
+        """Decodes a file, or takes it from the cache."""
+        job = dict(path=str(path), kind=kind, factor=self._factor, n_mels=self.n_mels)
+        cached = None
+        if self.cache:
+            try:
+                cached = self.cache.get(str(path), kind)
+            except OSError:  # decoding says what is wrong with the file
+                return decode_file(media=self.media, **job)
+        if cached:
+            return cached
+        if self._pool:
+            entry = self._pool.decode(job | {"media": dataclasses.asdict(self.media)})
+        else:
+            entry = decode_file(media=self.media, **job)
+        if self.cache:
+            self.cache.put(str(path), kind, entry)
+        return entry
+
+
+@dataclasses.dataclass(frozen=True)
+class _Track:
+    """An audio track as loaded: its clip (None when skipped) and what has to be counted about it."""
+
+    clip: AudioInput | None
+    silent: bool = False
+    cut: bool = False

@@ -1,0 +1,139 @@
+"""Frames to patches, and where each patch lies: the layout of transformers' Qwen2-VL processors, in numpy.
+
+Shape letters: P frame pairs, S patches of a frame pair, X values of a patch; n frames, h and w in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.media.decode import VideoFrames
+from mer_r1_jax.media.frames import image_size, video_size
+from mer_r1_jax.media.resize import resize
+from mer_r1_jax.omni.config import VisionConfig
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels CLIP was trained on, RGB
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_SECONDS = 0.0  # an image has no time
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionInput:
+    """An image or a video, resized and ready to be cut into patches.
+
+    Attributes:
+        frames: uint8[n, h, w, 3]; an image has one frame, a video a multiple of the temporal patch size.
+        grid: frame pairs, patch rows, patch columns.
+        second_per_grid: float32 seconds from one frame pair to the next.
+        vision: patch sizes.
+    """
+
+    frames: np.ndarray
+    grid: tuple[int, int, int]
+    second_per_grid: np.float32
+    vision: VisionConfig
+
+    @property
+    def patches(self) -> np.ndarray:
+        """float32[P, S, X] normalised patches, in 2x2 merge blocks, each flattened as (channel, time, y, x)."""
+        return cut_patches(self.frames, self.vision)
+
+    @property
+    def rows(self) -> int:
+        """Feature rows the vision tower makes of it, one per 2x2 merge block."""
+        pairs, height, width = self.grid
+        return pairs * height * width // self.vision.spatial_merge_size**2
+
+
+def merge_factor(vision: VisionConfig) -> int:
+    """Returns the pixels that height and width of a resized picture are multiples of."""
+    return vision.patch_size * vision.spatial_merge_size
+
+
+def video_patches(video: VideoFrames, media: MediaConfig, vision: VisionConfig) -> VisionInput:
+    """Resizes sampled frames as `media` asks for (a no-op where that has been done) and lays out their patches."""
+    count, height, width = video.frames.shape[:3]
+    size = video_size(height, width, count, merge_factor(vision), media)
+    return laid_out(resize(video.frames, *size), video.sampled_fps, vision)
+
+
+def image_patches(picture: np.ndarray, media: MediaConfig, vision: VisionConfig) -> VisionInput:
+    """Resizes an image uint8[h, w, 3] as `media` asks for and lays out its patches, the frame standing for two."""
+    size = image_size(*picture.shape[:2], merge_factor(vision), media)
+    return laid_out(resize(picture[None], *size), 0.0, vision)
+
+
+def laid_out(frames: np.ndarray, fps: float, vision: VisionConfig) -> VisionInput:
+    """Returns frames of their final size as a VisionInput.
+
+    Args:
+        frames: uint8[n, h, w, 3], h and w multiples of the merge factor.
+        fps: sampled frames per second, 0 for an image.
+        vision: patch sizes.
+    """
+    count, height, width = frames.shape[:3]
+    factor = merge_factor(vision)
+    if height % factor or width % factor:
+        raise ValueError(f"got frames of {width}x{height} pixels, expected multiples of {factor}; resize them first")
+    pairs = -(-count // vision.temporal_patch_size)
+    grid = (pairs, height // vision.patch_size, width // vision.patch_size)
+    seconds = vision.temporal_patch_size / fps if fps else IMAGE_SECONDS
+    return VisionInput(frames=frames, grid=grid, second_per_grid=np.float32(seconds), vision=vision)
+
+
+def cut_patches(frames: np.ndarray, vision: VisionConfig) -> np.ndarray:
+    """Normalises frames uint8[n, h, w, 3] and returns their patches, float32[P, S, X].
+
+    A missing last frame of a pair is a copy of the frame before it.
+    """
+    time, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+    count, height, width, channels = frames.shape
+    if short := -count % time:
+        frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
+    rows, columns = height // (patch * merge), width // (patch * merge)
+    blocks = frames.reshape(-1, time, rows, merge, patch, columns, merge, patch, channels)
+    #           pair, row, column, row in block, column in block, channel, time, y, x
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    patches = np.empty(blocks.shape, np.float32)
+    for channel in range(channels):
+        np.take(_normalised()[channel], blocks[..., channel, :, :, :], out=patches[..., channel, :, :, :])
+    return patches.reshape(len(blocks), rows * columns * merge * merge, channels * time * patch * patch)
+
+
+@functools.cache
+def _normalised() -> np.ndarray:
+    """float32[3, 256]: what each uint8 value of each channel becomes; rescaling and normalising in one step."""
+    values = np.arange(256, dtype=np.float32)
+    mean = np.array(MEAN, np.float32)[:, None] * np.float32(255)
+    deviation = np.array(DEVIATION, np.float32)[:, None] * np.float32(255)
+    return (values - mean) / deviation
+
+
+@functools.lru_cache(maxsize=64)
+def patch_layout(grid_h: int, grid_w: int, vision: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where the patches of a frame pair lie, in the order they come.
+
+    Args:
+        grid_h: patch rows.
+        grid_w: patch columns.
+        vision: patch, merge and window sizes.
+
+    Returns:
+        position_S2: int32 row and column of each patch.
+        window_S: int32 attention window; windows are numbered row by row, ragged at the right and bottom.
+    """
+    merge = vision.spatial_merge_size
+    row, column = np.meshgrid(np.arange(grid_h), np.arange(grid_w), indexing="ij")
+    order = np.arange(grid_h * grid_w).reshape(grid_h // merge, merge, grid_w // merge, merge)
+    order = order.transpose(0, 2, 1, 3).reshape(-1)
+    position_S2 = np.stack([row.reshape(-1)[order], column.reshape(-1)[order]], axis=-1).astype(np.int32)
+    side = vision.window_size // merge // vision.patch_size * merge  # in patches
+    per_row = -(-grid_w // side)
+    window_S = position_S2[:, 0] // side * per_row + position_S2[:, 1] // side
+    for array in (position_S2, window_S):
+        array.flags.writeable = False  # shared by the cache
+    return position_S2, window_S
