@@ -1,8 +1,8 @@
-"""Checks data before a run: python experiments/validate.py --data=train.jsonl,eval.jsonl [--model=HF_DIR] [--config=...]
+"""Checks data before a run: python experiments/validate.py --data=a.jsonl,b.jsonl [--model=HF_DIR] [--config=FILE.py]
 
-Every record and clip is checked, and every fault listed with file and line. With `--model`, or a `--config` that names a
-tokenizer, prompts and targets are measured against the caps too; with `--config` alone the data files are the config's.
-Ends with status 0 when the data can be used, 1 when it has errors, 2 when it could not be checked.
+Every record and clip is checked, and every fault listed with file and line. With `--model`, or a `--config` that names
+a tokenizer, prompts and targets are measured against the caps too; with `--config` alone the data files are those it
+names. Ends with status 0 when the data can be used, 1 when it has errors, 2 when it could not be checked.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def _config() -> RunConfig:
     """The configuration with the flags applied on top."""
     config = from_mapping(_CONFIG.value) if _CONFIG.value is not None else RunConfig()
     if _MODEL.value:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=_MODEL.value, tokenizer_path=""))
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, path=_MODEL.value, tokenizer_path="")
+        )
     if _MEDIA_ROOT.value:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, media_root=_MEDIA_ROOT.value))
     if _WHEELS.value:
@@ -87,7 +89,7 @@ def _files(config: RunConfig) -> list[DataFile]:
 def _with_synthetic_world(config: RunConfig) -> RunConfig:
     """The configuration with the paths of the embedded world, where it uses one that has been made."""
     data, model = config.data, config.model
-    if not data.synthetic_dir or data.sft_path or data.rl_path or data.eval_path:
+    if not data.synthetic_dir or _DATA.value:
         return config
     world = WorldPaths(pathlib.Path(data.synthetic_dir))
     if not world.manifest.is_file():
@@ -95,9 +97,8 @@ def _with_synthetic_world(config: RunConfig) -> RunConfig:
             f"data.synthetic_dir: got {data.synthetic_dir!r}, which holds no finished data set; make it with "
             f"experiments/make_synthetic.py --out={data.synthetic_dir}, or start the run, which makes it"
         )
-    data = dataclasses.replace(
-        data, sft_path=str(world.sft), rl_path=str(world.rl), eval_path=str(world.eval), media_root=str(world.media_root)
-    )
+    found = {"sft_path": world.sft, "rl_path": world.rl, "eval_path": world.eval, "media_root": world.media_root}
+    data = dataclasses.replace(data, **{name: getattr(data, name) or str(path) for name, path in found.items()})
     if not (model.path or model.tokenizer_path):
         model = dataclasses.replace(model, tokenizer_path=str(world.tokenizer))
     return dataclasses.replace(config, data=data, model=model)

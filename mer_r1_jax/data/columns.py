@@ -123,13 +123,17 @@ class LineReader:
         for name in extra:
             close = difflib.get_close_matches(name, [n for n in names if len(n) > 4], n=1, cutoff=_SIMILAR)
             if close and names[close[0]] not in known:
-                self._fail(name, "an unknown column", f"`{close[0]}`, which it resembles", "correct or rename the column")
+                self._fail(
+                    name, "an unknown column", f"`{close[0]}`, which it resembles", "correct or rename the column"
+                )
         return known, extra
 
     def _record_id(self, row: dict[str, Any]) -> str:
         value = row.get("id", f"{Path(self.file).stem}:{self.line}")
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-            self._fail("id", f"{_kind(value)} {shown(value)}", "a text that is not empty, or a whole number", "correct it")
+            self._fail(
+                "id", f"{_kind(value)} {shown(value)}", "a text that is not empty, or a whole number", "correct it"
+            )
             return ""
         return str(value)
 
@@ -191,7 +195,9 @@ class LineReader:
                 self._check_text(field, word, _PLACEHOLDER, _SPECIAL_TOKEN, _STRUCTURE_TAG)
         clean = tuple(word.strip() for word in words if isinstance(word, str) and word.strip())
         if not clean and len(self.problems) == problems_before:
-            self._fail("solution", shown(value), "at least one emotion word", 'write "neutral", or leave the column out')
+            self._fail(
+                "solution", shown(value), "at least one emotion word", 'write "neutral", or leave the column out'
+            )
         return clean
 
     def _messages(self, row: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
@@ -203,7 +209,9 @@ class LineReader:
             question = row.get("question", self.question)
             if not isinstance(question, str) or not question.strip():
                 expected = "a text that is not empty"
-                self._fail("question", f"{_kind(question)} {shown(question)}", expected, "write the question, or leave it out")
+                self._fail(
+                    "question", f"{_kind(question)} {shown(question)}", expected, "write the question, or leave it out"
+                )
                 return [], None
             self._check_text("question", question, _SPECIAL_TOKEN)
             return [{"role": "user", "content": question}], None
@@ -240,7 +248,9 @@ class LineReader:
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if len(turns) % 2 == 0 or any(role != ("user", "assistant")[n % 2] for n, role in enumerate(turns)):
             expected = "a system turn or none, then user and assistant turns in alternation, beginning with user"
-            self._fail("messages", f"the roles {', '.join(roles) or 'of an assistant alone'}", expected, "reorder the turns")
+            self._fail(
+                "messages", f"the roles {', '.join(roles) or 'of an assistant alone'}", expected, "reorder the turns"
+            )
 
     def _slow_target(self, row: dict[str, Any], turn: str | None, solution: tuple[str, ...]) -> str | None:
         """The canonical slow target, from the assistant turn or from `reasoning` and `solution`."""

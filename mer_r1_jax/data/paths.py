@@ -31,8 +31,8 @@ def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
         relative: path as a record gives it.
 
     Raises:
-        MediaPathError: for an empty, absolute or home-relative path, a URL, a path with `..` or a control character, and
-            for one whose symbolic links lead out of the media root.
+        MediaPathError: for an empty, absolute or home-relative path, a URL, a path with `..` or a control character,
+            and for one whose symbolic links lead out of the media root.
     """
     expected = f"a path relative to the media root {str(media_root)!r}"
     if not relative.strip():
@@ -42,7 +42,9 @@ def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
     if _URL.match(relative) and not PureWindowsPath(relative).drive:
         raise MediaPathError(f"the URL {relative!r}", expected, "download the file and give its path")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).drive or relative.startswith(("\\", "~")):
-        raise MediaPathError(f"the absolute path {relative!r}", expected, "set media_root to the folder and shorten the path")
+        raise MediaPathError(
+            f"the absolute path {relative!r}", expected, "set media_root to the folder and shorten the path"
+        )
     if ".." in re.split(r"[/\\]", relative):
         raise MediaPathError(f"'..' in {relative!r}", expected, "set media_root to a folder that holds all clips")
     root = os.path.realpath(media_root)

@@ -169,8 +169,8 @@ def _check_sizes(num_records: int, prompts_per_step: int, process_index: int, pr
         raise StreamError(f"process_index: got {process_index}; expected 0 to process_count - 1 = {process_count - 1}")
     if prompts_per_step < 1 or prompts_per_step % process_count:
         raise StreamError(
-            f"prompts_per_step: got {prompts_per_step}; expected a positive multiple of the {process_count} process(es), "
-            "so that no prompt's completions span two of them; to mend it, set it to "
+            f"prompts_per_step: got {prompts_per_step}; expected a positive multiple of the "
+            f"{process_count} process(es), because no prompt's completions may span two; to mend it, set it to "
             f"{max(process_count, prompts_per_step // process_count * process_count)}"
         )
     if prompts_per_step > num_records:

@@ -1,7 +1,7 @@
 """Decoded clips of the next prompts, loaded ahead of use, with broken ones set aside.
 
-Running ahead changes nothing about what a step sees: the saved state counts what was *consumed*, and whether a record is
-quarantined is decided when it is consumed, in order.
+Running ahead changes nothing about what a step sees: the saved state counts what was *consumed*, and whether a record
+is quarantined is decided when it is consumed, in order.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class ClipPrefetcher:
 
     Args:
         stream: decides which prompts come; advanced by `next` only.
-        load: decodes the clips of a record (and may go on to build its prompt), raising MediaError for those that cannot
-            be used; called in threads.
+        load: decodes the clips of a record (and may go on to build its prompt), raising MediaError for those that
+            cannot be used; called in threads.
         quarantine: list of broken clips; grows as broken records are consumed.
         prompts_ahead: prompts loaded beyond the step handed out, the bound on host memory.
         threads: loads that run at once (`media.decode_workers`).
@@ -80,8 +80,8 @@ class ClipPrefetcher:
     ):
         if prompts_ahead < 0 or threads < 1 or stall_seconds <= 0:
             raise ValueError(
-                f"got prompts_ahead {prompts_ahead}, threads {threads}, stall_seconds {stall_seconds}; expected at least "
-                "0 and 1, and a positive time"
+                f"got prompts_ahead {prompts_ahead}, threads {threads}, stall_seconds {stall_seconds}; expected at "
+                "least 0 and 1, and a positive time"
             )
         self.stream = stream
         self.quarantine = quarantine
@@ -165,8 +165,8 @@ class ClipPrefetcher:
             return LoadedItem(item, None, self.quarantine.add(record, error, step), load.milliseconds)
         except StalledLoadError as error:
             raise StalledLoadError(
-                f"{record.where}: {record.id}: {error}; expected the loader to answer or time out by itself. To mend it, "
-                "look at the clip with experiments/validate.py, and at the machine's load; then start again to resume"
+                f"{record.where}: {record.id}: {error}; expected the loader to answer or time out by itself. To mend "
+                "it, look at the clip with experiments/validate.py and at the machine's load; then start again"
             ) from None
         except Exception as error:
             error.add_note(f"while loading the clips of {record.id} ({record.where})")

@@ -1,7 +1,7 @@
 """Clips that broke during training: listed, counted, saved with the checkpoint, and limited.
 
-A broken clip's row stays in its batch with weight zero; no other clip takes its place. Once listed, a clip is not decoded
-again, so a run and its resumed copy agree even where a clip broke by time-out.
+A broken clip's row stays in its batch with weight zero; no other clip takes its place. Once listed, a clip is not
+decoded again, so a run and its resumed copy agree even where a clip broke by time-out.
 """
 
 from __future__ import annotations

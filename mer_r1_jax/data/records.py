@@ -21,7 +21,7 @@ from mer_r1_jax.config.schema import DataConfig
 from mer_r1_jax.data.columns import LineReader
 from mer_r1_jax.data.problems import Problem, RecordError, shown
 
-ROLES_OF_COLUMNS = {"target": "an assistant turn, or `reasoning` with `solution`", "solution": "emotion words"}
+REQUIRABLE = ("target", "solution")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class Record:
     Attributes:
         id: unique in its data set; `<file stem>:<line>` where the file gives none.
         messages: turns as `{"role": ..., "content": ...}`, the last one the user's. Where any `<video>`, `<audio>` or
-            `<image>` stands in them, each kind stands as often as its list is long; where none does, the media come first.
+            `<image>` stands in them, each kind stands as often as its list is long; where none does, the media come
+            first.
         videos, audios, images: media paths relative to the media root. An audio may be a video file: its audio track.
         subtitle: what is said in the clip, or None.
         solution: emotion words, () where unknown.
@@ -106,9 +107,9 @@ def scan_records(
     require: Sequence[str] = (),
 ) -> tuple[list[Record], list[Problem]]:
     """As `read_records`, but returns the good records and the problems of the others instead of raising."""
-    unknown = set(require) - set(ROLES_OF_COLUMNS)
+    unknown = set(require) - set(REQUIRABLE)
     if unknown:
-        raise ValueError(f"require: got {sorted(unknown)}; expected any of {sorted(ROLES_OF_COLUMNS)}")
+        raise ValueError(f"require: got {sorted(unknown)}; expected any of {', '.join(REQUIRABLE)}")
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     records: list[Record] = []
     problems: list[Problem] = []
@@ -128,7 +129,9 @@ def scan_records(
             first_seen[record.id] = record.where
             records.append(record)
         if before == len(records) + len(problems):
-            problems.append(_whole_file(file, "no records", "one JSON object per line", "check that the file is complete"))
+            problems.append(
+                _whole_file(file, "no records", "one JSON object per line", "check that the file is complete")
+            )
     return records, problems
 
 
@@ -159,7 +162,9 @@ def _lines(file: Path, problems: list[Problem]) -> Iterable[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 got = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
                 problems.append(
-                    Problem(file=str(file), line=number, field="", got=got, expected="UTF-8", mend="save the file as UTF-8")
+                    Problem(
+                        file=str(file), line=number, field="", got=got, expected="UTF-8", mend="save the file as UTF-8"
+                    )
                 )
                 continue
             if number == 1 and text.startswith("["):

@@ -259,7 +259,9 @@ def _shared_clips(
 ) -> Iterator[Problem]:
     """Clips another file has too: held-out clips must not be training clips."""
     root = media_root or Path(file).parent
-    clips = {resolve_media(root, path) for record in records for column in MEDIA_COLUMNS for path in getattr(record, column)}
+    clips = {
+        resolve_media(root, path) for record in records for column in MEDIA_COLUMNS for path in getattr(record, column)
+    }
     for other, theirs in clips_of.items():
         if shared := clips & theirs:
             got = f"{len(shared)} clip(s) that {other} has too, e.g. {min(shared)}"
@@ -281,7 +283,16 @@ def _report(
         "targets": sum(record.target is not None for record in records),
         **{
             name: sums[name]
-            for name in ("broken", "silent_audio", "audio_cut", "bad_prompt", "bad_target", "words", "unknown_words", "unscorable")
+            for name in (
+                "broken",
+                "silent_audio",
+                "audio_cut",
+                "bad_prompt",
+                "bad_target",
+                "words",
+                "unknown_words",
+                "unscorable",
+            )
         },
         **{name: sums[name] for name in sorted(sums) if name.startswith("broken: ")},
     }
@@ -290,13 +301,14 @@ def _report(
         for name, value in found.lengths.items():
             values[name].append(value)
     lengths = {
-        name: {"min": min(many), "mean": statistics.fmean(many), "max": max(many)} for name, many in sorted(values.items())
+        name: {"min": min(many), "mean": statistics.fmean(many), "max": max(many)}
+        for name, many in sorted(values.items())
     }
     return FileReport(file=file, counts=counts, lengths=lengths)
 
 
 def _broken_files(record: Record, load: Callable[[Record], Clips]) -> list[tuple[str, MediaError]]:
-    """(column and place, error) of each of a record's files that fails on its own; loading the record stops at the first."""
+    """(column and place, error) of each file of a record that fails on its own; loading it whole stops at the first."""
     broken = []
     for column in MEDIA_COLUMNS:
         for place, path in enumerate(getattr(record, column)):

@@ -149,6 +149,8 @@ def test_impossible_sizes_are_refused(count, per_step, index, processes, message
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("records", "per_step", "epochs", "steps"), [(10, 5, 1, 2), (10, 4, 1, 3), (10, 4, 0.5, 2), (8, 4, 2, 4)])
+@pytest.mark.parametrize(
+    ("records", "per_step", "epochs", "steps"), [(10, 5, 1, 2), (10, 4, 1, 3), (10, 4, 0.5, 2), (8, 4, 2, 4)]
+)
 def test_steps_for_epochs(records, per_step, epochs, steps):
     assert steps_for_epochs(records, per_step, epochs) == steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 
@@ -12,11 +13,14 @@ from support.clips import make_clip
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError
+from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError, stall_limit
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.media.decode import read_video
 from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.loader import ClipLoader
+from mer_r1_jax.media.pool import START_SECONDS, WorkerPool
+from mer_r1_jax.omni.config import ThinkerConfig
 
 BROKEN = MediaError("x.mp4", "truncated", "half a file", "a whole one", "Copy it again.")
 
@@ -147,7 +151,7 @@ def test_stopping_anywhere_and_resuming_gives_the_same_rows(stop, processes):
 
 
 def test_a_clip_that_broke_once_stays_broken_though_a_later_load_would_succeed():
-    """A straight run has the second visit loaded before the first one breaks; a resumed run has not. Both must agree."""
+    """A straight run has the second visit loaded before the first one breaks; a resumed run has not."""
     attempts = []
 
     def load(record):
@@ -161,6 +165,35 @@ def test_a_clip_that_broke_once_stays_broken_though_a_later_load_would_succeed()
         weights = [visit.weight for step in range(4) for visit in clips.next(step) if visit.record.id == "r1"]
     assert len(attempts) > 1
     assert weights == [0, 0, 0, 0]
+
+
+def test_a_quarantined_clip_stays_so_in_a_resumed_run_that_could_load_it():
+    records = make_records(4)
+
+    def broken(record):
+        if record.id == "r1":
+            raise BROKEN
+        return "clips"
+
+    with prefetcher(records, broken) as first:
+        first.next(0)
+        state = json.loads(json.dumps(first.state()))
+    with prefetcher(records, lambda record: "clips") as resumed:
+        resumed.restore(state)
+        rows = {visit.record.id: visit for visit in resumed.next(1)}
+    assert [name for name, visit in rows.items() if visit.weight == 0] == ["r1"]
+    assert rows["r1"].broken.step == 0
+
+
+def test_restoring_throws_away_what_was_loaded_ahead():
+    records = make_records(8)
+    version = ["before"]
+    with prefetcher(records, lambda record: version[0], ahead=4) as clips:
+        start = clips.state()
+        clips.next(0)
+        clips.restore(start)
+        version[0] = "after"
+        assert [visit.clips for step in range(2) for visit in clips.next(step)] == ["after"] * 8
 
 
 def test_a_stalled_loader_is_named_within_the_time_limit():
@@ -231,3 +264,50 @@ def test_real_clips_break_by_name(tmp_path):
     assert rows["empty"].broken.reason == "empty"
     assert rows["missing"].broken.reason == "missing"
     assert rows["sound"].broken.reason == "no_video"
+
+
+WORKER = """
+import os, sys, time
+from mer_r1_jax.media import worker
+decode = worker.decode_file
+def decode_file(path, **job):
+    if "hangs" in path:
+        time.sleep(600)
+    if "exits" in path:
+        os._exit(0)
+    return decode(path=path, **job)
+worker.decode_file = decode_file
+worker.main()
+"""
+
+
+def test_processes_that_hang_or_exit_cost_their_clip_only(tmp_path):
+    """Real decoding processes; two clips make theirs hang, or end as if all were well."""
+    names = ("fine", "hangs", "exits")
+    for name in names:
+        make_clip(tmp_path / f"{name}.mp4")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"id": name, "videos": [f"{name}.mp4"]}) + "\n" for name in names))
+    media = MediaConfig(decode_workers=1, decode_timeout=4.0)
+    records = read_records(data)
+    with ClipLoader(media, ThinkerConfig.tiny().vision, 128) as loader:
+        loader._pool = WorkerPool(1, media.decode_timeout, (sys.executable, "-c", WORKER))
+        with prefetcher(records, loader.load, per_step=3, threads=1, stall=stall_limit(media, records)) as clips:
+            rows = {visit.record.id: visit for visit in clips.next(0)}
+        loader._pool.close()
+    assert rows["fine"].weight == 1 and len(rows["fine"].clips.videos) == 1
+    for name, reason in (("hangs", "timeout"), ("exits", "worker_died")):
+        assert rows[name].weight == 0
+        assert rows[name].broken.reason == reason
+        assert (
+            f"{name}.mp4" in rows[name].broken.message and "expected a clip that decodes" in rows[name].broken.message
+        )
+
+
+def test_the_watchdog_waits_longer_than_the_loader_may_take():
+    media = MediaConfig(decode_timeout=30.0)
+    one = [Record(id="a", messages=(), videos=("a.mp4",))]
+    many = [*one, Record(id="b", messages=(), videos=("a.mp4",), audios=("a.mp4", "b.mp4"), images=("c.png",))]
+    # Every file may cost two attempts of a process start and a decode each.
+    assert stall_limit(media, one) > 2 * (START_SECONDS + 30.0)
+    assert stall_limit(media, many) > 4 * 2 * (START_SECONDS + 30.0)

@@ -43,7 +43,15 @@ def fault(path, **options):
 
 def test_reads_every_column_under_its_aliases(write):
     path = write(
-        {"id": "a", "videos": ["a.mp4"], "audios": ["a.wav"], "images": ["a.png"], "subtitle": " hello ", "solution": "happy, very sad", "mood": 3},
+        {
+            "id": "a",
+            "videos": ["a.mp4"],
+            "audios": ["a.wav"],
+            "images": ["a.png"],
+            "subtitle": " hello ",
+            "solution": "happy, very sad",
+            "mood": 3,
+        },
         {"video": "b.mp4", "problem": "What does she feel?", "solution": ["calm"], "reasoning": "A soft voice."},
     )
     first, second = read_records(path)
@@ -90,7 +98,10 @@ def test_several_turns_keep_earlier_answers_in_the_prompt(write):
 
 
 def test_the_solution_may_differ_from_the_targets_answer(write):
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>x</think>\n<answer>sad</answer>"}]
+    turns = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "<think>x</think>\n<answer>sad</answer>"},
+    ]
     (record,) = read_records(write({"videos": ["a.mp4"], "messages": turns, "solution": "sad, angry"}))
     assert record.solution == ("sad", "angry")
     assert record.target_answer == "sad"
@@ -132,7 +143,12 @@ def test_null_columns_blank_lines_and_a_byte_order_mark_are_fine(write, tmp_path
         ({**GOOD, "messages": "hi"}, "messages", "the text 'hi'", "a list of turns"),
         ({**GOOD, "messages": []}, "messages", "the list []", "not empty"),
         ({**GOOD, "messages": ["hi"]}, "messages[0]", "the text 'hi'", "a turn like"),
-        ({**GOOD, "messages": [{"role": "bot", "content": "x"}]}, "messages[0].role", "'bot'", "system, user, assistant"),
+        (
+            {**GOOD, "messages": [{"role": "bot", "content": "x"}]},
+            "messages[0].role",
+            "'bot'",
+            "system, user, assistant",
+        ),
         ({**GOOD, "messages": [{"role": "user"}]}, "messages[0].content", "null", "not empty"),
         ({**GOOD, "conversations": [{"from": ["x"], "value": "y"}]}, "messages[0].role", "['x']", "one of"),
         (
@@ -156,8 +172,14 @@ def test_a_faulty_line_is_named(write, row, field, got, expected):
 
 @pytest.mark.parametrize(
     "answer",
-    ["happy", "<think></think><answer>happy</answer>", "<answer>happy</answer>", "<think>a</think><answer>b</answer> c",
-     "<think>a<think>b</think><answer>c</answer>", "<think>a</think><answer>b</answer><answer>c</answer>"],
+    [
+        "happy",
+        "<think></think><answer>happy</answer>",
+        "<answer>happy</answer>",
+        "<think>a</think><answer>b</answer> c",
+        "<think>a<think>b</think><answer>c</answer>",
+        "<think>a</think><answer>b</answer><answer>c</answer>",
+    ],
 )
 def test_an_assistant_turn_must_be_a_demonstration(write, answer):
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
@@ -166,7 +188,9 @@ def test_an_assistant_turn_must_be_a_demonstration(write, answer):
     assert "<think>reasoning</think>" in problem.expected
 
 
-@pytest.mark.parametrize("token", ["<video>", "<audio>", "<image>", "<|im_end|>", "<|AUDIO|>", "</subtitle>", "<think>"])
+@pytest.mark.parametrize(
+    "token", ["<video>", "<audio>", "<image>", "<|im_end|>", "<|AUDIO|>", "</subtitle>", "<think>"]
+)
 @pytest.mark.parametrize("column", ["subtitle", "solution", "reasoning"])
 def test_structure_inside_plain_text_is_refused(write, column, token):
     row = {**GOOD, column: f"so {token} it is"}
@@ -175,7 +199,9 @@ def test_structure_inside_plain_text_is_refused(write, column, token):
     assert token in problem.got and token in problem.mend
 
 
-@pytest.mark.parametrize("row", [{"question": "a <|im_start|> b"}, {"messages": [{"role": "user", "content": "<|PAD|>"}]}])
+@pytest.mark.parametrize(
+    "row", [{"question": "a <|im_start|> b"}, {"messages": [{"role": "user", "content": "<|PAD|>"}]}]
+)
 def test_special_tokens_in_the_question_are_refused(write, row):
     assert "without a special token" in fault(write({**GOOD, **row})).expected
 
@@ -215,8 +241,25 @@ def test_duplicate_ids_are_refused_within_and_across_files(write):
 
 @pytest.mark.parametrize(
     "path",
-    ["../a.mp4", "x/../../a.mp4", "x\\..\\a.mp4", "/etc/passwd", "~/a.mp4", "C:\\a.mp4", "C:a.mp4", "\\\\host\\a.mp4",
-     "http://host/a.mp4", "file:///a.mp4", "//host/a.mp4", "data:video/mp4;base64,AA", "", " ", ".", "a\nb.mp4", "a\x00.mp4"],
+    [
+        "../a.mp4",
+        "x/../../a.mp4",
+        "x\\..\\a.mp4",
+        "/etc/passwd",
+        "~/a.mp4",
+        "C:\\a.mp4",
+        "C:a.mp4",
+        "\\\\host\\a.mp4",
+        "http://host/a.mp4",
+        "file:///a.mp4",
+        "//host/a.mp4",
+        "data:video/mp4;base64,AA",
+        "",
+        " ",
+        ".",
+        "a\nb.mp4",
+        "a\x00.mp4",
+    ],
 )
 def test_media_paths_stay_inside_the_media_root(write, path):
     problem = fault(write({**GOOD, "videos": [path]}))
@@ -285,23 +328,48 @@ def test_the_hash_follows_the_content_not_the_place(write):
     assert dataset_hash(read_records(write("", *rows, name="moved.jsonl"))) == base
     reordered = [dict(reversed(rows[0].items())), rows[1]]
     assert dataset_hash(read_records(write(*reordered))) == base
-    for changed in ([rows[1], rows[0]], [rows[0]], [rows[0], {**rows[1], "solution": "sad"}], [rows[0], {**rows[1], "x": 1}]):
+    for changed in (
+        [rows[1], rows[0]],
+        [rows[0]],
+        [rows[0], {**rows[1], "solution": "sad"}],
+        [rows[0], {**rows[1], "x": 1}],
+    ):
         assert dataset_hash(read_records(write(*changed))) != base
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["<video>", "<|x|>", "../a", "user"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["role", "content", "from", "value", "videos", "audio", "messages", "conversations", "solution"])
-        | st.text(max_size=4),
-        inner,
-        max_size=4,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=8)
+    | st.sampled_from(["<video>", "<|x|>", "../a", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "from", "value", "videos", "audio", "messages", "conversations", "solution"]
+            )
+            | st.text(max_size=4),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )
 COLUMN = st.sampled_from(
-    ["id", "messages", "conversations", "question", "videos", "video", "audios", "images", "subtitle", "solution", "reasoning"]
+    [
+        "id",
+        "messages",
+        "conversations",
+        "question",
+        "videos",
+        "video",
+        "audios",
+        "images",
+        "subtitle",
+        "solution",
+        "reasoning",
+    ]
 )
 
 
