@@ -10,10 +10,9 @@ from typing import Any
 import jax
 
 from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher
+from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.media.pool import ATTEMPTS, START_SECONDS
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.checkpoints import Checkpoints
 from mer_r1_jax.training.metrics import MetricsWriter, Progress
@@ -55,15 +54,13 @@ class Session:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        # The pool's own time limit is per file and attempt; the watchdog is for a pool that stands still itself.
-        files = max(len(record.videos) + len(record.audios) + len(record.images) for record in records)
         return ClipPrefetcher(
             stream,
             load,
             Quarantine(len(records), config.data.max_quarantined_fraction),
             prompts_ahead=stream.local_prompts,
             threads=max(1, config.media.decode_workers),
-            stall_seconds=files * ATTEMPTS * (START_SECONDS + config.media.decode_timeout),
+            stall_seconds=stall_limit(config.media, records),
         )
 
     def save(self, phase: str, step: int, state: Any, data: ClipPrefetcher, counters: Mapping[str, Any]) -> None:
