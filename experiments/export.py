@@ -60,7 +60,7 @@ def _model_parameters(model: str):
 
 def _run_parameters(run: str):
     """The same of a run's newest valid checkpoint."""
-    from mer_r1_jax.training.policy import load_policy
+    from mer_r1_jax.run.policy import load_policy
 
     return load_policy(run)
 

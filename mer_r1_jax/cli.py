@@ -6,6 +6,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from absl import logging
+
 EXIT_ERROR = 2  # the run cannot go on as it is; the message on stderr says why and how to mend it
 
 
@@ -15,6 +17,7 @@ def explained() -> Iterator[None]:
 
     Every module raises its own exception class for what a user can mend, so the class tells the two apart.
     """
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save at level INFO
     try:
         yield
     except Exception as error:

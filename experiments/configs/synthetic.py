@@ -13,6 +13,7 @@ def get_config(setting: str = "full"):
     _model(config.model)
     _media(config.media)
     config.data.max_prompt_length = 192
+    config.data.prompt_buckets = (144, 192)
     config.data.synthetic_dir = "synthetic_data" if setting == "full" else f"synthetic_data_{setting}"
     config.data.synthetic_sft_clips = 4000
     config.data.synthetic_rl_clips = 2000
@@ -34,7 +35,11 @@ def _model(model):
     model.preset = "tiny"
     model.compute_dtype = "float32"
     model.initializer_range = 0.05
-    model.remat = "everything"
+    model.remat = "nothing"
+    model.text_hidden_size = 96
+    model.text_layers = 3
+    model.vision_layers = 2
+    model.audio_layers = 2
 
 
 def _media(media):

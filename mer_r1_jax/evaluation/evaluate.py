@@ -6,7 +6,6 @@ features; they differ in what the assistant's turn starts with.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,8 +14,6 @@ import jax
 import numpy as np
 
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.emotion.rewards import answer_rewards
-from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel.rows import put
@@ -198,19 +195,3 @@ def _mean_confidences(probability_WQ: np.ndarray, anchors: Anchors, row: int) ->
     for kind_WQ in (held_WQ & correct_WQ, held_WQ & ~correct_WQ):
         means.append(float(probability_WQ[kind_WQ].mean()) if kind_WQ.any() else None)
     return means[0], means[1]
-
-
-def majority_answer(records: Sequence[Record], wheels: Wheels) -> tuple[str, ...]:
-    """The constant answer, of one to three of the commonest words of distinct categories, with the best mean F1."""
-    counts = collections.Counter(word for record in records for word in record.solution)
-    ordered: list[str] = []
-    for word, _ in counts.most_common():
-        if all(wheels.category(word, 0) != wheels.category(other, 0) for other in ordered):
-            ordered.append(word)
-    candidates = [tuple(ordered[:count]) for count in range(1, min(3, len(ordered)) + 1)]
-    return max(candidates, key=lambda words: mean_f1(words, records, wheels), default=())
-
-
-def mean_f1(words: Sequence[str], records: Sequence[Record], wheels: Wheels) -> float:
-    """Mean F1 of one and the same answer to every record."""
-    return float(np.mean([answer_rewards(words, record.solution, wheels).f1 for record in records]))

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import Wheels
-from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, majority_answer, mean_f1
+from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation
 from mer_r1_jax.training import durable
 
 ORACLE_COLUMN = "oracle"  # extra column of the embedded world's held-out records: the answer of one who knows the cues
@@ -23,7 +24,9 @@ def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: 
     records = evaluation.records
     oracles = [record.extra.get(ORACLE_COLUMN) for record in records]
     known = [(words, record) for words, record in zip(oracles, records, strict=True) if words is not None]
-    majority = majority_answer(records, wheels)
+    truths = [record.solution for record in records]
+    # Chosen on the held-out truths themselves, so it is the best any constant answer can do there.
+    floor = constant_floor(majority_answer(truths, wheels), truths, wheels)
     return {
         "step": step,
         "phase": phase,
@@ -31,8 +34,8 @@ def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: 
         "n": len(records),
         "skipped": [{"id": record.id, "reason": reason} for record, reason in evaluation.skipped],
         **{mode: _scores(answers) for mode, answers in evaluation.answers.items()},
-        "majority_answer": list(majority),
-        "majority_f1": mean_f1(majority, records, wheels) if records else None,
+        "majority_answer": list(floor.words),
+        "majority_f1": floor.f1,
         "oracle_f1": float(np.mean([answer_rewards(words, record.solution, wheels).f1 for words, record in known]))
         if known and len(known) == len(records)
         else None,

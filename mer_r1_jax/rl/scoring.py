@@ -107,7 +107,7 @@ class AnswerScorer:
             ()
             if truth is None
             else tuple(
-                self.answer(ids_C, int(length), stop == STOP_LENGTH, truth)
+                self.answer(ids_C, int(length), bool(stop == STOP_LENGTH), truth)
                 for ids_C, length, stop in zip(ids_GC, length_G, stop_G, strict=True)
             )
             for ids_GC, length_G, stop_G, truth in zip(

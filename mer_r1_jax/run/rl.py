@@ -15,8 +15,8 @@ import numpy as np
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.run.experience import ExperienceMaker, Rollout
 from mer_r1_jax.run.session import Session, StepLog
-from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.run.sft import total_steps, tower_flags
+from mer_r1_jax.run.setup import Setup, tower_flags
+from mer_r1_jax.run.sft import total_steps
 from mer_r1_jax.training.checkpoints import Checkpoints, Restored
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.rl import beta_at
@@ -51,11 +51,6 @@ class RlPhase:
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps)
         self._schedule = learning_rate_schedule(self.config.optimizer, self.total_steps)
         self._maker = ExperienceMaker(setup, self.buckets, encode_inside=any(towers.values()))
-
-    @property
-    def abstract(self) -> TrainState:
-        """The state's shapes and shardings."""
-        return self.setup.abstract_state(self.is_trainable, self.optimizer, self.config.optimizer.dtype)
 
     def run(
         self,

@@ -25,6 +25,7 @@ from mer_r1_jax.evaluation.report import make_report
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.run.policy import SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
 from mer_r1_jax.run.session import Session
 from mer_r1_jax.run.setup import Setup, make_setup
@@ -92,12 +93,12 @@ class _Road:
         final_step = self.rl.total_steps if self.rl else 0
         self._evaluate(leaves, "rl" if self.rl else "sft", self.sft_steps + final_step)
         self._export(leaves)
-        make_report(self.folder.path)
+        make_report(self.folder.path, media_root=self.config.data.media_root or None)
         self._conclude()
         return 0
 
     def _abstract(self, step: int, host: dict[str, Any]) -> TrainState:
-        return (self.rl if host["phase"] == "rl" else self.sft).abstract
+        return self.setup.abstract_state_of(host["phase"])
 
     def _train(self, session: Session, restored: Restored | None) -> Leaves | None:
         phase = restored.host["phase"] if restored else None
@@ -142,7 +143,7 @@ class _Road:
         return load_prompts(self.setup, self.setup.data.eval)
 
     def _export(self, leaves: Leaves) -> None:
-        if not self.config.train.export or (self.folder.export / "config.json").exists():
+        if not self.config.train.export or (self.folder.export / SETTINGS_FILE).exists():
             return
         export_model(
             self.folder.export,
@@ -151,6 +152,7 @@ class _Road:
             source=self.setup.tokenizer_path,
             overwrite=True,
         )
+        write_settings(self.folder.export, self.config)
 
     def _introduce(self, restored: Restored | None) -> None:
         """Says what is about to happen: sizes, shapes that can compile, one rendered prompt."""

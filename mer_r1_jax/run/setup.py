@@ -27,7 +27,14 @@ from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.training.backbone import Backbone, thinker_config
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.rl import RlPrograms
-from mer_r1_jax.training.state import Leaves, TrainState, init_state, state_shardings
+from mer_r1_jax.training.state import (
+    Leaves,
+    TrainState,
+    init_state,
+    make_optimizer,
+    state_shardings,
+    trainable_names,
+)
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +109,12 @@ class Setup:
         model = self.config.model
         return self.backbone.load(model.path) if model.path else self.backbone.init(self.config.train.seed)
 
+    def abstract_state_of(self, phase: str) -> TrainState:
+        """Shapes and shardings of the state that phase `sft` or `rl` keeps, whatever its data."""
+        optimizer = getattr(self.config, phase).optimizer
+        is_trainable = trainable_names(**tower_flags(self.config, phase))
+        return self.abstract_state(is_trainable, make_optimizer(optimizer, total_steps=1), optimizer.dtype)
+
     def abstract_state(self, is_trainable: Any, optimizer: Any, dtype: str) -> TrainState:
         """A train state without numbers, with its shardings."""
         shapes = jax.eval_shape(lambda leaves: init_state(leaves, is_trainable, optimizer, dtype), self.backbone.shapes)
@@ -114,6 +127,16 @@ class Setup:
         make = functools.partial(init_state, is_trainable=is_trainable, optimizer=optimizer, dtype=dtype)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return jax.jit(make, out_shardings=shardings)(leaves)
+
+
+def tower_flags(config: RunConfig, phase: str) -> dict[str, bool]:
+    """Which towers a phase trains."""
+    model, sft = config.model, config.sft
+    in_sft = phase == "sft"
+    return {
+        "train_audio": model.train_audio_tower or (in_sft and sft.train_audio_tower),
+        "train_vision": model.train_vision_tower or (in_sft and sft.train_vision_tower),
+    }
 
 
 def make_setup(config: RunConfig, progress: Any = None) -> Setup:

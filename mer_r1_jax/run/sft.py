@@ -18,7 +18,7 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags, TagError
 from mer_r1_jax.run.session import Session, StepLog
-from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.run.setup import Setup, tower_flags
 from mer_r1_jax.training.checkpoints import Restored
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.sft import SftBatch, Targets, make_sft_step
@@ -62,11 +62,6 @@ class SftPhase:
         self.encode_inside = any(towers.values())
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps)
         self._schedule = learning_rate_schedule(self.config.optimizer, self.total_steps)
-
-    @property
-    def abstract(self) -> TrainState:
-        """The state's shapes and shardings."""
-        return self.setup.abstract_state(self.is_trainable, self.optimizer, self.config.optimizer.dtype)
 
     def run(self, session: Session, leaves: Leaves | None, restored: Restored | None) -> Leaves | None:
         """Trains from fresh leaves or a checkpoint to the end of the phase.
@@ -112,16 +107,6 @@ class SftPhase:
         tokens = sum(len(prompt.ids) for prompt in prompts if prompt is not None)
         tokens += sum(int(kind.continuation.exists_BGC.sum()) for kind in (slow, fast) if kind is not None)
         return SftBatch(prompts=rows.batch, next_position_B=rows.next_position_B, slow=slow, fast=fast), tokens
-
-
-def tower_flags(config: RunConfig, phase: str) -> dict[str, bool]:
-    """Which towers a phase trains."""
-    model, sft = config.model, config.sft
-    in_sft = phase == "sft"
-    return {
-        "train_audio": model.train_audio_tower or (in_sft and sft.train_audio_tower),
-        "train_vision": model.train_vision_tower or (in_sft and sft.train_vision_tower),
-    }
 
 
 def total_steps(config: RunConfig, phase: str, records: int) -> int:

@@ -1,0 +1,131 @@
+"""Answers to clips of one's own: reasoning, emotion words, their categories, and how sure the model is of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.media.collate import prompt_shape
+from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.rl.confidence import NO_SET
+from mer_r1_jax.rl.packing import Continuations
+from mer_r1_jax.rl.sampling import GREEDY
+from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.training.prompts import prompt_rows
+from mer_r1_jax.training.state import Leaves
+
+LENGTH_STEP = 64  # prompts are padded to a multiple of this, so that clips of one size share a compiled program
+MODES = ("slow", "fast")
+
+
+@dataclasses.dataclass(frozen=True)
+class WordReading:
+    """One emotion word of an answer.
+
+    Attributes:
+        word: as answered, lower-case.
+        categories: its category on each wheel, None where it has none.
+        confidence: probability of its categories where it was said, mean over the wheels; None where it has none.
+    """
+
+    word: str
+    categories: tuple[str | None, ...]
+    confidence: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """One mode's answer to a clip.
+
+    Attributes:
+        mode: slow or fast.
+        text: everything that was generated, a forced prefix included.
+        reasoning: what stands in the think block; None when there is none.
+        words: the emotion words.
+        truncated: the answer hit the length cap.
+    """
+
+    mode: str
+    text: str
+    reasoning: str | None
+    words: tuple[WordReading, ...]
+    truncated: bool
+
+
+def clip_record(video: str | pathlib.Path, question: str, subtitle: str | None, *, frames: bool, audio: bool) -> Record:
+    """A record of one clip.
+
+    Args:
+        video: the clip.
+        question: what is asked.
+        subtitle: what is said in it, if known.
+        frames, audio: which of its parts are shown.
+    """
+    path = pathlib.Path(video)
+    return Record(
+        id=path.name,
+        messages=({"role": "user", "content": question},),
+        videos=(path.name,) if frames else (),
+        audios=(path.name,) if audio else (),
+        subtitle=subtitle,
+        file=str(path),
+    )
+
+
+def answer(setup: Setup, leaves: Leaves, record: Record, modes: Sequence[str] = MODES) -> tuple[Prompt, list[Reading]]:
+    """Answers a clip greedily in each mode.
+
+    Raises:
+        MediaError, PromptError: for a clip or text that cannot be used.
+    """
+    prompt = setup.source.load(record).prompt
+    shape = prompt_shape(prompt)
+    bucket = dataclasses.replace(shape, tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP)
+    return prompt, [_read(setup, leaves, prompt, bucket, mode) for mode in modes]
+
+
+def _read(setup: Setup, leaves: Leaves, prompt: Prompt, bucket: BatchShape, mode: str) -> Reading:
+    programs, scorer = setup.programs, setup.eval_scorer
+    rows = put(prompt_rows([prompt], [bucket], setup.backbone.config, [0]), setup.backbone.mesh)
+    features = programs.encode((leaves, {}), rows.batch)
+    completions = programs.sample(
+        (leaves, {}),
+        rows,
+        features,
+        jax.random.key(0),
+        np.int32(0),
+        generations=1,
+        sampling=dataclasses.replace(programs.sampling, temperature=GREEDY, top_k=0, top_p=1.0, min_p=0.0),
+        forced_ids=scorer.tags.empty_think if mode == "fast" else (),
+    )
+    host = jax.device_get(completions)
+    scored = scorer.groups(host, [()]).answers[0][0]
+    # With its own words for truth every word has a confidence.
+    groups = scorer.groups(host, [scored.parsed.words], require_format=False)
+    completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
+    anchors = put(groups.anchors, setup.backbone.mesh)
+    slow_BGWQ, _ = programs.score((leaves, {}), rows, features, completion, anchors, setup.candidates.ids_ZY)
+    confidences = _by_word(np.exp(jax.device_get(slow_BGWQ))[0, 0], groups.anchors.set_BGWQ[0, 0])
+    wheels = range(len(setup.wheels))
+    words = tuple(
+        WordReading(
+            word=word,
+            categories=tuple(setup.wheels.category(word, wheel) for wheel in wheels),
+            confidence=confidences.get(index),
+        )
+        for index, word in enumerate(scored.parsed.words)
+    )
+    return Reading(mode, scored.text, scored.parsed.reasoning, words, scored.truncated)
+
+
+def _by_word(probability_WQ: np.ndarray, set_WQ: np.ndarray) -> dict[int, float]:
+    """Mean over the wheels on which a word has a candidate set."""
+    held_WQ = set_WQ != NO_SET
+    return {w: float(probability_WQ[w][held_WQ[w]].mean()) for w in range(len(set_WQ)) if held_WQ[w].any()}

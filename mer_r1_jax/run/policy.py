@@ -1,0 +1,108 @@
+"""A trained policy from where it lies: a run's folder, an exported one, or any Hugging Face directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.training import durable
+from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
+from mer_r1_jax.training.state import Leaves, Params, merge
+
+SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
+RUN_MARKER = "checkpoints"  # folder that a run has and an export has not
+
+
+class PolicyError(ValueError):
+    """A folder that holds no policy; the message says what was expected there."""
+
+
+def write_settings(directory: pathlib.Path, config: RunConfig) -> None:
+    """Puts a run's configuration beside its export; its presence says that the export is complete."""
+    durable.write_json(directory / SETTINGS_FILE, dataclasses.asdict(config))
+
+
+def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]:
+    """The newest valid checkpoint of a run.
+
+    Returns:
+        (architecture, nested parameters, folder of the tokenizer and processor files).
+
+    Raises:
+        PolicyError, CheckpointError: nothing there to load.
+    """
+    run_dir = pathlib.Path(run_dir)
+    setup = make_setup(_without_data(_run_config(run_dir), None))
+    leaves = checkpoint_leaves(setup, run_dir)
+    setup.source.close()
+    return setup.backbone.config, merge(leaves), setup.tokenizer_path
+
+
+def checkpoint_leaves(setup: Setup, run_dir: pathlib.Path) -> Leaves:
+    """All parameters of a run's newest valid checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+
+    restored = Checkpoints(run_dir / "checkpoints").restore(lambda step, host: setup.abstract_state_of(host["phase"]))
+    if restored is None:
+        raise CheckpointError(f"{run_dir / 'checkpoints'} holds no valid checkpoint: let the run save one first")
+    return restored.arrays.trainable | restored.arrays.frozen
+
+
+def open_model(path: str | pathlib.Path, overrides: dict[str, Any] | None = None) -> tuple[Setup, Leaves]:
+    """The policy of a run's folder, of its export, or of a Hugging Face directory, ready to answer.
+
+    Args:
+        path: the folder. A run's newest checkpoint is taken. A Hugging Face directory without `mer_r1.json` is used with
+            the default media settings.
+        overrides: dotted configuration fields to change, such as media limits.
+
+    Raises:
+        PolicyError: the folder is neither.
+    """
+    path = pathlib.Path(path)
+    if (path / RUN_MARKER).is_dir():
+        setup = make_setup(_without_data(_run_config(path), overrides))
+        return setup, checkpoint_leaves(setup, path)
+    if not (path / "config.json").is_file():
+        raise PolicyError(f"{path}: expected a run's folder, or a Hugging Face directory with config.json")
+    settings = path / SETTINGS_FILE
+    values = json.loads(settings.read_text()) if settings.is_file() else dataclasses.asdict(RunConfig())
+    dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
+    values["model"] = {"path": str(path), **dtypes}
+    setup = make_setup(_without_data(from_mapping(values), overrides))
+    return setup, setup.initial_leaves()
+
+
+def _run_config(run_dir: pathlib.Path) -> RunConfig:
+    file = run_dir / "config.json"
+    try:
+        return from_mapping(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise PolicyError(f"{file}: no run's configuration can be read there ({error})") from error
+
+
+def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunConfig:
+    """The configuration without what only training needs: a policy is used on other clips."""
+    values = dataclasses.asdict(config)
+    for name in ("sft_path", "rl_path", "eval_path", "media_root", "cache_dir"):
+        values["data"][name] = ""
+    if not values["model"]["path"] and not values["model"]["tokenizer_path"] and values["data"]["synthetic_dir"]:
+        # The embedded world's tokenizer was made with it.
+        values["model"]["tokenizer_path"] = str(pathlib.Path(values["data"]["synthetic_dir"]) / "tokenizer")
+    values["data"]["synthetic_dir"] = ""
+    values["sft"]["max_steps"] = values["rl"]["max_steps"] = 0
+    for dotted, value in (overrides or {}).items():
+        section, field = dotted.split(".")
+        values[section][field] = value
+    return from_mapping(values)
