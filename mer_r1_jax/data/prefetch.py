@@ -18,7 +18,7 @@ from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.pipeline import Item, PromptStream
 from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.pool import ATTEMPTS, START_SECONDS
 
 METRICS = ("data/skipped", "data/silent_audio", "data/audio_cut", "data/decode_ms")
@@ -106,6 +106,7 @@ class ClipPrefetcher:
         Raises:
             QuarantineLimitError: when more clips are broken than allowed.
             StalledLoadError: when the loader stands still; names the record.
+            PromptError: for a record that cannot become a prompt, with its file and line.
         """
         self._schedule()
         loaded = [self._consume(item, step) for item in self.stream.peek()]
@@ -168,6 +169,8 @@ class ClipPrefetcher:
                 f"{record.where}: {record.id}: {error}; expected the loader to answer or time out by itself. To mend "
                 "it, look at the clip with experiments/validate.py and at the machine's load; then start again"
             ) from None
+        except PromptError as error:
+            raise PromptError(f"{record.where}: {error}") from error
         except Exception as error:
             error.add_note(f"while loading the clips of {record.id} ({record.where})")
             raise

@@ -34,8 +34,9 @@ def _counts_table(report: Report) -> Table:
     for name in names:
         table.add_row(name, *(str(file.counts.get(name, 0)) for file in report.files))
     table.add_section()
+    table.add_row("min / mean / max of", style="bold")
     for name in dict.fromkeys(name for file in report.files for name in file.lengths):
-        table.add_row(f"{name} (min / mean / max)", *(_spread(file.lengths.get(name)) for file in report.files))
+        table.add_row(name, *(_spread(file.lengths.get(name)) for file in report.files))
     return table
 
 

@@ -17,7 +17,7 @@ from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError, stall_lim
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.media.decode import read_video
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.pool import START_SECONDS, WorkerPool
 from mer_r1_jax.omni.config import ThinkerConfig
@@ -225,6 +225,17 @@ def test_a_fault_of_the_loader_itself_is_raised_with_the_record():
             clips.next(0)
     first = clips.stream.item(0).record
     assert caught.value.__notes__ == [f"while loading the clips of {first.id} ({first.where})"]
+
+
+def test_a_record_that_cannot_become_a_prompt_stops_the_run_by_file_and_line():
+    def load(record):
+        raise PromptError(f"{record.id}: got a prompt of 3000 tokens, expected at most 2048")
+
+    with prefetcher(make_records(4), load) as clips:
+        first = clips.stream.item(0).record
+        with pytest.raises(PromptError) as caught:
+            clips.next(0)
+    assert str(caught.value) == f"{first.where}: {first.id}: got a prompt of 3000 tokens, expected at most 2048"
 
 
 def test_threads_end_when_the_prefetcher_is_closed():
