@@ -1,4 +1,4 @@
-"""Answers about a clip: python experiments/infer.py --model=HF_DIR_OR_RUN --video=clip.mp4 [--subtitle=...] [--mode=both]
+"""Answers about a clip: python experiments/infer.py --model=HF_DIR_OR_RUN --video=clip.mp4 [--subtitle=...] [--mode=...]
 
 Prints the reasoning, the emotion words with their categories on the five wheels, and how sure the model is of each.
 """
@@ -45,7 +45,9 @@ def main(argv: list[str]) -> None:
         return
     console = Console()
     sound = f"{prompt.stats['audio_seconds']:.1f} s of audio" if prompt.audio else "no audio"
-    console.print(f"{_VIDEO.value}: {prompt.stats['frames']} frames, {sound}, {len(prompt.ids)} tokens", highlight=False)
+    console.print(
+        f"{_VIDEO.value}: {prompt.stats['frames']} frames, {sound}, {len(prompt.ids)} tokens", highlight=False
+    )
     for reading in readings:
         _show(console, reading)
 

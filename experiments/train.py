@@ -9,8 +9,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.cli import explained
+from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.run.road import run
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)

@@ -158,9 +158,7 @@ class Evaluator:
         groups = self.scorer.groups(host, truths, require_format=mode == "slow")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
         anchors = put(groups.anchors, self.programs.backbone.mesh)
-        slow_BGWQ, _ = self.programs.score(
-            leaves, prompts, features, completion, anchors, self._candidate_ids_ZY
-        )
+        slow_BGWQ, _ = self.programs.score(leaves, prompts, features, completion, anchors, self._candidate_ids_ZY)
         probability_BGWQ = np.exp(jax.device_get(slow_BGWQ))
         results = []
         for row, group in enumerate(groups.answers):

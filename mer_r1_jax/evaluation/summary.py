@@ -95,7 +95,7 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
 
 
 def write(directory: pathlib.Path, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """Writes `<benchmark>_<step>.samples.jsonl`, then `<benchmark>_<step>.json`: who finds the scores finds the rows."""
+    """Writes `<benchmark>_<step>.samples.jsonl`, then `<benchmark>_<step>.json`: scores never lack rows."""
     stem = f"{summary['benchmark']}_{summary['step']:05d}"
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     durable.write_atomically(directory / f"{stem}.samples.jsonl", lambda file: file.write(text.encode()))

@@ -1,4 +1,4 @@
-"""One rollout from prompts to experience: sample, read the answers, score them slow and fast, turn rewards to advantages."""
+"""One rollout, from prompts to experience: sample, read the answers, score them slow and fast, make advantages."""
 
 from __future__ import annotations
 
@@ -121,11 +121,15 @@ class ExperienceMaker:
         return jax.random.fold_in(self._key, SEED_STREAMS[name])
 
     def _experience(
-        self, prompts: PromptRows, features: Any, completions: Completions, advantage_BG: Any, reference: Any, anchors: Any
+        self,
+        prompts: PromptRows,
+        features: Any,
+        completions: Completions,
+        advantage_BG: Any,
+        reference: Any,
+        anchors: Any,
     ) -> Experience:
-        mask_BGC = loss_mask(
-            completions.mask_BGC, completions.truncated_BG, self.config.mask_truncated_completions
-        )
+        mask_BGC = loss_mask(completions.mask_BGC, completions.truncated_BG, self.config.mask_truncated_completions)
         return Experience(
             prompts=prompts,
             features_BRD=None if self._encode_inside else features,
@@ -161,7 +165,9 @@ class ExperienceMaker:
         if config.permute_rewards:
             rewards = permute_within_groups(rewards, key)
         advantage_BG = advantages(config.arm, rewards, settings)
-        metrics["frac_reward_zero_std"] = _mean(zero_spread(advantage_BG, rewards.valid_BG), jnp.any(rewards.valid_BG, -1))
+        metrics["frac_reward_zero_std"] = _mean(
+            zero_spread(advantage_BG, rewards.valid_BG), jnp.any(rewards.valid_BG, -1)
+        )
         plus_BG = jnp.where(calibrated.plus_valid_BG, calibrated.plus_BG, jnp.nan)
         minus_BG = jnp.where(calibrated.minus_valid_BG, calibrated.minus_BG, jnp.nan)
         return advantage_BG, metrics, (plus_BG, minus_BG)

@@ -61,8 +61,8 @@ def open_model(path: str | pathlib.Path, overrides: dict[str, Any] | None = None
     """The policy of a run's folder, of its export, or of a Hugging Face directory, ready to answer.
 
     Args:
-        path: the folder. A run's newest checkpoint is taken. A Hugging Face directory without `mer_r1.json` is used with
-            the default media settings.
+        path: the folder. A run's newest checkpoint is taken. A Hugging Face directory without `mer_r1.json` is used
+            with the default media settings.
         overrides: dotted configuration fields to change, such as media limits.
 
     Raises:

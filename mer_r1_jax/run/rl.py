@@ -43,9 +43,7 @@ class RlPhase:
                 f"rl.max_steps: got {self.total_steps} updates, expected a multiple of "
                 f"rl.num_iterations={self.config.num_iterations}: a rollout is used up before the run ends"
             )
-        self.buckets = plan_buckets(
-            setup.config, setup.backbone.config, setup.data.rl, self.config.prompts_per_step
-        )
+        self.buckets = plan_buckets(setup.config, setup.backbone.config, setup.data.rl, self.config.prompts_per_step)
         towers = tower_flags(setup.config, "rl")
         self.is_trainable = trainable_names(**towers)
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps)
@@ -125,12 +123,13 @@ class RlPhase:
         shapes = partition(self.setup.backbone.shapes, self.is_trainable)[0]
         shardings = self.setup.backbone.shardings
         abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in shapes.items()
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+            for name, leaf in shapes.items()
         }
         restored = kept.restore(abstract)
         if restored is None:
             raise ReferenceLostError(
-                f"{kept.directory} has no valid copy of the reference, which this RL run needs to go on: expected the one "
+                f"{kept.directory} has no valid copy of the reference, which this run needs to go on: expected the one "
                 "saved when RL began; restore it, or remove the run's RL checkpoints so that RL starts again"
             )
         return restored.arrays

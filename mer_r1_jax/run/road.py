@@ -168,13 +168,17 @@ class _Road:
         )
         lost = getattr(setup.candidates, "share_lost", None)
         if lost is not None:
-            say(f"confidences: {lost:.1%} of the emotion words' spellings share their first token with another category")
+            say(
+                f"confidences: {lost:.1%} of the emotion words' spellings share their first token with another category"
+            )
         say("shapes this run can compile:")
         for line in self._shapes():
             say(f"  {line}", highlight=False)
         record = next(iter(setup.data.sft or setup.data.rl or setup.data.eval))
         prompt = setup.source.load(record).prompt
-        say(f"first prompt, {record.id}: {prompt.stats['frames']} frames, {prompt.stats['audio_seconds']:.1f} s of audio")
+        say(
+            f"first prompt, {record.id}: {prompt.stats['frames']} frames, {prompt.stats['audio_seconds']:.1f} s audio"
+        )
         say(prompt.text, markup=False, highlight=False, style="dim")
 
     def _shapes(self) -> list[str]:
@@ -191,7 +195,9 @@ class _Road:
     def _conclude(self) -> None:
         table = Table("held-out clips", "precision", "recall", "F1", "words", "tokens", "distinct answers")
         files = sorted(self.folder.eval.glob(f"{BENCHMARK}_*.json"))
-        for file, label in [(files[0], "start of RL"), (files[-1], "end")] if len(files) > 1 else [(f, "end") for f in files]:
+        for file, label in (
+            [(files[0], "start of RL"), (files[-1], "end")] if len(files) > 1 else [(f, "end") for f in files]
+        ):
             scores = json.loads(file.read_text())
             for mode in ("slow", "fast"):
                 row = scores[mode]

@@ -119,7 +119,9 @@ class Setup:
         """A train state without numbers, with its shardings."""
         shapes = jax.eval_shape(lambda leaves: init_state(leaves, is_trainable, optimizer, dtype), self.backbone.shapes)
         shardings = state_shardings(shapes, self.backbone.shardings, replicated(self.backbone.mesh))
-        return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+        )
 
     def new_state(self, leaves: Leaves, is_trainable: Any, optimizer: Any, dtype: str) -> TrainState:
         """A fresh train state around parameters, every array made where it will live."""
@@ -216,7 +218,9 @@ def _read(config: RunConfig, wheels: Wheels) -> DataSets:
         if not wanted:
             return ()
         if not path:
-            raise ConfigError(f"data.{field} is empty, but this run needs it: name a JSON-lines file, or skip the phase")
+            raise ConfigError(
+                f"data.{field} is empty, but this run needs it: name a JSON-lines file, or skip the phase"
+            )
         return tuple(read_records(path, config.data.media_root, question=config.data.question, require=require))
 
     sft = read(config.data.sft_path, "sft_path", config.sft.max_steps != 0, ("target", "solution"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,6 @@ from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.sft import SftBatch, Targets, make_sft_step
 from mer_r1_jax.training.state import (
     Leaves,
-    TrainState,
     learning_rate_schedule,
     make_optimizer,
     trainable_names,
@@ -130,7 +128,8 @@ def describe(buckets: Sequence[BatchShape], phase: str, added: str) -> list[str]
     """One line a bucket, for the start of a run."""
     return [
         f"{phase}: {shape.rows} rows x {shape.tokens} prompt tokens + {added}; {shape.vision_clips} x "
-        f"{shape.frame_pairs} frame pairs of {shape.patches} patches, {shape.audio_clips} x {2 * shape.audio_units} s audio"
+        f"{shape.frame_pairs} frame pairs of {shape.patches} patches, "
+        f"{shape.audio_clips} x {2 * shape.audio_units} s audio"
         for shape in buckets
     ]
 
@@ -158,11 +157,14 @@ def _all_targets(
     if problems:
         more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         raise TargetError(
-            f"{len(problems)} of {len(records)} SFT targets cannot be used:\n  " + "\n  ".join(problems[:MAX_LISTED] + more)
+            f"{len(problems)} of {len(records)} SFT targets cannot be used:\n  "
+            + "\n  ".join(problems[:MAX_LISTED] + more)
         )
 
     def padded(kind: str) -> int:
-        longest = max((len(getattr(target, kind)[0]) for target in targets.values() if getattr(target, kind)), default=0)
+        longest = max(
+            (len(getattr(target, kind)[0]) for target in targets.values() if getattr(target, kind)), default=0
+        )
         return -(-longest // LENGTH_STEP) * LENGTH_STEP
 
     return targets, (padded("slow"), padded("fast"))

@@ -204,9 +204,7 @@ class RlPrograms:
             features_BRD = model.encode_media(prompts.batch.vision, prompts.batch.audio)
         sets = (completion,) if anchors is None else (completion, anchors.fast)
         h_BGCD, *fast_h = _hidden(model, prompts, features_BRD, *sets)
-        logprob_BGC, entropy_BGC = token_logprobs(
-            model, h_BGCD, completion.id_BGC, temperature=self.config.temperature
-        )
+        logprob_BGC, entropy_BGC = token_logprobs(model, h_BGCD, completion.id_BGC, temperature=self.config.temperature)
         mask_BGC = experience.loss_mask_BGC
         value, metrics = policy_loss(
             logprob_BGC,
@@ -231,9 +229,7 @@ class RlPrograms:
         return value, jax.lax.stop_gradient(metrics)
 
 
-def _hidden(
-    model: Thinker, prompts: PromptRows, features_BRD: Array | None, *sets: Continuations
-) -> tuple[Array, ...]:
+def _hidden(model: Thinker, prompts: PromptRows, features_BRD: Array | None, *sets: Continuations) -> tuple[Array, ...]:
     """The hidden states [B, G, C, D] that predict the tokens of each set, all from one packed forward pass."""
     tokens = prompts.batch.tokens
     packed = pack(tokens, prompts.next_position_B, *sets)
@@ -242,5 +238,5 @@ def _hidden(
 
 
 def beta_at(config: RlConfig, step: int, total_steps: int) -> float:
-    """Weight of the KL term at an optimizer step: beta (1 - beta_decay min(1, t / (max_steps / 2))), as MER-R1's recipe."""
+    """Weight of the KL term at an optimizer step, beta (1 - beta_decay min(1, t / (max_steps / 2))): MER-R1's recipe."""
     return config.beta * (1 - config.beta_decay * min(1.0, step / max(1.0, 0.5 * total_steps)))

@@ -63,7 +63,7 @@ def sft_loss(
     fast_fraction: float,
     encode_inside: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """This micro-batch's share of the step's loss, (1 - f) x mean over slow tokens + f x mean over fast tokens, in nats.
+    """This micro-batch's share of (1 - f) x mean over slow tokens + f x mean over fast tokens of the step, in nats.
 
     Args:
         tokens_in_loss: tokens of the whole optimizer step, "slow" and "fast".
@@ -119,9 +119,7 @@ def make_sft_step(
         counts = {name: jnp.sum(kind.loss_mask_BGC, dtype=jnp.float32) for name, kind in kinds.items()}
 
         def loss(trainable, micro_batch):
-            return sft_loss(
-                backbone, trainable, state.frozen, micro_batch, counts, config.fast_fraction, encode_inside
-            )
+            return sft_loss(backbone, trainable, state.frozen, micro_batch, counts, config.fast_fraction, encode_inside)
 
         with backbone.rules():
             value, metrics, gradients = accumulate(loss, state.trainable, batch, config.gradient_accumulation_steps)
