@@ -45,22 +45,26 @@ class ClipCache:
         self._content: dict[str, tuple[tuple[int, int, int], str]] = {}
         self._complained = False
 
-    def get(self, path: str, kind: str) -> Entry | None:
-        """Returns the entry of a file, None where there is none that is whole.
+    def key(self, path: str, kind: str) -> Path:
+        """Returns where the entry of a file as it is now belongs.
 
         Raises:
-            OSError: if the media file cannot be read.
+            OSError: if the file cannot be read.
         """
-        entry_path = self._entry_path(path, kind)
+        digest = self._digest(path)
+        return self.folder / digest[:2] / f"{digest[2:]}-{kind}-{self._suffix[kind]}.clip"
+
+    def get(self, key: Path) -> Entry | None:
+        """Returns an entry, None where there is none that is whole."""
         entry = None
         try:
-            entry = Entry.from_bytes(entry_path.read_bytes())
+            entry = Entry.from_bytes(key.read_bytes())
         except FileNotFoundError:
             pass
         except (CorruptEntryError, OSError) as error:
-            log.warning("%s: damaged cache entry (%s), made again", entry_path, error)
+            log.warning("%s: damaged cache entry (%s), made again", key, error)
             with contextlib.suppress(OSError):
-                entry_path.unlink(missing_ok=True)
+                key.unlink(missing_ok=True)
             with self._lock:
                 self.corrupt += 1
         with self._lock:
@@ -70,24 +74,19 @@ class ClipCache:
                 self.hits += 1
         return entry
 
-    def put(self, path: str, kind: str, entry: Entry) -> None:
+    def put(self, key: Path, entry: Entry) -> None:
         """Stores an entry: written beside its place, then renamed, so that readers never see half of one."""
-        entry_path = self._entry_path(path, kind)
-        partial = entry_path.with_name(f"{entry_path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        partial = key.with_name(f"{key.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            entry_path.parent.mkdir(parents=True, exist_ok=True)
+            key.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(entry.to_bytes())
-            os.replace(partial, entry_path)
+            os.replace(partial, key)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             if not self._complained:
                 log.warning("%s: decoded clips cannot be cached (%s); going on without", self.folder, error)
             self._complained = True
-
-    def _entry_path(self, path: str, kind: str) -> Path:
-        digest = self._digest(path)
-        return self.folder / digest[:2] / f"{digest[2:]}-{kind}-{self._suffix[kind]}.clip"
 
     def _digest(self, path: str) -> str:
         """SHA-256 of a file's content, read again only when its size, time or identity changed."""

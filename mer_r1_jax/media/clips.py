@@ -35,8 +35,8 @@ class Clips:
     Attributes:
         videos: one per video.
         video_audios: each video's own audio track where it is interleaved with the frames, else None.
-        audios: one per audio file; None where it has no tokens of its own: a video's own track that is interleaved, or a
-            missing one that is skipped.
+        audios: one per audio file; None where it has no tokens of its own: a video's own track that is interleaved, or
+            a missing one that is skipped.
         images: one per image.
         silent_audio: audio tracks that are missing and were replaced by silence or skipped.
         audio_cut: audio tracks that were longer than `media.max_audio_seconds`.

@@ -68,8 +68,8 @@ def bucket_for(prompts: Sequence[Prompt | None], buckets: Sequence[BatchShape]) 
                 "plan the buckets with this prompt, or lower the media settings"
             )
     raise PromptError(
-        f"got {len(prompts)} prompts that fit no single bucket of {buckets[-1].rows} rows; batch fewer at once, or plan "
-        "buckets that hold the largest sizes together"
+        f"got {len(prompts)} prompts that fit no single bucket of {buckets[-1].rows} rows; batch fewer at once, "
+        "or plan buckets that hold the largest sizes together"
     )
 
 
@@ -147,7 +147,8 @@ def _vision(rows, shape: BatchShape, thinker: ThinkerConfig) -> VisionClips:
             pairs, grid_h, grid_w = clip.grid
             patches = grid_h * grid_w
             patches_BVPSX[row, number, :pairs, :patches] = clip.patches
-            position_BVS2[row, number, :patches], window_BVS[row, number, :patches] = patch_layout(grid_h, grid_w, sizes)
+            position_S2, window_S = patch_layout(grid_h, grid_w, sizes)
+            position_BVS2[row, number, :patches], window_BVS[row, number, :patches] = position_S2, window_S
             pairs_BV[row, number] = pairs
     return VisionClips(
         patches_BVPSX=patches_BVPSX, position_BVS2=position_BVS2, window_BVS=window_BVS, pairs_BV=pairs_BV

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -28,6 +27,8 @@ MAX_FRAME_RATE = 1000.0
 SAMPLE_RATES = (1_000, 384_000)
 MAX_CHANNELS = 64
 THREADED_PIXELS = 512 * 512  # pictures above this size are decoded with several threads
+
+MIN_DECODED = 0.5  # fewer frames than this share of the packets means a damaged video
 
 Size = tuple[int, int]
 
@@ -79,12 +80,22 @@ def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) 
     Raises:
         MediaError: for anything wrong with the file.
     """
-    with _opened(path) as container:
-        stream = _video_stream(path, container)
-        header = _count_frames(path, container, stream, media)
-        pictures = _sample(path, container, stream, header, media, factor)
+    header = _count_frames(path, media)
+    pictures, decoded = _sample(path, header, media, factor)
+    if not pictures and decoded >= header.total * MIN_DECODED:
+        # Fields, and frames that are never shown, are packets too: what decodes is what the video has.
+        header = dataclasses.replace(header, total=decoded)
+        pictures, decoded = _sample(path, header, media, factor)
+    if not pictures:
+        raise MediaError(
+            path,
+            "truncated",
+            f"{decoded} frames that decode",
+            f"the {header.total} that are stored",
+            "Encode the video again.",
+        )
     return VideoFrames(
-        frames=pictures,
+        frames=np.stack(pictures),
         sampled_fps=len(pictures) / header.total * header.rate,
         duration=header.total / header.rate,
     )
@@ -111,6 +122,7 @@ def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
                 path, "no_audio", "no audio track", "one", "Add one, or set media.missing_audio to skip or silence."
             )
         stream = container.streams.audio[0]
+        _check_decodable(path, stream, "audio")
         _check_duration(path, container, stream, media)
         rate, channels = stream.rate or 0, stream.codec_context.channels
         if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1] or not 1 <= channels <= MAX_CHANNELS:
@@ -138,7 +150,7 @@ def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
     Raises:
         MediaError: for anything wrong with the file.
     """
-    _check_present(path)
+    check_present(path)
     try:
         with Image.open(path) as picture:
             _check_size(path, *picture.size)
@@ -166,7 +178,7 @@ def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
     """Opens a container and turns whatever FFmpeg raises inside the block into a MediaError."""
-    _check_present(path)
+    check_present(path)
     try:
         container = av.open(str(path))
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -195,7 +207,8 @@ def _words(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _check_present(path: str | Path) -> None:
+def check_present(path: str | Path) -> None:
+    """Raises MediaError unless there is a file with something in it."""
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
@@ -212,6 +225,13 @@ def _check_size(path: str | Path, width: int, height: int) -> None:
             f"pictures of {width}x{height} pixels",
             f"1 to {MAX_SIDE} pixels a side",
             "Scale the clip down.",
+        )
+
+
+def _check_decodable(path, stream, kind: str) -> None:
+    if stream.codec_context is None:
+        raise MediaError(
+            path, "unknown_codec", f"a {kind} track in a codec FFmpeg does not know", "a usual one", "Re-encode it."
         )
 
 
@@ -240,32 +260,38 @@ def _video_stream(path, container):
     if not streams:
         raise MediaError(path, "no_video", "no video track", "one", "List the file under `audios` if it is audio only.")
     stream = streams[0]
+    _check_decodable(path, stream, "video")
     _check_size(path, stream.codec_context.width, stream.codec_context.height)
     return stream
 
 
-def _count_frames(path, container, stream, media: MediaConfig) -> _VideoHeader:
-    """Counts the video's packets, which are its frames, and rewinds."""
-    _check_duration(path, container, stream, media)
-    rate = float(stream.average_rate or stream.guessed_rate or Fraction(0))
-    if not 0 < rate <= MAX_FRAME_RATE:
-        raise MediaError(
-            path, "bad_rate", f"{rate:g} frames/s", f"more than 0, at most {MAX_FRAME_RATE:g}", "Re-encode the video."
-        )
-    total = 0
-    for packet in container.demux(stream):
-        total += packet.size > 0 and not packet.is_discard
-        if total / rate > media.max_clip_seconds:
-            raise _too_long(path, f"more than {media.max_clip_seconds:g}", media)
-    container.seek(0)
-    if total < stream.frames:
-        raise MediaError(
-            path,
-            "truncated",
-            f"{total} of the {stream.frames} frames its header announces",
-            "all of them",
-            "The file is cut short: copy or encode it again.",
-        )
+def _count_frames(path, media: MediaConfig) -> _VideoHeader:
+    """Counts the video's packets, which are its frames, without decoding."""
+    with _opened(path) as container:
+        stream = _video_stream(path, container)
+        _check_duration(path, container, stream, media)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if not 0 < rate <= MAX_FRAME_RATE:
+            raise MediaError(
+                path,
+                "bad_rate",
+                f"{rate:g} frames/s",
+                f"more than 0, at most {MAX_FRAME_RATE:g}",
+                "Re-encode the video.",
+            )
+        total = 0
+        for packet in container.demux(stream):
+            total += packet.size > 0 and not packet.is_discard
+            if total / rate > media.max_clip_seconds:
+                raise _too_long(path, f"more than {media.max_clip_seconds:g}", media)
+        if total < stream.frames:
+            raise MediaError(
+                path,
+                "truncated",
+                f"{total} of the {stream.frames} frames its header announces",
+                "all of them",
+                "The file is cut short: copy or encode it again.",
+            )
     if total < FRAME_FACTOR:
         raise MediaError(
             path, "no_frames", f"{total} video frame(s)", f"at least {FRAME_FACTOR}", "List stills under `images`."
@@ -273,28 +299,29 @@ def _count_frames(path, container, stream, media: MediaConfig) -> _VideoHeader:
     return _VideoHeader(total=total, rate=rate)
 
 
-def _sample(path, container, stream, header: _VideoHeader, media: MediaConfig, factor: int | None) -> np.ndarray:
-    """Decodes the video once and returns the sampled frames, uint8[n, h, w, 3]."""
+def _sample(path, header: _VideoHeader, media: MediaConfig, factor: int | None) -> tuple[list[np.ndarray], int]:
+    """Decodes the video once.
+
+    The file is opened anew rather than rewound: not every container seeks exactly to its start.
+
+    Returns:
+        the sampled frames, uint8[h, w, 3] each, or none when fewer decode than were counted; and how many decoded.
+    """
     indices = frame_indices(header.total, frame_count(header.total, header.rate, media))
     wanted = np.bincount(indices, minlength=header.total)
-    if stream.codec_context.width * stream.codec_context.height > THREADED_PIXELS:
-        stream.thread_type = "AUTO"
     pictures: list[np.ndarray] = []
     fit = _fitter(path, len(indices), media, factor)
-    number = -1
-    for number, frame in enumerate(container.decode(stream)):
-        if number < header.total and wanted[number]:
-            picture = fit(np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90))
-            pictures.extend([picture] * int(wanted[number]))
-    if len(pictures) < len(indices):
-        raise MediaError(
-            path,
-            "truncated",
-            f"{number + 1} frames that decode",
-            f"the {header.total} that are stored",
-            "Encode the video again.",
-        )
-    return np.stack(pictures)
+    decoded = 0
+    with _opened(path) as container:
+        stream = _video_stream(path, container)
+        if stream.codec_context.width * stream.codec_context.height > THREADED_PIXELS:
+            stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            if decoded < header.total and wanted[decoded]:
+                picture = fit(np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90))
+                pictures.extend([picture] * int(wanted[decoded]))
+            decoded += 1
+    return (pictures if decoded >= header.total else []), decoded
 
 
 def _fitter(path, count: int, media: MediaConfig, factor: int | None) -> Callable[[np.ndarray], np.ndarray]:

@@ -87,14 +87,26 @@ def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: i
     Raises:
         MediaError: for anything wrong with the file.
     """
+    try:
+        return _decode(path, kind, media, factor, n_mels)
+    except MediaError:
+        raise
+    except Exception as error:  # decoders are fed arbitrary bytes: whatever they raise is about this file
+        raise MediaError(
+            path,
+            "corrupt",
+            f"data that fails to decode ({type(error).__name__}: {error})",
+            "a whole file",
+            "Encode it again.",
+        ) from error
+
+
+def _decode(path: str, kind: str, media: MediaConfig, factor: int, n_mels: int) -> Entry:
     if kind == VIDEO:
         video = decode.read_video(path, media, factor)
         return Entry({"frames": video.frames}, {"fps": video.sampled_fps, "duration": video.duration})
     if kind == IMAGE:
         return Entry({"frames": decode.read_image(path, media, factor)[None]}, {"fps": 0.0, "duration": 0.0})
     track = decode.read_audio_track(path, media)
-    try:
-        mel = log_mel(track.samples, n_mels, media.sampling_rate)
-    except ValueError as error:
-        raise MediaError(path, "too_long", str(error), "a shorter clip", "Lower media.max_audio_seconds.") from error
+    mel = log_mel(track.samples, n_mels, media.sampling_rate)
     return Entry({"mel": mel}, {"samples": track.samples.size, "cut": track.cut})

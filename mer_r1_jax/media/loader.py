@@ -10,6 +10,7 @@ import numpy as np
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.cache import ClipCache
 from mer_r1_jax.media.clips import AudioInput, Clips
+from mer_r1_jax.media.decode import check_present
 from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, Entry, decode_file
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.mel import log_mel
@@ -22,7 +23,7 @@ SILENCE_SECONDS = 1.0  # length of silence for an audio file of its own that has
 
 
 class ClipLoader:
-    """Decodes the media of records. Safe to use from several threads; what it returns depends on files and settings alone.
+    """Decodes the media of records. Safe to use from several threads; the result depends on files and settings alone.
 
     A record shows what it lists: `videos` their frames, `audios` the sound of a file, which may be a video file. With
     `media.use_audio_in_video` every video brings its own sound, interleaved, and an `audios` entry that names the same
@@ -46,7 +47,8 @@ class ClipLoader:
             media_root: folder the records' paths are relative to; "" means each record's own file's folder.
         """
         if media.missing_audio not in MISSING_AUDIO:
-            raise ValueError(f"media.missing_audio: got {media.missing_audio!r}, expected one of {', '.join(MISSING_AUDIO)}")
+            valid = ", ".join(MISSING_AUDIO)
+            raise ValueError(f"media.missing_audio: got {media.missing_audio!r}, expected one of {valid}")
         self.media, self.vision, self.n_mels, self.media_root = media, vision, n_mels, media_root
         self._factor = merge_factor(vision)
         self.cache = ClipCache(cache_dir, media, self._factor, n_mels) if str(cache_dir) else None
@@ -118,23 +120,31 @@ class ClipLoader:
         return _Track(clip, cut=bool(entry.facts["cut"]))
 
     def _entry(self, path: Path, kind: str) -> Entry:
-        """Decodes a file, or takes it from the cache."""
-        job = dict(path=str(path), kind=kind, factor=self._factor, n_mels=self.n_mels)
-        cached = None
-        if self.cache:
-            try:
-                cached = self.cache.get(str(path), kind)
-            except OSError:  # decoding says what is wrong with the file
-                return decode_file(media=self.media, **job)
-        if cached:
-            return cached
-        if self._pool:
-            entry = self._pool.decode(job | {"media": dataclasses.asdict(self.media)})
-        else:
-            entry = decode_file(media=self.media, **job)
-        if self.cache:
-            self.cache.put(str(path), kind, entry)
+        """Takes a file's entry from the cache, or decodes the file."""
+        check_present(path)
+        if self.cache is None:
+            return self._decode(path, kind)
+        try:
+            key = self.cache.key(str(path), kind)
+        except OSError as error:
+            raise MediaError(
+                path,
+                "unreadable",
+                f"a file that cannot be read ({error.strerror})",
+                "one that can",
+                "Mend its permissions.",
+            ) from error
+        entry = self.cache.get(key)
+        if entry is None:
+            entry = self._decode(path, kind)
+            self.cache.put(key, entry)
         return entry
+
+    def _decode(self, path: Path, kind: str) -> Entry:
+        job = dict(path=str(path), kind=kind, factor=self._factor, n_mels=self.n_mels)
+        if self._pool is None:
+            return decode_file(media=self.media, **job)
+        return self._pool.decode(job | {"media": dataclasses.asdict(self.media)})
 
 
 @dataclasses.dataclass(frozen=True)

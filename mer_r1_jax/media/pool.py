@@ -6,6 +6,7 @@ spawned one would import the main program again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -25,6 +26,7 @@ from mer_r1_jax.media.errors import MediaError
 START_SECONDS = 60.0  # a process may take this long to import its libraries
 WORKER = (sys.executable, "-m", "mer_r1_jax.media.worker")
 ATTEMPTS = 2  # a process that dies is often killed for another's sake; a clip that kills two is to blame itself
+KILL_SECONDS = 5.0  # to wait for a killed process
 _READ_BYTES = 1 << 20
 
 
@@ -147,7 +149,8 @@ class _Worker:
     def kill(self) -> None:
         """Ends the process at once and closes the pipes."""
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel; it ends when that lets go
+            self._process.wait(timeout=KILL_SECONDS)
         for pipe in (self._process.stdin, self._process.stdout, self._messages):
             pipe.close()
 

@@ -1,4 +1,4 @@
-"""A record and its decoded clips become one prompt: text, token ids, rotary positions, and where each embedding comes from.
+"""A record and its decoded clips become one prompt: text, token ids, positions, and where each embedding comes from.
 
 Qwen2.5-Omni's ChatML, written out here because it is a dozen lines and needs no template engine. T is the prompt's
 length in tokens, F the mel frames of an audio clip, M its mel bins.
@@ -48,8 +48,8 @@ class Prompt:
         vision: images and videos in reading order.
         audio: audio clips in reading order.
         text: the rendered prompt with each medium as a single placeholder.
-        stats: tokens by part ("text", "video", "image", "audio"), "frames" and "audio_seconds" shown, and how many audio
-            clips were cut ("audio_cut") or replaced by silence ("silent_audio").
+        stats: tokens by part ("text", "video", "image", "audio"), "frames" and "audio_seconds" shown, and how many
+            audio clips were cut ("audio_cut"), or missing and skipped or replaced by silence ("silent_audio").
     """
 
     id: str
@@ -240,8 +240,8 @@ class PromptBuilder:
         parts = ", ".join(f"{count} {part}" for part, count in lengths.items() if count)
         advice = "; ".join(mend[part] for part in sorted(lengths, key=lengths.get, reverse=True) if lengths[part])
         raise PromptError(
-            f"got a prompt of {total} tokens ({parts}), expected at most data.max_prompt_length={self.max_prompt_length}; "
-            f"{advice}; or raise data.max_prompt_length"
+            f"got a prompt of {total} tokens ({parts}), expected at most "
+            f"data.max_prompt_length={self.max_prompt_length}; {advice}; or raise data.max_prompt_length"
         )
 
     def _prompt(self, record, clips: Clips, text, ids, items: Sequence[_Item], lengths) -> Prompt:
