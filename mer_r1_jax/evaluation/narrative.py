@@ -9,28 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mer_r1_jax.evaluation.run_record import Evaluation, RunRecord
+from mer_r1_jax.evaluation.statistics import Difference, mean_interval
 
-BOOTSTRAP_DRAWS = 4000
 FEW_CLIPS = 100  # below this, intervals of F1 are wider than what RL usually gains
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """A paired difference of mean F1 over the same clips, in points (hundredths), with its 95% bootstrap interval."""
-
-    points: float
-    low: float
-    high: float
-    clips: int
-
-    def __str__(self) -> str:
-        interval = f"{signed(self.low)} to {signed(self.high)}"
-        return f"{signed(self.points)} points (95% interval {interval}, {self.clips} clips)"
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +64,8 @@ def f1_difference(new: Evaluation, new_mode: str, old: Evaluation, old_mode: str
             pairs.append(values)
     if len(pairs) < 2:
         return None
-    differences = np.asarray([a - b for a, b in pairs], np.float64) * 100
     seed = zlib.crc32(f"{new.benchmark} {new.phase} {new.step} {new_mode} {old_mode}".encode())
-    draws = np.random.default_rng(seed).integers(len(differences), size=(BOOTSTRAP_DRAWS, len(differences)))
-    low, high = np.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
-    return Difference(float(differences.mean()), float(low), float(high), len(differences))
+    return mean_interval(np.asarray([a - b for a, b in pairs]), seed)
 
 
 def describe(run: RunRecord) -> list[str]:
@@ -231,8 +209,3 @@ def _changed(difference: Difference) -> str:
 def percent(value: float | None) -> str:
     """A share as hundredths with one decimal; a dash when it was not measured."""
     return "–" if value is None else f"{100 * value:.1f}"
-
-
-def signed(points: float) -> str:
-    """Points with one decimal and their sign, a real minus included."""
-    return f"{points:+.1f}".replace("-", "−")
