@@ -30,10 +30,12 @@ from mer_r1_jax.omni.layers import (
 def sinusoids(length: int, channels: int) -> np.ndarray:
     """Whisper's position embedding, float32 [length, channels]: sines in the first half, cosines in the second.
 
-    The exponential is rounded to float32 before it is multiplied, as torch does.
+    Rounded to float32 where torch rounds, with the exponential itself taken in float64: one unit in its last place is
+    multiplied by the frame number and would show in the features.
     """
-    step = np.log(10000) / (channels // 2 - 1)
-    inverse_time = np.exp((-step * np.arange(channels // 2, dtype=np.float32)).astype(np.float32))
+    step = np.float32(-np.log(10000) / (channels // 2 - 1))
+    exponent = step * np.arange(channels // 2, dtype=np.float32)
+    inverse_time = np.exp(exponent.astype(np.float64)).astype(np.float32)
     time = np.arange(length, dtype=np.float32)[:, None] * inverse_time[None]
     return np.concatenate([np.sin(time), np.cos(time)], axis=1).astype(np.float32)
 
