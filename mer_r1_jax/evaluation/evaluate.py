@@ -35,11 +35,13 @@ class AnswerOf:
 
     Attributes:
         answer: text, words and rewards.
+        ids: int32 [length], its own token ids, a forced prefix included.
         confidence_correct, confidence_wrong: mean probability given to the categories of its correct (wrong) words,
             None where it has none with a confidence.
     """
 
     answer: ScoredAnswer
+    ids: np.ndarray
     confidence_correct: float | None
     confidence_wrong: float | None
 
@@ -72,6 +74,9 @@ class Evaluator:
         candidate_ids_ZY: int32 candidate sets of the confidences.
         buckets: shapes of evaluation batches.
         max_completion_length: tokens an answer may have.
+
+    Attributes:
+        sampling: how answers are decoded: greedily.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class Evaluator:
         self.scorer = scorer
         self.buckets = buckets
         self._candidate_ids_ZY = candidate_ids_ZY
-        self._sampling = dataclasses.replace(
+        self.sampling = dataclasses.replace(
             programs.sampling,
             temperature=GREEDY,
             top_k=0,
@@ -113,7 +118,7 @@ class Evaluator:
         records: list[Record] = []
         answers: dict[str, list[AnswerOf]] = {mode: [] for mode in modes}
         skipped: list[tuple[Record, str]] = []
-        for batch in _batches(prompts, self.buckets[0].rows, skipped):
+        for batch in batched(prompts, self.buckets[0].rows, skipped):
             check()
             rows = [record for record, _ in batch]
             records += rows
@@ -139,7 +144,7 @@ class Evaluator:
                 jax.random.key(0),
                 np.int32(0),
                 generations=1,
-                sampling=self._sampling,
+                sampling=self.sampling,
                 forced_ids=self.scorer.tags.empty_think if mode == "fast" else (),
             )
             results[mode] = self._score(leaves, device, features, completions, truths, mode)[: len(records)]
@@ -164,11 +169,12 @@ class Evaluator:
         for row, group in enumerate(groups.answers):
             if group:
                 correct, wrong = _mean_confidences(probability_BGWQ[row, 0], groups.anchors, row)
-                results.append(AnswerOf(group[0], correct, wrong))
+                ids = np.asarray(host.id_BGC[row, 0, : group[0].length])
+                results.append(AnswerOf(group[0], ids, correct, wrong))
         return results
 
 
-def _batches(
+def batched(
     prompts: Iterator[tuple[Record, Prompt | str]], rows: int, skipped: list[tuple[Record, str]]
 ) -> Iterator[list[tuple[Record, Prompt]]]:
     """Groups prompts into batches, setting aside the records that have none."""

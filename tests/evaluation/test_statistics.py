@@ -1,4 +1,4 @@
-"""Paired intervals: they cover the truth as often as they say, and pairing, seeds and clips each count as documented."""
+"""Paired intervals: they cover the truth as often as they say; pairing, seeds and clips count as documented."""
 
 import numpy as np
 import pytest
