@@ -1,0 +1,79 @@
+"""Media files of many kinds for tests of the decoder, all made with PyAV and Pillow."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def write_video(
+    path: Path,
+    pictures: np.ndarray,
+    fps: int = 16,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    samples: np.ndarray | None = None,
+    rate: int = 16_000,
+    options: dict | None = None,
+    faststart: bool = False,
+    audio_codec: str = "aac",
+) -> Path:
+    """Writes pictures uint8[n, h, w, 3] and, where given, sound float32[channels, samples]."""
+    with av.open(str(path), "w", options={"movflags": "faststart"} if faststart else {}) as container:
+        video = container.add_stream(codec, rate=fps, options=options or {})
+        video.height, video.width, video.pix_fmt = *pictures.shape[1:3], pix_fmt
+        audio = None
+        if samples is not None:
+            audio = container.add_stream(audio_codec, rate=rate)
+            audio.layout = "mono" if len(samples) == 1 else "stereo"
+        for picture in pictures:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode(None))
+        if audio is not None:
+            _encode_sound(container, audio, samples, rate)
+    return path
+
+
+def write_sound(path: Path, samples: np.ndarray, rate: int = 16_000, codec: str = "pcm_f32le") -> Path:
+    """Writes sound float32[channels, samples] in the container the path's ending names."""
+    with av.open(str(path), "w") as container:
+        audio = container.add_stream(codec, rate=rate)
+        audio.layout = "mono" if len(samples) == 1 else "stereo"
+        _encode_sound(container, audio, samples, rate)
+    return path
+
+
+def _encode_sound(container, stream, samples: np.ndarray, rate: int) -> None:
+    layout = "mono" if len(samples) == 1 else "stereo"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, np.float32), format="fltp", layout=layout)
+    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+    # The container would guess the encoder's own format; its resampler repacks without changing values.
+    for block in av.AudioResampler(format=stream.format, layout=layout, rate=rate).resample(frame):
+        container.mux(stream.encode(block))
+    container.mux(stream.encode(None))
+
+
+def numbered_pictures(count: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
+    """uint8[count, h, w, 3]: each picture one grey, brighter by a constant step, so that a frame tells its number."""
+    greys = np.round(np.linspace(30, 220, count)).astype(np.uint8)
+    return np.broadcast_to(greys[:, None, None, None], (count, *size, 3)).copy()
+
+
+def frame_numbers(frames: np.ndarray, count: int) -> list[int]:
+    """The numbers of decoded `numbered_pictures`."""
+    greys = frames.reshape(len(frames), -1).mean(axis=1)
+    return np.round((greys - 30) / 190 * (count - 1)).astype(int).tolist()
+
+
+def rotate_mp4(path: Path, quarter_turns: int) -> None:
+    """Writes a rotation into the header of an mp4's first track, as a phone does."""
+    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 4 + 20 + 16
+    one = 1 << 16
+    struct.pack_into(">9i", data, matrix, cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
