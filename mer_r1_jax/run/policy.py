@@ -74,16 +74,31 @@ def open_model(path: str | pathlib.Path, overrides: dict[str, Any] | None = None
         return setup, checkpoint_leaves(setup, path)
     if not (path / "config.json").is_file():
         raise PolicyError(f"{path}: expected a run's folder, or a Hugging Face directory with config.json")
-    settings = path / SETTINGS_FILE
-    values = json.loads(settings.read_text()) if settings.is_file() else dataclasses.asdict(RunConfig())
+    values = dataclasses.asdict(saved_config(path) or RunConfig())
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
     setup = make_setup(_without_data(from_mapping(values), overrides))
     return setup, setup.initial_leaves()
 
 
+def saved_config(path: str | pathlib.Path) -> RunConfig | None:
+    """The configuration of a run's folder or beside an export; None where there is none.
+
+    Raises:
+        PolicyError, ConfigError: there is one that cannot be read.
+    """
+    path = pathlib.Path(path)
+    if (path / RUN_MARKER).is_dir():
+        return _run_config(path)
+    settings = path / SETTINGS_FILE
+    return _read_config(settings) if settings.is_file() else None
+
+
 def _run_config(run_dir: pathlib.Path) -> RunConfig:
-    file = run_dir / "config.json"
+    return _read_config(run_dir / "config.json")
+
+
+def _read_config(file: pathlib.Path) -> RunConfig:
     try:
         return from_mapping(json.loads(file.read_text()))
     except (OSError, ValueError) as error:

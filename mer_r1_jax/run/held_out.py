@@ -1,0 +1,83 @@
+"""A policy with the held-out records it is asked about: those of its own run, or a file of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+from mer_r1_jax.data.records import Record, read_records
+from mer_r1_jax.evaluation.evaluate import Evaluator
+from mer_r1_jax.evaluation.probes import Prober
+from mer_r1_jax.run.policy import PolicyError, open_model, saved_config
+from mer_r1_jax.run.road import load_prompts, make_evaluator
+from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.training.state import Leaves
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+    """A policy and its held-out records.
+
+    Attributes:
+        setup, leaves: the policy; close `setup.source` when done.
+        records: with a solution each.
+    """
+
+    setup: Setup
+    leaves: Leaves
+    records: tuple[Record, ...]
+
+    def evaluator(self) -> Evaluator:
+        """Decodes and scores answers to the records."""
+        return make_evaluator(self.setup, self.records)
+
+    def prober(self, seed: int = 0) -> Prober:
+        """The policy as the probes take it."""
+        return Prober(
+            evaluator=self.evaluator(),
+            leaves=(self.leaves, {}),
+            load=functools.partial(load_prompts, self.setup),
+            wheels=self.setup.wheels,
+            interleaved=self.setup.config.media.use_audio_in_video,
+            seed=seed,
+        )
+
+
+def open_held_out(
+    path: str | pathlib.Path,
+    data: str = "",
+    media_root: str = "",
+    limit: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> HeldOut:
+    """Opens a run's folder, an export or a Hugging Face directory, and held-out records for it.
+
+    Args:
+        path: the folder.
+        data: JSON-lines file; "" takes what the run was evaluated on.
+        media_root: folder the media paths are relative to; "" means the run's own or, with `data`, that file's folder.
+        limit: takes the first so many records; 0 takes as many as the run did, or all of `data`.
+        overrides: dotted configuration fields to change.
+
+    Raises:
+        PolicyError: the folder holds no policy, or names no held-out records while `data` is empty.
+        RecordError: the records cannot be used.
+    """
+    config = saved_config(path)
+    if not data:
+        data, media_root = _own_data(path, config, media_root)
+        limit = limit or config.eval.limit
+    setup, leaves = open_model(path, {"data.media_root": media_root, **(overrides or {})})
+    records = read_records(data, media_root, question=setup.config.data.question, require=("solution",))
+    return HeldOut(setup, leaves, tuple(records[: limit or None]))
+
+
+def _own_data(path: str | pathlib.Path, config: Any, media_root: str) -> tuple[str, str]:
+    """The held-out file a run was evaluated on, and its media root."""
+    if config is not None and config.data.eval_path:
+        return config.data.eval_path, media_root or config.data.media_root
+    if config is not None and config.data.synthetic_dir:
+        return str(pathlib.Path(config.data.synthetic_dir) / "eval.jsonl"), media_root
+    raise PolicyError(f"{path}: names no held-out records; give a JSON-lines file with a `solution` in every line")
