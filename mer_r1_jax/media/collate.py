@@ -13,7 +13,6 @@ import numpy as np
 
 from mer_r1_jax.media.errors import PromptError
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.media.vision import patch_layout
 from mer_r1_jax.omni.batch import (
     MEL_FRAMES_PER_UNIT,
     PROMPT,
@@ -24,6 +23,7 @@ from mer_r1_jax.omni.batch import (
     VisionClips,
 )
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.omni.grids import patch_layout
 
 PATCHES_PER_ROW = 4  # patches of a merge block, which becomes one feature row
 

@@ -10,10 +10,6 @@ import functools
 
 import numpy as np
 
-from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.decode import VideoFrames
-from mer_r1_jax.media.frames import image_size, video_size
-from mer_r1_jax.media.resize import resize
 from mer_r1_jax.omni.config import VisionConfig
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels CLIP was trained on, RGB
@@ -52,19 +48,6 @@ class VisionInput:
 def merge_factor(vision: VisionConfig) -> int:
     """Returns the pixels that height and width of a resized picture are multiples of."""
     return vision.patch_size * vision.spatial_merge_size
-
-
-def video_patches(video: VideoFrames, media: MediaConfig, vision: VisionConfig) -> VisionInput:
-    """Resizes sampled frames as `media` asks for (a no-op where that has been done) and lays out their patches."""
-    count, height, width = video.frames.shape[:3]
-    size = video_size(height, width, count, merge_factor(vision), media)
-    return laid_out(resize(video.frames, *size), video.sampled_fps, vision)
-
-
-def image_patches(picture: np.ndarray, media: MediaConfig, vision: VisionConfig) -> VisionInput:
-    """Resizes an image uint8[h, w, 3] as `media` asks for and lays out its patches, the frame standing for two."""
-    size = image_size(*picture.shape[:2], merge_factor(vision), media)
-    return laid_out(resize(picture[None], *size), 0.0, vision)
 
 
 def laid_out(frames: np.ndarray, fps: float, vision: VisionConfig) -> VisionInput:
@@ -111,29 +94,3 @@ def _normalised() -> np.ndarray:
     mean = np.array(MEAN, np.float32)[:, None] * np.float32(255)
     deviation = np.array(DEVIATION, np.float32)[:, None] * np.float32(255)
     return (values - mean) / deviation
-
-
-@functools.lru_cache(maxsize=64)
-def patch_layout(grid_h: int, grid_w: int, vision: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where the patches of a frame pair lie, in the order they come.
-
-    Args:
-        grid_h: patch rows.
-        grid_w: patch columns.
-        vision: patch, merge and window sizes.
-
-    Returns:
-        position_S2: int32 row and column of each patch.
-        window_S: int32 attention window; windows are numbered row by row, ragged at the right and bottom.
-    """
-    merge = vision.spatial_merge_size
-    row, column = np.meshgrid(np.arange(grid_h), np.arange(grid_w), indexing="ij")
-    order = np.arange(grid_h * grid_w).reshape(grid_h // merge, merge, grid_w // merge, merge)
-    order = order.transpose(0, 2, 1, 3).reshape(-1)
-    position_S2 = np.stack([row.reshape(-1)[order], column.reshape(-1)[order]], axis=-1).astype(np.int32)
-    side = vision.window_size // merge // vision.patch_size * merge  # in patches
-    per_row = -(-grid_w // side)
-    window_S = position_S2[:, 0] // side * per_row + position_S2[:, 1] // side
-    for array in (position_S2, window_S):
-        array.flags.writeable = False  # shared by the cache
-    return position_S2, window_S

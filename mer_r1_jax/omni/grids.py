@@ -5,6 +5,7 @@ Host-side numpy. Patches come in 2x2 merge blocks, blocks in raster order, as tr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from mer_r1_jax.omni.config import VisionConfig
 
 
+@functools.lru_cache(maxsize=64)
 def patch_layout(height: int, width: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """Grid positions and attention windows of the patches of one frame pair.
 
@@ -22,7 +24,7 @@ def patch_layout(height: int, width: int, config: VisionConfig) -> tuple[np.ndar
         config: for the merge size and the window.
 
     Returns:
-        (int32 position_S2 of rows and columns, int32 window_S counting from 0).
+        (int32 position_S2 of rows and columns, int32 window_S counting from 0), both read-only.
 
     Raises:
         ValueError: a height or width that merge blocks do not cover.
@@ -35,7 +37,10 @@ def patch_layout(height: int, width: int, config: VisionConfig) -> tuple[np.ndar
     position_S2 = np.stack([block.reshape(-1) for block in blocks], axis=-1).astype(np.int32)
     window_row, window_column = (position_S2 // (merge * config.window_cells)).T
     windows_across = -(-width // (merge * config.window_cells))
-    return position_S2, (window_row * windows_across + window_column).astype(np.int32)
+    window_S = (window_row * windows_across + window_column).astype(np.int32)
+    for array in (position_S2, window_S):
+        array.flags.writeable = False  # the cache hands them out again
+    return position_S2, window_S
 
 
 def feature_rows(grid: Sequence[int], patches: int, merge_unit: int = 4) -> np.ndarray:
