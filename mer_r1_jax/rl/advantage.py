@@ -133,24 +133,6 @@ def zero_spread(x_BG: Array, valid_BG: Array) -> Array:
     return jnp.any(valid_BG, axis=-1) & (highest_B <= lowest_B)
 
 
-def penalise_words(rewards: Rewards, words_BG: Array, truth_words_B: Array, penalty: float) -> Rewards:
-    """Takes `penalty` off the answer rewards for every answer word beyond the truth's count.
-
-    Args:
-        rewards: the rewards.
-        words_BG: int32, distinct words of each answer.
-        truth_words_B: int32, words of each prompt's truth.
-        penalty: reward per word; 0 changes nothing.
-    """
-    surplus_BG = penalty * jnp.maximum(words_BG - truth_words_B[:, None], 0)
-    return dataclasses.replace(
-        rewards,
-        recall_BG=rewards.recall_BG - surplus_BG,
-        precision_BG=rewards.precision_BG - surplus_BG,
-        f1_BG=rewards.f1_BG - surplus_BG,
-    )
-
-
 def permute_within_groups(rewards: Rewards, key: Array) -> Rewards:
     """The control: a group's rewards, masks included, handed to its completions in a random order (all rewards alike).
 

@@ -4,15 +4,15 @@ For each emotion word e of a sampled answer, at the position that predicts the w
 
     conf_m(c) = log sum over w in V(c) of p_m(w),   c = c(e) the word's category on a wheel,
 
-where p_m conditions on the prompt, the same answer prefix and, for m = slow, the sample's own reasoning; for m = fast, an
-empty one. D(e) = conf_slow - conf_fast. R+ is the mean of D over correct words, R- the mean of -D over wrong ones; both
-per wheel, then averaged over the wheels that have such words (MER-R1, the calibration section).
+where p_m conditions on the prompt, the same answer prefix and, for m = slow, the sample's own reasoning; for m = fast,
+an empty one. D(e) = conf_slow - conf_fast. R+ is the mean of D over correct words, R- the mean of -D over wrong ones;
+both per wheel, then averaged over the wheels that have such words (MER-R1, the calibration section).
 
-The host part works on token ids and never tokenises a sample again; the device part computes logits at anchors only, for
-slow and fast in one call.
+The host part works on token ids and never tokenises a sample again; the device part computes logits at anchors only,
+for slow and fast in one call.
 
-Shape letters besides those of `mer_r1_jax.omni.batch`: W words of an answer, Q emotion wheels, Z candidate sets, Y tokens
-of a candidate set.
+Shape letters besides those of `mer_r1_jax.omni.batch`: W words of an answer, Q emotion wheels, Z candidate sets, Y
+tokens of a candidate set.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Anchors:
     """Where the words of a batch of sampled answers are predicted, and what counts as naming their category.
 
     Attributes:
-        slow_BGW: int32, index of the word's first token in its completion; the hidden state that predicts that token is
-            the anchor. 0 where the word is not used.
+        slow_BGW: int32, index of the word's first token in its completion; the hidden state that predicts that token
+            is the anchor. 0 where the word is not used. W counts the answer's words in their order.
         fast_BGW: int32, the same in the fast scoring context.
         set_BGWQ: int32, candidate set of the word on each wheel, NO_SET where there is none.
         correct_BGWQ: bool, the word's category on that wheel is among the truth's.
@@ -130,7 +130,7 @@ def build_anchors(
             words, context = _place(answer, tags, settings, counts)
             fast_id_BGC[b, g, : len(context)] = context
             fast_exists_BGC[b, g, : len(context)] = True
-            for w, (word, slow, fast) in enumerate(words):
+            for w, word, slow, fast in words:
                 slow_BGW[b, g, w], fast_BGW[b, g, w] = slow, fast
                 found = [category(word, q) for q in range(wheels)]
                 # A wheel on which the truth has no category can tell neither right from wrong.
@@ -149,8 +149,8 @@ def build_anchors(
 
 def _place(
     answer: AnswerToScore, tags: AnswerTags, settings: AnchorSettings, counts: collections.Counter[str]
-) -> tuple[list[tuple[str, int, int]], list[int]]:
-    """(word, slow index, fast index) of the words that get a confidence, and the fast scoring context's ids."""
+) -> tuple[list[tuple[int, str, int, int]], list[int]]:
+    """(w, word, slow index, fast index) of the words with a confidence, and the fast scoring context's ids."""
     located = tags.locate(answer.ids, answer.length) if answer.usable else None
     if located is None:
         counts[BAD_FORMAT] += answer.length > 0  # a row that does not exist is nothing to count
@@ -160,17 +160,17 @@ def _place(
         return [], []
     counts[SURPLUS_WORDS] += max(len(answer.words) - settings.max_words, 0)
     kept = answer.words[: settings.max_words]
-    found = [(word, located.first_token[word]) for word in kept if word in located.first_token]
+    found = [(w, word, located.first_token[word]) for w, word in enumerate(kept) if word in located.first_token]
     counts[UNLOCATED_WORDS] += len(kept) - len(found)
     if not found:
         return [], []
-    own = [int(i) for i in answer.ids[located.opening + 1 : max(slow for _, slow in found) + 1]]
+    own = [int(i) for i in answer.ids[located.opening + 1 : max(slow for _, _, slow in found) + 1]]
     context = [*tags.empty_think, *own]
     if len(context) > settings.max_fast_context:
         counts[TOO_LONG] += 1
         return [], []
     shift = len(tags.empty_think) - (located.opening + 1)
-    return [(word, slow, slow + shift) for word, slow in found], context
+    return [(w, word, slow, slow + shift) for w, word, slow in found], context
 
 
 def anchor_hidden(h_BGCD: Array, index_BGW: Array) -> Array:

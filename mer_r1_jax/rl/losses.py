@@ -1,8 +1,8 @@
 """Token log-probabilities and the clipped policy loss.
 
 Names and meanings are TRL's (GRPOConfig): `loss_type`, `importance_sampling_level`, `epsilon`, `epsilon_high`, `delta`.
-Every sum is divided by a denominator of the whole optimizer step, so the losses (and gradients) of its micro-batches add
-up to those of the step, whatever their masks.
+Every sum is divided by a denominator of the whole optimizer step, so the losses (and gradients) of its micro-batches
+add up to those of the step, whatever their masks.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class PolicyLossConfig:
     """Static settings of the policy loss.
 
     Attributes:
-        loss_type: how token losses are averaged. grpo: mean over each completion, then over completions; bnpo: mean over
-            the tokens of the micro-batch, then over micro-batches; dr_grpo: sum over tokens divided by completions x
-            max_completion_length; dapo: mean over the tokens of the whole optimizer step.
+        loss_type: how token losses are averaged. grpo: mean over each completion, then over completions; bnpo: mean
+            over the tokens of the micro-batch, then over micro-batches; dr_grpo: sum over tokens divided by
+            completions x max_completion_length; dapo: mean over the tokens of the whole optimizer step.
         importance_sampling_level: token: a ratio per token; sequence: one per completion, exp of the mean log ratio
             (GSPO).
         epsilon: the ratio is clipped below at 1 - epsilon.

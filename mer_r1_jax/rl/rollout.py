@@ -59,8 +59,9 @@ class Completions:
 class RolloutState:
     """Everything a decode loop carries from token to token; donate it when the loop is cut into several calls.
 
-    `step` tokens of every completion are sampled; the last of them is not in the cache yet. `prompt_cache`, `uniform_BGC`
-    and `position_B` (the first completion token's) do not change; they travel along so that a call needs nothing else.
+    `step` tokens of every completion are sampled; the last of them is not in the cache yet. `prompt_cache`,
+    `uniform_BGC` and `position_B` (the first completion token's) do not change; they travel along so that a call needs
+    nothing else.
     """
 
     step: Array

@@ -148,8 +148,8 @@ def _filtered(scaled: Array, config: SamplingConfig) -> Array:
 def _draw(scaled: Array, uniform: Array) -> tuple[Array, Array]:
     """Inverse CDF from one uniform per row: token int32 [...] and its log-probability float32 [...].
 
-    In two levels, blocks and then tokens of one block: a running sum over the whole vocabulary is slow on every backend,
-    and a draw of Gumbel noise would need a random number and a logarithm per vocabulary entry.
+    In two levels, blocks and then tokens of one block: a running sum over the whole vocabulary is slow on every
+    backend, and a draw of Gumbel noise would need a random number and a logarithm per vocabulary entry.
     """
     count = scaled.shape[-1]
     blocks = -(-count // BLOCK)

@@ -1,8 +1,8 @@
 """The tags of an answer as token ids: SFT targets, the empty think block, and where the words of a sample stand.
 
 Qwen's split rule lets the `>` of `<answer>` join the first word (`>happy`) and `><` span two tags. So targets are
-tokenised piece by piece, and a sampled completion is never tokenised again: words are found through the bytes of its own
-tokens.
+tokenised piece by piece, and a sampled completion is never tokenised again: words are found through the bytes of its
+own tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ANSWER_CLOSE = "</answer>"
 EMPTY_THINK = THINK_OPEN + BRIDGE
 TAGS = (THINK_OPEN, "</think>", ANSWER_OPEN, ANSWER_CLOSE)
 TURN_END = "<|im_end|>"
-SEPARATORS = re.compile(r"""[^,'"\[\]]+""")  # a word of an answer lies between these
+WORD = re.compile("""[^,'"]+""")  # what `emotion.answers.split_words` separates words by
 
 
 class TagError(ValueError):
-    """A tokenizer or a target text that the tags cannot work with; the message says what is wrong and how to mend it."""
+    """A tokenizer or a target text that the tags cannot work with; the message says what is wrong and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class LocatedAnswer:
 
     Attributes:
         opening: index of the token that holds the `>` of `<answer>`.
-        merged: that token also holds letters of the answer, so the answer cannot be continued from the empty think block
-            token by token.
+        merged: that token also holds letters of the answer, so the answer cannot be continued from the empty think
+            block token by token.
         first_token: word (lower-case, trimmed) -> index of the token that holds its first character, first occurrence.
     """
 
@@ -69,7 +69,7 @@ class AnswerTags:
         self.empty_think: tuple[int, ...] = (*self.ids(THINK_OPEN), *self.ids(BRIDGE))
         self.answer_close: tuple[int, ...] = self.ids(ANSWER_CLOSE)
         if (got := self.text(self.empty_think)) != EMPTY_THINK:
-            raise TagError(f"the tokenizer turns {EMPTY_THINK!r} into {got!r}: it has to give every text back unchanged")
+            raise TagError(f"the tokenizer turns {EMPTY_THINK!r} into {got!r}: it has to give texts back unchanged")
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of one piece of text, without any token added around it."""
@@ -159,7 +159,7 @@ class AnswerTags:
         if not text.strip():
             raise TagError(f"the {name} of a target is empty: give it words or leave the target out")
         if found := [tag for tag in TAGS if tag in text]:
-            raise TagError(f"the {name} of a target holds the tag {found[0]}: write it without tags; they are added here")
+            raise TagError(f"the {name} of a target holds the tag {found[0]}: leave it out, tags are added here")
         ids = self.ids(text)
         if found := [self._added[i] for i in ids if i in self._added]:
             raise TagError(f"the {name} of a target holds the special token {found[0]}: remove it from the text")
@@ -184,15 +184,16 @@ class AnswerTags:
 
 
 def _word_offsets(answer: bytes) -> dict[str, int]:
-    """Lower-case word -> byte offset of its first occurrence in an answer."""
+    """Word -> byte offset of its first occurrence in an answer; words as `emotion.answers.parse_answer` gives them."""
     text = answer.decode("utf-8", "surrogateescape")  # one character per byte that is no UTF-8, so offsets add up
+    bracket = text.startswith("[")
     offsets: dict[str, int] = {}
-    for match in SEPARATORS.finditer(text):
+    for match in WORD.finditer(text, bracket, len(text) - text[bracket:].endswith("]")):
         word = match.group()
         lead = len(word) - len(word.lstrip())
         if word.strip():
             before = text[: match.start() + lead].encode("utf-8", "surrogateescape")
-            offsets.setdefault(" ".join(word.replace("\n", "").lower().split()), len(before))
+            offsets.setdefault(word.lower().strip(), len(before))
     return offsets
 
 

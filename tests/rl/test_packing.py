@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.rl_policy import bound, packed_hidden, prompts, row_logits
+from support.rl_policy import bound, packed_hidden, policy, prompts, row_logits
 
 from mer_r1_jax.rl.packing import Continuations, pack
 
@@ -24,7 +24,7 @@ def test_packed_continuations_see_their_prompt_and_themselves_only():
     """Two sets of different size in one row predict what each sequence alone predicts, media in the prompt included."""
     tokens, features, next_position = prompts(LENGTHS, WIDTH)
     sets = continuations(3, 6, 0), continuations(2, 4, 1)
-    hidden = packed_hidden(tokens, features, next_position, *sets)
+    hidden = packed_hidden(policy()[2], tokens, features, next_position, *sets)
     checked = 0
     for own, h_BGCD in zip(sets, hidden, strict=True):
         logits = np.asarray(bound().logits(h_BGCD))
@@ -46,8 +46,9 @@ def test_packed_rows_have_separate_segments_and_text_positions():
     for offset, length, own, start in ((0, 6, first, 2), (18, 4, second, 5)):
         for generation in range(own.id_BGC.shape[1]):
             at = slice(offset + generation * length, offset + (generation + 1) * length)
-            np.testing.assert_array_equal(segment[:, at], np.where(own.exists_BGC[:, generation], start + generation, 0))
-            expected = np.where(own.exists_BGC[:, generation], next_position[:, None] + np.arange(length), 1)
+            exists = own.exists_BGC[:, generation]
+            np.testing.assert_array_equal(segment[:, at], np.where(exists, start + generation, 0))
+            expected = np.where(exists, next_position[:, None] + np.arange(length), 1)
             for axis in range(3):
                 np.testing.assert_array_equal(packed.position_3BT[axis, :, WIDTH:][:, at], expected)
     np.testing.assert_array_equal(packed.source_BT2[:, :WIDTH], tokens.source_BT2)

@@ -82,7 +82,7 @@ def test_zero_temperature_takes_the_most_likely_allowed_token():
     allowed = np.asarray(logits).copy()
     allowed[:, best] = -np.inf
     np.testing.assert_array_equal(token, allowed.argmax(-1))
-    np.testing.assert_allclose(logprob, np.take_along_axis(log_softmax(logits), np.asarray(token)[:, None], 1)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(logprob, log_softmax(logits)[np.arange(5), np.asarray(token)], atol=1e-5)
     assert not np.asarray(sampling_logprob).any()
 
 
@@ -92,7 +92,8 @@ def test_random_numbers_depend_on_the_sample_alone():
     alone = np.asarray(uniforms(key, 5, jnp.array([12], jnp.uint32), 2, 4))
     np.testing.assert_array_equal(alone[0], whole[2, :2, :4])
     assert len(np.unique(whole)) == whole.size
-    for other in (uniforms(key, 6, jnp.array([12], jnp.uint32), 2, 4), uniforms(jax.random.key(4), 5, jnp.array([12], jnp.uint32), 2, 4)):
+    for other_key, other_step in ((key, 6), (jax.random.key(4), 5)):
+        other = uniforms(other_key, other_step, jnp.array([12], jnp.uint32), 2, 4)
         assert not np.isin(np.asarray(other), alone).any()
 
 

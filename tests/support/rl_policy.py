@@ -15,6 +15,7 @@ from mer_r1_jax.omni.thinker import FeatureLayout, abstract_thinker, bind, init_
 from mer_r1_jax.rl import packing
 from mer_r1_jax.rl.rollout import rollout
 
+ROW = 96  # tokens of a row of `row_logits`
 LAYOUT = FeatureLayout(audio_clips=1, audio_rows=4)  # every prompt has two audio tokens
 
 
@@ -29,7 +30,7 @@ def policy():
 
 
 def bound(params=None):
-    """The policy as a module."""
+    """The policy as a module. Inside jit pass the parameters in: closed over, they would be folded as constants."""
     _, graphdef, own = policy()
     return bind(graphdef, own if params is None else params)
 
@@ -61,10 +62,10 @@ def prompts(lengths, width, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames=("generations", "config", "forced_ids"))
-def sampled(tokens, features, next_position_B, uid_B, key, step, *, generations, config, forced_ids=()):
+def sampled(params, tokens, features, next_position_B, uid_B, key, step, *, generations, config, forced_ids=()):
     """`rollout` of the tiny policy, jitted."""
     return rollout(
-        bound(),
+        bound(params),
         tokens,
         features,
         LAYOUT,
@@ -79,30 +80,39 @@ def sampled(tokens, features, next_position_B, uid_B, key, step, *, generations,
 
 
 @jax.jit
-def packed_hidden(tokens, features, next_position_B, *sets):
+def packed_hidden(params, tokens, features, next_position_B, *sets):
     """Hidden states that predict the tokens of each set of continuations, from one packed forward pass."""
-    h_BTD = bound().hidden(packing.pack(tokens, next_position_B, *sets), features, LAYOUT)
+    h_BTD = bound(params).hidden(packing.pack(tokens, next_position_B, *sets), features, LAYOUT)
     return packing.predictor_hidden(h_BTD, tokens, *sets)
 
 
-def row_logits(tokens, features, next_position_B, row, ids):
-    """float32 [len(ids) + 1, N]: the logits that predict each of `ids` behind one unpadded prompt, and the next token.
+@jax.jit
+def _one_row(params, tokens, features_BRD):
+    model = bound(params)
+    return model.logits(model.hidden(tokens, features_BRD, LAYOUT))
 
-    The plain way: one row, one sequence, no cache, no packing.
+
+def row_logits(tokens, features, next_position_B, row, ids):
+    """float32 [len(ids) + 1, N]: the logits that predict each of `ids` behind one prompt, and the next token.
+
+    The plain way: one row, one sequence, no cache, no packing; padding at the end only, so that one program serves all.
     """
-    length = int(np.sum(tokens.segment_BT[row] == 1))
-    count = length + len(ids)
-    position = np.arange(next_position_B[row], next_position_B[row] + len(ids))
+    length, added = int(np.sum(tokens.segment_BT[row] == 1)), len(ids)
+    count = length + added
+    assert count <= ROW
+    position = np.ones((3, 1, ROW), np.int32)
+    position[:, 0, :length] = tokens.position_3BT[:, row, :length]
+    position[:, 0, length:count] = next_position_B[row] + np.arange(added)
+    padded_ids, source = np.zeros((1, ROW), np.int32), np.full((1, ROW, 2), -1, np.int32)
+    padded_ids[0, :count] = [*tokens.id_BT[row, :length], *ids]
+    source[0, :length] = tokens.source_BT2[row, :length]
     alone = Tokens(
-        id_BT=np.concatenate([tokens.id_BT[row, :length], np.asarray(ids, np.int32)])[None].astype(np.int32),
-        segment_BT=np.ones((1, count), np.int32),
-        position_3BT=np.concatenate(
-            [tokens.position_3BT[:, row, :length], np.broadcast_to(position, (3, len(ids)))], axis=1
-        )[:, None].astype(np.int32),
-        source_BT2=np.concatenate([tokens.source_BT2[row, :length], np.full((len(ids), 2), -1)])[None].astype(np.int32),
+        id_BT=padded_ids,
+        segment_BT=(np.arange(ROW) < count).astype(np.int32)[None],
+        position_3BT=position,
+        source_BT2=source,
     )
-    model = bound()
-    return np.asarray(model.logits(model.hidden(alone, features[row : row + 1], LAYOUT)))[0, length - 1 :]
+    return np.asarray(_one_row(policy()[2], alone, features[row : row + 1]))[0, length - 1 : count]
 
 
 def log_softmax(logits):

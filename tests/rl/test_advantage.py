@@ -1,0 +1,243 @@
+"""Advantages: TRL's group normalisation, the stated value in every degenerate case, and the variance argument."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from trl.trainer.utils import nanstd
+
+from mer_r1_jax.rl.advantage import (
+    ARMS,
+    AdvantageConfig,
+    Rewards,
+    advantages,
+    permute_within_groups,
+    zero_spread,
+    zscore,
+)
+
+B, G = 3, 5
+CONFIG = AdvantageConfig()
+NO_CONFIDENCE = [name for name, arm in ARMS.items() if not arm.needs_confidence]
+SPECIFICATION = {  # one group's advantages out of z-scores, written down anew
+    "baseline": lambda z, r: z(r["f1"] + 0.1 * r["format"]),
+    "rd": lambda z, r: z(r["recall"] + r["precision"]) + 0.1 * z(r["format"]),
+    "ad": lambda z, r: z(r["recall"]) + z(r["precision"]) + 0.1 * z(r["format"]),
+    "mer_r1": lambda z, r: SPECIFICATION["ad"](z, r) + 0.1 * (z(r["plus"]) + z(r["minus"])),
+    "sfcc_word": lambda z, r: SPECIFICATION["mer_r1"](z, r),
+    "sfcc_recall_only": lambda z, r: SPECIFICATION["ad"](z, r) + 0.1 * z(r["plus"]),
+    "sfcc_reward_space": lambda z, r: z(r["recall"] + 0.1 * r["plus"])
+    + z(r["precision"] + 0.1 * r["minus"])
+    + 0.1 * z(r["format"]),
+    "sfcc_mixed": lambda z, r: z(r["recall"] + 0.1 * r["plus"])
+    + z(r["precision"])
+    + 0.1 * z(r["minus"])
+    + 0.1 * z(r["format"]),
+    "sfcc_loss": lambda z, r: SPECIFICATION["ad"](z, r),
+}
+
+
+def simulated(seed=0, shape=(B, G)):
+    rng = np.random.default_rng(seed)
+    draw = lambda: rng.uniform(size=shape).astype(np.float32)  # noqa: E731
+    every = np.ones(shape, bool)
+    return Rewards(
+        recall_BG=draw(),
+        precision_BG=draw(),
+        f1_BG=draw(),
+        format_BG=(draw() > 0.3).astype(np.float32),
+        valid_BG=every,
+        scored_BG=every,
+        plus_BG=draw() - 0.5,
+        minus_BG=draw() - 0.5,
+        plus_valid_BG=every,
+        minus_valid_BG=every,
+    )
+
+
+def of_arm(arm, rewards, config=CONFIG):
+    return np.asarray(advantages(arm, rewards, config))
+
+
+def torch_zscore(x, scale):
+    """TRL's lines (GRPOTrainer, rewards to advantages) with its own nanstd; NaN stands for an invalid value."""
+    rewards = torch.tensor(np.asarray(x, np.float32))
+    std = nanstd(rewards) if scale == "batch" else nanstd(rewards, dim=1, keepdim=True)
+    centred = rewards - torch.nanmean(rewards, dim=1, keepdim=True)
+    return torch.nan_to_num(centred if scale == "none" else centred / (std + 1e-4), nan=0.0).numpy()
+
+
+@given(
+    x=arrays(np.float32, (B, G), elements=st.floats(-2, 2, width=16)),
+    invalid=arrays(np.bool_, (B, G)),
+    scale=st.sampled_from(["group", "batch", "none"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_group_normalisation_equals_trl(x, invalid, scale):
+    z = np.asarray(zscore(x, ~invalid, scale))
+    expected = torch_zscore(np.where(invalid, np.nan, x), scale)
+    assert np.isfinite(z).all() and not z[invalid].any()
+    for row in range(B):
+        held = x[row][~invalid[row]]
+        if len(held) < 2 or held.max() == held.min():
+            assert not z[row].any()
+        else:
+            np.testing.assert_allclose(z[row], expected[row], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_its_formula(arm):
+    rewards = simulated()
+    names = ("recall", "precision", "f1", "format", "plus", "minus")
+    for row in range(B):
+        group = {name: getattr(rewards, f"{name}_BG")[row].astype(np.float64) for name in names}
+        expected = SPECIFICATION[arm](lambda x: (x - x.mean()) / (x.std(ddof=1) + 1e-4), group)
+        np.testing.assert_allclose(of_arm(arm, rewards)[row], expected, atol=2e-5)
+
+
+def test_the_list_of_arms_is_complete_and_says_what_each_needs():
+    assert set(ARMS) == set(SPECIFICATION)
+    assert set(NO_CONFIDENCE) == {"baseline", "rd", "ad"}
+    assert [name for name, arm in ARMS.items() if arm.candidates == "word"] == ["sfcc_word"]
+    assert [name for name, arm in ARMS.items() if arm.calibration_loss] == ["sfcc_loss"]
+
+
+@given(
+    recall=arrays(np.float32, (B, G), elements=st.floats(0, 1, width=16)),
+    shift=st.floats(-5, 5),
+    scale=st.floats(0.2, 20),
+    which=st.sampled_from(["recall_BG", "precision_BG"]),
+)
+@settings(max_examples=80, deadline=None)
+def test_ad_ignores_shifts_and_positive_scalings_of_one_reward(recall, shift, scale, which):
+    """Up to the 1e-4 beside the standard deviation, whose share the tolerance states."""
+    spread = recall.std(-1, ddof=1)
+    assume(spread.min() > 0.02)
+    before = dataclasses.replace(simulated(1), **{which: recall})
+    after = dataclasses.replace(before, **{which: (recall * scale + shift).astype(np.float32)})
+    largest_z = np.abs(recall - recall.mean(-1, keepdims=True)).max(-1) / spread
+    shares = largest_z * 1e-4 * (1 / spread + 1 / (scale * spread))
+    rounding = largest_z * 4e-6 * (abs(shift) + scale + 1) / (scale * spread)
+    difference = np.abs(of_arm("ad", after) - of_arm("ad", before)).max(-1)
+    assert (difference <= shares + rounding + 1e-5).all()
+    assert np.abs(of_arm("rd", after) - of_arm("rd", before)).max() > 1e-3 or abs(scale - 1) < 0.1
+
+
+@pytest.mark.parametrize(("sigma_r", "sigma_p", "rho"), [(0.1, 0.4, 0.2), (0.3, 0.3, -0.3), (0.5, 0.15, 0.6), (0.1, 0.5, -0.4)])
+def test_correlations_of_the_two_normalisations(sigma_r, sigma_p, rho):
+    """rd follows the noisier reward, (s_R + r s_P) / s_sum and (s_P + r s_R) / s_sum; ad follows both, sqrt((1 + r) / 2)."""
+    rng = np.random.default_rng(0)
+    size = 40_000  # one very large group, so that its moments are the population's
+    x = rng.normal(size=(2, size))
+    x -= x.mean(1, keepdims=True)
+    x[1] -= x[0] * (x[0] @ x[1]) / (x[0] @ x[0])  # exactly uncorrelated
+    x /= x.std(1, keepdims=True)
+    recall, precision = sigma_r * x[0], sigma_p * (rho * x[0] + np.sqrt(1 - rho**2) * x[1])
+    rewards = dataclasses.replace(
+        simulated(0, (1, size)),
+        recall_BG=recall[None].astype(np.float32),
+        precision_BG=precision[None].astype(np.float32),
+        format_BG=np.ones((1, size), np.float32),
+    )
+    sigma_sum = np.sqrt(sigma_r**2 + sigma_p**2 + 2 * rho * sigma_r * sigma_p)
+
+    def correlations(arm):
+        advantage = of_arm(arm, rewards)[0]
+        return np.corrcoef(advantage, recall)[0, 1], np.corrcoef(advantage, precision)[0, 1]
+
+    expected = (sigma_r + rho * sigma_p) / sigma_sum, (sigma_p + rho * sigma_r) / sigma_sum
+    np.testing.assert_allclose(correlations("rd"), expected, atol=1e-3)
+    np.testing.assert_allclose(correlations("ad"), [np.sqrt((1 + rho) / 2)] * 2, atol=1e-3)
+    if sigma_p > sigma_r:
+        assert expected[1] > expected[0]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_degenerate_groups_give_exactly_zero(arm):
+    """Equal rewards, a single valid completion, an absent row: zero, not NaN; and the other rows do not notice."""
+    rewards = simulated(4)
+    whole = of_arm(arm, rewards)
+    flat = jax.tree.map(np.array, rewards)
+    for name in ("recall_BG", "precision_BG", "f1_BG", "format_BG", "plus_BG", "minus_BG"):
+        getattr(flat, name)[0] = np.float32(1 / 3)
+    lonely = dataclasses.replace(flat, valid_BG=flat.valid_BG.copy())
+    lonely.valid_BG[1] = [True] + [False] * (G - 1)
+    result = of_arm(arm, lonely)
+    assert not result[:2].any()
+    np.testing.assert_array_equal(result[2], whole[2])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_values_that_are_not_finite_are_invalid(arm):
+    rewards = jax.tree.map(np.array, simulated(5))
+    for name in ("recall_BG", "precision_BG", "f1_BG", "plus_BG", "minus_BG"):
+        getattr(rewards, name)[0, :2] = [np.nan, np.inf]
+    assert np.isfinite(of_arm(arm, rewards)).all()
+
+
+def test_words_without_confidence_leave_only_their_own_term_out():
+    """A completion without a wrong word has z(R-) = 0 and is not in the mean and spread of the others."""
+    rewards = jax.tree.map(np.array, simulated(6))
+    rewards.minus_valid_BG[0, 0] = False
+    rewards.minus_BG[0, 0] = 99.0
+    difference = of_arm("mer_r1", rewards)[0] - of_arm("sfcc_recall_only", rewards)[0]
+    held = rewards.minus_BG[0, 1:].astype(np.float64)
+    expected = 0.1 * (held - held.mean()) / (held.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(difference, [0, *expected], atol=2e-5)
+    # In reward space the missing calibration adds nothing, and precision still counts.
+    mixed = of_arm("sfcc_reward_space", rewards)
+    rewards.minus_BG[0, 0] = 0.0
+    rewards.minus_valid_BG[0, 0] = True
+    np.testing.assert_array_equal(mixed, of_arm("sfcc_reward_space", rewards))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_unscorable_prompts_are_judged_by_their_format_alone(arm):
+    rewards = jax.tree.map(np.array, simulated(7))
+    rewards.scored_BG[1] = False
+    rewards.format_BG[1] = [1, 0, 1, 1, 0]
+    z = np.asarray(zscore(rewards.format_BG, rewards.valid_BG))[1]
+    own = np.asarray(zscore(0.1 * rewards.format_BG, rewards.valid_BG))[1]
+    np.testing.assert_allclose(of_arm(arm, rewards)[1], own if arm == "baseline" else 0.1 * z, atol=1e-6)
+
+
+def test_batch_scale_divides_by_the_spread_of_the_whole_batch():
+    rewards = simulated(8)
+    x = rewards.recall_BG.astype(np.float64)
+    expected = (x - x.mean(1, keepdims=True)) / (x.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(zscore(rewards.recall_BG, rewards.valid_BG, "batch"), expected, atol=1e-5)
+
+
+def test_permuted_rewards_keep_their_groups_and_belong_together():
+    rewards = simulated(9, (64, G))
+    permuted = jax.tree.map(np.asarray, permute_within_groups(rewards, jax.random.key(0)))
+    np.testing.assert_array_equal(np.sort(permuted.recall_BG, -1), np.sort(rewards.recall_BG, -1))
+    pairs = lambda r: {(float(a), float(b)) for a, b in zip(r.recall_BG.ravel(), r.plus_BG.ravel())}  # noqa: B905, E731
+    assert pairs(permuted) == pairs(rewards)
+    unmoved = (permuted.recall_BG == rewards.recall_BG).mean()
+    assert unmoved < 0.35  # 1 / G when the order is random
+    correlation = np.corrcoef(of_arm("ad", permuted).ravel(), rewards.recall_BG.ravel())[0, 1]
+    assert abs(correlation) < 0.2 < np.corrcoef(of_arm("ad", rewards).ravel(), rewards.recall_BG.ravel())[0, 1]
+
+
+def test_groups_without_spread_are_found():
+    x = np.array([[1, 1, 1], [1, 2, 1], [1, 2, 3], [5, 5, 5]], np.float32)
+    valid = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1], [0, 0, 0]], bool)
+    np.testing.assert_array_equal(zero_spread(x, valid), [True, True, False, False])
+
+
+def test_wrong_arms_and_scales_are_refused():
+    rewards = dataclasses.replace(simulated(), plus_BG=None, minus_BG=None, plus_valid_BG=None, minus_valid_BG=None)
+    with pytest.raises(ValueError, match="expected one of baseline, rd, ad, mer_r1"):
+        advantages("gdpo", rewards, CONFIG)
+    with pytest.raises(ValueError, match="confidences"):
+        advantages("mer_r1", rewards, CONFIG)
+    with pytest.raises(ValueError, match="group, batch, none"):
+        AdvantageConfig(scale_rewards="std")
+    for arm in NO_CONFIDENCE:
+        assert np.isfinite(of_arm(arm, rewards)).all()

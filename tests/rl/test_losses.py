@@ -1,0 +1,236 @@
+"""The policy loss against TRL's own on the same tensors, exact accumulation, and chunked log-probabilities."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.rl_policy import bound, log_softmax, policy
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from mer_r1_jax.rl import losses
+from mer_r1_jax.rl.losses import LOSS_TYPES, PolicyLossConfig, kl_penalty, loss_mask, policy_loss, step_totals
+
+LENGTH = 7
+
+
+def batch(seed, rows=6):
+    """Log-probabilities far enough apart for every clip to act, masks with an empty row, advantages of both signs."""
+    rng = np.random.default_rng(seed)
+    logprob = -rng.exponential(1.5, (rows, LENGTH)).astype(np.float32)
+    lengths = rng.integers(1, LENGTH + 1, rows)
+    lengths[0] = 0
+    return dict(
+        logprob=logprob,
+        old_logprob=(logprob + rng.normal(size=logprob.shape) * 0.4).astype(np.float32),
+        reference_logprob=(logprob + rng.normal(size=logprob.shape) * 0.3).astype(np.float32),
+        advantage=rng.normal(size=rows).astype(np.float32),
+        mask=np.arange(LENGTH) < lengths[:, None],
+    )
+
+
+def trl_loss(tensors, config, beta, num_items, accumulation=1):
+    """TRL's `_compute_loss`, called unbound: the trainer's model is replaced by the log-probabilities themselves.
+
+    Everything between log-probabilities and loss is TRL's code; what it needs of the trainer is its settings, a place
+    for metrics, and an accelerator of one process.
+
+    Returns:
+        loss, gradient with respect to the log-probabilities, TRL's metrics.
+    """
+    logprob = torch.tensor(tensors["logprob"], requires_grad=True)
+    zeros = torch.zeros_like(logprob)
+    metrics = {name: [] for name in ("kl", "entropy")}
+    metrics |= {f"clip_ratio/{name}": [] for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")}
+    trainer = types.SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprob, zeros, None),
+        loss_type=config.loss_type,
+        importance_sampling_level=config.importance_sampling_level,
+        epsilon_low=config.epsilon,
+        epsilon_high=config.epsilon_high,
+        beta=beta,
+        max_completion_length=config.max_completion_length,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=accumulation,
+        args=types.SimpleNamespace(delta=config.delta, use_bias_correction_kl=False, steps_per_generation=accumulation),
+        model=types.SimpleNamespace(training=True),
+        accelerator=types.SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
+        _metrics={"train": metrics},
+    )
+    mask = torch.tensor(tensors["mask"]).int()
+    inputs = dict(
+        prompt_ids=torch.zeros(len(mask), 1, dtype=torch.long),
+        prompt_mask=torch.ones(len(mask), 1, dtype=torch.int),
+        completion_ids=torch.zeros(mask.shape, dtype=torch.long),
+        completion_mask=mask,
+        advantages=torch.tensor(tensors["advantage"]),
+        ref_per_token_logps=torch.tensor(tensors["reference_logprob"]),
+        num_items_in_batch=torch.tensor(num_items),
+    )
+    if tensors["old_logprob"] is not None:
+        inputs["old_per_token_logps"] = torch.tensor(tensors["old_logprob"])
+    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    loss.backward()
+    return loss.item(), logprob.grad.numpy(), {name: values[0] for name, values in metrics.items() if values}
+
+
+def own_loss(tensors, config, beta, totals):
+    """Loss, gradient and metrics of this project on the same arrays."""
+
+    def loss(logprob):
+        rest = {name: value for name, value in tensors.items() if name != "logprob"}
+        if beta == 0:
+            rest["reference_logprob"] = None
+        return policy_loss(logprob, **rest, beta=beta, totals=totals, config=config)
+
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(tensors["logprob"]))
+    return float(value), np.asarray(gradient), metrics
+
+
+@given(
+    seed=st.integers(0, 1000),
+    loss_type=st.sampled_from(LOSS_TYPES),
+    level=st.sampled_from(losses.IMPORTANCE_SAMPLING_LEVELS),
+    epsilons=st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.05, 0.1)]),
+    delta=st.sampled_from([None, 1.4]),
+    beta=st.sampled_from([0.0, 0.04, 0.5]),
+    on_policy=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_policy_loss_and_gradient_equal_trl(seed, loss_type, level, epsilons, delta, beta, on_policy):
+    tensors = batch(seed)
+    if on_policy:
+        tensors["old_logprob"] = None
+    config = PolicyLossConfig(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon=epsilons[0],
+        epsilon_high=epsilons[1],
+        delta=delta,
+        max_completion_length=9,
+    )
+    totals = step_totals(tensors["mask"], np.ones(len(tensors["mask"]), bool))
+    value, gradient, metrics = own_loss(tensors, config, beta, totals)
+    expected, expected_gradient, expected_metrics = trl_loss(tensors, config, beta, int(tensors["mask"].sum()))
+    np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=1e-6)
+    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", *(["kl"] if beta else [])):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_micro_batches_add_up_as_in_trl(loss_type):
+    """Losses and gradients of unevenly masked micro-batches, each with the whole step's denominators."""
+    tensors, parts, beta = batch(3, rows=8), 2, 0.04
+    config = PolicyLossConfig(loss_type=loss_type, max_completion_length=9)
+    totals = step_totals(tensors["mask"], np.ones(8, bool), parts)
+    num_items = int(tensors["mask"].sum())
+    values, gradients = [], []
+    for part in range(parts):
+        at = slice(4 * part, 4 * part + 4)
+        cut = {name: value[at] for name, value in tensors.items()}
+        value, gradient, _ = own_loss(cut, config, beta, totals)
+        # TRL divides dapo's whole-batch count by steps_per_generation / accumulation steps: 1 here.
+        expected, expected_gradient, _ = trl_loss(cut, config, beta, num_items, accumulation=parts)
+        np.testing.assert_allclose(value, expected, rtol=2e-5)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=1e-7)
+        values.append(value)
+        gradients.append(gradient)
+    if loss_type != "bnpo":  # bnpo is a mean over micro-batches by definition
+        whole, gradient, _ = own_loss(tensors, config, beta, step_totals(tensors["mask"], np.ones(8, bool)))
+        np.testing.assert_allclose(sum(values), whole, rtol=2e-5)
+        np.testing.assert_allclose(np.concatenate(gradients), gradient, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("level", losses.IMPORTANCE_SAMPLING_LEVELS)
+def test_masked_tokens_and_absent_rows_leave_no_trace(loss_type, level):
+    """What stands behind the mask, infinities included, changes neither loss nor gradient; nor do rows that are absent."""
+    tensors = batch(5)
+    config = PolicyLossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=9)
+    present = np.ones(6, bool)
+    clean = own_loss(tensors, config, 0.04, step_totals(tensors["mask"], present))
+    dirty = dict(tensors)
+    for name, rubbish in (("logprob", -np.inf), ("old_logprob", np.inf), ("reference_logprob", np.nan)):
+        dirty[name] = np.where(tensors["mask"], tensors[name], rubbish).astype(np.float32)
+    padded = {name: np.concatenate([value, value[:2]]) for name, value in dirty.items()}
+    padded["mask"][6:] = False
+    value, gradient, _ = own_loss(padded, config, 0.04, step_totals(padded["mask"], np.append(present, [False, False])))
+    np.testing.assert_allclose(value, clean[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient[:6], clean[1], rtol=1e-6)
+    assert not gradient[6:].any()
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_step_without_a_token_has_a_zero_loss(loss_type):
+    tensors = batch(6)
+    tensors["mask"] = np.zeros_like(tensors["mask"])
+    config = PolicyLossConfig(loss_type=loss_type)
+    value, gradient, metrics = own_loss(tensors, config, 0.04, step_totals(tensors["mask"], np.ones(6, bool)))
+    assert value == 0 and not gradient.any()
+    assert all(np.isfinite(metric) for metric in metrics.values())
+
+
+def test_truncated_completions_leave_the_loss_only_when_asked():
+    mask = np.ones((1, 2, 3), bool)
+    truncated = np.array([[True, False]])
+    assert loss_mask(mask, truncated, False).all()
+    np.testing.assert_array_equal(loss_mask(mask, truncated, True).sum(-1), [[0, 3]])
+
+
+def test_kl_is_zero_for_equal_policies_and_positive_otherwise():
+    logprob = jnp.linspace(-4, -0.1, 9)
+    assert not np.asarray(kl_penalty(logprob, logprob)).any()
+    assert (np.asarray(kl_penalty(logprob, logprob[::-1]))[[0, -1]] > 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1000, 8, 5])
+def test_token_logprobs_equal_the_whole_softmax_in_value_and_gradient(chunk):
+    config, _, params = policy()
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.normal(size=(2, 3, 4, config.text.hidden_size)).astype(np.float32))
+    ids = rng.integers(0, config.text.vocab_size, (2, 3, 4)).astype(np.int32)
+    weight = rng.normal(size=(2, 3, 4)).astype(np.float32)
+
+    def chunked(params, h):
+        logprob, entropy = losses.token_logprobs(bound(params), h, ids, temperature=0.7, chunk=chunk)
+        return jnp.sum(logprob * weight), (logprob, entropy)
+
+    def whole(params, h):
+        logprobs = jax.nn.log_softmax(bound(params).logits(h) / 0.7)
+        return jnp.sum(jnp.take_along_axis(logprobs, ids[..., None], -1)[..., 0] * weight)
+
+    (_, (logprob, entropy)), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(params, h)
+    expected_gradients = jax.jit(jax.grad(whole, (0, 1)))(params, h)
+    logprobs = log_softmax(np.asarray(bound().logits(h)) / 0.7)
+    np.testing.assert_allclose(logprob, np.take_along_axis(logprobs, ids[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(logprobs) * logprobs).sum(-1), atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, expected_gradients)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(loss_type="gspo"), "grpo, bnpo, dr_grpo, dapo"),
+        (dict(importance_sampling_level="word"), "token, sequence"),
+        (dict(epsilon=-0.1), "epsilon"),
+        (dict(delta=1.1), "delta"),
+        (dict(max_completion_length=0), "max_completion_length"),
+    ],
+)
+def test_impossible_loss_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PolicyLossConfig(**changes)
+
+
+def test_logprobs_at_zero_temperature_are_refused():
+    with pytest.raises(ValueError, match="temperature"):
+        losses.token_logprobs(bound(), jnp.zeros((1, 64)), jnp.zeros(1, jnp.int32), temperature=0.0)
