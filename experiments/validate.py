@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from tqdm import tqdm
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
@@ -137,4 +137,4 @@ def _target_length(tags: AnswerTags, record: Record) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from absl import logging
+
+from mer_r1_jax.config import command_line
 
 EXIT_ERROR = 2  # the run cannot go on as it is; the message on stderr says why and how to mend it
 
@@ -25,3 +27,9 @@ def explained() -> Iterator[None]:
             raise
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_ERROR) from error
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """For `app.run(main, flags_parser=parse_flags)`: a mistake on the command line ends like every other."""
+    with explained():
+        return command_line.parse_flags(arguments)

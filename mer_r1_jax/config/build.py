@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,27 +17,8 @@ import ml_collections
 
 from mer_r1_jax.config.checks import check_values
 from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.names import KNOWN_ELSEWHERE, advice
 from mer_r1_jax.config.schema import RunConfig
-
-# Names that users of other trainers know, and where the setting lives here.
-KNOWN_ELSEWHERE = {
-    "max_prompt_length": "data.max_prompt_length",
-    "rollout.n": "rl.num_generations",
-    "n": "rl.num_generations",
-    "kl_loss_coef": "rl.beta",
-    "kl_coef": "rl.beta",
-    "clip_ratio_low": "rl.epsilon",
-    "clip_ratio_high": "rl.epsilon_high",
-    "clip_ratio": "rl.epsilon",
-    "loss_agg_mode": "rl.loss_type",
-    "max_response_length": "rl.max_completion_length",
-    "max_new_tokens": "rl.max_completion_length",
-    "per_device_train_batch_size": "rl.prompts_per_step (prompts, not completions)",
-    "train_batch_size": "rl.prompts_per_step (prompts, not completions)",
-    "learning_rate": "sft.optimizer.learning_rate or rl.optimizer.learning_rate",
-    "lambda": "rl.calibration_weight",
-}
-
 
 def config_dict(config: RunConfig | None = None) -> ml_collections.ConfigDict:
     """The ml_collections form of a run's configuration, locked so that a config file cannot invent fields."""
@@ -72,14 +54,28 @@ def load_config(path: str | pathlib.Path, overrides: Mapping[str, Any] | None = 
     Raises:
         ConfigError: when the file is missing, has no `get_config`, or names fields the schema does not know.
     """
+    values = config_file(path)
+    for dotted, value in (overrides or {}).items():
+        _set(values, dotted, value)
+    return from_mapping(values)
+
+
+def config_file(path: str | pathlib.Path) -> dict[str, Any]:
+    """The values of a config file, as `load_config` takes it, before they are checked.
+
+    Raises:
+        ConfigError: when it is missing or cannot be run or read.
+    """
     name, _, argument = str(path).partition(":")
     file = pathlib.Path(name)
     if not file.is_file():
         raise ConfigError(f"no configuration at {file}: expected a .py file with get_config() or a saved config.json")
-    values = json.loads(file.read_text()) if file.suffix == ".json" else _run_config_file(file, argument).to_dict()
-    for dotted, value in (overrides or {}).items():
-        _set(values, dotted, value)
-    return from_mapping(values)
+    if file.suffix != ".json":
+        return _run_config_file(file, argument).to_dict()
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}. Expected the JSON that a run saves as config.json.") from error
 
 
 def to_json(config: RunConfig) -> str:
@@ -110,8 +106,12 @@ def _run_config_file(file: pathlib.Path, argument: str) -> ml_collections.Config
     try:
         spec.loader.exec_module(module)
         return module.get_config(argument) if argument else module.get_config()
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: {error}. Expected get_config() to set fields of the schema only.") from error
+    except AttributeError as error:
+        unknown = re.search(r'Key "(\w+)" does not exist', str(error))
+        reason = f"{unknown.group(1)}: {advice(unknown.group(1))}" if unknown else str(error)
+        raise ConfigError(f"{file}: {reason} (get_config() may only set fields of the schema)") from error
+    except (KeyError, TypeError, ValueError, ImportError, SyntaxError) as error:
+        raise ConfigError(f"{file}: {error} (get_config() may only set fields of the schema)") from error
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -1,0 +1,63 @@
+"""The flag `--config` and its overrides, looked over before ml_collections sees them: its own errors are tracebacks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from absl import flags
+
+from mer_r1_jax.config.build import config_file
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.names import advice, field_names
+
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
+_FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """What absl's `FLAGS(arguments)` gives, for `app.run(flags_parser=...)`.
+
+    Raises:
+        ConfigError: a flag, an override's field or value, or a config file that cannot be used.
+    """
+    check_overrides(arguments)
+    for path in _config_files(arguments):
+        if not path.partition(":")[0].endswith(".py"):
+            raise ConfigError(f"--config={path}: expected a .py file with get_config()")
+        config_file(path)
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        raise ConfigError(f"the command line cannot be used: {error}") from error
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Checks that every `--config.<field>` names a field of the schema.
+
+    Raises:
+        ConfigError: for every one that does not, with the field that was probably meant.
+    """
+    problems = []
+    for argument in _flags_only(arguments):
+        match = _OVERRIDE.fullmatch(argument)
+        if match and match.group(1) not in field_names():
+            problems.append(f"--config.{match.group(1)}: {advice(match.group(1))}")
+    if problems:
+        raise ConfigError("the command line cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _flags_only(arguments: Sequence[str]) -> Sequence[str]:
+    """Arguments up to `--`, without the program's name."""
+    rest = list(arguments[1:])
+    return rest[: rest.index("--")] if "--" in rest else rest
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    rest = _flags_only(arguments)
+    files = []
+    for place, argument in enumerate(rest):
+        match = _FILE.fullmatch(argument)
+        if match:
+            files += [match.group(1)] if match.group(1) is not None else list(rest[place + 1 : place + 2])
+    return files

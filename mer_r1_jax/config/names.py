@@ -1,0 +1,61 @@
+"""The names of the configuration's fields, and which one somebody meant who wrote another."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from typing import Any
+
+from mer_r1_jax.config.schema import RunConfig
+
+# Names that users of other trainers know, and where the setting lives here.
+KNOWN_ELSEWHERE = {
+    "max_prompt_length": "data.max_prompt_length",
+    "rollout.n": "rl.num_generations",
+    "n": "rl.num_generations",
+    "kl_loss_coef": "rl.beta",
+    "kl_coef": "rl.beta",
+    "clip_ratio_low": "rl.epsilon",
+    "clip_ratio_high": "rl.epsilon_high",
+    "clip_ratio": "rl.epsilon",
+    "loss_agg_mode": "rl.loss_type",
+    "max_response_length": "rl.max_completion_length",
+    "max_new_tokens": "rl.max_completion_length",
+    "per_device_train_batch_size": "rl.prompts_per_step (prompts, not completions)",
+    "train_batch_size": "rl.prompts_per_step (prompts, not completions)",
+    "learning_rate": "sft.optimizer.learning_rate or rl.optimizer.learning_rate",
+    "lambda": "rl.calibration_weight",
+}
+
+
+@functools.cache
+def field_names() -> tuple[str, ...]:
+    """Dotted names of every field of the schema."""
+    return tuple(_names(RunConfig(), ""))
+
+
+def advice(name: str) -> str:
+    """What to write in place of a name, dotted or not, that is no field's."""
+    known = field_names()
+    if any(field.startswith(f"{name}.") for field in known):
+        return f"a section, expected one of its fields, {name}.<field>"
+    last = name.rpartition(".")[2]
+    if last in KNOWN_ELSEWHERE:
+        return f"no such field; here it is {KNOWN_ELSEWHERE[last]}"
+    # Right name in the wrong section first, then the nearest spelling of the whole or of the last part.
+    meant = [field for field in known if field.rpartition(".")[2] == last]
+    meant = meant or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    if not meant:
+        near = difflib.get_close_matches(last, [field.rpartition(".")[2] for field in known], n=1, cutoff=0.6)
+        meant = [field for field in known if near and field.rpartition(".")[2] == near[0]]
+    return f"no such field; did you mean {' or '.join(meant)}?" if meant else "no such field"
+
+
+def _names(section: Any, prefix: str) -> list[str]:
+    names: list[str] = []
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        nested = dataclasses.is_dataclass(value)
+        names += _names(value, f"{prefix}{field.name}.") if nested else [prefix + field.name]
+    return names
