@@ -1,10 +1,11 @@
 """Exports a model to Hugging Face format: python experiments/export.py --run=RUN_DIR --out=DIR [--base=FULL_OMNI_DIR]
 
---run takes the newest valid checkpoint of a run, --model an existing Hugging Face directory (to change its dtype,
-shards or naming, or to put its Thinker into a full Omni directory with --base). transformers 4.57 and 5.x load the
-result.
+--run takes the newest valid checkpoint of a run and puts its settings beside it, --model an existing Hugging Face
+directory (to change its dtype, shards or naming, or to put its Thinker into a full Omni directory with --base).
+transformers 4.57 and 5.x load the result.
 """
 
+import pathlib
 import sys
 
 from absl import app, flags
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> None:
             max_shard_size=_SHARD.value,
             overwrite=_OVERWRITE.value,
         )
+        if _RUN.value:
+            _write_run_settings(_RUN.value, report.directory)
     print(
         f"{report.directory}: {report.tensors} tensors, {report.parameters:,} parameters, {report.nbytes / 1e9:.3g} GB "
         f"in {len(report.weight_files)} file(s); {report.verbatim_tensors} tensors of the base copied verbatim"
@@ -63,6 +66,13 @@ def _run_parameters(run: str):
     from mer_r1_jax.run.policy import load_policy
 
     return load_policy(run)
+
+
+def _write_run_settings(run: str, out) -> None:
+    """Puts the run's configuration beside the export: prompts and clips have to be made as the run made them."""
+    from mer_r1_jax.run.policy import saved_config, write_settings
+
+    write_settings(pathlib.Path(out), saved_config(run))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ python experiments/probe.py swap --model=RUN[,RUN...] [--what=video,audio,subtit
 python experiments/probe.py compare --before=A.samples.jsonl[,B...] --after=C.samples.jsonl[,D...] [--out=...]
     Compares samples files of a run's eval folder (the n-th before with the n-th after; a single one stands for all).
 
-Differences are in points (hundredths), intervals are 95% bootstraps over clips.
+Differences are in points (hundredths), intervals are 95% bootstraps over clips; a difference is clear when its interval
+excludes zero.
 """
 
 import json
@@ -20,7 +21,8 @@ from rich.table import Table
 from mer_r1_jax.cli import explained
 from mer_r1_jax.evaluation.comparison import Comparison, compare_samples, pooled
 from mer_r1_jax.evaluation.probes import MODALITIES, Swap, swap_modality, swap_reasoning
-from mer_r1_jax.evaluation.statistics import POINTS, Difference, signed
+from mer_r1_jax.evaluation.statistics import POINTS, signed
+from mer_r1_jax.run.held_out import open_held_out
 from mer_r1_jax.training import durable
 
 PARTS = (*MODALITIES, "reasoning")
@@ -59,6 +61,7 @@ def _compare(console: Console) -> dict:
             f"{side}: {lengths['slow_tokens']:.1f} tokens a slow answer, {lengths['reasoning_words']:.1f} words of "
             f"reasoning, {distinct} distinct slow answers",
             highlight=False,
+            soft_wrap=True,
         )
     if result.reasoning_kept is not None:
         console.print(f"reasoning is {result.reasoning_kept:.0%} as long as before", highlight=False)
@@ -88,8 +91,6 @@ def _swap(console: Console) -> dict:
 
 
 def _swaps_of(model: str, console: Console) -> list[Swap]:
-    from mer_r1_jax.run.held_out import open_held_out
-
     held_out = open_held_out(model, _DATA.value, _MEDIA_ROOT.value, _LIMIT.value)
     try:
         prober = held_out.prober(_SEED.value)
@@ -110,22 +111,19 @@ def _by_score(swaps: list[Swap]) -> list[tuple[Comparison, ...]]:
 
 def _table(comparisons: list[Comparison] | tuple[Comparison, ...], before: str, after: str) -> Table:
     seeds = max(len(comparison.by_seed) for comparison in comparisons) > 1
-    table = Table("score", before, after, "difference", "95% interval", *["seeds one by one"] * seeds, "clips")
+    table = Table("score", before, after, "points", "95% interval", "clear", *["seeds one by one"] * seeds, "clips")
     for comparison in comparisons:
         difference = comparison.difference
         table.add_row(
             comparison.name,
             *(f"{POINTS * scores.mean():.1f}" for scores in (comparison.before, comparison.after)),
             signed(difference.points),
-            _interval(difference),
+            f"{signed(difference.low)} to {signed(difference.high)}",
+            "yes" if difference.is_clear else "no",
             *[", ".join(signed(one.points) for one in comparison.by_seed)] * seeds,
             str(difference.clips),
         )
     return table
-
-
-def _interval(difference: Difference) -> str:
-    return f"{signed(difference.low)} to {signed(difference.high)}" + ("" if difference.is_clear else " (holds zero)")
 
 
 def _note(console: Console, model: str, swap: Swap) -> None:

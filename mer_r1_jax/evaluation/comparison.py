@@ -6,6 +6,7 @@ Samples files (`eval/<benchmark>_<step>.samples.jsonl`) hold everything needed, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -41,12 +42,12 @@ class Comparison:
     after: np.ndarray
     seed: int = 0
 
-    @property
+    @functools.cached_property
     def difference(self) -> Difference:
         """After minus before: seeds averaged for each clip, interval over clips."""
         return paired_difference(self.after, self.before, seed=self.seed)
 
-    @property
+    @functools.cached_property
     def by_seed(self) -> list[Difference]:
         """The same for every seed by itself; where one side has a single seed, each is held against that one."""
         seeds = max(len(self.before), len(self.after))
@@ -161,7 +162,7 @@ def compare_samples(
 def _read(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Rows of a samples file by clip."""
     try:
-        lines = pathlib.Path(path).read_text().splitlines()
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise CompareError(f"{path}: cannot be read as a samples file, one JSON object a line ({error})") from error

@@ -1,0 +1,178 @@
+"""Cases to check an export with: held-out prompts as transformers' processor would give them, and our answers to them.
+
+`experiments/check_in_transformers.py` feeds the cases to transformers' own model. It has to run under several versions
+of transformers, so all it needs is in one .npz file.
+
+Shape letters as in `omni.batch`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
+from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.omni.thinker import FeatureLayout
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.rl.packing import Continuations, pack, predictor_hidden
+from mer_r1_jax.rl.sampling import SamplingConfig
+from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.prompts import prompt_rows, uid_of
+from mer_r1_jax.training.rl import PromptRows
+from mer_r1_jax.training.state import Leaves
+
+MEL_PADDING = 3000  # mel is padded to a multiple of Whisper's 30 seconds, as the processor pads it
+PREFIX = "case{number:03d}."  # of a case's arrays; settings have none
+
+
+class AgreementError(ValueError):
+    """Records that make no cases; the message says why."""
+
+
+def processor_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
+    """A prompt as the tensors of transformers' Qwen2_5OmniProcessor, batch 1, under its names.
+
+    Returns:
+        `input_ids` and `attention_mask` [1, T]; as far as present, `pixel_values` and `image_grid_thw`,
+        `pixel_values_videos`, `video_grid_thw` and `video_second_per_grid` (patches of all clips behind one another, in
+        merge-block order), `input_features` [A, M, frames] and `feature_attention_mask` [A, frames].
+    """
+    ids = prompt.ids[None].astype(np.int64)
+    tensors = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    # An image has no time between frame pairs; a video always has.
+    images = [clip for clip in prompt.vision if not clip.second_per_grid]
+    videos = [clip for clip in prompt.vision if clip.second_per_grid]
+    for clips, pixels, grid in (
+        (images, "pixel_values", "image_grid_thw"),
+        (videos, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if clips:
+            patches = [clip.patches for clip in clips]
+            tensors[pixels] = np.concatenate([clip.reshape(-1, clip.shape[-1]) for clip in patches])
+            tensors[grid] = np.asarray([clip.grid for clip in clips], np.int64)
+    if videos:
+        tensors["video_second_per_grid"] = np.asarray([clip.second_per_grid for clip in videos], np.float32)
+    if prompt.audio:
+        frames = -(-max(len(clip.mel) for clip in prompt.audio) // MEL_PADDING) * MEL_PADDING
+        features_AMF = np.zeros((len(prompt.audio), prompt.audio[0].mel.shape[1], frames), np.float32)
+        mask_AF = np.zeros((len(prompt.audio), frames), np.int64)
+        for number, clip in enumerate(prompt.audio):
+            features_AMF[number, :, : len(clip.mel)] = clip.mel.T
+            mask_AF[number, : len(clip.mel)] = 1
+        tensors |= {"input_features": features_AMF, "feature_attention_mask": mask_AF}
+    return tensors
+
+
+def make_cases(
+    evaluator: Evaluator,
+    leaves: tuple[Leaves, Leaves],
+    load: Callable[[Sequence[Record]], Iterator[tuple[Record, Prompt | str]]],
+    records: Sequence[Record],
+    *,
+    use_audio_in_video: bool,
+) -> dict[str, np.ndarray]:
+    """Answers records greedily (slow) and collects everything needed to check the answers elsewhere.
+
+    Args:
+        evaluator: decodes and scores.
+        leaves: trainable and frozen parameters.
+        load: prompts of records.
+        records: the clips; those whose media cannot be used are left out.
+        use_audio_in_video: whether videos are interleaved with their own sound.
+
+    Returns:
+        For each case its processor tensors, `completion_ids` int32 [C], `logits` float32 [C, N] (untempered, predicting
+        the completion's tokens), `id`, `answer` (its words, sorted), `truncated`, and `overruled`: how many of its
+        tokens are not the most likely one because that one is never sampled. Once: `cases`, `eos_ids`, `suppressed_ids`
+        (never sampled), `max_new_tokens`, `use_audio_in_video`.
+
+    Raises:
+        AgreementError: no record can be used.
+    """
+    prompts = [(record, prompt) for record, prompt in load(records) if not isinstance(prompt, str)]
+    if not prompts:
+        raise AgreementError(f"none of the {len(records)} records can be used; their media errors are logged above")
+    with jax.default_matmul_precision("highest"):
+        answers = evaluator.run(leaves, iter(prompts), modes=("slow",)).answers["slow"]
+        logits = _all_logits(evaluator, leaves, prompts, answers)
+    sampling = evaluator.sampling
+    arrays: dict[str, Any] = {
+        "cases": len(prompts),
+        "eos_ids": sampling.eos_ids,
+        "suppressed_ids": sampling.banned_ids,
+        "max_new_tokens": sampling.max_completion_length,
+        "use_audio_in_video": use_audio_in_video,
+    }
+    for number, ((record, prompt), answer) in enumerate(zip(prompts, answers, strict=True)):
+        case = _case(record, prompt, answer, logits[number], sampling)
+        arrays |= {PREFIX.format(number=number) + name: value for name, value in case.items()}
+    return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def write_cases(path: str | pathlib.Path, cases: dict[str, np.ndarray]) -> None:
+    """Writes cases as one compressed .npz file."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **cases)
+
+
+def _case(
+    record: Record, prompt: Prompt, answer: AnswerOf, logits_CN: np.ndarray, sampling: SamplingConfig
+) -> dict[str, Any]:
+    likeliest_C = logits_CN.argmax(axis=-1)
+    overruled_C = (likeliest_C != answer.ids) & np.isin(likeliest_C, sampling.banned_ids)
+    return processor_tensors(prompt) | {
+        "completion_ids": answer.ids,
+        "logits": logits_CN,
+        "id": record.id,
+        "answer": ", ".join(sorted(answer.answer.parsed.words)),
+        "truncated": answer.answer.truncated,
+        "overruled": np.count_nonzero(overruled_C),
+    }
+
+
+def _all_logits(
+    evaluator: Evaluator,
+    leaves: tuple[Leaves, Leaves],
+    prompts: Sequence[tuple[Record, Prompt]],
+    answers: Sequence[AnswerOf],
+) -> list[np.ndarray]:
+    """float32 [C, N] of each answer: the logits that predict its tokens, from one forward pass as training makes it."""
+    programs, length = evaluator.programs, evaluator.sampling.max_completion_length
+    backbone, size, found = programs.backbone, evaluator.buckets[0].rows, []
+    forward = _forward(backbone)
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        uids = [uid_of(record.id) for record, _ in batch]
+        host = prompt_rows([prompt for _, prompt in batch], evaluator.buckets, backbone.config, uids)
+        id_BGC = np.zeros((size, 1, length), np.int32)
+        exists_BGC = np.zeros(id_BGC.shape, bool)
+        lengths = [len(answer.ids) for answer in answers[start : start + size]]
+        for row, answer in enumerate(answers[start : start + size]):
+            id_BGC[row, 0, : lengths[row]] = answer.ids
+            exists_BGC[row, 0, : lengths[row]] = True
+        rows, completion = put((host, Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC)), backbone.mesh)
+        features_BRD = programs.encode(leaves, rows.batch)
+        logits_BGCN = jax.device_get(forward(leaves, rows, features_BRD, completion))
+        found += [logits_BGCN[row, 0, :count] for row, count in enumerate(lengths)]
+    return found
+
+
+def _forward(backbone: Backbone) -> Callable[..., Any]:
+    """The jitted logits float32 [B, G, C, N] that predict the tokens of completions."""
+
+    def forward(leaves: tuple[Leaves, Leaves], prompts: PromptRows, features_BRD, completion: Continuations):
+        with backbone.rules():
+            model, tokens = backbone.bind(*leaves), prompts.batch.tokens
+            packed = pack(tokens, prompts.next_position_B, completion)
+            h_BTD = model.hidden(packed, features_BRD, FeatureLayout.of_batch(prompts.batch))
+            (h_BGCD,) = predictor_hidden(h_BTD, tokens, completion)
+            return model.logits(h_BGCD)
+
+    return jax.jit(forward)
