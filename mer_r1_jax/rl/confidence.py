@@ -197,6 +197,8 @@ def set_logprobs(model, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk
         float32 [..., Q] in nats, never below log(1e-10); that value too where there is no set.
     """
 
+    candidate_ids_ZY = jnp.asarray(candidate_ids_ZY)
+
     def score(h_MD, set_MQ):
         logits_MN = model.logits(h_MD).astype(jnp.float32)
         id_MQY = candidate_ids_ZY[jnp.maximum(set_MQ, 0)]

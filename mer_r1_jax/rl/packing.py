@@ -10,6 +10,7 @@ Shape letters are those of `mer_r1_jax.omni.batch`; C differs from set to set.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,3 +96,55 @@ def predictor_hidden(h_BTD: Array, prompt: Tokens, *sets: Continuations) -> tupl
         hidden.append(jnp.concatenate([first_BG1D, own_BGCD[:, :, :-1]], axis=2))
         offset += generations * length
     return tuple(hidden)
+
+
+def continuation_hidden(
+    model: Any,
+    prompt: Tokens,
+    features_BRD: Array | None,
+    layout: Any,
+    next_position_B: Array,
+    *sets: Continuations,
+    packed: bool,
+) -> tuple[Array, ...]:
+    """The hidden state that predicts each token of every set, each prompt computed once.
+
+    Args:
+        model: a bound Thinker.
+        prompt: padded prompts.
+        features_BRD: their media features, or None.
+        layout: the batch's FeatureLayout.
+        next_position_B: int32, the rotary position that follows each prompt.
+        *sets: continuations of these prompts.
+        packed: True computes one row of prompt and all continuations, for attention that skips what the mask forbids;
+            False computes the continuations against the prompt's keys and values, which needs no such attention: with
+            plain XLA a packed row pays for every pair of completions that do not see each other. Either way all sets go
+            through one call, in one block shape.
+
+    Returns:
+        One array [B, G, C, D] per set.
+    """
+    if packed:
+        h_BTD = model.hidden(pack(prompt, next_position_B, *sets), features_BRD, layout)
+        return predictor_hidden(h_BTD, prompt, *sets)
+    h_BTD, cache = model.prefill(prompt, features_BRD, layout)
+    first_BD = hidden_at(h_BTD, last_prompt_index(prompt))
+    longest = max(one.id_BGC.shape[2] for one in sets)
+    id_BGC, exists_BGC = (
+        jnp.concatenate([_lengthened(getattr(one, name), longest) for one in sets], axis=1)
+        for name in ("id_BGC", "exists_BGC")
+    )
+    position_B1C = next_position_B[:, None, None] + jnp.arange(longest, dtype=jnp.int32)
+    h_BGCD = model.contexts(id_BGC, exists_BGC, jnp.where(exists_BGC, position_B1C, 1), cache)
+    first_BG1D = jnp.broadcast_to(first_BD[:, None, None], (*h_BGCD.shape[:2], 1, h_BGCD.shape[3]))
+    h_BGCD = jnp.concatenate([first_BG1D, h_BGCD[:, :, :-1]], axis=2)
+    hidden, offset = [], 0
+    for one in sets:
+        generations, length = one.id_BGC.shape[1:]
+        hidden.append(h_BGCD[:, offset : offset + generations, :length])
+        offset += generations
+    return tuple(hidden)
+
+
+def _lengthened(x_BGC: Array, length: int) -> Array:
+    return jnp.pad(x_BGC, ((0, 0), (0, 0), (0, length - x_BGC.shape[2])))

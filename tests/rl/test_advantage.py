@@ -125,12 +125,13 @@ def test_ad_ignores_shifts_and_positive_scalings_of_one_reward(recall, shift, sc
     rounding = largest_z * 4e-6 * (abs(shift) + scale + 1) / (scale * spread)
     difference = np.abs(of_arm("ad", after) - of_arm("ad", before)).max(-1)
     assert (difference <= shares + rounding + 1e-5).all()
-    assert np.abs(of_arm("rd", after) - of_arm("rd", before)).max() > 1e-3 or abs(scale - 1) < 0.1
 
 
-@pytest.mark.parametrize(("sigma_r", "sigma_p", "rho"), [(0.1, 0.4, 0.2), (0.3, 0.3, -0.3), (0.5, 0.15, 0.6), (0.1, 0.5, -0.4)])
+@pytest.mark.parametrize(
+    ("sigma_r", "sigma_p", "rho"), [(0.1, 0.4, 0.2), (0.3, 0.3, -0.3), (0.5, 0.15, 0.6), (0.1, 0.5, -0.4)]
+)
 def test_correlations_of_the_two_normalisations(sigma_r, sigma_p, rho):
-    """rd follows the noisier reward, (s_R + r s_P) / s_sum and (s_P + r s_R) / s_sum; ad follows both, sqrt((1 + r) / 2)."""
+    """rd follows the noisier reward, by (s_R + r s_P) / s_sum and its mirror; ad follows both, by sqrt((1 + r) / 2)."""
     rng = np.random.default_rng(0)
     size = 40_000  # one very large group, so that its moments are the population's
     x = rng.normal(size=(2, size))
@@ -151,10 +152,12 @@ def test_correlations_of_the_two_normalisations(sigma_r, sigma_p, rho):
         return np.corrcoef(advantage, recall)[0, 1], np.corrcoef(advantage, precision)[0, 1]
 
     expected = (sigma_r + rho * sigma_p) / sigma_sum, (sigma_p + rho * sigma_r) / sigma_sum
-    np.testing.assert_allclose(correlations("rd"), expected, atol=1e-3)
-    np.testing.assert_allclose(correlations("ad"), [np.sqrt((1 + rho) / 2)] * 2, atol=1e-3)
-    if sigma_p > sigma_r:
-        assert expected[1] > expected[0]
+    rd, ad = correlations("rd"), correlations("ad")
+    np.testing.assert_allclose(rd, expected, atol=1e-3)
+    np.testing.assert_allclose(ad, [np.sqrt((1 + rho) / 2)] * 2, atol=1e-3)
+    if sigma_p != sigma_r:
+        assert (rd[1] > rd[0] + 0.05) == (sigma_p > sigma_r)
+        assert abs(ad[1] - ad[0]) < 2e-3
 
 
 @pytest.mark.parametrize("arm", ARMS)

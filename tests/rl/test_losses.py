@@ -153,7 +153,7 @@ def test_micro_batches_add_up_as_in_trl(loss_type):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("level", losses.IMPORTANCE_SAMPLING_LEVELS)
 def test_masked_tokens_and_absent_rows_leave_no_trace(loss_type, level):
-    """What stands behind the mask, infinities included, changes neither loss nor gradient; nor do rows that are absent."""
+    """What stands behind the mask, infinities included, changes neither loss nor gradient; nor do absent rows."""
     tensors = batch(5)
     config = PolicyLossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=9)
     present = np.ones(6, bool)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from support.rl_policy import log_softmax
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from mer_r1_jax.rl.sampling import SamplingConfig, banned_bias, sample, uniforms
+from mer_r1_jax.rl import sampling
+from mer_r1_jax.rl.sampling import SamplingConfig, banned_bias, sample
 
 N = 300  # more than two blocks of the two-level draw, and no multiple of one
 
@@ -88,6 +89,7 @@ def test_zero_temperature_takes_the_most_likely_allowed_token():
 
 def test_random_numbers_depend_on_the_sample_alone():
     key = jax.random.key(3)
+    uniforms = jax.jit(sampling.uniforms, static_argnums=(3, 4))
     whole = np.asarray(uniforms(key, 5, jnp.array([10, 11, 12], jnp.uint32), 4, 9))
     alone = np.asarray(uniforms(key, 5, jnp.array([12], jnp.uint32), 2, 4))
     np.testing.assert_array_equal(alone[0], whole[2, :2, :4])
@@ -98,7 +100,7 @@ def test_random_numbers_depend_on_the_sample_alone():
 
 
 def test_random_numbers_are_uniform():
-    numbers = np.asarray(uniforms(jax.random.key(0), 0, jnp.arange(64, dtype=jnp.uint32), 8, 32)).ravel()
+    numbers = np.asarray(sampling.uniforms(jax.random.key(0), 0, jnp.arange(64, dtype=jnp.uint32), 8, 32)).ravel()
     counts = np.histogram(numbers, bins=64, range=(0, 1))[0]
     statistic = ((counts - 256) ** 2 / 256).sum()
     assert statistic < 112  # the 99.99% point of chi-square with 63 degrees of freedom

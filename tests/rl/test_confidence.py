@@ -1,0 +1,320 @@
+"""Slow and fast confidence against a brute-force oracle: word by word, full softmax, one context at a time."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from support.rl_policy import bound, log_softmax, packed_hidden, policy, prompts, row_logits
+from support.tiny_tokenizer import tiny_tokenizer
+
+from mer_r1_jax.emotion.answers import parse_answer
+from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
+from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.rl import confidence
+from mer_r1_jax.rl.confidence import NO_SET, AnchorSettings, AnswerToScore, build_anchors
+from mer_r1_jax.rl.packing import Continuations
+from mer_r1_jax.rl.tags import AnswerTags
+
+LENGTHS, WIDTH, LENGTH, WORDS, CONTEXT = (7, 9), 9, 64, 4, 48
+SETTINGS = AnchorSettings(max_words=WORDS, max_fast_context=CONTEXT)
+TRUTHS = (("happy", "calm"), ("angry", "worried", "sad"))
+TEXTS = (
+    (
+        "<think>Smiles.</think>\n<answer>joyful, sad</answer>",  # one right, one wrong
+        "<think>The voice is calm.</think>\n<answer>Calm,HAPPY, delighted, happy</answer>",  # all right, a repeat
+        "<think>No.</think>\n<answer>happy</answer> and more",  # not well-formed
+        "<think>Odd.</think>\n<answer>gloopy, table</answer>",  # on no wheel
+        "<think>Hm.</think>\n<answer>furious</answer>",  # all wrong
+    ),
+    (
+        "<think>Loud.</think>\n<answer>['furious', 'anxious']</answer>",
+        "<think>Low.</think>\n<answer>sad, angry, calm, afraid, joyful</answer>",  # a word too many
+        "<think>Empty.</think>\n<answer></answer>",
+        "<think>Long.</think>\n<answer>" + "zq" * 20 + ", sad</answer>",  # does not fit
+        "",
+    ),
+)
+
+
+@functools.cache
+def world():
+    tokenizer, wheels = tiny_tokenizer(), load_wheels()
+    return AnswerTags(tokenizer), wheels, CandidateTable(tokenizer, wheels)
+
+
+@functools.cache
+def sampled():
+    """Completions with these texts, tokenised piece by piece as the policy writes them."""
+    tags = world()[0]
+    id_BGC = np.zeros((2, 5, LENGTH), np.int32)
+    length_BG = np.zeros((2, 5), np.int32)
+    for row, texts in enumerate(TEXTS):
+        for generation, text in enumerate(texts):
+            if text:
+                head, _, tail = text.partition("</think>\n<answer>")
+                ids = [*tags.ids(head), *tags.empty_think[len(tags.ids("<think>")) :], *tags.ids(tail), tags.turn_end]
+                id_BGC[row, generation, : len(ids)] = ids
+                length_BG[row, generation] = len(ids)
+    return id_BGC, length_BG
+
+
+@functools.cache
+def anchored(table=None):
+    tags, wheels, candidates = world()
+    id_BGC, length_BG = sampled()
+    answers = []
+    for row in range(2):
+        parsed = [parse_answer(tags.completion_text(*pair)) for pair in zip(id_BGC[row], length_BG[row], strict=True)]
+        answers.append(
+            [
+                AnswerToScore(ids=ids, length=int(length), words=one.words, usable=one.format_reward == 1)
+                for ids, length, one in zip(id_BGC[row], length_BG[row], parsed, strict=True)
+            ]
+        )
+    categories = [[wheels.categories(truth, wheel) for wheel in range(len(wheels))] for truth in TRUTHS]
+    return build_anchors(
+        answers,
+        categories,
+        tags=tags,
+        category=wheels.category,
+        candidate_sets=(table or candidates).word,
+        settings=SETTINGS,
+    )
+
+
+@jax.jit
+def on_device(params, slow_h, fast_h, anchors, candidate_ids):
+    slow, fast = confidence.confidences(bound(params), slow_h, fast_h, anchors, candidate_ids, chunk=32)
+    return slow, fast, confidence.calibration(slow, fast, anchors), confidence.confidence_metrics(slow, fast, anchors)
+
+
+@functools.cache
+def scored(word_candidates=False):
+    table = WordTable(tiny_tokenizer(), world()[1]) if word_candidates else world()[2]
+    anchors, _ = anchored(table if word_candidates else None)
+    id_BGC, length_BG = sampled()
+    own = Continuations(id_BGC=id_BGC, exists_BGC=np.arange(LENGTH) < length_BG[..., None])
+    slow_h, fast_h = packed_hidden(policy()[2], *prompts(LENGTHS, WIDTH), own, anchors.fast)
+    return jax.tree.map(np.asarray, on_device(policy()[2], slow_h, fast_h, anchors, table.ids_ZY))
+
+
+@functools.cache
+def first_tokens(wheel, category):
+    forms = world()[1].forms(wheel)[category]
+    spelled = [s for f in forms for s in (f.lower(), f.capitalize(), " " + f.lower(), " " + f.capitalize())]
+    return {tiny_tokenizer().encode(s)[0] for s in spelled}
+
+
+def candidate_ids(wheel, category):
+    """V(c), written down anew: first tokens of four spellings of each form, minus those of the other categories."""
+    others = [first_tokens(wheel, name) for name in world()[1].groups(wheel) if name != category]
+    return sorted(first_tokens(wheel, category) - set().union(*others))
+
+
+@functools.cache
+def brute_force(row, generation):
+    """[(word, wheel, correct, slow, fast)] of one completion, from its own ids, one context at a time."""
+    tags, wheels, _ = world()
+    id_BGC, length_BG = sampled()
+    ids = [int(i) for i in id_BGC[row, generation, : length_BG[row, generation]]]
+    texts = [tags.tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
+    opening = next(n for n, text in enumerate(texts) if "<answer>" in text)
+    inputs = prompts(LENGTHS, WIDTH)
+    found = []
+    for word in parse_answer(texts[-1].removesuffix("<|im_end|>")).words[:WORDS]:
+        at = texts[-1].lower().index(word, texts[-1].index("<answer>"))
+        token = next(n for n, text in enumerate(texts) if len(text) > at)
+        slow = np.exp(log_softmax(row_logits(*inputs, row, ids[:token])[-1]))
+        fast_ids = [*tags.ids("<think>"), *tags.ids("</think>\n<answer>"), *ids[opening + 1 : token]]
+        fast = np.exp(log_softmax(row_logits(*inputs, row, fast_ids)[-1]))
+        for wheel in range(len(wheels)):
+            category, truth = wheels.category(word, wheel), wheels.categories(TRUTHS[row], wheel)
+            if category is None or not truth or not (held := candidate_ids(wheel, category)):
+                continue
+            values = (np.log(max(p[held].sum(), 1e-10)) for p in (slow, fast))
+            found.append((word, wheel, category in truth, *values))
+    return found
+
+
+WITH_CONFIDENCE = ((0, 0), (0, 1), (0, 4), (1, 0), (1, 1))
+
+
+@pytest.mark.parametrize(("row", "generation"), WITH_CONFIDENCE)
+def test_confidences_equal_brute_force(row, generation):
+    anchors, _ = anchored()
+    slow, fast, _, _ = scored()
+    expected = brute_force(row, generation)
+    assert expected
+    words = list(dict.fromkeys(word for word, *_ in expected))
+    id_BGC, length_BG = sampled()
+    order = parse_answer(world()[0].completion_text(id_BGC[row, generation], length_BG[row, generation])).words
+    held = anchors.set_BGWQ[row, generation] != NO_SET
+    assert held.sum() == len(expected)
+    for word, wheel, correct, slow_expected, fast_expected in expected:
+        w = order.index(word)
+        assert held[w, wheel]
+        assert anchors.correct_BGWQ[row, generation, w, wheel] == correct
+        np.testing.assert_allclose(slow[row, generation, w, wheel], slow_expected, atol=2e-4)
+        np.testing.assert_allclose(fast[row, generation, w, wheel], fast_expected, atol=2e-4)
+    assert len(words) == held.any(-1).sum()
+
+
+def loop_calibration(found, correct, sign):
+    """R+ or R-: mean over words per wheel, then over the wheels with such words; None without any."""
+    wheels = sorted({wheel for _, wheel, right, *_ in found if right == correct})
+    means = [
+        np.mean([sign * (slow - fast) for _, k, right, slow, fast in found if k == wheel and right == correct])
+        for wheel in wheels
+    ]
+    return np.mean(means) if means else None
+
+
+def test_calibration_rewards_equal_brute_force():
+    _, _, calibrated, _ = scored()
+    kinds = set()
+    for row in range(2):
+        for generation in range(5):
+            found = brute_force(row, generation) if (row, generation) in WITH_CONFIDENCE else []
+            for value, valid, correct, sign in (
+                (calibrated.plus_BG, calibrated.plus_valid_BG, True, 1),
+                (calibrated.minus_BG, calibrated.minus_valid_BG, False, -1),
+            ):
+                expected = loop_calibration(found, correct, sign)
+                assert valid[row, generation] == (expected is not None)
+                np.testing.assert_allclose(value[row, generation], expected or 0.0, atol=4e-4)
+                kinds.add((correct, expected is None))
+    assert len(kinds) == 4
+    assert np.abs(calibrated.plus_BG).max() > 0.05  # far above the tolerance
+
+
+def test_metrics_are_means_over_words_and_wheels():
+    _, _, _, metrics = scored()
+    found = [word for row, generation in WITH_CONFIDENCE for word in brute_force(row, generation)]
+    for name, held in (("", (True, False)), ("_correct", (True,)), ("_wrong", (False,))):
+        kept = [word for word in found if word[2] in held]
+        np.testing.assert_allclose(metrics[f"confidence/slow{name}"], np.mean([np.exp(w[3]) for w in kept]), atol=1e-5)
+        np.testing.assert_allclose(metrics[f"confidence/fast{name}"], np.mean([np.exp(w[4]) for w in kept]), atol=1e-5)
+
+
+def test_what_gets_no_confidence_is_counted():
+    anchors, counts = anchored()
+    assert counts == {"bad_format": 2, "merged_tag": 0, "too_long": 1, "surplus_words": 1, "unlocated_words": 0}
+    for row, generation in ((0, 2), (0, 3), (1, 2), (1, 3), (1, 4)):
+        assert (anchors.set_BGWQ[row, generation] == NO_SET).all()
+    for row, generation in ((0, 2), (1, 2), (1, 3), (1, 4)):
+        assert not anchors.fast.exists_BGC[row, generation].any()
+
+
+def test_a_merged_tag_gives_no_confidence():
+    """The `>` token of a sample also holds the first letter: its fast context cannot be cut out of its ids."""
+    tags, wheels, candidates = world()
+    whole = tiny_tokenizer().encode("<think>Hm.</think>\n<answer>surprised, sad</answer>")
+    located = tags.locate(whole, len(whole))
+    assert located.merged  # the tests' tokenizer learnt `>s` from its texts
+    answer = AnswerToScore(ids=np.asarray(whole, np.int32), length=len(whole), words=("surprised", "sad"), usable=True)
+    categories = [[wheels.categories(("sad",), wheel) for wheel in range(len(wheels))]]
+    anchors, counts = build_anchors(
+        [[answer]],
+        categories,
+        tags=tags,
+        category=wheels.category,
+        candidate_sets=candidates.word,
+        settings=SETTINGS,
+    )
+    assert counts["merged_tag"] == 1
+    assert (anchors.set_BGWQ == NO_SET).all() and not anchors.fast.exists_BGC.any()
+
+
+def test_words_on_wheels_where_the_truth_has_no_category_do_not_count():
+    _, wheels, _ = world()
+    anchors, _ = anchored()
+    silent = [[not wheels.categories(truth, wheel) for wheel in range(len(wheels))] for truth in TRUTHS]
+    for row in range(2):
+        assert (anchors.set_BGWQ[row][..., silent[row]] == NO_SET).all()
+
+
+def test_word_candidates_use_the_words_own_tokens():
+    """The arm `sfcc_word`: the confidence of a word's own first tokens is never above its category's, sharing aside."""
+    slow, _, _, _ = scored(word_candidates=True)
+    anchors, _ = anchored(WordTable(tiny_tokenizer(), world()[1]))
+    tags, _, _ = world()
+    id_BGC, length_BG = sampled()
+    ids = [int(i) for i in id_BGC[0, 0, : length_BG[0, 0]]]
+    for w, word in enumerate(("joyful", "sad")):
+        token = int(anchors.slow_BGW[0, 0, w])
+        p = np.exp(log_softmax(row_logits(*prompts(LENGTHS, WIDTH), 0, ids[:token])[-1]))
+        own = {tags.ids(s)[0] for s in (word, " " + word, word.capitalize(), " " + word.capitalize())}
+        held = anchors.set_BGWQ[0, 0, w] != NO_SET
+        assert held.any()
+        np.testing.assert_allclose(slow[0, 0, w][held], np.log(p[sorted(own)].sum()), atol=2e-4)
+
+
+def test_equal_contexts_have_no_difference():
+    """A completion whose think block is empty is its own fast context: slow and fast agree to rounding."""
+    tags, wheels, candidates = world()
+    ids = np.asarray([*tags.empty_think, *tags.ids("sad, joyful"), *tags.answer_close, tags.turn_end], np.int32)
+    answer = AnswerToScore(ids=ids, length=len(ids), words=("sad", "joyful"), usable=True)
+    categories = [[wheels.categories(("sad",), wheel) for wheel in range(len(wheels))]] * 2
+    anchors, _ = build_anchors(
+        [[answer], [answer]],
+        categories,
+        tags=tags,
+        category=wheels.category,
+        candidate_sets=candidates.word,
+        settings=SETTINGS,
+    )
+    padded = np.zeros((2, 1, LENGTH), np.int32)
+    padded[:, 0, : len(ids)] = ids
+    exists = np.broadcast_to(np.arange(LENGTH) < len(ids), padded.shape)
+    own = Continuations(id_BGC=padded, exists_BGC=exists)
+    slow_h, fast_h = packed_hidden(policy()[2], *prompts(LENGTHS, WIDTH), own, anchors.fast)
+    slow, fast, _, _ = on_device(policy()[2], slow_h, fast_h, anchors, candidates.ids_ZY)
+    held = anchors.set_BGWQ != NO_SET
+    assert held.any()
+    np.testing.assert_allclose(np.asarray(slow)[held], np.asarray(fast)[held], atol=2e-5)
+
+
+def test_probabilities_below_the_floor_are_held_there_and_absent_sets_give_no_nan():
+    config = policy()[0]
+    h = np.zeros((1, config.text.hidden_size), np.float32)
+    sets = np.array([[0, NO_SET, 1]])
+    table = np.array([[3, -1], [4, 5]])
+
+    def score(params):
+        bias = np.zeros(config.text.vocab_size, np.float32)
+        bias[7] = 60.0  # everything else is below 1e-10
+
+        class Peaked:
+            def logits(self, h_MD):
+                return bound(params).logits(h_MD) + bias
+
+        return confidence.set_logprobs(Peaked(), h, sets, table)
+
+    np.testing.assert_allclose(score(policy()[2]), np.full((1, 3), np.log(1e-10)), rtol=1e-6)
+    gradients = jax.grad(lambda params: score(params).sum())(policy()[2])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_calibration_loss_is_the_mean_shortfall_and_moves_the_slow_side_only():
+    slow, fast, _, _ = scored()
+    anchors, _ = anchored()
+    held = anchors.set_BGWQ != NO_SET
+    words, total = 0, 0.0
+    for index in np.ndindex(held.shape[:3]):
+        on = np.flatnonzero(held[index])
+        if on.size:
+            gaps = fast[index][on] - slow[index][on]
+            total += np.maximum(np.where(anchors.correct_BGWQ[index][on], gaps, -gaps), 0).mean()
+            words += 1
+    assert words == confidence.calibration_words(anchors)
+    loss = functools.partial(confidence.calibration_loss, anchors=anchors, total_words=np.float32(words))
+    np.testing.assert_allclose(loss(slow, fast), total / words, rtol=1e-5)
+    slow_gradient, fast_gradient = jax.grad(loss, (0, 1))(slow, fast)
+    assert np.asarray(slow_gradient)[held].any() and not np.asarray(slow_gradient)[~held].any()
+    assert not np.asarray(fast_gradient).any()
+    shares = [
+        confidence.calibration_loss(slow[r], fast[r], jax.tree.map(lambda x, r=r: x[r], anchors), np.float32(words))
+        for r in (slice(0, 1), slice(1, 2))
+    ]
+    np.testing.assert_allclose(sum(shares), total / words, rtol=1e-5)
