@@ -34,6 +34,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # dtype the parameters are kept in
     compute_dtype: str = "bfloat16"  # dtype of activations and matrix products
     remat: str = "nothing"  # what the backward pass keeps of a layer: nothing | dots | everything
+    packed_rows: bool = False  # score a prompt's completions in one row with it (for block-sparse attention kernels)
     train_vision_tower: bool = False  # RL and SFT update the vision tower (frozen)
     train_audio_tower: bool = False  # RL and SFT update the audio tower (frozen)
 
@@ -125,7 +126,7 @@ class SftConfig:
 class RlConfig:
     """Group-relative policy optimisation and the method on top of it. Names are TRL's; defaults are the method's."""
 
-    arm: str = "mer_r1"  # which advantage: baseline | mer_r1
+    arm: str = "mer_r1"  # how rewards become advantages: baseline | rd | ad | mer_r1 | sfcc_* (rl/advantage.py)
     max_steps: int = 0  # optimizer steps; 0 skips RL, -1 means num_train_epochs
     num_train_epochs: float = 1.0  # used when max_steps is -1
     prompts_per_step: int = 16  # unique prompts of one rollout (TRL's batch counts completions: prompts x generations)

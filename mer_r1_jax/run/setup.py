@@ -158,7 +158,7 @@ def make_setup(config: RunConfig, progress: Any = None) -> Setup:
     data = _read(config, wheels)
     tokenizer_path = pathlib.Path(config.model.tokenizer_path or config.model.path)
     tokenizer = load_tokenizer(tokenizer_path)
-    backbone = Backbone.create(thinker_config(config.model, tokenizer), make_mesh(config.mesh))
+    backbone = Backbone.create(thinker_config(config.model, tokenizer), make_mesh(config.mesh), config.model.packed_rows)
     tags = AnswerTags(tokenizer)
     table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
     return Setup(

@@ -52,6 +52,7 @@ class Backbone:
         graphdef: the NNX structure, hashable.
         shapes: flat abstract parameters.
         shardings: flat `NamedSharding`s of the same names.
+        packed_rows: whether completions are scored in one row with their prompt.
     """
 
     config: ThinkerConfig
@@ -59,13 +60,14 @@ class Backbone:
     graphdef: Any
     shapes: Leaves
     shardings: Leaves
+    packed_rows: bool = False
 
     @classmethod
-    def create(cls, config: ThinkerConfig, mesh: Mesh) -> Backbone:
+    def create(cls, config: ThinkerConfig, mesh: Mesh, packed_rows: bool = False) -> Backbone:
         """Lays the architecture out on a mesh without allocating anything."""
         graphdef, shapes, axes = abstract_thinker(config)
         shardings = param_shardings(shapes, axes, mesh)
-        return cls(config, mesh, graphdef, flatten(shapes), flatten(shardings))
+        return cls(config, mesh, graphdef, flatten(shapes), flatten(shardings), packed_rows)
 
     def bind(self, *leaves: Leaves) -> Thinker:
         """The module around parameters given as sets of leaves; for use inside `jit`."""

@@ -19,7 +19,7 @@ from mer_r1_jax.omni.batch import Array, Batch
 from mer_r1_jax.omni.thinker import FeatureLayout, Thinker
 from mer_r1_jax.rl import confidence
 from mer_r1_jax.rl.losses import PolicyLossConfig, StepTotals, policy_loss, step_totals, token_logprobs
-from mer_r1_jax.rl.packing import Continuations, pack, predictor_hidden
+from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.rl.rollout import Completions, rollout
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
@@ -133,7 +133,7 @@ class RlPrograms:
         """
 
         def score(model: Thinker, prompts: PromptRows, features_BRD, completion, anchors, candidate_ids_ZY):
-            slow_h, fast_h = _hidden(model, prompts, features_BRD, completion, anchors.fast)
+            slow_h, fast_h = self._hidden(model, prompts, features_BRD, completion, anchors.fast)
             return confidence.confidences(model, slow_h, fast_h, anchors, candidate_ids_ZY)
 
         return self._jit(score)
@@ -146,10 +146,24 @@ class RlPrograms:
         """
 
         def logprobs(model: Thinker, prompts: PromptRows, features_BRD, completion: Continuations):
-            (h_BGCD,) = _hidden(model, prompts, features_BRD, completion)
+            (h_BGCD,) = self._hidden(model, prompts, features_BRD, completion)
             return token_logprobs(model, h_BGCD, completion.id_BGC, temperature=self.config.temperature)[0]
 
         return self._jit(logprobs)
+
+    def _hidden(
+        self, model: Thinker, prompts: PromptRows, features_BRD: Array | None, *sets: Continuations
+    ) -> tuple[Array, ...]:
+        """The hidden states [B, G, C, D] that predict the tokens of each set, all through one forward pass."""
+        return continuation_hidden(
+            model,
+            prompts.batch.tokens,
+            features_BRD,
+            FeatureLayout.of_batch(prompts.batch),
+            prompts.next_position_B,
+            *sets,
+            packed=self.backbone.packed_rows,
+        )
 
     def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Jits a function of (model, *arrays) as one of (leaves, *arrays)."""
@@ -203,7 +217,7 @@ class RlPrograms:
         if features_BRD is None:
             features_BRD = model.encode_media(prompts.batch.vision, prompts.batch.audio)
         sets = (completion,) if anchors is None else (completion, anchors.fast)
-        h_BGCD, *fast_h = _hidden(model, prompts, features_BRD, *sets)
+        h_BGCD, *fast_h = self._hidden(model, prompts, features_BRD, *sets)
         logprob_BGC, entropy_BGC = token_logprobs(model, h_BGCD, completion.id_BGC, temperature=self.config.temperature)
         mask_BGC = experience.loss_mask_BGC
         value, metrics = policy_loss(
@@ -227,14 +241,6 @@ class RlPrograms:
         metrics["entropy"] = jnp.sum(jnp.where(mask_BGC, entropy_BGC, 0.0)) / tokens
         metrics["sampling/sampling_logp_difference/mean"] = jnp.sum(gap_BGC) / tokens
         return value, jax.lax.stop_gradient(metrics)
-
-
-def _hidden(model: Thinker, prompts: PromptRows, features_BRD: Array | None, *sets: Continuations) -> tuple[Array, ...]:
-    """The hidden states [B, G, C, D] that predict the tokens of each set, all from one packed forward pass."""
-    tokens = prompts.batch.tokens
-    packed = pack(tokens, prompts.next_position_B, *sets)
-    h_BTD = model.hidden(packed, features_BRD, FeatureLayout.of_batch(prompts.batch))
-    return predictor_hidden(h_BTD, tokens, *sets)
 
 
 def beta_at(config: RlConfig, step: int, total_steps: int) -> float:

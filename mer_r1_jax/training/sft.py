@@ -18,7 +18,7 @@ from mer_r1_jax.omni.batch import Array, Batch
 from mer_r1_jax.omni.thinker import FeatureLayout
 from mer_r1_jax.parallel.rows import split_rows
 from mer_r1_jax.rl.losses import token_logprobs
-from mer_r1_jax.rl.packing import Continuations, pack, predictor_hidden
+from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.state import Leaves, TrainState, apply_gradients
 
@@ -77,11 +77,17 @@ def sft_loss(
         features = jax.lax.stop_gradient(features)
     kinds = {"slow": batch.slow} | ({"fast": batch.fast} if batch.fast is not None else {})
     shares = {"slow": 1 - fast_fraction, "fast": fast_fraction} if batch.fast is not None else {"slow": 1.0}
-    sets = [kind.continuation for kind in kinds.values()]
-    tokens = pack(batch.prompts.tokens, batch.next_position_B, *sets)
-    h_BTD = model.hidden(tokens, features, FeatureLayout.of_batch(batch.prompts))
+    hidden = continuation_hidden(
+        model,
+        batch.prompts.tokens,
+        features,
+        FeatureLayout.of_batch(batch.prompts),
+        batch.next_position_B,
+        *(kind.continuation for kind in kinds.values()),
+        packed=backbone.packed_rows,
+    )
     means = {}
-    for (name, kind), h_BGCD in zip(kinds.items(), predictor_hidden(h_BTD, batch.prompts.tokens, *sets), strict=True):
+    for (name, kind), h_BGCD in zip(kinds.items(), hidden, strict=True):
         logprob_BGC, _ = token_logprobs(model, h_BGCD, kind.continuation.id_BGC, temperature=1.0)
         total = jnp.sum(jnp.where(kind.loss_mask_BGC, logprob_BGC, 0.0))
         means[name] = -total / jnp.maximum(tokens_in_loss[name], 1)

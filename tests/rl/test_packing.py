@@ -20,11 +20,12 @@ def continuations(generations, length, seed):
     )
 
 
-def test_packed_continuations_see_their_prompt_and_themselves_only():
+@pytest.mark.parametrize("packed", (True, False))
+def test_packed_continuations_see_their_prompt_and_themselves_only(packed):
     """Two sets of different size in one row predict what each sequence alone predicts, media in the prompt included."""
     tokens, features, next_position = prompts(LENGTHS, WIDTH)
     sets = continuations(3, 6, 0), continuations(2, 4, 1)
-    hidden = packed_hidden(policy()[2], tokens, features, next_position, *sets)
+    hidden = packed_hidden(policy()[2], tokens, features, next_position, *sets, packed=packed)
     checked = 0
     for own, h_BGCD in zip(sets, hidden, strict=True):
         logits = np.asarray(bound().logits(h_BGCD))

@@ -79,11 +79,12 @@ def sampled(params, tokens, features, next_position_B, uid_B, key, step, *, gene
     )
 
 
-@jax.jit
-def packed_hidden(params, tokens, features, next_position_B, *sets):
-    """Hidden states that predict the tokens of each set of continuations, from one packed forward pass."""
-    h_BTD = bound(params).hidden(packing.pack(tokens, next_position_B, *sets), features, LAYOUT)
-    return packing.predictor_hidden(h_BTD, tokens, *sets)
+@functools.partial(jax.jit, static_argnames="packed")
+def packed_hidden(params, tokens, features, next_position_B, *sets, packed=True):
+    """Hidden states that predict the tokens of each set of continuations, from one forward pass."""
+    return packing.continuation_hidden(
+        bound(params), tokens, features, LAYOUT, next_position_B, *sets, packed=packed
+    )
 
 
 @jax.jit
