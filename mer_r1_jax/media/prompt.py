@@ -139,7 +139,7 @@ class PromptBuilder:
             first[:0] = [_Slot(kind) for kind in KINDS for _ in waiting[kind]]
         if record.subtitle is not None:
             subtitle = self._checked(record.subtitle, "subtitle", _PLACEHOLDER, _SUBTITLE_TAG)
-            first.insert(_leading_media(first), f"<subtitle>{subtitle}</subtitle>\n")
+            _insert_after_media(first, f"<subtitle>{subtitle}</subtitle>\n")
         if turns[0][0] != "system":
             turns.insert(0, ("system", [self.system_prompt]))
         items: list[_Item] = []
@@ -291,12 +291,16 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
     return {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
 
 
-def _leading_media(parts: Sequence[str | _Slot]) -> int:
-    """Returns how many parts a turn opens with that are media or white space."""
-    count = 0
-    while count < len(parts) and (isinstance(parts[count], _Slot) or not parts[count].strip()):
-        count += 1
-    return count
+def _insert_after_media(parts: list[str | _Slot], text: str) -> None:
+    """Inserts a text after the media and white space that a turn opens with."""
+    at = 0
+    while at < len(parts) and (isinstance(parts[at], _Slot) or not parts[at].strip()):
+        at += 1
+    if at < len(parts):
+        rest = parts[at].lstrip()
+        parts[at : at + 1] = [parts[at][: len(parts[at]) - len(rest)], text, rest]
+    else:
+        parts.append(text)
 
 
 def _audio_of(item: _Item) -> tuple[AudioInput, ...]:

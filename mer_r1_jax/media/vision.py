@@ -1,4 +1,4 @@
-"""Frames to patches, and where each patch lies: the layout of transformers' Qwen2-VL processors, in numpy.
+"""Frames to patches, in the order of transformers' Qwen2-VL processors (see `omni.grids` for where each lies).
 
 Shape letters: P frame pairs, S patches of a frame pair, X values of a patch; n frames, h and w in pixels.
 """

@@ -113,7 +113,8 @@ def test_other_rates_go_through_soxr_at_high_quality(tmp_path, rate):
 
 
 @pytest.mark.parametrize(
-    ("ending", "codec"), [("wav", "pcm_s16le"), ("flac", "flac"), ("mp3", "libmp3lame"), ("m4a", "aac"), ("opus", "libopus")]
+    ("ending", "codec"),
+    [("wav", "pcm_s16le"), ("flac", "flac"), ("mp3", "libmp3lame"), ("m4a", "aac"), ("opus", "libopus")],
 )
 def test_audio_files_of_other_kinds(tmp_path, ending, codec):
     rate = 48_000 if codec == "libopus" else 44_100

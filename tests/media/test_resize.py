@@ -73,7 +73,13 @@ def test_resize_equals_torch_bit_for_bit_at_random_sizes():
 
 @pytest.mark.parametrize(
     ("size", "new"),
-    [((96, 128), (280, 392)), ((720, 1280), (420, 756)), ((84, 84), (84, 112)), ((84, 84), (56, 84)), ((1, 5), (28, 28))],
+    [
+        ((96, 128), (280, 392)),
+        ((720, 1280), (420, 756)),
+        ((84, 84), (84, 112)),
+        ((84, 84), (56, 84)),
+        ((1, 5), (28, 28)),
+    ],
 )
 def test_resize_equals_torch_at_sizes_that_occur(size, new):
     picture = pictures(1, *size, 3)

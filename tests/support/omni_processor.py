@@ -17,15 +17,17 @@ import numpy as np
 SAMPLING_RATE = 16_000
 
 
-def run_processor(folder: Path, tokenizer, chat_template: str, cases: dict[str, dict]) -> dict[str, dict[str, np.ndarray]]:
+def run_processor(
+    folder: Path, tokenizer, chat_template: str, cases: dict[str, dict]
+) -> dict[str, dict[str, np.ndarray]]:
     """Runs the processor on chats with media.
 
     Args:
         folder: scratch folder.
         tokenizer: saved into it for the process.
         chat_template: jinja source.
-        cases: name -> {"messages": chat in transformers' form, "videos": [uint8[n, h, w, 3]], "images": [uint8[h, w, 3]],
-            "audio": [float32[samples]], "options": further arguments of the processor's call}.
+        cases: name -> {"messages": chat in transformers' form, "videos": [uint8[n, h, w, 3]], "images":
+            [uint8[h, w, 3]], "audio": [float32[samples]], "options": further arguments of the processor's call}.
 
     Returns:
         name -> {"text": the rendered chat before expansion, and every array the processor makes}.
