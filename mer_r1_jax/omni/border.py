@@ -11,10 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.omni.batch import FEATURES_PER_UNIT, MEL_FRAMES_PER_UNIT, PADDING, PROMPT, AudioClips, Batch, Tokens, VisionClips
+from mer_r1_jax.omni.batch import (
+    MEL_FRAMES_PER_UNIT,
+    PADDING,
+    PROMPT,
+    AudioClips,
+    Batch,
+    BatchShape,
+    Tokens,
+    VisionClips,
+)
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.grids import feature_rows, patch_layout
 from mer_r1_jax.omni.positions import audio_token_count, feature_sources, rope_positions, vision_token_count
+from mer_r1_jax.omni.thinker import FeatureLayout
 
 
 class InputError(ValueError):
@@ -113,19 +123,22 @@ class Packing:
         return {f"{kind}_features": features_BRD[at[:, 0], at[:, 1]] for kind, at in self.rows.items() if len(at)}
 
 
-def to_batch(inputs: ProcessorInputs, config: ThinkerConfig) -> tuple[Batch, np.ndarray, Packing]:
+def to_batch(
+    inputs: ProcessorInputs, config: ThinkerConfig, shape: BatchShape | None = None
+) -> tuple[Batch, np.ndarray, Packing]:
     """Our batch for processor tensors.
 
     Args:
         inputs: the tensors.
         config: the model's.
+        shape: sizes to pad to, so that many inputs share one compiled program; None for just large enough. Rows and
+            columns that the inputs do not have are padding behind theirs.
 
     Returns:
-        (batch, rows and columns as in the inputs; int32 position after the last token next_position_B; the way back to
-        packed features).
+        (batch; int32 position after the last token next_position_B; the way back to packed features).
 
     Raises:
-        InputError, PositionError: the media do not match the placeholders.
+        InputError, PositionError: the media do not match the placeholders, or the inputs do not fit the shape.
     """
     real_BT = np.asarray(inputs.attention_mask) == 1
     rows_ids = [inputs.input_ids[b][real_BT[b]] for b in range(len(real_BT))]
@@ -135,19 +148,22 @@ def to_batch(inputs: ProcessorInputs, config: ThinkerConfig) -> tuple[Batch, np.
         kind: _deal(found, [int((ids == token_ids[kind]).sum()) for ids in rows_ids], kind)
         for kind, found in clips.items()
     }
-    vision_rows = [[*images, *videos] for images, videos in zip(by_row["image"], by_row["video"], strict=True)]
-    vision = _pad_vision(vision_rows, config) if clips["image"] or clips["video"] else None
-    audio = _pad_audio(by_row["audio"], config) if clips["audio"] else None
-    patches = vision.patches_BVPSX.shape[3] if vision is not None else 0
-    first_audio = vision.patches_BVPSX.shape[1] if vision is not None else 0
+    vision_rows = [images + videos for images, videos in zip(by_row["image"], by_row["video"], strict=True)]
+    shape = _fit(_shape_of(inputs, vision_rows, by_row["audio"]), shape)
 
-    B, T = inputs.input_ids.shape
+    B, T = shape.rows, shape.tokens
+    b_in, t_in = inputs.input_ids.shape
+    id_BT = np.full((B, T), config.pad_token_id, np.int32)
+    id_BT[:b_in, :t_in] = inputs.input_ids
+    segment_BT = np.full((B, T), PADDING, np.int32)
+    segment_BT[:b_in, :t_in] = np.where(real_BT, PROMPT, PADDING)
     position_3BT = np.ones((3, B, T), np.int32)
     source_BT2 = np.tile(np.array([-1, 0], np.int32), (B, T, 1))
     next_position_B = np.zeros(B, np.int32)
     for b, ids in enumerate(rows_ids):
         images, videos, audios = (by_row[kind][b] for kind in ("image", "video", "audio"))
-        position_3T, next_position_B[b] = rope_positions(
+        at = np.flatnonzero(real_BT[b])
+        position_3BT[:, b, at], next_position_B[b] = rope_positions(
             ids,
             config,
             image_grids=[clip.grid for clip in images],
@@ -156,24 +172,48 @@ def to_batch(inputs: ProcessorInputs, config: ThinkerConfig) -> tuple[Batch, np.
             audio_lengths=[len(clip.array) for clip in audios],
             use_audio_in_video=inputs.use_audio_in_video,
         )
-        position_3BT[:, b, real_BT[b]] = position_3T
-        numbered = list(enumerate(images + videos))
-        rows = [(number, feature_rows(clip.grid, patches)) for number, clip in numbered]
-        source_BT2[b, real_BT[b]] = feature_sources(
+        rows = [(number, feature_rows(clip.grid, shape.patches)) for number, clip in enumerate(images + videos)]
+        source_BT2[b, at] = feature_sources(
             ids,
             config,
             images=rows[: len(images)],
             videos=rows[len(images) :],
-            audios=[(first_audio + number, np.arange(clip.tokens)) for number, clip in enumerate(audios)],
+            audios=[(shape.vision_clips + number, np.arange(clip.tokens)) for number, clip in enumerate(audios)],
         )
-    tokens = Tokens(
-        id_BT=inputs.input_ids.astype(np.int32),
-        segment_BT=np.where(real_BT, PROMPT, PADDING).astype(np.int32),
-        position_3BT=position_3BT,
-        source_BT2=source_BT2,
-    )
+    tokens = Tokens(id_BT=id_BT, segment_BT=segment_BT, position_3BT=position_3BT, source_BT2=source_BT2)
+    vision = _pad_vision(vision_rows, shape, config) if shape.vision_clips else None
+    audio = _pad_audio(by_row["audio"], shape, config) if shape.audio_clips else None
     batch = Batch(tokens=tokens, vision=vision, audio=audio)
-    return batch, next_position_B, _packing(batch, token_ids)
+    return batch, next_position_B, _packing(tokens, FeatureLayout.of_shape(shape), token_ids)
+
+
+def _shape_of(inputs: ProcessorInputs, vision_rows: list[list[_Clip]], audio_rows: list[list[_Clip]]) -> BatchShape:
+    """The smallest shape that holds these clips."""
+    rows, tokens = inputs.input_ids.shape
+    grids = [clip.grid for row in vision_rows for clip in row]
+    frames = [len(clip.array) for row in audio_rows for clip in row]
+    return BatchShape(
+        rows=rows,
+        tokens=tokens,
+        vision_clips=max(map(len, vision_rows)),
+        frame_pairs=max((pairs for pairs, _, _ in grids), default=0),
+        patches=max((height * width for _, height, width in grids), default=0),
+        audio_clips=max(map(len, audio_rows)),
+        audio_units=max((max(1, -(-count // MEL_FRAMES_PER_UNIT)) for count in frames), default=0),
+    )
+
+
+def _fit(needed: BatchShape, shape: BatchShape | None) -> BatchShape:
+    if shape is None:
+        return needed
+    small = [
+        f"{field.name} {getattr(needed, field.name)} > {getattr(shape, field.name)}"
+        for field in dataclasses.fields(BatchShape)
+        if getattr(needed, field.name) > getattr(shape, field.name)
+    ]
+    if small:
+        raise InputError(f"the inputs do not fit the shape they should be padded to: {', '.join(small)}")
+    return shape
 
 
 def _images(inputs: ProcessorInputs, config: ThinkerConfig) -> list[_Clip]:
@@ -234,10 +274,8 @@ def _deal(clips: list[_Clip], tokens_B: list[int], kind: str) -> list[list[_Clip
     return rows
 
 
-def _pad_vision(rows: list[list[_Clip]], config: ThinkerConfig) -> VisionClips:
-    B, V = len(rows), max(len(row) for row in rows)
-    P = max(clip.grid[0] for row in rows for clip in row)
-    S = max(clip.grid[1] * clip.grid[2] for row in rows for clip in row)
+def _pad_vision(rows: list[list[_Clip]], shape: BatchShape, config: ThinkerConfig) -> VisionClips:
+    B, V, P, S = shape.rows, shape.vision_clips, shape.frame_pairs, shape.patches
     patches = np.zeros((B, V, P, S, config.vision.patch_values), np.float32)
     position, window = np.zeros((B, V, S, 2), np.int32), np.full((B, V, S), -1, np.int32)
     pairs = np.zeros((B, V), np.int32)
@@ -251,9 +289,8 @@ def _pad_vision(rows: list[list[_Clip]], config: ThinkerConfig) -> VisionClips:
     return VisionClips(patches_BVPSX=patches, position_BVS2=position, window_BVS=window, pairs_BV=pairs)
 
 
-def _pad_audio(rows: list[list[_Clip]], config: ThinkerConfig) -> AudioClips:
-    B, A = len(rows), max(len(row) for row in rows)
-    U = max(1, max(-(-len(clip.array) // MEL_FRAMES_PER_UNIT) for row in rows for clip in row))
+def _pad_audio(rows: list[list[_Clip]], shape: BatchShape, config: ThinkerConfig) -> AudioClips:
+    B, A, U = shape.rows, shape.audio_clips, shape.audio_units
     mel = np.zeros((B, A, U * MEL_FRAMES_PER_UNIT, config.audio.num_mel_bins), np.float32)
     frames = np.zeros((B, A), np.int32)
     for b, row in enumerate(rows):
@@ -263,21 +300,11 @@ def _pad_audio(rows: list[list[_Clip]], config: ThinkerConfig) -> AudioClips:
     return AudioClips(mel_BAUFM=mel.reshape(B, A, U, MEL_FRAMES_PER_UNIT, -1), frames_BA=frames)
 
 
-def _packing(batch: Batch, token_ids: dict[str, int]) -> Packing:
+def _packing(tokens: Tokens, layout: FeatureLayout, token_ids: dict[str, int]) -> Packing:
     """Packed rows follow the placeholders in reading order, batch row after batch row, each kind for itself."""
-    tokens = batch.tokens
-    V = S = P = U = 0
-    if batch.vision is not None:
-        _, V, P, S, _ = batch.vision.patches_BVPSX.shape
-    if batch.audio is not None:
-        U = batch.audio.mel_BAUFM.shape[2]
-    clip_BT, row_BT = tokens.source_BT2[..., 0], tokens.source_BT2[..., 1]
-    vision_rows = P * S // 4
-    index_BT = np.where(
-        clip_BT < V, clip_BT * vision_rows + row_BT, V * vision_rows + (clip_BT - V) * U * FEATURES_PER_UNIT + row_BT
-    )
+    index_BT = np.asarray(layout.index(tokens.source_BT2))
     rows = {}
     for kind, token_id in token_ids.items():
-        b, t = np.nonzero((tokens.id_BT == token_id) & (clip_BT >= 0))
+        b, t = np.nonzero((tokens.id_BT == token_id) & (tokens.source_BT2[..., 0] >= 0))
         rows[kind] = np.stack([b, index_BT[b, t]], axis=1)
     return Packing(rows)
