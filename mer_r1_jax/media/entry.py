@@ -1,7 +1,7 @@
 """What decoding one file yields, and the bytes it is kept as: by the cache on disk, and between processes.
 
-Layout: 8 bytes of magic, CRC-32 of all that follows, length of the header, JSON header, arrays one after the other. The
-checksum covers header and arrays, so a truncated, extended or damaged entry is recognised.
+Layout: 8 bytes of magic, CRC-32 of all that follows, length of the header, JSON header padded with blanks so that arrays
+are aligned, arrays one after the other. A truncated, extended or damaged entry is recognised.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.mel import log_mel
 
 MAGIC = b"MERCLIP1"
-_PREFIX = struct.Struct("<8sII")
+_PREFIX = struct.Struct("<8sI")
+_HEADER_SIZE = struct.Struct("<I")
+_HEADER_AT = _PREFIX.size + _HEADER_SIZE.size
+_ALIGNMENT = 16
 DTYPES = ("uint8", "float32")
 
 VIDEO, AUDIO, IMAGE = "video", "audio", "image"
@@ -47,8 +50,9 @@ class Entry:
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
         described = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
         header = json.dumps({"arrays": described, "facts": self.facts}).encode()
-        body = b"".join([header, *(array.tobytes() for array in arrays.values())])
-        return _PREFIX.pack(MAGIC, zlib.crc32(body), len(header)) + body
+        header += b" " * (-(_HEADER_AT + len(header)) % _ALIGNMENT)
+        body = b"".join([_HEADER_SIZE.pack(len(header)), header, *(array.tobytes() for array in arrays.values())])
+        return _PREFIX.pack(MAGIC, zlib.crc32(body)) + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Entry:
@@ -57,14 +61,14 @@ class Entry:
         Raises:
             CorruptEntryError: if the bytes are not exactly what `to_bytes` wrote.
         """
-        if len(data) < _PREFIX.size:
+        if len(data) < _HEADER_AT:
             raise CorruptEntryError(f"{len(data)} bytes are too few for an entry")
-        magic, checksum, header_size = _PREFIX.unpack_from(data)
-        body = memoryview(data)[_PREFIX.size :]
-        if magic != MAGIC or zlib.crc32(body) != checksum:
+        magic, checksum = _PREFIX.unpack_from(data)
+        if magic != MAGIC or zlib.crc32(memoryview(data)[_PREFIX.size :]) != checksum:
             raise CorruptEntryError("the checksum does not match")
-        header = json.loads(bytes(body[:header_size]))
-        arrays, at = {}, _PREFIX.size + header_size
+        at = _HEADER_AT + _HEADER_SIZE.unpack_from(data, _PREFIX.size)[0]
+        header = json.loads(data[_HEADER_AT:at])
+        arrays = {}
         for name, dtype, shape in header["arrays"]:
             if dtype not in DTYPES:
                 raise CorruptEntryError(f"array of dtype {dtype}")

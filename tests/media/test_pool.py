@@ -1,0 +1,229 @@
+"""Decoding processes that hang, die, exit or babble: each costs at most its clip, and none is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.media_files import numbered_pictures, write_video
+
+from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.media.entry import decode_file
+from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.pool import WorkerPool
+
+MEDIA = MediaConfig(video_min_pixels=784, video_max_pixels=4 * 784)
+
+# The real worker, told by a clip's name to go wrong in a certain way before decoding it.
+TROUBLED = """
+import os, signal, sys, time
+from mer_r1_jax.media import worker
+decode = worker.decode_file
+def decode_file(path, **job):
+    name = os.path.basename(path)
+    if name.startswith("hang"):
+        time.sleep(600)
+    if name.startswith("exit"):
+        os._exit(0)
+    if name.startswith("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name.startswith("crash"):
+        os.abort()
+    if name.startswith("raise"):
+        raise RuntimeError("an unforeseen bug")
+    if name.startswith("print"):
+        os.write(1, b"a codec's remark on standard output\\n")
+    if name.startswith("once") and not os.path.exists(path + ".seen"):
+        open(path + ".seen", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(path=path, **job)
+worker.decode_file = decode_file
+worker.main()
+"""
+
+
+def job(path: Path) -> dict:
+    return dict(path=str(path), kind="video", media=dataclasses.asdict(MEDIA), factor=28, n_mels=128)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Makes a clip of a given name."""
+    return lambda name: write_video(tmp_path / f"{name}.mp4", numbered_pictures(8))
+
+
+@pytest.fixture
+def pool():
+    pool = WorkerPool(1, 5.0, (sys.executable, "-c", TROUBLED))
+    yield pool
+    pool.close()
+
+
+def assert_alive(process: int) -> None:
+    os.kill(process, 0)
+
+
+def gone(process: int, seconds: float = 10.0) -> bool:
+    """Whether a process ends within that time; a zombie has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def children(pool: WorkerPool) -> list[int]:
+    return [worker._process.pid for worker in pool._running]
+
+
+def test_a_worker_returns_what_decoding_returns(pool, clip):
+    path = clip("good")
+    entry = pool.decode(job(path))
+    expected = decode_file(str(path), "video", MEDIA, 28, 128)
+    np.testing.assert_array_equal(entry.arrays["frames"], expected.arrays["frames"])
+    assert entry.facts == expected.facts
+
+
+@pytest.mark.parametrize(
+    ("trouble", "word"), [("exit", "exit status 0"), ("kill", "exit status -9"), ("crash", "exit status -6")]
+)
+def test_a_worker_that_ends_is_replaced_and_its_clip_named(pool, clip, trouble, word):
+    pool.decode(job(clip("good")))
+    (first,) = children(pool)
+    with pytest.raises(MediaError) as caught:
+        pool.decode(job(clip(trouble)))
+    assert caught.value.reason == "worker_died"
+    assert f"{trouble}.mp4" in str(caught.value) and word in str(caught.value)
+    assert gone(first)
+    assert pool.decode(job(clip("good"))).arrays["frames"].shape[0] == 4
+    assert children(pool) != [first]
+
+
+def test_a_bug_in_the_worker_is_quoted(pool, clip):
+    with pytest.raises(MediaError, match="raise.mp4: .*RuntimeError: an unforeseen bug") as caught:
+        pool.decode(job(clip("raise")))
+    assert caught.value.reason == "worker_died"
+
+
+def test_a_worker_killed_for_anothers_sake_costs_nothing(pool, clip):
+    assert pool.decode(job(clip("once"))).arrays["frames"].shape[0] == 4
+
+
+def test_what_codecs_print_does_not_matter(pool, clip):
+    assert pool.decode(job(clip("print"))).arrays["frames"].shape[0] == 4
+
+
+def test_a_hanging_clip_times_out_and_is_named(clip):
+    pool = WorkerPool(1, 1.0, (sys.executable, "-c", TROUBLED))
+    try:
+        pool.decode(job(clip("good")))  # the process has started
+        (first,) = children(pool)
+        begin = time.monotonic()
+        with pytest.raises(MediaError, match="hang.mp4: no end of decoding after 1 s.*media.decode_timeout") as caught:
+            pool.decode(job(clip("hang")))
+        assert caught.value.reason == "timeout"
+        assert 0.9 < time.monotonic() - begin < 8.0
+        assert gone(first)
+    finally:
+        pool.close()
+
+
+def test_starting_a_process_does_not_count_against_the_clip(clip):
+    slow_start = "import time; time.sleep(1.5)\n" + TROUBLED
+    pool = WorkerPool(1, 1.0, (sys.executable, "-c", slow_start))
+    try:
+        assert pool.decode(job(clip("good"))).arrays["frames"].shape[0] == 4
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("program", ["print('hello there')", "raise SystemExit('no module named av')"])
+def test_a_program_that_is_no_worker_is_an_error_and_not_a_hang(clip, program):
+    pool = WorkerPool(1, 5.0, (sys.executable, "-c", program))
+    try:
+        with pytest.raises(MediaError) as caught:
+            pool.decode(job(clip("good")))
+        assert caught.value.reason == "worker_died"
+    finally:
+        pool.close()
+
+
+def test_other_clips_go_on_while_one_hangs(clip):
+    pool = WorkerPool(2, 4.0, (sys.executable, "-c", TROUBLED))
+    outcome = []
+
+    def hang():
+        try:
+            pool.decode(job(clip("hang")))
+        except MediaError as error:
+            outcome.append(error.reason)
+
+    thread = threading.Thread(target=hang)
+    try:
+        thread.start()
+        good = clip("good")
+        for _ in range(3):
+            pool.decode(job(good))
+        assert not outcome, "the hanging clip ended before the others were done"
+        thread.join()
+        assert outcome == ["timeout"]
+    finally:
+        pool.close()
+
+
+def test_closing_ends_the_processes(clip):
+    pool = WorkerPool(2, 5.0)
+    pool.decode(job(clip("good")))
+    processes = children(pool)
+    for process in processes:
+        assert_alive(process)
+    pool.close()
+    assert processes and all(gone(process) for process in processes)
+
+
+PARENT = """
+import sys, threading, time
+from mer_r1_jax.media.pool import WorkerPool
+pool = WorkerPool(1, 600.0, (sys.executable, "-c", sys.argv[1]))
+job = dict(path=sys.argv[2], kind="video", media={}, factor=28, n_mels=128)
+threading.Thread(target=pool.decode, args=(job,), daemon=True).start()
+while not pool._running:
+    time.sleep(0.01)
+print(next(iter(pool._running))._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_hanging_process_does_not_outlive_its_killed_parent(clip):
+    command = [sys.executable, "-c", PARENT, TROUBLED, str(clip("hang"))]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        worker = int(parent.stdout.readline())
+        time.sleep(1.0)
+        assert_alive(worker)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert gone(worker)
+    finally:
+        parent.kill()
+        parent.stdout.close()
+
+
+def test_a_worker_is_light():
+    """It starts often and many at a time: neither jax nor transformers nor torch may come along."""
+    program = "import sys, mer_r1_jax.media.worker; print(sorted({'jax', 'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
