@@ -5,12 +5,14 @@ Prints the reasoning, the emotion words with their categories on the five wheels
 
 import json
 import sys
+from typing import Any
 
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
 from mer_r1_jax.cli import explained
+from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.run.inference import MODES, Reading, answer, clip_record
 from mer_r1_jax.run.policy import open_model
 
@@ -20,6 +22,7 @@ _SUBTITLE = flags.DEFINE_string("subtitle", None, "what is said in the clip")
 _QUESTION = flags.DEFINE_string("question", "", "what to ask; empty = the model's own question")
 _MODE = flags.DEFINE_enum("mode", "both", ("slow", "fast", "both"), "answer after reasoning, at once, or both")
 _SHOW = flags.DEFINE_enum("show", "both", ("both", "video", "audio"), "which part of the clip the model is given")
+_SET = flags.DEFINE_multi_string("set", [], "a configuration field to change, such as media.max_frames=8; repeatable")
 _JSON = flags.DEFINE_bool("json", False, "print JSON instead of text")
 
 
@@ -28,7 +31,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     with explained():
         # A clip without sound is answered from its frames; the line printed with the prompt says so.
-        setup, leaves = open_model(_MODEL.value, {"media.missing_audio": "skip"})
+        setup, leaves = open_model(_MODEL.value, {"media.missing_audio": "skip"} | _settings(_SET.value))
         record = clip_record(
             _VIDEO.value,
             _QUESTION.value or setup.config.data.question,
@@ -50,6 +53,20 @@ def main(argv: list[str]) -> None:
     )
     for reading in readings:
         _show(console, reading)
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    """`section.field=value` texts as a mapping; values that are JSON are read as such, others are text."""
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or "." not in name:
+            raise ConfigError(f"--set={text}: expected section.field=value, such as media.max_frames=8")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
 
 
 def _show(console: Console, reading: Reading) -> None:
