@@ -1,7 +1,7 @@
 """What decoding one file yields, and the bytes it is kept as: by the cache on disk, and between processes.
 
-Layout: 8 bytes of magic, CRC-32 of all that follows, length of the header, JSON header padded with blanks so that arrays
-are aligned, arrays one after the other. A truncated, extended or damaged entry is recognised.
+Layout: 8 bytes of magic, CRC-32 of all that follows, length of the header, JSON header padded with blanks so that the
+arrays are aligned, arrays one after the other. A truncated, extended or damaged entry is recognised.
 """
 
 from __future__ import annotations
