@@ -103,12 +103,19 @@ def sample(logits: Array, uniform: Array, config: SamplingConfig) -> tuple[Array
     """
     allowed = logits + banned_bias(config.banned_ids, logits.shape[-1])
     if config.temperature == GREEDY:
-        token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+        token = _most_likely(allowed)
         sampling_logprob = jnp.zeros(token.shape, jnp.float32)
     else:
         token, sampling_logprob = _draw(_filtered(allowed / config.temperature, config), uniform)
     logprob = _pick(logits, token) - jax.nn.logsumexp(logits, axis=-1)
     return token, logprob, sampling_logprob
+
+
+def _most_likely(logits: Array) -> Array:
+    """Argmax int32 [...] as two plain reductions: they vectorise, XLA's argmax does not (4 times as slow on a CPU)."""
+    index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    best = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), index, logits.shape[-1] - 1)
+    return jnp.min(best, axis=-1)
 
 
 def banned_bias(banned_ids: tuple[int, ...], vocabulary: int) -> np.ndarray:
@@ -129,20 +136,36 @@ def banned_bias(banned_ids: tuple[int, ...], vocabulary: int) -> np.ndarray:
 
 def _filtered(scaled: Array, config: SamplingConfig) -> Array:
     """Tempered logits [..., N] with the tokens that top-k, top-p and min-p drop set to minus infinity."""
-    count = scaled.shape[-1]
-    kept = min(config.top_k, count) if config.top_k else count
-    if kept < count or config.top_p < 1:  # only these need an order of the vocabulary
-        ordered = jax.lax.top_k(scaled, kept)[0]
-        last = kept - 1
-        if config.top_p < 1:
-            mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-            last = jnp.minimum(jnp.sum(mass < config.top_p, axis=-1), last)  # the token that reaches the mass stays
-        threshold = _pick(ordered, jnp.broadcast_to(last, ordered.shape[:-1]))
-        scaled = jnp.where(scaled < threshold[..., None], -jnp.inf, scaled)
+    if 0 < config.top_k < scaled.shape[-1]:
+        scaled = jnp.where(_top(scaled, jnp.ones_like(scaled), config.top_k), scaled, -jnp.inf)
+    if config.top_p < 1:
+        weight = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+        reach = config.top_p * jnp.sum(weight, axis=-1, keepdims=True)
+        scaled = jnp.where(_top(scaled, weight, reach), scaled, -jnp.inf)
     if config.min_p > 0:
         floor = jnp.max(scaled, axis=-1, keepdims=True) + np.log(config.min_p)
         scaled = jnp.where(scaled < floor, -jnp.inf, scaled)
     return scaled
+
+
+def _top(values: Array, amount: Array, reach: Array | float) -> Array:
+    """bool [..., N], the fewest largest values whose amounts add up to `reach`, and those that tie with the last.
+
+    They are the values at or above a threshold, found exactly by bisection over the bits of a float32: 32 sums over the
+    vocabulary, where sorting it takes ten times as long.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    key = jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)  # integers in the order of the floats
+
+    def halve(_, bounds):
+        low, high = bounds  # keys from `low` on are enough, those from `high` on are not
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        enough = jnp.sum(jnp.where(key >= middle, amount, 0.0), axis=-1, keepdims=True) >= reach
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    limits = np.iinfo(np.int32)
+    bounds = jnp.full_like(key[..., :1], limits.min), jnp.full_like(key[..., :1], limits.max)
+    return key >= jax.lax.fori_loop(0, 32, halve, bounds)[0]
 
 
 def _draw(scaled: Array, uniform: Array) -> tuple[Array, Array]:
