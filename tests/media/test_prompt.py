@@ -92,6 +92,7 @@ def test_interleaved_audio_takes_rows_of_both_clips_in_order():
     assert prompt.source[prompt.ids == a].tolist() == [[1, row] for row in range(107)]
     assert prompt.source[prompt.ids == v].tolist() == [[0, row] for row in range(4)]
     assert (prompt.position[:, start] == prompt.position[:, start + 1]).all(), "the two starts share a position"
+    assert sum(prompt.stats[part] for part in ("text", "video", "audio")) == len(prompt.ids)
 
 
 def test_a_track_that_is_skipped_or_interleaved_leaves_its_placeholder_empty():
