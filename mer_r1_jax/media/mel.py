@@ -11,6 +11,7 @@ import functools
 import math
 
 import numpy as np
+import scipy.sparse
 
 WINDOW = 400  # samples of a frame
 HOP = 160  # samples between frames
@@ -73,14 +74,16 @@ def _hann() -> np.ndarray:
 
 
 @functools.cache
-def _mel_filters(n_mels: int, sampling_rate: int) -> np.ndarray:
+def _mel_filters(n_mels: int, sampling_rate: int) -> scipy.sparse.csr_matrix:
     """Slaney's triangular filters of unit area from 0 to 8 kHz, float64[n_mels, 201]."""
     highest = 8000.0
     edges = _mel_to_hertz(np.linspace(_hertz_to_mel(0.0), _hertz_to_mel(highest), n_mels + 2))
     bins = np.linspace(0, sampling_rate // 2, 1 + WINDOW // 2)
     rising = (bins - edges[:-2, None]) / np.diff(edges)[:-1, None]
     falling = (edges[2:, None] - bins) / np.diff(edges)[1:, None]
-    return np.maximum(0, np.minimum(rising, falling)) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
+    filters = np.maximum(0, np.minimum(rising, falling)) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
+    # Sparse for speed, and because the sums then do not depend on how many threads a BLAS happens to use.
+    return scipy.sparse.csr_matrix(filters)
 
 
 LINEAR_UP_TO = 1000.0  # Slaney's scale is linear up to here (15 mel) and logarithmic above
