@@ -37,7 +37,7 @@ $(BIN)/.installed-test: $(BIN)/.installed
 $(TRANSFORMERS4)/.installed: $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRANSFORMERS4) --upgrade \
 		transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0 \
-		requests urllib3 charset-normalizer
+		requests urllib3 charset-normalizer certifi idna
 	touch $@
 
 clean:
