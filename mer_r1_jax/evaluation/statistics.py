@@ -62,7 +62,12 @@ def paired_difference(
     after, before = np.atleast_2d(after), np.atleast_2d(before)
     if after.shape[1] != before.shape[1]:
         raise ValueError(f"got scores of {after.shape[1]} and {before.shape[1]} clips, expected the same clips twice")
-    return mean_interval(after.mean(axis=0) - before.mean(axis=0), seed, resamples, max(len(after), len(before)))
+    seeds = max(len(after), len(before))
+    if {len(after), len(before)} <= {1, seeds}:
+        differences = (after - before).mean(axis=0)  # the same, and exactly zero where nothing changed
+    else:
+        differences = after.mean(axis=0) - before.mean(axis=0)
+    return mean_interval(differences, seed, resamples, seeds)
 
 
 def mean_interval(differences: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, seeds: int = 1) -> Difference:

@@ -7,10 +7,11 @@ import functools
 import pathlib
 from typing import Any
 
+from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.probes import Prober
-from mer_r1_jax.run.policy import PolicyError, open_model, saved_config
+from mer_r1_jax.run.policy import RUN_MARKER, PolicyError, open_model, saved_config
 from mer_r1_jax.run.road import load_prompts, make_evaluator
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.state import Leaves
@@ -56,7 +57,7 @@ def open_held_out(
 
     Args:
         path: the folder.
-        data: JSON-lines file; "" takes what the run was evaluated on.
+        data: JSON-lines file; "" takes what the run was evaluated on (of an export: the run whose folder it lies in).
         media_root: folder the media paths are relative to; "" means the run's own or, with `data`, that file's folder.
         limit: takes the first so many records; 0 takes as many as the run did, or all of `data`.
         overrides: dotted configuration fields to change.
@@ -65,19 +66,24 @@ def open_held_out(
         PolicyError: the folder holds no policy, or names no held-out records while `data` is empty.
         RecordError: the records cannot be used.
     """
-    config = saved_config(path)
     if not data:
-        data, media_root = _own_data(path, config, media_root)
+        config = _evaluated_config(pathlib.Path(path))
+        data, media_root = config.data.eval_path, media_root or config.data.media_root
         limit = limit or config.eval.limit
     setup, leaves = open_model(path, {"data.media_root": media_root, **(overrides or {})})
     records = read_records(data, media_root, question=setup.config.data.question, require=("solution",))
     return HeldOut(setup, leaves, tuple(records[: limit or None]))
 
 
-def _own_data(path: str | pathlib.Path, config: Any, media_root: str) -> tuple[str, str]:
-    """The held-out file a run was evaluated on, and its media root."""
-    if config is not None and config.data.eval_path:
-        return config.data.eval_path, media_root or config.data.media_root
-    if config is not None and config.data.synthetic_dir:
-        return str(pathlib.Path(config.data.synthetic_dir) / "eval.jsonl"), media_root
-    raise PolicyError(f"{path}: names no held-out records; give a JSON-lines file with a `solution` in every line")
+def _evaluated_config(path: pathlib.Path) -> RunConfig:
+    """The configuration, with its held-out file, of a run's folder or of the run that an export lies in."""
+    for folder in (path, path.resolve().parent.parent):
+        if (folder / RUN_MARKER).is_dir():
+            config = saved_config(folder)
+            world = config.data.synthetic_dir
+            file = config.data.eval_path or (world and str(pathlib.Path(world) / "eval.jsonl"))
+            if file:
+                return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=file))
+    raise PolicyError(
+        f"{path}: names no held-out records; give a JSON-lines file (--data) with a `solution` in every line"
+    )

@@ -49,7 +49,8 @@ def test_seeds_are_averaged_for_each_clip():
     after, before = scores(2, seeds=3)
     together = paired_difference(after, before, seed=5)
     averaged = paired_difference(after.mean(axis=0), before.mean(axis=0), seed=5)
-    assert (together.points, together.low, together.high) == (averaged.points, averaged.low, averaged.high)
+    bounds = [(interval.points, interval.low, interval.high) for interval in (together, averaged)]
+    assert bounds[0] == pytest.approx(bounds[1])
     assert together.clips == 300 and together.seeds == 3 and "3 seeds" in str(together)
     # Three seeds of the same clips are not three times as many clips: what clips have in common stays.
     repeated = paired_difference(np.repeat(after[:1], 3, axis=0), np.repeat(before[:1], 3, axis=0), seed=5)
@@ -57,6 +58,8 @@ def test_seeds_are_averaged_for_each_clip():
     assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high))
     one_start = paired_difference(after, before[:1])
     assert one_start.points == pytest.approx(100 * (after.mean() - before[0].mean())) and one_start.seeds == 3
+    uneven = paired_difference(after, before[:2])
+    assert uneven.points == pytest.approx(100 * (after.mean() - before[:2].mean()))
 
 
 def test_interval_is_a_function_of_scores_and_seed(monkeypatch):
@@ -77,6 +80,8 @@ def test_no_difference_is_not_clear():
     _, before = scores(4)
     same = paired_difference(before, before)
     assert (same.points, same.low, same.high) == (0, 0, 0) and not same.is_clear
+    seeds = paired_difference(np.repeat(before, 3, axis=0), before)  # a mean of three would differ in the last place
+    assert (seeds.points, seeds.low, seeds.high) == (0, 0, 0)
     assert Difference(-2.0, -3.0, -1.0, 9).is_clear and not Difference(2.0, -0.1, 4.1, 9).is_clear
     assert str(Difference(-2.0, -3.0, 1.0, 9)) == "−2.0 points (95% interval −3.0 to +1.0, 9 clips)"
 
