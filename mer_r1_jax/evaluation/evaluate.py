@@ -29,6 +29,10 @@ from mer_r1_jax.training.state import Leaves
 MODES = ("slow", "fast")
 
 
+class EvaluationError(ValueError):
+    """Clips that no evaluation can be made of."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AnswerOf:
     """One mode's answer to one clip.
@@ -114,6 +118,9 @@ class Evaluator:
             prompts: records with their prompt, or the reason why there is none.
             modes: slow, fast or both.
             check: called between batches; may raise to stop.
+
+        Raises:
+            EvaluationError: when there is not one prompt.
         """
         records: list[Record] = []
         answers: dict[str, list[AnswerOf]] = {mode: [] for mode in modes}
@@ -124,6 +131,11 @@ class Evaluator:
             records += rows
             for mode, batch_answers in self._answer(leaves, rows, [prompt for _, prompt in batch], modes).items():
                 answers[mode] += batch_answers
+        if not records:
+            raise EvaluationError(
+                f"none of the {len(skipped)} held-out clips can be used, the first for: "
+                f"{skipped[0][1] if skipped else 'there is none'}; look at them with experiments/validate.py"
+            )
         return Evaluation(tuple(records), {mode: tuple(listed) for mode, listed in answers.items()}, tuple(skipped))
 
     def _answer(

@@ -22,14 +22,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+    sizes = mesh_sizes(config, len(devices))
+    if sizes is None:
         wanted = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
         raise ConfigError(
             f"{wanted} cannot be laid out over {len(devices)} devices: the sizes must multiply to that number "
             "(leave one of them at -1 and it is inferred)"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...] | None:
+    """Devices along each axis, the inferred one filled in; None when so many devices cannot be laid out like that."""
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = devices // known
+    return tuple(sizes) if math.prod(sizes) == devices else None
+
+
+def row_cut(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are cut into; every batch must have a multiple of it."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -13,6 +13,7 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.collate import prompt_shape
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.packing import Continuations
@@ -87,7 +88,10 @@ def answer(setup: Setup, leaves: Leaves, record: Record, modes: Sequence[str] = 
     """
     prompt = setup.source.load(record).prompt
     shape = prompt_shape(prompt)
-    bucket = dataclasses.replace(shape, tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP)
+    # On several devices the rows beyond the first are padding.
+    bucket = dataclasses.replace(
+        shape, rows=row_cut(setup.backbone.mesh), tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
+    )
     return prompt, [_read(setup, leaves, prompt, bucket, mode) for mode in modes]
 
 
@@ -106,9 +110,10 @@ def _read(setup: Setup, leaves: Leaves, prompt: Prompt, bucket: BatchShape, mode
         forced_ids=scorer.tags.empty_think if mode == "fast" else (),
     )
     host = jax.device_get(completions)
-    scored = scorer.groups(host, [()]).answers[0][0]
+    padding = [None] * (bucket.rows - 1)
+    scored = scorer.groups(host, [(), *padding]).answers[0][0]
     # With its own words for truth every word has a confidence.
-    groups = scorer.groups(host, [scored.parsed.words], require_format=False)
+    groups = scorer.groups(host, [scored.parsed.words, *padding], require_format=False)
     completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
     anchors = put(groups.anchors, setup.backbone.mesh)
     slow_BGWQ, _ = programs.score((leaves, {}), rows, features, completion, anchors, setup.candidates.ids_ZY)

@@ -7,9 +7,12 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import MeshConfig, RunConfig
+from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
@@ -18,14 +21,24 @@ from mer_r1_jax.training.state import Leaves, Params, merge
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
 RUN_MARKER = "checkpoints"  # folder that a run has and an export has not
 
+_PATHS = {  # fields that name places on the machine a run was made on
+    "model": ("path", "tokenizer_path"),
+    "data": ("sft_path", "rl_path", "eval_path", "media_root", "cache_dir", "synthetic_dir"),
+    "emotion": ("wheel_dir",),
+    "train": ("output_dir",),
+}
+
 
 class PolicyError(ValueError):
     """A folder that holds no policy; the message says what was expected there."""
 
 
 def write_settings(directory: pathlib.Path, config: RunConfig) -> None:
-    """Puts a run's configuration beside its export; its presence says that the export is complete."""
-    durable.write_json(directory / SETTINGS_FILE, dataclasses.asdict(config))
+    """Puts a run's configuration beside its export, without the run's paths; it says that the export is complete."""
+    values = dataclasses.asdict(config)
+    for section, fields in _PATHS.items():
+        values[section] |= dict.fromkeys(fields, "")
+    durable.write_json(directory / SETTINGS_FILE, values)
 
 
 def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]:
@@ -116,8 +129,10 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
         # The embedded world's tokenizer was made with it.
         values["model"]["tokenizer_path"] = str(pathlib.Path(values["data"]["synthetic_dir"]) / "tokenizer")
     values["data"]["synthetic_dir"] = ""
+    if mesh_sizes(config.mesh, jax.device_count()) is None:
+        values["mesh"] = dataclasses.asdict(MeshConfig())  # trained on another number of devices
     values["sft"]["max_steps"] = values["rl"]["max_steps"] = 0
     for dotted, value in (overrides or {}).items():
-        section, field = dotted.split(".")
-        values[section][field] = value
+        section, _, field = dotted.partition(".")
+        values.setdefault(section, {})[field] = value
     return from_mapping(values)

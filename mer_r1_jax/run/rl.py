@@ -20,6 +20,7 @@ from mer_r1_jax.run.sft import total_steps
 from mer_r1_jax.training.checkpoints import Checkpoints, Restored
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.rl import beta_at
+from mer_r1_jax.training.signals import StopRequested
 from mer_r1_jax.training.state import (
     Leaves,
     TrainState,
@@ -42,6 +43,11 @@ class RlPhase:
             raise ConfigError(
                 f"rl.max_steps: got {self.total_steps} updates, expected a multiple of "
                 f"rl.num_iterations={self.config.num_iterations}: a rollout is used up before the run ends"
+            )
+        if setup.config.eval.eval_steps % self.config.num_iterations:
+            raise ConfigError(
+                f"eval.eval_steps: got {setup.config.eval.eval_steps}, expected a multiple of rl.num_iterations="
+                f"{self.config.num_iterations}: evaluations come between rollouts"
             )
         self.buckets = plan_buckets(setup.config, setup.backbone.config, setup.data.rl, self.config.prompts_per_step)
         towers = tower_flags(setup.config, "rl")
@@ -77,7 +83,10 @@ class RlPhase:
             reference = self._reference(session, state, fresh=restored is None)
             update = setup.programs.make_update(self.optimizer, setup.candidates.ids_ZY)
             with StepLog(session, self.name, self.total_steps, done, num_tokens) as log:
-                evaluate(state, done)
+                try:
+                    evaluate(state, done)
+                except StopRequested:
+                    return None  # nothing was done since the newest checkpoint
                 rollout: Rollout | None = None
                 for step in range(done + 1, self.total_steps + 1):
                     first_update = (step - 1) % self.config.num_iterations == 0
@@ -92,23 +101,42 @@ class RlPhase:
                     state, metrics = update(state, rollout.experience, np.float32(beta))
                     metrics |= {"beta": beta, "learning_rate": float(self._schedule(step - 1))}
                     log.add(step, metrics | rollout.metrics | data.metrics(), rollout.tokens if first_update else 0)
-                    if first_update and config.train.log_completions and step % config.train.logging_steps == 0:
+                    if first_update and self._logs_completions(step):
                         self._log_completions(session, log, step, rollout)
-                    self._after_step(session, log, state, data, step, evaluate)
-                    if session.stop.should_stop() and step % self.config.num_iterations == 0:
-                        return None
+                    if step % self.config.num_iterations == 0:
+                        stopping = self._between_rollouts(session, log, state, data, step, evaluate)
+                        if stopping:
+                            return None
         return state.trainable | state.frozen
 
-    def _after_step(
+    def _between_rollouts(
         self, session: Session, log: StepLog, state: TrainState, data: Any, step: int, evaluate: Callable[..., None]
-    ) -> None:
-        between_rollouts = step % self.config.num_iterations == 0
-        due = step % self.setup.config.train.save_steps < self.config.num_iterations or step == self.total_steps
-        if between_rollouts and (due or session.stop.should_stop()):
+    ) -> bool:
+        """Saves and evaluates where that is due; returns whether a signal stops the run here, saved."""
+
+        def save() -> None:
             log.flush()
             session.save(self.name, step, state, data, {"num_tokens": log.num_tokens})
-        if not session.stop.should_stop():
+
+        due = step % self.setup.config.train.save_steps < self.config.num_iterations or step == self.total_steps
+        stopping = session.stop.should_stop()  # read once: a signal may come at any moment
+        if due or stopping:
+            save()
+        if stopping:
+            return True
+        try:
             evaluate(state, step)
+        except StopRequested:
+            if not due:
+                save()
+            return True
+        return False
+
+    def _logs_completions(self, step: int) -> bool:
+        """Whether a logging step is among the updates made from the rollout that begins at `step`."""
+        train = self.setup.config.train
+        every, last = train.logging_steps, step + self.config.num_iterations - 1
+        return train.log_completions and last // every > (step - 1) // every
 
     def _reference(self, session: Session, state: TrainState, fresh: bool) -> Leaves | None:
         """The frozen copy of the trainable leaves the phase started from, kept on disk once for later attempts."""

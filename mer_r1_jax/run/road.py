@@ -17,14 +17,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.report import make_report
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.run.policy import SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
 from mer_r1_jax.run.session import Session
@@ -38,6 +40,7 @@ from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
 from mer_r1_jax.training.state import Leaves, TrainState, merge
 
 BENCHMARK = "heldout"
+PROMPTS_TRIED = 8  # records looked through for a prompt to show
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,10 @@ def run(config: RunConfig) -> int:
     console = Console(stderr=True)
     path = pathlib.Path(config.train.output_dir) / (config.train.run_name or config.name)
     setup = make_setup(config, _clip_progress(console))
+    if not (setup.data.sft or setup.data.rl or setup.data.eval):
+        raise ConfigError(
+            "there is nothing to do: sft.max_steps and rl.max_steps are 0 and data.eval_path is empty; set one of them"
+        )
     resume = config.train.resume_from_checkpoint == "auto"
     with (
         RunDirectory.open(
@@ -61,7 +68,8 @@ def run(config: RunConfig) -> int:
         try:
             return _Road(setup, folder, stop, console).walk()
         except StopRequested:
-            # Raised inside an evaluation, which leaves no trace: the newest checkpoint is where the run goes on.
+            # Raised inside the last evaluation, which leaves no trace: everything before it is saved.
+            console.print("stopped; the same command goes on with the evaluation")
             return EXIT_SAVED
         finally:
             setup.source.close()
@@ -174,12 +182,19 @@ class _Road:
         say("shapes this run can compile:")
         for line in self._shapes():
             say(f"  {line}", highlight=False)
-        record = next(iter(setup.data.sft or setup.data.rl or setup.data.eval))
-        prompt = setup.source.load(record).prompt
-        say(
-            f"first prompt, {record.id}: {prompt.stats['frames']} frames, {prompt.stats['audio_seconds']:.1f} s audio"
-        )
-        say(prompt.text, markup=False, highlight=False, style="dim")
+        self._show_prompt(setup.data.sft or setup.data.rl or setup.data.eval)
+
+    def _show_prompt(self, records: tuple[Record, ...]) -> None:
+        """Shows the first record whose clips can be used; a broken one is met, and counted, in its turn."""
+        for record, prompt in load_prompts(self.setup, records[:PROMPTS_TRIED]):
+            if isinstance(prompt, Prompt):
+                seconds = prompt.stats["audio_seconds"]
+                self.console.print(
+                    f"first prompt, {record.id}: {prompt.stats['frames']} frames, {seconds:.1f} s audio",
+                    highlight=False,
+                )
+                self.console.print(prompt.text, markup=False, highlight=False, style="dim")
+                return
 
     def _shapes(self) -> list[str]:
         config, lines = self.config, []
@@ -225,10 +240,10 @@ def eval_length(config: RunConfig) -> int:
 
 
 def eval_buckets(setup: Setup, records: tuple[Record, ...] | None = None) -> list[Any]:
-    """Shapes of evaluation batches."""
-    return plan_buckets(
-        setup.config, setup.backbone.config, records or setup.data.eval, setup.config.eval.prompts_per_batch
-    )
+    """Shapes of evaluation batches: the rows asked for, rounded up to what the devices can share."""
+    cut = row_cut(setup.backbone.mesh)
+    rows = -(-setup.config.eval.prompts_per_batch // cut) * cut
+    return plan_buckets(setup.config, setup.backbone.config, records or setup.data.eval, rows)
 
 
 def make_evaluator(setup: Setup, records: tuple[Record, ...] | None = None) -> Evaluator:
@@ -243,13 +258,19 @@ def make_evaluator(setup: Setup, records: tuple[Record, ...] | None = None) -> E
 
 
 def load_prompts(setup: Setup, records: tuple[Record, ...]) -> Iterator[tuple[Record, Prompt | str]]:
-    """Prompts of records; a clip that cannot be used comes as the reason, and is counted by whoever asked."""
+    """Prompts of records; a clip that cannot be used comes as the reason, and is counted by whoever asked.
+
+    Raises:
+        PromptError: for a record that cannot become a prompt, with its file and line.
+    """
     for record in records:
         try:
             yield record, setup.source.load(record).prompt
         except MediaError as error:
-            log.warning("%s: left out of the evaluation: %s", record.id, error)
+            log.warning("%s: %s: left out: %s", record.where, record.id, error)
             yield record, error.reason
+        except PromptError as error:
+            raise PromptError(f"{record.where}: {error}") from error
 
 
 def _clip_progress(console: Console) -> Callable[[int, int], None]:

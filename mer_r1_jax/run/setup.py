@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import category_sets
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 from mer_r1_jax.media.tokenizer import load_tokenizer
-from mer_r1_jax.parallel.mesh import make_mesh
+from mer_r1_jax.parallel.mesh import make_mesh, row_cut
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.rl.sampling import SamplingConfig
@@ -141,12 +142,13 @@ def tower_flags(config: RunConfig, phase: str) -> dict[str, bool]:
     }
 
 
-def make_setup(config: RunConfig, progress: Any = None) -> Setup:
+def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.Device] | None = None) -> Setup:
     """Makes the embedded world if it is asked for, reads and checks everything, lays out the backbone.
 
     Args:
         config: the configuration.
         progress: called with (clips done, clips in all) while clips are made.
+        devices: of the mesh; all there are when None.
 
     Raises:
         ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
@@ -158,7 +160,9 @@ def make_setup(config: RunConfig, progress: Any = None) -> Setup:
     data = _read(config, wheels)
     tokenizer_path = pathlib.Path(config.model.tokenizer_path or config.model.path)
     tokenizer = load_tokenizer(tokenizer_path)
-    backbone = Backbone.create(thinker_config(config.model, tokenizer), make_mesh(config.mesh), config.model.packed_rows)
+    mesh = make_mesh(config.mesh, devices)
+    _check_rows(config, row_cut(mesh))
+    backbone = Backbone.create(thinker_config(config.model, tokenizer), mesh, config.model.packed_rows)
     tags = AnswerTags(tokenizer)
     table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
     return Setup(
@@ -239,6 +243,22 @@ def _read(config: RunConfig, wheels: Wheels) -> DataSets:
     _check_held_out(sft + rl, held_out, config)
     limit = config.eval.limit or len(held_out)
     return DataSets(sft=sft, rl=rl, eval=held_out[:limit], unscorable=unscorable)
+
+
+def _check_rows(config: RunConfig, cut: int) -> None:
+    """Refuses batches whose rows the devices cannot share evenly."""
+    problems = []
+    for phase in ("sft", "rl"):
+        section = getattr(config, phase)
+        rows = section.prompts_per_step // section.gradient_accumulation_steps
+        if section.max_steps and rows % cut:
+            problems.append(
+                f"{phase}.prompts_per_step: got {section.prompts_per_step} in {section.gradient_accumulation_steps} "
+                f"micro-batch(es), {rows} rows each, but mesh.data x mesh.fsdp = {cut} devices share the rows of one; "
+                f"try {-(-rows // cut) * cut * section.gradient_accumulation_steps}"
+            )
+    if problems:
+        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))
 
 
 def _check_held_out(training: tuple[Record, ...], held_out: tuple[Record, ...], config: RunConfig) -> None:
