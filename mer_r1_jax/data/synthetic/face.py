@@ -140,9 +140,9 @@ def _brows(pen: _Pen, inner: float, outer: float, width: float = 3.5):
     pen.line([(70, outer), (48, inner)], width)
 
 
-def _pupils(pen: _Pen, r: float, white_x: float, white_y: float, y: float = 34):
+def _pupils(pen: _Pen, r: float, white_x: float, white_y: float, y: float = 34, white=WHITE):
     for x in (26, 58):
-        pen.disc(x, y, white_x, white_y, WHITE)
+        pen.disc(x, y, white_x, white_y, white)
         pen.disc(x, y, r, r, INK)
 
 
@@ -166,7 +166,7 @@ def _eyes_sadness(pen):
 
 def _eyes_anger(pen):
     _brows(pen, 31, 16, 6)
-    _pupils(pen, 3, 8, 3.5, 36)
+    _pupils(pen, 3, 9, 4.5, 37, (255, 80, 70))
 
 
 def _eyes_fear(pen):
@@ -195,8 +195,9 @@ def _eyes_pride(pen):
     pen.line([(14, 28), (36, 28)], 5)
     pen.arc(58, 24, 12, 12, 190, 350, 5)
     for x in (26, 58):
-        pen.half_disc(x, 34, 9, 8, 0, 180, WHITE)
-        pen.half_disc(x, 34, 4, 6, 0, 180, INK)
+        pen.disc(x, 35, 10, 9, (115, 75, 190))
+        pen.half_disc(x, 35, 9, 8, 0, 180, WHITE)
+        pen.half_disc(x, 35, 4, 6, 0, 180, INK)
 
 
 def _eyes_shame(pen):
@@ -207,7 +208,7 @@ def _eyes_shame(pen):
 
 
 def _mouth_neutral(pen):
-    pen.line([(33, 65), (51, 65)], 2.5)
+    pen.line([(33, 65), (51, 65)], 2.5, (130, 70, 60))
 
 
 def _mouth_joy(pen):
@@ -228,7 +229,8 @@ def _mouth_anger(pen):
 
 
 def _mouth_fear(pen):
-    pen.line([(22, 68), (28.5, 61), (35, 68), (42, 61), (49, 68), (55.5, 61), (62, 68)], 3.5)
+    pen.line([(21, 70), (28, 60), (35, 70), (42, 60), (49, 70), (56, 60), (63, 70)], 6, (205, 205, 255))
+    pen.line([(21, 70), (28, 60), (35, 70), (42, 60), (49, 70), (56, 60), (63, 70)], 1.5)
 
 
 def _mouth_disgust(pen):

@@ -14,7 +14,7 @@ from pathlib import Path
 from mer_r1_jax.data.synthetic import text
 from mer_r1_jax.data.synthetic.world import CATEGORIES, SPLITS, Scene, WorldConfig, draw_scene, load_lexicon
 
-VERSION = 1  # counts changes of the drawing that settings do not show
+VERSION = 2  # counts changes of the drawing that settings do not show
 CLIPS_PER_TASK = 32
 MAX_REASONING_TOKENS = 44  # with tags, answer and end a slow target stays within 64 tokens
 

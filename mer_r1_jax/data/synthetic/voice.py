@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from scipy.signal import lfilter
+from scipy.signal import butter, lfilter, sosfilt
 
 from mer_r1_jax.data.synthetic.world import CATEGORIES, NEUTRAL
 
 RATE = 16_000  # samples per second
 SAMPLES = 30 * 1024  # 1.92 s: a whole number of AAC frames, and with the codec's padding still within 2 s
 WAVETABLE = 2048  # samples of one period
+RMS = 0.15  # of a loud voice
+NOISE_FLOOR = 3e-4
+TREMOR_RATE, TREMOR_DEPTH = 10.0, 0.3  # Hz, octaves: so fast and deep that it also blurs the harmonics
 
-REGISTERS = {"low": 120.0, "mid": 210.0, "high": 370.0}  # Hz
+REGISTERS = {"low": 180.0, "mid": 290.0, "high": 430.0}  # Hz
 PITCHES = {  # register and contour
     None: ("mid", "level"),
     "joy": ("high", "lilting"),
@@ -30,32 +33,56 @@ PITCHES = {  # register and contour
     "pride": ("mid", "rising"),
     "shame": ("low", "lilting"),
 }
-TEMPOS = {  # syllables per second, loudness in decibels
-    None: (3.0, -12.0),
-    "joy": (5.0, 0.0),
-    "sadness": (1.5, -24.0),
-    "anger": (3.0, 0.0),
-    "fear": (8.0, -24.0),
-    "disgust": (1.5, -12.0),
-    "surprise": (8.0, 0.0),
-    "love": (5.0, -24.0),
-    "pride": (1.5, 0.0),
-    "shame": (3.0, -24.0),
+RATES = {"slow": 1.3, "medium": 4.0, "hasty": 8.0}  # syllables per second
+LOUDNESS = {"loud": (0, 0), "medium": (-12, -12), "quiet": (-24, -24), "swelling": (-26, 0), "fading": (0, -26)}  # dB
+TEMPOS = {  # rate, and loudness from beginning to end
+    None: ("medium", "medium"),
+    "joy": ("hasty", "loud"),
+    "sadness": ("slow", "fading"),
+    "anger": ("medium", "loud"),
+    "fear": ("hasty", "quiet"),
+    "disgust": ("slow", "loud"),
+    "surprise": ("hasty", "swelling"),
+    "love": ("slow", "quiet"),
+    "pride": ("slow", "swelling"),
+    "shame": ("hasty", "fading"),
 }
 TIMBRES = {  # trembling, timbre
     None: (False, "clear"),
     "joy": (False, "bright"),
-    "sadness": (True, "dull"),
+    "sadness": (False, "dull"),
     "anger": (False, "harsh"),
-    "fear": (True, "breathy"),
-    "disgust": (True, "harsh"),
+    "fear": (True, "clear"),
+    "disgust": (False, "hissing"),
     "surprise": (True, "bright"),
     "love": (False, "breathy"),
-    "pride": (True, "clear"),
-    "shame": (False, "dull"),
+    "pride": (False, "ringing"),
+    "shame": (True, "harsh"),
 }
-FORMANTS = {"clear": (700, 1300), "bright": (900, 2600), "harsh": (800, 1600), "breathy": (600, 1200), "dull": (350,)}
-BREATH = {"breathy": 0.6, "harsh": 0.08}  # share of noise
+HARMONICS = {  # exponent of their decay, and how many
+    "clear": (1.0, 7),
+    "bright": (0.0, 10),
+    "harsh": (0.3, 10),
+    "breathy": (1.6, 7),
+    "dull": (2.0, 4),
+    "hissing": (1.0, 7),
+    "ringing": (1.0, 7),
+}
+FORMANTS = {  # Hz
+    "clear": (700, 1300),
+    "bright": (900, 2600),
+    "harsh": (800, 1600),
+    "breathy": (600, 1200),
+    "dull": (350,),
+    "hissing": (700, 1300),
+    "ringing": (700, 1300),
+}
+NOISE = {  # share of noise in the voice, and its band in Hz
+    "breathy": (0.45, (900, 4000)),
+    "hissing": (0.3, (5500, 7900)),
+    "harsh": (0.08, (500, 7900)),
+    "ringing": (0.3, (3200, 3500)),
+}
 
 
 def synthesise(cues: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
@@ -73,30 +100,33 @@ def synthesise(cues: tuple[int, int, int], rng: np.random.Generator) -> np.ndarr
     rate, loudness = TEMPOS[tempo]
     trembling, colour = TIMBRES[timbre]
     time = np.arange(SAMPLES) / RATE
-    frequency = REGISTERS[register] * rng.uniform(0.95, 1.05) * 2.0 ** _contour(contour, time / time[-1])
-    if trembling:
-        frequency = frequency * (1 + 0.09 * np.sin(2 * np.pi * (9 * time + rng.random())))
+    x = time / time[-1]
+    tremor = TREMOR_DEPTH * np.sin(2 * np.pi * (TREMOR_RATE * time + rng.random())) if trembling else np.zeros(SAMPLES)
+    frequency = REGISTERS[register] * rng.uniform(0.95, 1.05) * 2.0 ** (_contour(contour, x) + tremor)
     phase = np.cumsum(frequency) / RATE + rng.random()
     tone = _wavetable(colour)[(phase * WAVETABLE).astype(np.int64) % WAVETABLE]
     for formant in FORMANTS[colour]:
         tone = tone + 2.0 * _resonate(tone, formant * rng.uniform(0.95, 1.05))
     noise = rng.standard_normal(SAMPLES)
-    share = BREATH.get(colour, 0.0)
-    tone = (1 - share) * tone / tone.std() + share * lfilter([1, -0.95], [1], noise)
-    if trembling:
-        tone = tone * (1 + 0.6 * np.sin(2 * np.pi * (9 * time + rng.random())))
-    voice = tone * _syllables(rate * rng.uniform(0.95, 1.05), time, rng.random())
-    voice = voice / np.abs(voice).max() * 0.9 * 10 ** ((loudness + rng.uniform(-1.5, 1.5) - 1.5) / 20)
-    return (voice + 3e-4 * noise).astype(np.float32)
+    tone = tone / tone.std()
+    if colour in NOISE:
+        share, band = NOISE[colour]
+        breath = sosfilt(_band_pass(band), noise)
+        tone = (1 - share) * tone + share * breath / breath.std()
+    voice = tone * _syllables(RATES[rate] * rng.uniform(0.95, 1.05), time, rng.random())
+    begin, end = LOUDNESS[loudness]
+    level = 10 ** ((begin + (end - begin) * x + rng.uniform(-1.5, 1.5)) / 20)
+    voice = np.tanh(RMS * level * voice / voice.std())
+    return (voice + NOISE_FLOOR * noise).astype(np.float32)
 
 
 def _contour(contour: str, x: np.ndarray) -> np.ndarray:
     """Octaves above the register's pitch, at x in [0, 1]."""
     return {
         "level": np.zeros_like(x),
-        "falling": 0.5 - x,
-        "rising": x - 0.5,
-        "lilting": 0.45 * np.sin(2 * np.pi * 2 * x),
+        "falling": 0.55 - 1.1 * x,
+        "rising": 1.1 * x - 0.55,
+        "lilting": 0.6 * np.abs(np.sin(np.pi * 3 * x)),
     }[contour]
 
 
@@ -108,12 +138,17 @@ def _syllables(rate: float, time: np.ndarray, phase: float) -> np.ndarray:
 
 @functools.cache
 def _wavetable(colour: str) -> np.ndarray:
-    """One period of a tone whose harmonics fall off as the timbre says; full up to the Nyquist limit of the registers."""
-    slope = {"clear": 1.0, "bright": 0.5, "harsh": 0.3, "breathy": 1.6, "dull": 2.4}[colour]
-    harmonics = np.arange(1, 13 if colour != "dull" else 5)
+    """One period of a tone whose harmonics fall off as the timbre says."""
+    slope, count = HARMONICS[colour]
+    harmonics = np.arange(1, count + 1)
     phases = np.random.Generator(np.random.Philox(7)).random(len(harmonics))
     angle = np.arange(WAVETABLE)[:, None] / WAVETABLE * harmonics + phases
     return (np.sin(2 * np.pi * angle) * harmonics**-slope).sum(axis=1)
+
+
+@functools.cache
+def _band_pass(band: tuple[int, int]) -> np.ndarray:
+    return butter(2, band, "bandpass", fs=RATE, output="sos")
 
 
 def _resonate(tone: np.ndarray, formant: float) -> np.ndarray:
