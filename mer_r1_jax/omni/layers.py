@@ -146,15 +146,20 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table embedding[N, D]."""
+    """A table embedding[N, D].
+
+    Looked up with its width made whole: rows cut along the width cannot be re-cut along the batch without the compiler
+    holding all of them on every device.
+    """
 
     def __init__(self, shape: Sequence[int], axes: Sequence[str], *, settings: Settings, rngs: nnx.Rngs) -> None:
-        self.dtype = settings.compute_dtype
+        self.dtype, self.axes = settings.compute_dtype, (axes[0], None)
         normal = jax.nn.initializers.normal(settings.initializer_range)
         self.embedding = parameter(normal, shape, axes, settings, rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], ids, axis=0, mode="clip").astype(self.dtype)
+        table_ND = constrain(self.embedding[...].astype(self.dtype), self.axes)
+        return jnp.take(table_ND, ids, axis=0, mode="clip")
 
 
 class RMSNorm(nnx.Module):

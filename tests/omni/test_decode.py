@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.omni_cases import CASES, ROOMY
-from support.omni_model import tiny_port
+from support.omni_model import quick_jit, tiny_port
 
 from mer_r1_jax.omni.batch import AudioClips, Tokens, VisionClips
 from mer_r1_jax.omni.border import to_batch
+from mer_r1_jax.omni.parity import run_port
 from mer_r1_jax.omni.thinker import FeatureLayout, abstract_thinker, bind
 
 G, C = 3, 5  # completions of a prompt, tokens of a completion
@@ -31,7 +32,7 @@ def case(name: str = "left_padded"):
 def program(function):
     """`function(model, ...)` jitted over the tiny Thinker's parameters."""
     graphdef = abstract_thinker(tiny_port().config)[0]
-    jitted = jax.jit(lambda params, *arguments: function(bind(graphdef, params), *arguments))
+    jitted = quick_jit(lambda params, *arguments: function(bind(graphdef, params), *arguments))
     return functools.partial(jitted, tiny_port().params)
 
 
@@ -191,14 +192,18 @@ def test_bfloat16_computes_in_bfloat16():
     batch, next_position_B, _ = to_batch(CASES["text"](), config)
     graphdef = abstract_thinker(config)[0]
 
-    @jax.jit
+    @quick_jit
     def run(params):
         model = bind(graphdef, params)
         h_BTD, prompt = model.prefill(batch.tokens, None, FeatureLayout())
         h_BGD, cache = model.decode(
             jnp.array([[3]]), next_position_B[:, None], 0, prompt, model.init_cache(1, 1, 2)
         )
-        return h_BTD, h_BGD, model.logits(h_BGD), prompt.k_LBTKh, cache.k_LBGCKh
+        return h_BTD, h_BGD, prompt.k_LBTKh, cache.k_LBGCKh, model.logits(h_BGD)
 
-    *halves, logits = (x for i, x in enumerate(run(port.params)) if i != 2), run(port.params)[2]
-    assert {x.dtype for x in halves[0]} == {jnp.dtype("bfloat16")} and logits.dtype == jnp.float32
+    *halves, logits = run(port.params)
+    assert {x.dtype for x in halves} == {jnp.dtype("bfloat16")} and logits.dtype == jnp.float32
+    exact = run_port(port.params, port.config, CASES["text"](), generate=0)
+    h_BTD = np.asarray(halves[0], np.float32)
+    got = np.einsum("BTD,DN->BTN", h_BTD, np.asarray(port.params["text"]["head"]["kernel"]))
+    assert np.corrcoef(got.ravel(), exact["logits"].ravel())[0, 1] > 0.99

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 from support.omni_cases import CASES
-from support.omni_model import AUDIO, LOGITS, VISION, mutant, tiny_port
+from support.omni_model import AUDIO, LOGITS, VISION, mutant, quick_jit, tiny_port
 
 from mer_r1_jax.omni import audio, layers, text, vision
 from mer_r1_jax.omni.border import to_batch
@@ -90,7 +89,7 @@ def run_tower(module, name: str, clips) -> np.ndarray:
         lambda: getattr(module, tower)(config, settings=SETTINGS, remat="everything", rngs=nnx.Rngs(0))
     )
     graphdef, _ = nnx.split(made)
-    return np.asarray(jax.jit(lambda params, clips: nnx.merge(graphdef, params)(clips))(port.params[name], clips))
+    return np.asarray(quick_jit(lambda params, clips: nnx.merge(graphdef, params)(clips))(port.params[name], clips))
 
 
 @pytest.mark.parametrize("mistake", AUDIO_MISTAKES)
@@ -138,7 +137,7 @@ def decoder_difference(module) -> float:
     )
     graphdef, _ = nnx.split(decoder)
 
-    @jax.jit
+    @quick_jit
     def run(params, x_BTD):
         decoder = nnx.merge(graphdef, params)
         h_BTD, _ = decoder.rows(x_BTD, batch.tokens.segment_BT, batch.tokens.position_3BT, keep=False)
@@ -156,7 +155,7 @@ def decoder_case():
     batch, _, _ = to_batch(inputs, port.config)
     graphdef = abstract_thinker(port.config)[0]
 
-    @jax.jit
+    @quick_jit
     def embed(params):
         model = bind(graphdef, params)
         return model.embed(batch.tokens, model.encode_media(batch.vision, batch.audio), FeatureLayout.of_batch(batch))

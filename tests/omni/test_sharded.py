@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from support.omni_cases import PromptMaker, inputs_of
-from support.omni_model import tiny_port
+from support.omni_model import quick_jit, tiny_port
 
 from mer_r1_jax.config.schema import MeshConfig
 from mer_r1_jax.omni.border import to_batch
@@ -59,13 +59,13 @@ def step(params, batch, next_position_B):
 def test_mesh_equals_one_device():
     port = tiny_port()
     batch, next_position_B, _ = prompts()
-    expected = jax.device_get(jax.jit(step)(port.params, batch, next_position_B))
+    expected = jax.device_get(quick_jit(step)(port.params, batch, next_position_B))
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     _, shapes, axes = abstract_thinker(port.config)
     params = jax.device_put(port.params, param_shardings(shapes, axes, mesh))
     with axis_rules(TRAIN_RULES, mesh):
-        logits, gradients, decoded, cache = jax.jit(lambda *arguments: step(*arguments))(params, batch, next_position_B)
+        logits, gradients, decoded, cache = quick_jit(lambda *arguments: step(*arguments))(params, batch, next_position_B)
 
     real_BT = batch.tokens.segment_BT != 0
     np.testing.assert_allclose(np.asarray(logits)[real_BT], expected[0][real_BT], atol=1e-3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import jax
 import torch
 from support.tiny_hf import make_tiny_thinker
 
@@ -67,3 +68,8 @@ def mutant(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleT
     sys.modules[made.__name__] = made  # dataclasses look their module up
     exec(compile(source, module.__file__, "exec"), made.__dict__)
     return made
+
+
+def quick_jit(function, **arguments):
+    """jax.jit without the compiler's slow optimisations: these tests compile for seconds and run for milliseconds."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **arguments)
