@@ -17,6 +17,7 @@ from mer_r1_jax.evaluation.probes import (
     ALONE,
     ProbeError,
     _continued,
+    _reasonings,
     extended,
     partners,
     swap_modality,
@@ -152,6 +153,9 @@ def test_answers_follow_another_clips_reasoning(prober, before):
     assert swap.facts["own_answer_repeated"] == HELD_OUT
     assert not any(swap.left_out.values()) and swap.sharing == swap.unchanged == 0
     tags = prober.evaluator.scorer.tags
+    for record, prefix in zip(before.records, _reasonings(prober, before)[1], strict=True):
+        thought = next(cue[1] for cue in CUES if cue[0] == record.subtitle)
+        assert tags.text(prefix) == f"<think>{thought}</think>\n<answer>"
     lengths = [len(tags.ids(reasoning)) for _, reasoning, _ in CUES]
     tokens = swap.facts["reasoning_tokens"]
     assert (tokens["least"], tokens["most"]) == (min(lengths), max(lengths))
