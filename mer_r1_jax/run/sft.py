@@ -79,7 +79,7 @@ class SftPhase:
             step_function = make_sft_step(setup.backbone, self.optimizer, self.config, self.encode_inside)
             with StepLog(session, self.name, self.total_steps, done, num_tokens) as log:
                 for step in range(done + 1, self.total_steps + 1):
-                    batch, tokens = self._batch(data.next(step))
+                    batch, tokens = self.batch(data.next(step))
                     learning_rate = float(self._schedule(step - 1))
                     state, metrics = step_function(state, put(batch, setup.backbone.mesh))
                     log.add(step, {**metrics, **data.metrics(), "learning_rate": learning_rate}, tokens)
@@ -91,7 +91,7 @@ class SftPhase:
                         return None
         return state.trainable | state.frozen
 
-    def _batch(self, loaded: Sequence[LoadedItem]) -> tuple[SftBatch, int]:
+    def batch(self, loaded: Sequence[LoadedItem]) -> tuple[SftBatch, int]:
         """The host batch of a step, and how many real tokens it has."""
         prompts = [visit.clips.prompt if visit.clips else None for visit in loaded]
         rows = prompt_rows(prompts, self.buckets, self.setup.backbone.config, [visit.item.uid for visit in loaded])

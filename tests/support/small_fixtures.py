@@ -1,0 +1,76 @@
+"""The small run's parts as fixtures, made once a process; compiled programs are shared by all processes of a session."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from support.small_run import make_data, small_setup, visits_of
+
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.run.sft import SftPhase
+from mer_r1_jax.training.sft import make_sft_step
+
+
+@functools.cache
+def _folder(base):
+    folder = base / "small"
+    folder.mkdir()
+    return make_data(folder)
+
+
+@functools.cache
+def _setup(folder):
+    return small_setup(folder, media={"decode_workers": 0})
+
+
+@functools.cache
+def _trained(setup):
+    phase = SftPhase(setup)
+    dtype = phase.config.optimizer.dtype
+    state = setup.new_state(setup.backbone.init(seed=0), phase.is_trainable, phase.optimizer, dtype)
+    step = make_sft_step(setup.backbone, phase.optimizer, phase.config, phase.encode_inside)
+    order = np.random.default_rng(0)
+    for _ in range(phase.total_steps):
+        numbers = order.permutation(len(setup.data.sft))[: phase.config.prompts_per_step]
+        batch, _ = phase.batch(visits_of(setup, setup.data.sft, numbers))
+        state, _ = step(state, put(batch, setup.backbone.mesh))
+    return state.trainable | state.frozen
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Folder of compiled programs, for this process and for the commands it runs."""
+    base = tmp_path_factory.getbasetemp()
+    # Workers of pytest-xdist have folders of their own in a common one.
+    folder = (base.parent if base.name.startswith("popen-") else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """Clips, records and tokenizer of the small run."""
+    return _folder(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def small(small_folder, compiled):
+    """The small run's setup on one device, decoding in this process."""
+    return _setup(small_folder)
+
+
+@pytest.fixture(scope="session")
+def sft_phase(small):
+    """The small run's SFT phase."""
+    return SftPhase(small)
+
+
+@pytest.fixture(scope="session")
+def trained(small):
+    """Parameters after the small run's SFT: answers are well-formed half of the time, and differ."""
+    return _trained(small)
