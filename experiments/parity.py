@@ -1,9 +1,9 @@
 """Runs the port on raw processor tensors: python experiments/parity.py --model=HF_DIR --inputs=case.npz --out=out.npz
 
-The inputs are what transformers' Qwen2_5OmniProcessor returns, saved with numpy.savez: input_ids, attention_mask and, as
-far as there are such media, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, video_second_per_grid,
-input_features, feature_attention_mask, use_audio_in_video. The result holds logits, position_ids, audio_features,
-image_features, video_features and, with --generate, greedy_ids.
+The inputs are what transformers' Qwen2_5OmniProcessor returns, saved with numpy.savez: input_ids, attention_mask and,
+as far as there are such media, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw,
+video_second_per_grid, input_features, feature_attention_mask, use_audio_in_video. The result holds logits,
+position_ids, audio_features, image_features, video_features and, with --generate, greedy_ids.
 
 --reference also runs transformers (torch has to be installed) and prints the worst differences.
 """
@@ -53,7 +53,9 @@ def _transformers(inputs: ProcessorInputs) -> dict[str, np.ndarray]:
     try:
         from mer_r1_jax.omni.reference import run_reference
     except ImportError as error:
-        raise InputError(f"--reference needs torch beside transformers ({error}); install torch or leave it out") from error
+        raise InputError(
+            f"--reference needs torch beside transformers ({error}); install torch or leave it out"
+        ) from error
     return run_reference(_MODEL.value, inputs, generate=_GENERATE.value)
 
 

@@ -6,7 +6,6 @@ Masks are described by segments and not by matrices, so that an implementation m
 from __future__ import annotations
 
 import jax
-
 from mer_r1_jax.kernels.attention import reference
 
 IMPLEMENTATIONS = ("xla",)

@@ -59,7 +59,15 @@ def attention(query_BTHh, key_BSKh, value_BSKh, mask_BTS, *, scale: float) -> ja
 
 
 def shared_prompt_attention(
-    query_BGCHh, prompt_key_BTKh, prompt_value_BTKh, prompt_mask_BT, own_key_BGSKh, own_value_BGSKh, own_mask_BGCS, *, scale
+    query_BGCHh,
+    prompt_key_BTKh,
+    prompt_value_BTKh,
+    prompt_mask_BT,
+    own_key_BGSKh,
+    own_value_BGSKh,
+    own_mask_BGCS,
+    *,
+    scale,
 ) -> jax.Array:
     """Attention of a row's completions to their one shared prompt and to their own tokens, in one exact softmax.
 
@@ -78,9 +86,7 @@ def shared_prompt_attention(
     B, G, C, H, h = query_BGCHh.shape
     K, T = prompt_key_BTKh.shape[2], prompt_key_BTKh.shape[1]
     query_BGCKQh = query_BGCHh.reshape(B, G, C, K, H // K, h)
-    prompt_BKGQCT = jnp.einsum(
-        "BGCKQh,BTKh->BKGQCT", query_BGCKQh, prompt_key_BTKh, preferred_element_type=jnp.float32
-    )
+    prompt_BKGQCT = jnp.einsum("BGCKQh,BTKh->BKGQCT", query_BGCKQh, prompt_key_BTKh, preferred_element_type=jnp.float32)
     own_BKGQCS = jnp.einsum("BGCKQh,BGSKh->BKGQCS", query_BGCKQh, own_key_BGSKh, preferred_element_type=jnp.float32)
     prompt_BKGQCT = jnp.where(prompt_mask_BT[:, None, None, None, None], prompt_BKGQCT * scale, MASKED)
     own_BKGQCS = jnp.where(own_mask_BGCS[:, None, :, None], own_BKGQCS * scale, MASKED)

@@ -148,9 +148,7 @@ class AudioTower(nnx.Module):
         x_NFd = jnp.where(real_NF1, gelu(self.conv1(mel_NFM)), 0.0)
         x_Ntd = gelu(self.conv2(x_NFd)) + sinusoids(F // 2, self.config.d_model).astype(self.dtype)
 
-        x_Ntd, _ = scan_layers(
-            self.layers, lambda layer, x, _: (layer(x, segment_Nt), None), x_Ntd, remat=self.remat
-        )
+        x_Ntd, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, segment_Nt), None), x_Ntd, remat=self.remat)
 
         # Pairs never straddle units: a unit that is not the last has 100 frames, and an odd tail is dropped.
         x_Ntd = x_Ntd.reshape(B * A * U, FEATURES_PER_UNIT, 2, -1).mean(axis=2)

@@ -219,7 +219,9 @@ def _fit(needed: BatchShape, shape: BatchShape | None) -> BatchShape:
 def _images(inputs: ProcessorInputs, config: ThinkerConfig) -> list[_Clip]:
     if inputs.pixel_values is None:
         return []
-    return _vision_clips("image", inputs.pixel_values, inputs.image_grid_thw, np.zeros(len(inputs.image_grid_thw)), config)
+    return _vision_clips(
+        "image", inputs.pixel_values, inputs.image_grid_thw, np.zeros(len(inputs.image_grid_thw)), config
+    )
 
 
 def _videos(inputs: ProcessorInputs, config: ThinkerConfig) -> list[_Clip]:

@@ -281,7 +281,10 @@ class ThinkerConfig:
         _require_positive(self, "position_id_per_seconds", "seconds_per_chunk")
         for name in ("param_dtype", "compute_dtype"):
             _require(
-                getattr(self, name) in DTYPES, f"ThinkerConfig.{name}", getattr(self, name), f"one of {', '.join(DTYPES)}"
+                getattr(self, name) in DTYPES,
+                f"ThinkerConfig.{name}",
+                getattr(self, name),
+                f"one of {', '.join(DTYPES)}",
             )
         _require(self.remat in REMAT, "ThinkerConfig.remat", self.remat, f"one of {', '.join(REMAT)}")
 

@@ -101,7 +101,9 @@ class Settings:
     initializer_range: float
 
 
-def parameter(init: Callable, shape: Sequence[int], axes: Sequence[str], settings: Settings, rngs: nnx.Rngs) -> nnx.Param:
+def parameter(
+    init: Callable, shape: Sequence[int], axes: Sequence[str], settings: Settings, rngs: nnx.Rngs
+) -> nnx.Param:
     """A parameter with its logical axis names; `init` is a jax.nn.initializers function."""
     if len(shape) != len(axes):
         raise ValueError(f"parameter of shape {tuple(shape)} has axis names {tuple(axes)}: expected one name per axis")

@@ -86,9 +86,7 @@ def _cuts(times: np.ndarray, limit: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def interleave(
-    grid: Sequence[int], second_per_grid: float, audio_tokens: int, config: ThinkerConfig
-) -> list[Piece]:
+def interleave(grid: Sequence[int], second_per_grid: float, audio_tokens: int, config: ThinkerConfig) -> list[Piece]:
     """The order in which the tokens of a video and of its own audio alternate.
 
     Both streams start at time zero and are cut where their time reaches a multiple of `seconds_per_chunk`; pieces then
@@ -184,7 +182,8 @@ class _Walk:
         for kind, given in (("image", self.images), ("video", self.videos), ("audio", self.audios)):
             if self.used[kind] != len(given):
                 raise PositionError(
-                    f"the sequence has {self.used[kind]} {kind} blocks but {len(given)} were given: expected equal numbers"
+                    f"the sequence has {self.used[kind]} {kind} blocks but {len(given)} were given: "
+                    "expected equal numbers"
                 )
         position_3T = np.concatenate(self.pieces, axis=1) if self.pieces else np.zeros((3, 0), np.int32)
         return position_3T.astype(np.int32), self.cursor

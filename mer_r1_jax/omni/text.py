@@ -62,7 +62,9 @@ class Attention(nnx.Module):
     """Projections of grouped-query attention: biases on q, k and v, none on o."""
 
     def __init__(self, config: TextConfig, *, settings: Settings, rngs: nnx.Rngs) -> None:
-        sizes = dict(D=config.hidden_size, H=config.num_attention_heads, K=config.num_key_value_heads, h=config.head_dim)
+        sizes = dict(
+            D=config.hidden_size, H=config.num_attention_heads, K=config.num_key_value_heads, h=config.head_dim
+        )
         heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.q = Linear("...D,DHh->...Hh", sizes, heads, bias=True, settings=settings, rngs=rngs)
         self.k = Linear("...D,DKh->...Kh", sizes, kv_heads, bias=True, settings=settings, rngs=rngs)

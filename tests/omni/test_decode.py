@@ -196,9 +196,7 @@ def test_bfloat16_computes_in_bfloat16():
     def run(params):
         model = bind(graphdef, params)
         h_BTD, prompt = model.prefill(batch.tokens, None, FeatureLayout())
-        h_BGD, cache = model.decode(
-            jnp.array([[3]]), next_position_B[:, None], 0, prompt, model.init_cache(1, 1, 2)
-        )
+        h_BGD, cache = model.decode(jnp.array([[3]]), next_position_B[:, None], 0, prompt, model.init_cache(1, 1, 2))
         return h_BTD, h_BGD, prompt.k_LBTKh, cache.k_LBGCKh, model.logits(h_BGD)
 
     *halves, logits = run(port.params)

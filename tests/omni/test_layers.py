@@ -11,9 +11,9 @@ import pytest
 import torch
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
+from mer_r1_jax.kernels.attention.api import attention, shared_prompt_attention
 from support.omni_model import tiny_port
 
-from mer_r1_jax.kernels.attention.api import attention, shared_prompt_attention
 from mer_r1_jax.omni.audio import sinusoids
 from mer_r1_jax.omni.config import AudioConfig, ConfigError, TextConfig, ThinkerConfig, VisionConfig
 from mer_r1_jax.omni.layers import LayerNorm, RMSNorm, Settings, axis_rules, constrain, gelu
@@ -109,7 +109,9 @@ def test_shared_prompt_attention_is_one_softmax():
         value = jnp.concatenate([prompt_value, own_value[:, g]], axis=1)
         full = jnp.pad(query[:, g], ((0, 0), (T, 0), (0, 0), (0, 0)))
         segment = jnp.concatenate([prompt_mask.astype(jnp.int32), jnp.ones((B, C), jnp.int32)], axis=1)
-        np.testing.assert_allclose(got[:, g], attention(full, key, value, segment, segment, causal=True)[:, T:], atol=1e-6)
+        np.testing.assert_allclose(
+            got[:, g], attention(full, key, value, segment, segment, causal=True)[:, T:], atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(

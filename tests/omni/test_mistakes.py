@@ -1,7 +1,7 @@
 """Mistakes a port of the towers and the decoder can make, each planted in the source: the parity cases notice it.
 
-What is compared with the limit is the port with the mistake against transformers, so this also shows that the limits are
-not wide enough to let one of them pass.
+What is compared with the limit is the port with the mistake against transformers, so this also shows that the limits
+are not wide enough to let one of them pass.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ VISION_MISTAKES = {
     "full attention crosses time": [
         (
             "layer(x_NSd, cos_NSh, sin_NSh, jnp.where(full, whole_NS, window_NS)), None",
-            "layer(x_NSd.reshape(B * V, P * S, -1), cos_NSh.reshape(B * V, P * S, -1), sin_NSh.reshape(B * V, P * S, -1), "
-            "jnp.where(full, whole_NS, window_NS).reshape(B * V, P * S)).reshape(x_NSd.shape), None",
+            "layer(x_NSd.reshape(B * V, P * S, -1), cos_NSh.reshape(B * V, P * S, -1), "
+            "sin_NSh.reshape(B * V, P * S, -1), jnp.where(full, whole_NS, window_NS).reshape(B * V, P * S)"
+            ").reshape(x_NSd.shape), None",
         )
     ],
     "rows and columns are swapped": [("position_BVS2[..., None].astype", "position_BVS2[..., ::-1, None].astype")],
@@ -65,7 +66,10 @@ VISION_MISTAKES = {
 TEXT_MISTAKES = {
     "none": [],
     "all axes follow the time": [("angle_3Y[1, ...", "angle_3Y[0, ..."), ("angle_3Y[2, ...", "angle_3Y[0, ...")],
-    "height and width are swapped": [("angle_3Y[1, ...", "angle_3Y[9 - 7, ..."), ("angle_3Y[2, ...", "angle_3Y[1, ...")],
+    "height and width are swapped": [
+        ("angle_3Y[1, ...", "angle_3Y[9 - 7, ..."),
+        ("angle_3Y[2, ...", "angle_3Y[1, ..."),
+    ],
     "sections are interleaved": [
         (
             "        return jnp.cos(angle_Y)",
@@ -123,8 +127,11 @@ def test_rotating_neighbours_instead_of_halves_is_noticed():
     wrong.rotate = mutant(
         layers,
         ("first, second = jnp.split(x, 2, axis=-1)", "first, second = x[..., ::2], x[..., 1::2]"),
-        ("axis=-1)\n\n\ndef stack_layers", "axis=-1).reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)\n\n\ndef stack_layers"),
-    ).rotate  # fmt: skip
+        (
+            "axis=-1)\n\n\ndef stack_layers",
+            "axis=-1).reshape(*x.shape[:-1], 2, -1).mT.reshape(x.shape)\n\n\ndef stack_layers",
+        ),
+    ).rotate
     assert decoder_difference(wrong) > 10 * LOGITS
 
 
@@ -133,7 +140,9 @@ def decoder_difference(module) -> float:
     port = tiny_port()
     inputs, batch, expected, x_BTD = decoder_case()
     decoder = nnx.eval_shape(
-        lambda: module.TextDecoder(port.config.text, tied=False, settings=SETTINGS, remat="everything", rngs=nnx.Rngs(0))
+        lambda: module.TextDecoder(
+            port.config.text, tied=False, settings=SETTINGS, remat="everything", rngs=nnx.Rngs(0)
+        )
     )
     graphdef, _ = nnx.split(decoder)
 

@@ -125,7 +125,10 @@ def test_parity_command_explains_bad_inputs(tmp_path):
     np.savez(tmp_path / "case.npz", input_ids=np.ones((1, 3), int), pixels=np.ones(3))
     command = [sys.executable, "experiments/parity.py", f"--model={tiny_port().directory}"]
     done = subprocess.run(
-        [*command, f"--inputs={tmp_path}/case.npz", f"--out={tmp_path}/out.npz"], cwd=REPO, capture_output=True, text=True
+        [*command, f"--inputs={tmp_path}/case.npz", f"--out={tmp_path}/out.npz"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "attention_mask: missing" in done.stderr and "pixels: not an input" in done.stderr

@@ -65,7 +65,9 @@ def test_mesh_equals_one_device():
     _, shapes, axes = abstract_thinker(port.config)
     params = jax.device_put(port.params, param_shardings(shapes, axes, mesh))
     with axis_rules(TRAIN_RULES, mesh):
-        logits, gradients, decoded, cache = quick_jit(lambda *arguments: step(*arguments))(params, batch, next_position_B)
+        logits, gradients, decoded, cache = quick_jit(lambda *arguments: step(*arguments))(
+            params, batch, next_position_B
+        )
 
     real_BT = batch.tokens.segment_BT != 0
     np.testing.assert_allclose(np.asarray(logits)[real_BT], expected[0][real_BT], atol=1e-3)
@@ -73,7 +75,7 @@ def test_mesh_equals_one_device():
     for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(got, want, atol=3e-4 * max(1e-2, np.abs(want).max()))
 
-    # Really cut: parameters and gradients over fsdp and tensor, the cache's rows over data x fsdp, its heads over tensor.
+    # Really cut: parameters over fsdp and tensor, the cache's rows over data x fsdp and its heads over tensor.
     q = params["text"]["layers"]["attn"]["q"]["kernel"]
     assert q.sharding.shard_shape(q.shape) == (3, q.shape[1] // 2, q.shape[2] // 2, q.shape[3])
     assert cache.sharding.shard_shape(cache.shape) == (3, 1, G, C, 1, cache.shape[-1])

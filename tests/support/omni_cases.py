@@ -97,7 +97,9 @@ def inputs_of(makers: list[PromptMaker], *, left: bool = True, interleaved: bool
         # The processor pads far beyond the longest clip, and with the value of silence, not with zeros.
         arrays["feature_attention_mask"] = (np.arange(max(frames) + 37) < np.array(frames)[:, None]).astype(np.int64)
         mel = rng.normal(size=(len(frames), MEL_BINS, max(frames) + 37)).astype(np.float32) * 0.5
-        arrays["input_features"] = np.where(arrays["feature_attention_mask"][:, None] == 1, mel, -1.5).astype(np.float32)
+        arrays["input_features"] = np.where(arrays["feature_attention_mask"][:, None] == 1, mel, -1.5).astype(
+            np.float32
+        )
     return ProcessorInputs.of(arrays)
 
 
@@ -125,7 +127,9 @@ CASES = {
             PromptMaker(9).text(2).audio(130).video(2, 4, 6, 0.8).text(3),
         ]
     ),
-    "right_padded": lambda: inputs_of([PromptMaker(10).text(9), PromptMaker(11).text(4).image(4, 4).text(9)], left=False),
+    "right_padded": lambda: inputs_of(
+        [PromptMaker(10).text(9), PromptMaker(11).text(4).image(4, 4).text(9)], left=False
+    ),
     "several_turns": lambda: inputs_of(
         [
             PromptMaker(12).text(3).image(6, 4).text(4).audio_in_video(3, 4, 6, 1.0, 300).text(3).audio(77).text(3),
