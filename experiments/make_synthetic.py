@@ -1,4 +1,4 @@
-"""Makes the embedded synthetic data set: python experiments/make_synthetic.py --out=synthetic_data [--sft_clips=4000 ...]
+"""Makes the embedded synthetic data set: python experiments/make_synthetic.py --out=synthetic_data [--seed=1 ...]
 
 Writes sft.jsonl, rl.jsonl, eval.jsonl, mp4 clips, the tokenizer and the ceiling's scores. Safe to repeat: what is there
 already is kept.

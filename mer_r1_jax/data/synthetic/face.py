@@ -126,7 +126,7 @@ def _draw_portrait(eyes, mouth, background, rng: np.random.Generator) -> Image.I
     pen = _Pen(background)
     skin = SKINS[rng.integers(len(SKINS))]
     hair = HAIR[rng.integers(len(HAIR))]
-    tint = tuple(round(0.7 * s + 0.3 * b) for s, b in zip(skin, background))
+    tint = tuple(round(0.7 * s + 0.3 * b) for s, b in zip(skin, background, strict=True))
     pen.disc(42, 40, 37, 38, hair)
     pen.disc(42, 46, 34, 37, tint)
     (_EYES[eyes])(pen)

@@ -12,9 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mer_r1_jax.data.synthetic import text
-from mer_r1_jax.data.synthetic.world import CATEGORIES, SPLITS, Scene, WorldConfig, draw_scene, load_lexicon
+from mer_r1_jax.data.synthetic.world import (
+    CATEGORIES,
+    DEFAULT_WORLD,
+    MODALITIES,
+    SPLITS,
+    Scene,
+    WorldConfig,
+    draw_scene,
+    load_lexicon,
+)
 
-VERSION = 2  # counts changes of the drawing that settings do not show
+VERSION = 4  # counts changes of the drawing that settings do not show
 CLIPS_PER_TASK = 32
 MAX_REASONING_TOKENS = 44  # with tags, answer and end a slow target stays within 64 tokens
 
@@ -68,7 +77,7 @@ def make_world(
     eval_clips: int,
     seed: int = 0,
     workers: int = 2,
-    config: WorldConfig = WorldConfig(),
+    config: WorldConfig = DEFAULT_WORLD,
     wheel_dir: str = "",
     progress=None,
 ) -> WorldPaths:
@@ -91,7 +100,7 @@ def make_world(
     from mer_r1_jax.emotion.wheels import load_wheels
 
     paths = WorldPaths(Path(root))
-    counts = dict(zip(SPLITS, (sft_clips, rl_clips, eval_clips)))
+    counts = dict(zip(SPLITS, (sft_clips, rl_clips, eval_clips), strict=True))
     if min(counts.values()) < 0:
         raise WorldError(f"clip counts must not be negative, got {counts}")
     lexicon = load_lexicon()
@@ -233,8 +242,6 @@ def _eval_row(scene: Scene, lexicon: dict, oracle) -> dict:
 
 def _ceiling(scenes: list[Scene], oracle) -> dict:
     """Scores of the oracle, of oracles confined to one modality, and of the best constant answer."""
-    from mer_r1_jax.data.synthetic.world import MODALITIES
-
     if not scenes:
         return {}
     truths = [oracle.row(scene.truth) for scene in scenes]

@@ -14,7 +14,8 @@ from mer_r1_jax.data.synthetic.world import SLOTS_PER_MODALITY, Scene, random_st
 
 FPS = 8
 FRAMES = 16
-VIDEO_OPTIONS = {"preset": "veryfast", "tune": "stillimage", "crf": "20", "threads": "1"}
+# Without B-frames and lookahead: with them x264 gives different bytes now and then for pictures of this size.
+VIDEO_OPTIONS = {"preset": "veryfast", "tune": "zerolatency", "crf": "20", "threads": "1"}
 AUDIO_BIT_RATE = 48_000
 FACE_STREAM, VOICE_STREAM = 2, 3  # random streams of the drawing
 
@@ -49,7 +50,7 @@ def write_clip(path: str | Path, frames: np.ndarray, sound: np.ndarray) -> None:
         audio = container.add_stream("aac", rate=voice.RATE, layout="mono")
         audio.bit_rate = AUDIO_BIT_RATE
         for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(_to_yuv(pixels), format="yuv420p")
             frame.pts, frame.time_base = number, Fraction(1, FPS)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
@@ -59,3 +60,20 @@ def write_clip(path: str | Path, frames: np.ndarray, sound: np.ndarray) -> None:
             container.mux(audio.encode(block))
         container.mux(audio.encode(None))
     os.replace(partial, path)
+
+
+def _to_yuv(pixels: np.ndarray) -> np.ndarray:
+    """Converts uint8[h, w, 3] RGB to planar 4:2:0 YUV, uint8[3h/2, w] (BT.601, studio range).
+
+    FFmpeg's own conversion depends, in the last bit and at this width, on bytes beyond the picture: the same frames
+    would give different files.
+    """
+    height, width = pixels.shape[:2]
+    y, u, v = np.einsum("yxc,pc->pyx", pixels.astype(np.float64), _YUV_MATRIX) + _YUV_OFFSET[:, None, None]
+    u, v = (plane.reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3)) for plane in (u, v))
+    planes = np.concatenate([plane.reshape(-1) for plane in (y, u, v)])
+    return np.clip(np.rint(planes), 0, 255).astype(np.uint8).reshape(height * 3 // 2, width)
+
+
+_YUV_MATRIX = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
+_YUV_OFFSET = np.array([16.0, 128.0, 128.0])

@@ -32,7 +32,7 @@ def subtitle(scene: Scene, lexicon: dict) -> tuple[str, tuple[str, ...]]:
     """
     rng = random_stream(scene.key, TEXT_STREAM)
     phrases, quotes = [], []
-    for slot, display in zip(SPOKEN_SLOTS, scene.cues[-SLOTS_PER_MODALITY:]):
+    for slot, display in zip(SPOKEN_SLOTS, scene.cues[-SLOTS_PER_MODALITY:], strict=True):
         if display == NEUTRAL:
             neutral = lexicon["neutral_phrases"][slot]
             phrases.append(neutral[rng.integers(len(neutral))])
@@ -99,7 +99,7 @@ def short_reasoning(
 
 def slow_answer(scene: Scene, kept: tuple[int, ...]) -> tuple[str, ...]:
     """The label's words of the kept categories, in their order."""
-    word = dict(zip(scene.label, scene.label_words))
+    word = dict(zip(scene.label, scene.label_words, strict=True))
     return tuple(word[c] for c in kept)
 
 
