@@ -71,18 +71,12 @@ class RlPhase:
         Returns:
             All parameters, or None when a signal stopped the run (a checkpoint was saved).
         """
-        setup, config = self.setup, self.setup.config
-        with session.prefetcher(setup.data.rl, self.config.prompts_per_step, setup.source.load, self.name) as data:
-            done, num_tokens = 0, 0
-            if restored is None:
-                state = setup.new_state(leaves, self.is_trainable, self.optimizer, self.config.optimizer.dtype)
-            else:
-                state, done = restored.arrays, restored.host["step"]
-                data.restore(restored.host["data"])
-                num_tokens = restored.host["counters"]["num_tokens"]
+        setup = self.setup
+        with session.begin(self, setup.data.rl, leaves, restored) as begun:
+            state, data, done = begun.state, begun.data, begun.done
             reference = self._reference(session, state, fresh=restored is None)
             update = setup.programs.make_update(self.optimizer, setup.candidates.ids_ZY)
-            with StepLog(session, self.name, self.total_steps, done, num_tokens) as log:
+            with StepLog(session, self.name, self.total_steps, done, begun.num_tokens) as log:
                 try:
                     evaluate(state, done)
                 except StopRequested:

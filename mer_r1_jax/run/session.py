@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,14 +15,32 @@ from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.training.checkpoints import Checkpoints
+from mer_r1_jax.training.checkpoints import Checkpoints, Restored
 from mer_r1_jax.training.metrics import MetricsWriter, Progress
 from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.signals import StopSignals
+from mer_r1_jax.training.state import Leaves, TrainState
 
 
 class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """Where a phase stands when an attempt takes it up.
+
+    Attributes:
+        state: the train state.
+        data: the phase's prompts from here on.
+        done: steps done.
+        num_tokens: tokens seen in them.
+    """
+
+    state: TrainState
+    data: ClipPrefetcher
+    done: int
+    num_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +81,28 @@ class Session:
             threads=max(1, config.media.decode_workers),
             stall_seconds=stall_limit(config.media, records),
         )
+
+    @contextlib.contextmanager
+    def begin(
+        self, phase: Any, records: tuple[Record, ...], leaves: Leaves | None, restored: Restored | None
+    ) -> Iterator[Begun]:
+        """What a phase starts from: fresh parameters, or a checkpoint of its own.
+
+        Args:
+            phase: an SftPhase or RlPhase.
+            records: its prompts.
+            leaves: parameters to start from; None when `restored` is given.
+            restored: a checkpoint of this phase, or None.
+        """
+        setup, config = self.setup, phase.config
+        with self.prefetcher(records, config.prompts_per_step, setup.source.load, phase.name) as data:
+            if restored is None:
+                state = setup.new_state(leaves, phase.is_trainable, phase.optimizer, config.optimizer.dtype)
+                yield Begun(state, data, done=0, num_tokens=0)
+                return
+            data.restore(restored.host["data"])
+            num_tokens = restored.host["counters"]["num_tokens"]
+            yield Begun(restored.arrays, data, done=restored.host["step"], num_tokens=num_tokens)
 
     def save(self, phase: str, step: int, state: Any, data: ClipPrefetcher, counters: Mapping[str, Any]) -> None:
         """Saves a checkpoint of `step` steps done in `phase`."""

@@ -68,16 +68,10 @@ class SftPhase:
             All parameters, or None when a signal stopped the run (a checkpoint was saved).
         """
         setup, config = self.setup, self.setup.config
-        with session.prefetcher(setup.data.sft, self.config.prompts_per_step, setup.source.load, self.name) as data:
-            done, num_tokens = 0, 0
-            if restored is None:
-                state = setup.new_state(leaves, self.is_trainable, self.optimizer, self.config.optimizer.dtype)
-            else:
-                state, done = restored.arrays, restored.host["step"]
-                data.restore(restored.host["data"])
-                num_tokens = restored.host["counters"]["num_tokens"]
+        with session.begin(self, setup.data.sft, leaves, restored) as begun:
+            state, data, done = begun.state, begun.data, begun.done
             step_function = make_sft_step(setup.backbone, self.optimizer, self.config, self.encode_inside)
-            with StepLog(session, self.name, self.total_steps, done, num_tokens) as log:
+            with StepLog(session, self.name, self.total_steps, done, begun.num_tokens) as log:
                 for step in range(done + 1, self.total_steps + 1):
                     batch, tokens = self.batch(data.next(step))
                     learning_rate = float(self._schedule(step - 1))
