@@ -279,12 +279,15 @@ def _count_frames(path, media: MediaConfig) -> _VideoHeader:
                 f"more than 0, at most {MAX_FRAME_RATE:g}",
                 "Re-encode the video.",
             )
-        total = 0
+        total, end = 0, 0
         for packet in container.demux(stream):
             total += packet.size > 0 and not packet.is_discard
+            time = packet.dts if packet.pts is None else packet.pts
+            end = end if time is None else max(end, time + packet.duration)
             if total / rate > media.max_clip_seconds:
                 raise _too_long(path, f"more than {media.max_clip_seconds:g}", media)
-        if total < stream.frames:
+        # Headers also count what is no picture: an AVI's empty chunks, frames that an edit list leaves out.
+        if total < stream.frames and not _reaches_end(stream, end, rate):
             raise MediaError(
                 path,
                 "truncated",
@@ -297,6 +300,14 @@ def _count_frames(path, media: MediaConfig) -> _VideoHeader:
             path, "no_frames", f"{total} video frame(s)", f"at least {FRAME_FACTOR}", "List stills under `images`."
         )
     return _VideoHeader(total=total, rate=rate)
+
+
+def _reaches_end(stream, end: int, rate: float) -> bool:
+    """Whether the last packet ends where the header says the track does; `end` counts the stream's time base."""
+    if stream.duration is None or stream.time_base is None:
+        return False
+    missing = (stream.start_time or 0) + stream.duration - end
+    return float(missing * stream.time_base) * rate < 0.5
 
 
 def _sample(path, header: _VideoHeader, media: MediaConfig, factor: int | None) -> tuple[list[np.ndarray], int]:

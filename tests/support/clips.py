@@ -17,6 +17,8 @@ def make_clip(
     *,
     with_video: bool = True,
     with_audio: bool = True,
+    video_codec: str = "libx264",
+    audio_codec: str = "aac",
     sampling_rate: int = 16_000,
     frequency: float = 440.0,
     loudness: float = 0.3,
@@ -30,6 +32,7 @@ def make_clip(
         fps: frames a second.
         size: (height, width) in pixels, both even.
         with_video, with_audio: which tracks the file has.
+        video_codec, audio_codec: how they are coded, by FFmpeg's names.
         sampling_rate: Hz of the sound.
         frequency: Hz of the tone.
         loudness: amplitude of the tone, 0 for silence.
@@ -40,11 +43,12 @@ def make_clip(
     with av.open(str(path), "w") as container:
         video = audio = None
         if with_video:
-            video = container.add_stream("libx264", rate=fps, options={"crf": "28", "preset": "ultrafast"})
+            options = {"crf": "28", "preset": "ultrafast"} if video_codec == "libx264" else {}
+            video = container.add_stream(video_codec, rate=fps, options=options)
             video.height, video.width = size
             video.pix_fmt = "yuv420p"
         if with_audio:
-            audio = container.add_stream("aac", rate=sampling_rate)
+            audio = container.add_stream(audio_codec, rate=sampling_rate)
             audio.layout = "mono"
         if video is not None:
             for picture in moving_square(round(seconds * fps), size, seed):
