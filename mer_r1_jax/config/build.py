@@ -20,6 +20,7 @@ from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import KNOWN_ELSEWHERE, advice
 from mer_r1_jax.config.schema import RunConfig
 
+
 def config_dict(config: RunConfig | None = None) -> ml_collections.ConfigDict:
     """The ml_collections form of a run's configuration, locked so that a config file cannot invent fields."""
     return ml_collections.ConfigDict(dataclasses.asdict(config or RunConfig())).lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -70,27 +71,30 @@ def checkpoint_leaves(setup: Setup, run_dir: pathlib.Path) -> Leaves:
     return restored.arrays.trainable | restored.arrays.frozen
 
 
-def open_model(path: str | pathlib.Path, overrides: dict[str, Any] | None = None) -> tuple[Setup, Leaves]:
+def open_model(
+    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
+) -> tuple[Setup, Leaves]:
     """The policy of a run's folder, of its export, or of a Hugging Face directory, ready to answer.
 
     Args:
         path: the folder. A run's newest checkpoint is taken. A Hugging Face directory without `mer_r1.json` is used
             with the default media settings.
         overrides: dotted configuration fields to change, such as media limits.
+        devices: where the policy lives; all there are when None.
 
     Raises:
         PolicyError: the folder is neither.
     """
     path = pathlib.Path(path)
     if (path / RUN_MARKER).is_dir():
-        setup = make_setup(_without_data(_run_config(path), overrides))
+        setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
         return setup, checkpoint_leaves(setup, path)
     if not (path / "config.json").is_file():
         raise PolicyError(f"{path}: expected a run's folder, or a Hugging Face directory with config.json")
     values = dataclasses.asdict(saved_config(path) or RunConfig())
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
-    setup = make_setup(_without_data(from_mapping(values), overrides))
+    setup = make_setup(_without_data(from_mapping(values), overrides), devices=devices)
     return setup, setup.initial_leaves()
 
 
