@@ -14,7 +14,7 @@ def get_config(folder):
     config.eval.eval_steps = 3
     config.eval.prompts_per_batch = 2
     config.train.output_dir = f"{folder}/runs"
-    config.train.save_steps = 8
+    config.train.save_steps = 4
     return config
 
 

@@ -20,6 +20,8 @@ from mer_r1_jax.data.pipeline import Item
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.run.setup import Setup, make_setup
 
+# Programs that run for milliseconds need not be optimised for half a minute.
+QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 REPOSITORY = Path(__file__).parents[2]
 CONFIG_FILE = Path(small_config.__file__)
 ANSWERS = (("happy",), ("sad", "afraid"), ("angry",), ("surprised", "happy"), ("disgusted", "angry"), ("calm", "sad"))
@@ -29,9 +31,7 @@ TRAINED, HELD_OUT = len(ANSWERS), 4
 def make_data(folder: Path) -> Path:
     """Writes clips, sft.jsonl, rl.jsonl, eval.jsonl and the tokenizer into a folder and returns it."""
     for number in range(TRAINED + HELD_OUT):
-        make_clip(
-            folder / f"clips/{number}.mp4", seconds=0.6, size=(56, 56), frequency=200 + 100 * number, seed=number
-        )
+        make_clip(folder / f"clips/{number}.mp4", seconds=0.6, size=(56, 56), frequency=200 + 100 * number, seed=number)
     trained = [_record(number) for number in range(TRAINED)]
     _write(folder / "rl.jsonl", trained)
     _write(folder / "sft.jsonl", [_demonstration(record) for record in trained])
@@ -103,8 +103,12 @@ def visits_of(setup: Setup, records, numbers) -> list[LoadedItem]:
 
 def environment(cache: Path | None = None) -> dict[str, str]:
     """The environment of a command: one CPU device, compiled programs shared through a folder."""
-    values = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    values |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "COLUMNS": "200"}
+    values = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "XLA_FLAGS": QUICK_COMPILES,
+        "COLUMNS": "200",
+    }
     if cache is not None:
         values |= {
             "JAX_COMPILATION_CACHE_DIR": str(cache),

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.small_fixtures import compiled, small, small_folder, trained  # noqa: F401
 from support.small_run import visits_of, with_config
 
 from mer_r1_jax.parallel.rows import put
@@ -212,7 +211,8 @@ def test_advantages_are_those_of_the_method(rollout):
     expected = [
         z(recall) + z(precision) + 0.1 * (z(plus) + z(minus)) + 0.1 * z(form)
         for recall, precision, plus, minus, form in zip(
-            *(groups(rollout.table, name) for name in ("recall", "precision", "r_plus", "r_minus", "format")), strict=True
+            *(groups(rollout.table, name) for name in ("recall", "precision", "r_plus", "r_minus", "format")),
+            strict=True,
         )
     ]
     np.testing.assert_allclose(groups(rollout.table, "advantage"), expected, atol=2e-3)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.small_fixtures import compiled, sft_phase, small, small_folder  # noqa: F401
 from support.small_run import visits_of
 
 from mer_r1_jax.omni.batch import Tokens
@@ -145,7 +144,10 @@ def test_frozen_towers_stay_and_the_language_model_gets_the_same_gradient(small,
     batch = batch_of(small, sft_phase, [0, 3, 4, 1])
     inside, _ = gradients_of(batch)
     state = init_state(
-        jax.tree.map(jnp.array, leaves), trainable_names(train_audio=False, train_vision=False), optax.sgd(1.0), "float32"
+        jax.tree.map(jnp.array, leaves),
+        trainable_names(train_audio=False, train_vision=False),
+        optax.sgd(1.0),
+        "float32",
     )
     step = make_sft_step(small.backbone, optax.sgd(1.0), small.config.sft, encode_inside=False)
     state, _ = step(state, put(batch, small.backbone.mesh))
@@ -171,5 +173,7 @@ def test_a_batch_is_what_the_step_takes(small, sft_phase):
     # No loss on the prefilled empty think block, loss on everything else that exists.
     forced = len(small.tags.empty_think)
     assert not batch.fast.loss_mask_BGC[..., :forced].any() and batch.fast.continuation.exists_BGC[..., :forced].all()
-    np.testing.assert_array_equal(batch.fast.loss_mask_BGC[..., forced:], batch.fast.continuation.exists_BGC[..., forced:])
+    np.testing.assert_array_equal(
+        batch.fast.loss_mask_BGC[..., forced:], batch.fast.continuation.exists_BGC[..., forced:]
+    )
     np.testing.assert_array_equal(batch.slow.loss_mask_BGC, batch.slow.continuation.exists_BGC)
