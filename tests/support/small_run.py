@@ -103,7 +103,10 @@ def visits_of(setup: Setup, records, numbers) -> list[LoadedItem]:
 
 def environment(cache: Path | None = None) -> dict[str, str]:
     """The environment of a command: one CPU device, compiled programs shared through a folder."""
+    # Commands run as where torch is not installed, which the package must not need.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent / "no_torch"), os.environ.get("PYTHONPATH")]))
     values = os.environ | {
+        "PYTHONPATH": path,
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "XLA_FLAGS": QUICK_COMPILES,
