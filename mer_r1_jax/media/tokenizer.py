@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which nothing here needs
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
-
-from mer_r1_jax.omni.config import ThinkerConfig  # noqa: E402
+from mer_r1_jax.omni.config import ThinkerConfig
 
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
