@@ -35,11 +35,11 @@ def _hashes(folder):
 
 def _scene(eyes=NEUTRAL, mouth=NEUTRAL, colour=NEUTRAL, pitch=NEUTRAL, tempo=NEUTRAL, timbre=NEUTRAL, key=(0, 0, 0)):
     cues = (eyes, mouth, colour, pitch, tempo, timbre, NEUTRAL, NEUTRAL, NEUTRAL)
-    return Scene("sft", 0, key, (0,), cues, (0,), ("happy",), ("happy",), (False,) * 9)
+    return Scene("sft", 0, key, 0, (0,), cues, (0,), ("happy",), ("happy",), (False,) * 9)
 
 
 def test_records_are_valid_and_name_existing_clips(world):
-    for path, required, count in ((world.sft, "target", 16), (world.rl, "solution", 4), (world.eval, "solution", 8)):
+    for path, required, count in ((world.sft, "target", 64), (world.rl, "solution", 4), (world.eval, "solution", 8)):
         records = read_records(path, world.media_root, require=[required])
         assert len(records) == count
         assert all((world.root / record.videos[0]).stat().st_size > 1000 for record in records)
@@ -47,17 +47,21 @@ def test_records_are_valid_and_name_existing_clips(world):
 
 
 def test_splits_share_no_clip(world):
-    names = [record.videos[0] for path in (world.sft, world.rl, world.eval) for record in read_records(path)]
+    per_split = [{record.videos[0] for record in read_records(path)} for path in (world.sft, world.rl, world.eval)]
+    names = [name for split in per_split for name in split]
     contents = {hashlib.sha256((world.root / name).read_bytes()).hexdigest() for name in names}
     assert len(set(names)) == len(names) == len(contents)
 
 
 def test_sft_rows_carry_noisy_labels_and_others_the_truth(world):
     lexicon = load_lexicon()
-    for path, split in ((world.sft, "sft"), (world.rl, "rl"), (world.eval, "eval")):
+    for path, split in ((world.rl, "rl"), (world.eval, "eval")):
         for index, record in enumerate(read_records(path)):
-            scene = draw_scene(0, split, index, lexicon)
-            assert record.solution == (scene.label_words if split == "sft" else scene.truth_words)
+            assert record.solution == draw_scene(0, split, index, lexicon).truth_words
+    for record in read_records(world.sft):
+        _, index, annotator = record.id.split("-")
+        scene = draw_scene(0, "sft", int(index), lexicon, annotator=int(annotator))
+        assert record.solution == scene.label_words and record.videos == (f"clips/{scene.name}.mp4",)
 
 
 def test_targets_stay_within_64_tokens(world):

@@ -40,6 +40,21 @@ def test_a_scene_follows_from_seed_split_and_index_alone():
     assert all(other.cues != draw_scene(5, "rl", 17, LEXICON).cues for other in others)
 
 
+def test_annotators_see_the_same_clip_and_slip_apart():
+    for index in range(40):
+        first, second = (draw_scene(5, "sft", index, LEXICON, annotator=annotator) for annotator in (0, 1))
+        same = {
+            field.name
+            for field in dataclasses.fields(first)
+            if getattr(first, field.name) == getattr(second, field.name)
+        }
+        assert {"split", "index", "key", "truth", "cues", "truth_words"} <= same
+    labels = [
+        [draw_scene(5, "sft", index, LEXICON, annotator=annotator).label for index in range(40)] for annotator in (0, 1)
+    ]
+    assert labels[0] != labels[1]
+
+
 def test_splits_share_no_seed():
     keys = [draw_scene(0, split, index, LEXICON).key for split in SPLITS for index in range(200)]
     assert len(set(keys)) == len(keys)

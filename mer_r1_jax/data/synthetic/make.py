@@ -23,7 +23,7 @@ from mer_r1_jax.data.synthetic.world import (
     load_lexicon,
 )
 
-VERSION = 6  # counts changes of the drawing that settings do not show
+VERSION = 7  # counts changes of the drawing that settings do not show
 CLIPS_PER_TASK = 32
 MAX_REASONING_TOKENS = 44  # with tags, answer and end a slow target stays within 64 tokens
 
@@ -85,7 +85,8 @@ def make_world(
 
     Args:
         root: its folder.
-        sft_clips, rl_clips, eval_clips: how many clips; the three sets share none.
+        sft_clips, rl_clips, eval_clips: how many clips; the three sets share none. An SFT clip has a record of every
+            annotator.
         seed: every random choice follows from it.
         workers: processes that draw and encode; 0 does it in this one.
         config: the world's probabilities.
@@ -114,8 +115,13 @@ def make_world(
     tokenizer = train_tokenizer(lexicon, wheels)
     save_tokenizer(tokenizer, paths.tokenizer)
     oracle = Oracle(config, lexicon, wheels)
-    scenes = {s: [draw_scene(seed, s, i, lexicon, config) for i in range(n)] for s, n in counts.items()}
-    _write_lines(paths.sft, (_sft_row(scene, lexicon, config, tokenizer) for scene in scenes["sft"]))
+    scenes = {s: [draw_scene(seed, s, i, lexicon, config) for i in range(counts[s])] for s in ("rl", "eval")}
+    annotated = (
+        draw_scene(seed, "sft", index, lexicon, config, annotator)
+        for annotator in range(config.annotators)
+        for index in range(sft_clips)
+    )
+    _write_lines(paths.sft, (_sft_row(scene, lexicon, config, tokenizer) for scene in annotated))
     _write_lines(paths.rl, (_row(scene, lexicon) for scene in scenes["rl"]))
     _write_lines(paths.eval, (_eval_row(scene, lexicon, oracle) for scene in scenes["eval"]))
     _write(paths.oracle, json.dumps(_ceiling(scenes["eval"], oracle), indent=1))
@@ -219,12 +225,12 @@ def _row(scene: Scene, lexicon: dict) -> dict:
 
 
 def _sft_row(scene: Scene, lexicon: dict, config: WorldConfig, tokenizer) -> dict:
-    """A record with the noisy label, and a slow demonstration that keeps what it has evidence for."""
+    """A record with an annotator's noisy label, and a slow demonstration that keeps what it has evidence for."""
     trace, kept = text.short_reasoning(
         scene, lexicon, config, lambda piece: len(tokenizer(piece)["input_ids"]), MAX_REASONING_TOKENS
     )
     target = text.slow_target(trace, text.slow_answer(scene, kept))
-    row = _row(scene, lexicon) | {"solution": list(scene.label_words)}
+    row = _row(scene, lexicon) | {"id": f"{scene.name}-{scene.annotator}", "solution": list(scene.label_words)}
     question = row.pop("question")
     row["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": target}]
     return row

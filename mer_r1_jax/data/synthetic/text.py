@@ -86,7 +86,7 @@ def short_reasoning(
     scene: Scene, lexicon: dict, config: WorldConfig, count_tokens: Callable[[str], int], most: int
 ) -> tuple[str, tuple[int, ...]]:
     """As `reasoning`, but passes over further cues, chosen at random, until the text has at most `most` tokens."""
-    rng = random_stream(scene.key, SHORTENING_STREAM)
+    rng = random_stream((*scene.key, scene.annotator), SHORTENING_STREAM)
     skipped = np.array(scene.skipped)
     for slot in (None, *rng.permutation(len(SLOTS))):
         if slot is not None:

@@ -5,8 +5,9 @@ neutral one when its cue is missing. A display is ambiguous: most often it stand
 its second. A cue stems from a true category with the modality's reliability, else from the clip's distractor (one
 wrong category that returns in several slots, so that modalities conflict) or from any category at all.
 
-Labels for supervised fine-tuning are what a careless annotator would write: true categories go missing, a wrong one
-often joins them. Records for reinforcement learning and evaluation carry the truth.
+Labels for supervised fine-tuning are what careless annotators would write: true categories go missing, a wrong one
+often joins them. Several annotate each clip, each with slips of their own; with a single label per clip a model soon
+learns the slips by heart. Records for reinforcement learning and evaluation carry the truth.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class WorldConfig:
     distractor: float = 0.5  # a cue without a true category stems from the clip's distractor, else from any
     missing: float = 0.15  # a slot shows the neutral display
     second_meaning: float = 0.25  # a cue is shown by the display whose second meaning it is
+    annotators: int = 4  # labels, and so records for fine-tuning, of one clip
     label_gain: float = 0.45  # a label gains one wrong category
     label_gain_distractor: float = 0.5  # ... which is the clip's distractor rather than any wrong category
     label_loss: float = 0.1  # a label loses a true category, each for itself (never the last one)
@@ -77,6 +79,7 @@ class WorldConfig:
 
 
 DEFAULT_WORLD = WorldConfig()
+CUE_STREAM, ANNOTATION_STREAM = 0, 5  # random streams of what is shown, and of what an annotator makes of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Scene:
         split: which file of records it belongs to, one of SPLITS.
         index: its number within the split.
         key: the integers all its random choices follow from.
+        annotator: whose label and reasoning this is.
         truth: true categories, indices into CATEGORIES.
         cues: display of each slot, an index into CATEGORIES (its first meaning) or NEUTRAL.
         label: categories of the noisy label, strongest evidence first.
@@ -97,6 +101,7 @@ class Scene:
     split: str
     index: int
     key: tuple[int, ...]
+    annotator: int
     truth: tuple[int, ...]
     cues: tuple[int, ...]
     label: tuple[int, ...]
@@ -121,8 +126,11 @@ def random_stream(key: tuple[int, ...], purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((*key, purpose))))
 
 
-def draw_scene(seed: int, split: str, index: int, lexicon: dict, config: WorldConfig = DEFAULT_WORLD) -> Scene:
-    """Draws clip `index` of a split. The same arguments always give the same scene.
+def draw_scene(
+    seed: int, split: str, index: int, lexicon: dict, config: WorldConfig = DEFAULT_WORLD, annotator: int = 0
+) -> Scene:
+    """Draws clip `index` of a split. The same arguments always give the same scene; the annotator decides on the label,
+    its words and the skipped cues only.
 
     Raises:
         ValueError: unknown split, or a negative seed or index.
@@ -132,22 +140,25 @@ def draw_scene(seed: int, split: str, index: int, lexicon: dict, config: WorldCo
     if seed < 0 or index < 0:
         raise ValueError(f"seed and index must not be negative, got seed {seed} and index {index}")
     key = (seed, SPLITS.index(split), index)
-    rng = random_stream(key, 0)
+    rng = random_stream(key, CUE_STREAM)
     count = 1 + rng.choice(len(config.category_counts), p=config.category_counts)
     order = rng.permutation(len(CATEGORIES))
     truth, wrong = order[:count], order[count:]
     distractor = wrong[0]
     cues = tuple(_draw_cue(rng, slot, truth, distractor, config) for slot in range(len(SLOTS)))
-    label = _draw_label(rng, truth, wrong, cues, config)
     words = lexicon["words"]
+    truth_words = tuple(_draw_word(rng, words[CATEGORIES[c]], config) for c in truth)
+    rng = random_stream((*key, annotator), ANNOTATION_STREAM)
+    label = _draw_label(rng, truth, wrong, cues, config)
     return Scene(
         split=split,
         index=index,
         key=key,
+        annotator=annotator,
         truth=tuple(int(c) for c in truth),
         cues=cues,
         label=label,
-        truth_words=tuple(_draw_word(rng, words[CATEGORIES[c]], config) for c in truth),
+        truth_words=truth_words,
         label_words=tuple(_draw_word(rng, words[CATEGORIES[c]], config) for c in label),
         skipped=tuple(bool(s) for s in rng.random(len(SLOTS)) < config.trace_skip),
     )
