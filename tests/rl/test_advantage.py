@@ -175,6 +175,15 @@ def test_degenerate_groups_give_exactly_zero(arm):
     np.testing.assert_array_equal(result[2], whole[2])
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_values_give_exactly_zero_although_their_mean_is_rounded(scale):
+    values = np.linspace(0.01, 0.99, 99, dtype=np.float32)
+    for generations in (3, 5, 6, 7):
+        x = np.repeat(values[:, None], generations, axis=1)
+        assert (x - np.asarray(jax.numpy.mean(x, -1, keepdims=True))).any()  # rounding does leave something
+        assert not np.asarray(zscore(x, np.ones_like(x, bool), scale)).any()
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_values_that_are_not_finite_are_invalid(arm):
     rewards = jax.tree.map(np.array, simulated(5))

@@ -19,6 +19,7 @@ from mer_r1_jax.rl.tags import AnswerTags
 LENGTHS, WIDTH, LENGTH, WORDS, CONTEXT = (7, 9), 9, 64, 4, 48
 SETTINGS = AnchorSettings(max_words=WORDS, max_fast_context=CONTEXT)
 TRUTHS = (("happy", "calm"), ("angry", "worried", "sad"))
+SILENT = (1, 2)  # the prompt and the wheel
 TEXTS = (
     (
         "<think>Smiles.</think>\n<answer>joyful, sad</answer>",  # one right, one wrong
@@ -41,6 +42,15 @@ TEXTS = (
 def world():
     tokenizer, wheels = tiny_tokenizer(), load_wheels()
     return AnswerTags(tokenizer), wheels, CandidateTable(tokenizer, wheels)
+
+
+@functools.cache
+def true_categories(row):
+    """The truth's categories on each wheel; on one wheel the second prompt's truth has none."""
+    wheels = world()[1]
+    found = [frozenset(wheels.categories(TRUTHS[row], wheel)) for wheel in range(len(wheels))]
+    assert all(found)
+    return [frozenset() if (row, wheel) == SILENT else held for wheel, held in enumerate(found)]
 
 
 @functools.cache
@@ -72,10 +82,9 @@ def anchored(table=None):
                 for ids, length, one in zip(id_BGC[row], length_BG[row], parsed, strict=True)
             ]
         )
-    categories = [[wheels.categories(truth, wheel) for wheel in range(len(wheels))] for truth in TRUTHS]
     return build_anchors(
         answers,
-        categories,
+        [true_categories(row) for row in range(2)],
         tags=tags,
         category=wheels.category,
         candidate_sets=(table or candidates).word,
@@ -129,7 +138,7 @@ def brute_force(row, generation):
         fast_ids = [*tags.ids("<think>"), *tags.ids("</think>\n<answer>"), *ids[opening + 1 : token]]
         fast = np.exp(log_softmax(row_logits(*inputs, row, fast_ids)[-1]))
         for wheel in range(len(wheels)):
-            category, truth = wheels.category(word, wheel), wheels.categories(TRUTHS[row], wheel)
+            category, truth = wheels.category(word, wheel), true_categories(row)[wheel]
             if category is None or not truth or not (held := candidate_ids(wheel, category)):
                 continue
             values = (np.log(max(p[held].sum(), 1e-10)) for p in (slow, fast))
@@ -227,11 +236,11 @@ def test_a_merged_tag_gives_no_confidence():
 
 
 def test_words_on_wheels_where_the_truth_has_no_category_do_not_count():
-    _, wheels, _ = world()
     anchors, _ = anchored()
-    silent = [[not wheels.categories(truth, wheel) for wheel in range(len(wheels))] for truth in TRUTHS]
-    for row in range(2):
-        assert (anchors.set_BGWQ[row][..., silent[row]] == NO_SET).all()
+    row, wheel = SILENT
+    used = (anchors.set_BGWQ != NO_SET).any(axis=(1, 2))
+    assert not used[row, wheel]
+    assert used[row].sum() == used.shape[1] - 1 and used[1 - row, wheel]
 
 
 def test_word_candidates_use_the_words_own_tokens():

@@ -103,6 +103,8 @@ def test_the_first_of_equal_words_and_whole_words_count(tags):
     located = tags.locate(ids, len(ids))
     assert located.first_token["happy"] > located.first_token["not happy"]
     assert tags.text(ids[located.first_token["happy"] :]).strip(" ,").startswith("happy</answer>")
+    ids, _ = tags.slow_target(REASONING, "happy, sad, happy")
+    assert tags.locate(ids, len(ids)).first_token["happy"] == tags.locate(ids, len(ids)).opening + 1
 
 
 def test_a_tag_merged_with_the_first_word_is_detected():

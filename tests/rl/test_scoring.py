@@ -1,0 +1,148 @@
+"""Sampled token ids read, scored and given anchors: completions written by hand under a real tokenizer and real wheels."""
+
+import numpy as np
+import pytest
+from support.tiny_tokenizer import tiny_tokenizer
+
+from mer_r1_jax.emotion.candidates import CandidateTable
+from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.rl.confidence import NO_SET
+from mer_r1_jax.rl.rollout import STOP_ABSENT, STOP_EOS, STOP_LENGTH, Completions
+from mer_r1_jax.rl.scoring import AnswerScorer
+from mer_r1_jax.rl.tags import AnswerTags
+
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def wheels():
+    return load_wheels()
+
+
+@pytest.fixture(scope="module")
+def candidates(wheels):
+    return CandidateTable(tiny_tokenizer(), wheels)
+
+
+@pytest.fixture
+def scorer_of(wheels, candidates):
+    def make(**settings):
+        return AnswerScorer(
+            AnswerTags(tiny_tokenizer()),
+            wheels,
+            candidates,
+            **({"max_words": 4, "max_fast_context": 24} | settings),
+        )
+
+    return make
+
+
+def completions_of(rows):
+    """Completions from texts; a text that ends in "..." was cut at the length cap, None is an absent one."""
+    tags = AnswerTags(tiny_tokenizer())
+    shape = (len(rows), len(rows[0]))
+    ids, length = np.zeros((*shape, LENGTH), np.int32), np.zeros(shape, np.int32)
+    stop = np.full(shape, STOP_ABSENT, np.int32)
+    for row, group in enumerate(rows):
+        for column, text in enumerate(group):
+            if text is None:
+                continue
+            cut = text.endswith("...")
+            tokens = [*tags.ids(text.removesuffix("...")), *(() if cut else (tags.turn_end,))]
+            ids[row, column, : len(tokens)] = tokens
+            length[row, column], stop[row, column] = len(tokens), STOP_LENGTH if cut else STOP_EOS
+    mask = np.arange(LENGTH) < length[..., None]
+    zeros = np.zeros(mask.shape, np.float32)
+    return Completions(
+        id_BGC=ids, length_BG=length, mask_BGC=mask, stop_BG=stop, logprob_BGC=zeros, sampling_logprob_BGC=zeros
+    )
+
+
+def slow(answer, reasoning="The voice"):
+    return f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
+
+
+def test_rewards_of_right_wrong_padded_and_missing_answers(scorer_of):
+    rows = [[slow("happy"), slow("sad"), slow("happy, sad"), "<think>The voice"]]
+    scored = scorer_of().groups(completions_of(rows), [("happy",)])
+    rewards = scored.rewards
+    np.testing.assert_allclose(rewards.recall_BG, [[1, 0, 1, 0]])
+    np.testing.assert_allclose(rewards.precision_BG, [[1, 0, 0.5, 0]])
+    np.testing.assert_allclose(rewards.f1_BG, [[1, 0, 2 / 3, 0]])
+    np.testing.assert_array_equal(rewards.format_BG, [[1, 1, 1, 0]])
+    assert rewards.valid_BG.all() and rewards.scored_BG.all()
+    assert [answer.parsed.words for answer in scored.answers[0]] == [("happy",), ("sad",), ("happy", "sad"), ()]
+    assert scored.answers[0][0].text == rows[0][0]  # without the end of the turn
+
+
+def test_answer_is_read_from_the_first_closed_block_whatever_the_format(scorer_of):
+    rows = [[slow("happy") + " and more", "<answer>happy</answer>", slow("", "x"), slow("happy", "")]]
+    scored = scorer_of().groups(completions_of(rows), [("happy",)])
+    np.testing.assert_array_equal(scored.rewards.format_BG, [[0, 0, 0, 0]])
+    np.testing.assert_allclose(scored.rewards.f1_BG, [[1, 1, 0, 1]])
+
+
+def test_cut_completion_is_scored_and_marked(scorer_of):
+    rows = [[slow("happy") + "...", "<think>The voice and...", slow("happy"), slow("happy")]]
+    scored = scorer_of().groups(completions_of(rows), [("happy",)])
+    assert [answer.truncated for answer in scored.answers[0]] == [True, True, False, False]
+    np.testing.assert_allclose(scored.rewards.f1_BG, [[1, 0, 1, 1]])
+
+
+def test_row_without_a_prompt_has_no_answers_and_counts_nothing(scorer_of):
+    rows = [[slow("happy")] * 2, [None] * 2]
+    scored = scorer_of().groups(completions_of(rows), [("happy",), None])
+    assert scored.answers[1] == ()
+    np.testing.assert_array_equal(scored.rewards.valid_BG, [[True, True], [False, False]])
+    np.testing.assert_array_equal(scored.rewards.scored_BG, [[True, True], [False, False]])
+    assert (scored.anchors.set_BGWQ[1] == NO_SET).all() and not scored.anchors.fast.exists_BGC[1].any()
+    assert not any(scored.counts.values())
+
+
+def test_truth_on_no_wheel_cannot_be_scored(scorer_of):
+    scored = scorer_of().groups(completions_of([[slow("happy"), slow("sad")]]), [("neutrality-of-stone",)])
+    assert not scored.rewards.scored_BG.any() and scored.rewards.valid_BG.all()
+    assert (scored.anchors.set_BGWQ == NO_SET).all()
+
+
+def test_words_beyond_the_truths_count_cost_the_penalty(scorer_of):
+    rows = [[slow("happy"), slow("happy, delighted, joyful")]]
+    free = scorer_of().groups(completions_of(rows), [("happy",)]).rewards
+    paid = scorer_of(word_penalty=0.25).groups(completions_of(rows), [("happy",)]).rewards
+    for name in ("recall_BG", "precision_BG", "f1_BG"):
+        before, after = getattr(free, name), getattr(paid, name)
+        np.testing.assert_allclose(after - before, [[0, -0.5]], atol=1e-6, err_msg=name)
+
+
+def test_anchors_tell_correct_words_from_wrong_ones_on_every_wheel(scorer_of, wheels, candidates):
+    scorer = scorer_of()
+    scored = scorer.groups(completions_of([[slow("happy, sad")]]), [("happy",)])
+    anchors = scored.anchors
+    for w, word in enumerate(("happy", "sad")):
+        for wheel in range(len(wheels)):
+            category, known = wheels.category(word, wheel), wheels.category("happy", wheel)
+            held = anchors.set_BGWQ[0, 0, w, wheel] != NO_SET
+            assert held == (category is not None and known is not None and candidates.word(word)[wheel] != NO_SET)
+            assert anchors.correct_BGWQ[0, 0, w, wheel] == (category is not None and category == known)
+    # The fast context is the empty think block and the sample's own ids up to the last word.
+    forced = len(scorer.tags.empty_think)
+    text = scorer.tags.text(anchors.fast.id_BGC[0, 0][anchors.fast.exists_BGC[0, 0]])
+    assert text.startswith("<think></think>\n<answer>happy,")
+    own = anchors.slow_BGW[0, 0, 0]
+    assert anchors.fast_BGW[0, 0, 0] == forced and anchors.fast_BGW[0, 0, 1] - forced == anchors.slow_BGW[0, 0, 1] - own
+
+
+def test_fast_answers_get_confidences_only_when_their_format_is_excused(scorer_of):
+    rows = [["<think></think>\n<answer>happy</answer>"]]
+    asked = scorer_of().groups(completions_of(rows), [("happy",)])
+    assert (asked.anchors.set_BGWQ == NO_SET).all() and asked.counts["bad_format"] == 1
+    excused = scorer_of().groups(completions_of(rows), [("happy",)], require_format=False)
+    assert (excused.anchors.set_BGWQ != NO_SET).any() and excused.counts["bad_format"] == 0
+
+
+def test_surplus_words_are_counted_and_get_no_confidence(scorer_of):
+    rows = [[slow("happy, sad, angry")]]
+    scored = scorer_of(max_words=2).groups(completions_of(rows), [("happy", "angry")])
+    assert scored.counts["surplus_words"] == 1
+    assert scored.anchors.set_BGWQ.shape[2] == 2
+    assert scored.answers[0][0].rewards.n_words == 3
