@@ -177,12 +177,18 @@ def test_row_of_a_broken_clip_stays_empty_and_changes_no_other(small, maker, pol
     assert_same_gradients(gradients_of(experience)[0], masked)
 
 
+def completions_by_visit(rollout):
+    table = rollout.table
+    return {
+        (name, generation): text
+        for name, generation, text in zip(table["id"], table["generation"], table["completion"], strict=True)
+    }
+
+
 def test_completions_do_not_depend_on_the_rows_around_them(small, maker, policy, rollout):
     visits = visits_of(small, small.data.rl, [3, 2, 1, 0])
     turned = maker.make(policy, policy, visits, 0)
-    by_clip = dict(zip(zip(turned.table["id"], turned.table["generation"]), turned.table["completion"]))
-    here = zip(zip(rollout.table["id"], rollout.table["generation"]), rollout.table["completion"])
-    assert all(by_clip[key] == text for key, text in here)
+    assert completions_by_visit(turned) == completions_by_visit(rollout)
     later = maker.make(policy, policy, visits, 1)
     assert later.table["completion"] != turned.table["completion"]
 

@@ -1,0 +1,163 @@
+"""Evaluations of a small policy on real clips: both modes, clips left out, and what is written of them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from support.small_run import visits_of
+
+from mer_r1_jax.emotion.answers import parse_answer
+from mer_r1_jax.emotion.rewards import answer_rewards
+from mer_r1_jax.evaluation import summary
+from mer_r1_jax.evaluation.evaluate import EvaluationError
+from mer_r1_jax.run.road import eval_buckets, load_prompts, make_evaluator
+from mer_r1_jax.training.signals import StopRequested
+
+SCORES = {
+    "precision", "recall", "f1", "confidence_correct", "confidence_wrong", "distinct_answers", "mean_words",
+    "mean_length", "format_rate", "truncated_rate",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluator(small):
+    return make_evaluator(small, small.data.rl)
+
+
+def prompts_of(small, numbers):
+    """Records with prompts; None in place of a number is a clip that broke."""
+    visits = visits_of(small, small.data.rl, numbers)
+    return [(visit.record, visit.clips.prompt if visit.clips else "truncated") for visit in visits]
+
+
+@pytest.fixture(scope="module")
+def evaluation(small, trained, evaluator):
+    """Of the six clips the policy has learnt; batches of two."""
+    return evaluator.run((trained, {}), iter(prompts_of(small, range(6))))
+
+
+def test_both_modes_answer_every_clip_in_order(small, evaluation):
+    assert [record.id for record in evaluation.records] == [record.id for record in small.data.rl]
+    assert set(evaluation.answers) == {"slow", "fast"} and evaluation.skipped == ()
+    forced = small.tags.empty_think
+    for mode, answers in evaluation.answers.items():
+        assert len(answers) == 6
+        for record, answer in zip(evaluation.records, answers, strict=True):
+            scored = answer.answer
+            assert parse_answer(scored.text) == scored.parsed
+            again = answer_rewards(scored.parsed.words, record.solution, small.wheels)
+            assert (again.precision, again.recall, again.f1) == (
+                scored.rewards.precision, scored.rewards.recall, scored.rewards.f1
+            )  # fmt: skip
+            assert scored.text.startswith("<think></think>\n<answer>") == (mode == "fast")
+            assert (tuple(answer.ids[: len(forced)]) == forced) == (mode == "fast")
+            assert len(answer.ids) == scored.length
+    # What it has learnt by heart it knows.
+    assert evaluation.scores("slow", "f1").mean() > 0.3
+
+
+def test_confidence_is_the_probability_of_the_words_categories(evaluation):
+    for answers in evaluation.answers.values():
+        for answer in answers:
+            right, wrong = answer.confidence_correct, answer.confidence_wrong
+            assert all(value is None or 0 < value <= 1 for value in (right, wrong))
+            if answer.answer.rewards.f1 == 1:
+                assert right is not None and wrong is None
+
+
+def test_answers_do_not_depend_on_the_batch_they_are_in(small, trained, evaluator, evaluation):
+    turned = evaluator.run((trained, {}), iter(prompts_of(small, [5, 0, 3])))
+    for mode, answers in turned.answers.items():
+        expected = [evaluation.answers[mode][number].answer.text for number in (5, 0, 3)]
+        assert [answer.answer.text for answer in answers] == expected
+
+
+def test_clips_that_broke_are_left_out_and_listed(small, trained, evaluator, evaluation):
+    prompts = prompts_of(small, [0, None, 2, 3])
+    partly = evaluator.run((trained, {}), iter(prompts))
+    assert [record.id for record in partly.records] == ["clip-0", "clip-2", "clip-3"]
+    assert [(record.id, reason) for record, reason in partly.skipped] == [(prompts[1][0].id, "truncated")]
+    for mode in ("slow", "fast"):
+        kept = [evaluation.answers[mode][number].answer.text for number in (0, 2, 3)]
+        assert [answer.answer.text for answer in partly.answers[mode]] == kept
+    scores = summary.summarise(partly, small.wheels, benchmark="heldout", phase="rl", step=3)
+    assert scores["n"] == 3 and scores["skipped"] == [{"id": prompts[1][0].id, "reason": "truncated"}]
+    np.testing.assert_allclose(scores["slow"]["f1"], partly.scores("slow", "f1").mean())
+
+
+def test_no_usable_clip_at_all_is_an_error(small, trained, evaluator):
+    with pytest.raises(EvaluationError, match="none of the 2 held-out clips can be used, the first for: truncated"):
+        evaluator.run((trained, {}), iter(prompts_of(small, [None, None])))
+
+
+def test_one_mode_alone_gives_the_same_answers(small, trained, evaluator, evaluation):
+    fast = evaluator.run((trained, {}), iter(prompts_of(small, [0, 1])), modes=("fast",))
+    assert set(fast.answers) == {"fast"}
+    expected = [answer.answer.text for answer in evaluation.answers["fast"][:2]]
+    assert [answer.answer.text for answer in fast.answers["fast"]] == expected
+
+
+def test_evaluation_stops_between_batches_when_asked(small, trained, evaluator):
+    looked = []
+
+    def check():
+        looked.append(1)
+        if len(looked) == 2:
+            raise StopRequested("SIGTERM asked the run to stop")
+
+    with pytest.raises(StopRequested):
+        evaluator.run((trained, {}), iter(prompts_of(small, range(6))), check=check)
+    assert len(looked) == 2
+
+
+def test_broken_file_is_loaded_as_its_reason(small, tmp_path):
+    record = small.data.eval[0]
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(b"")
+    broken = dataclasses.replace(record, videos=("cut.mp4",), audios=("cut.mp4",), file=str(tmp_path / "eval.jsonl"))
+    loaded = list(load_prompts(small, (broken, record)))
+    assert loaded[0] == (broken, "empty")
+    assert loaded[1][1].id == record.id
+
+
+def test_rows_of_an_evaluation_are_what_the_devices_can_share(small):
+    assert {bucket.rows for bucket in eval_buckets(small)} == {small.config.eval.prompts_per_batch}
+
+
+def test_summary_and_samples_have_the_fields_their_readers_take(small, evaluation, tmp_path):
+    scores = summary.summarise(evaluation, small.wheels, benchmark="heldout", phase="rl", step=7)
+    rows = summary.samples(evaluation, small.wheels)
+    path = summary.write(tmp_path, scores, rows)
+    assert path.name == "heldout_00007.json"
+    written = json.loads(path.read_text())
+    assert written.keys() == {
+        "step", "phase", "benchmark", "n", "skipped", "slow", "fast", "majority_answer", "majority_f1", "oracle_f1",
+    }  # fmt: skip
+    assert (written["step"], written["phase"], written["benchmark"], written["n"]) == (7, "rl", "heldout", 6)
+    assert written["slow"].keys() == written["fast"].keys() == SCORES
+    assert written["oracle_f1"] is None  # these records know no oracle
+    assert 0 < written["majority_f1"] < 1 and written["majority_answer"]
+    for mode in ("slow", "fast"):
+        answers = [answer.answer for answer in evaluation.answers[mode]]
+        assert written[mode]["f1"] == pytest.approx(np.mean([answer.rewards.f1 for answer in answers]))
+        assert written[mode]["mean_length"] == pytest.approx(np.mean([answer.length for answer in answers]))
+        assert written[mode]["distinct_answers"] == len({tuple(sorted(answer.parsed.words)) for answer in answers})
+    lines = [json.loads(line) for line in (tmp_path / "heldout_00007.samples.jsonl").read_text().splitlines()]
+    assert lines == rows and [line["id"] for line in lines] == [record.id for record in evaluation.records]
+    first = lines[0]
+    assert first["video"] == "clips/0.mp4" and first["subtitle"] is None and first["truth"] == ["happy"]
+    assert {"text", "reasoning", "words", "categories", "precision", "recall", "f1"} <= first["slow"].keys()
+    assert len(first["slow"]["categories"]) == 5
+
+
+def test_oracle_is_a_ceiling_where_every_record_knows_it(small, evaluation):
+    known = dataclasses.replace(
+        evaluation,
+        records=tuple(
+            dataclasses.replace(record, extra={"oracle": list(record.solution) if number else ["sad"]})
+            for number, record in enumerate(evaluation.records)
+        ),
+    )
+    scores = summary.summarise(known, small.wheels, benchmark="heldout", phase="rl", step=7)
+    assert scores["oracle_f1"] == pytest.approx(5 / 6)
