@@ -56,11 +56,11 @@ class WorldConfig:
     missing: float = 0.15  # a slot shows the neutral display
     second_meaning: float = 0.25  # a cue is shown by the display whose second meaning it is
     annotators: int = 4  # labels, and so records for fine-tuning, of one clip
-    label_gain: float = 0.45  # a label gains one wrong category
+    label_gain: float = 0.4  # a label gains one wrong category
     label_gain_distractor: float = 0.5  # ... which is the clip's distractor rather than any wrong category
     label_loss: float = 0.1  # a label loses a true category, each for itself (never the last one)
     trace_skip: float = 0.25  # the reasoning passes over a cue
-    evidence: float = 1.3  # what named cues must say for a category to stay in the slow answer (a first meaning: 1)
+    evidence: float = 2.0  # what named cues must say for a category to stay in the slow answer (a first meaning: 1)
     word_weights: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)  # of a category's words, most frequent first
 
     def __post_init__(self):
