@@ -13,11 +13,15 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 def load_command(name: str):
     """Loads experiments/<name>.py afresh; flags that an earlier command defined are taken back."""
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        if module.startswith("command_"):
-            for flag in defined:
-                if flag.name in flags.FLAGS:
-                    delattr(flags.FLAGS, flag.name)
+    # Taken down first: deleting a flag also takes it off the list its module is filed under.
+    earlier = [
+        flag.name
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        if module.startswith("command_")
+        for flag in defined
+    ]
+    for flag_name in set(earlier):
+        delattr(flags.FLAGS, flag_name)
     spec = importlib.util.spec_from_file_location(f"command_{name}", EXPERIMENTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
