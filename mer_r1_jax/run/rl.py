@@ -81,6 +81,7 @@ class RlPhase:
                     evaluate(state, done)
                 except StopRequested:
                     return None  # nothing was done since the newest checkpoint
+                log.restart_clock()
                 rollout: Rollout | None = None
                 for step in range(done + 1, self.total_steps + 1):
                     first_update = (step - 1) % self.config.num_iterations == 0
@@ -101,6 +102,7 @@ class RlPhase:
                         stopping = self._between_rollouts(session, log, state, data, step, evaluate)
                         if stopping:
                             return None
+                        log.restart_clock()
         return state.trainable | state.frozen
 
     def _between_rollouts(

@@ -143,10 +143,17 @@ class StepLog:
         self._progress.close()
 
     def add(self, step: int, metrics: Mapping[str, Any], tokens: int) -> None:
-        """Takes a step's metrics and writes those of the step before."""
-        self.flush()
+        """Takes the metrics of a step that was just dispatched and writes those of the step before."""
+        self.flush()  # waits for the step before, whose time it is part of
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
         self.num_tokens += tokens
-        self._pending = (step, {**metrics, "num_tokens": self.num_tokens, "tokens": tokens})
+        pace = {"num_tokens": self.num_tokens, "step_time": seconds, "perf/throughput": tokens / seconds}
+        self._pending = (step, {**metrics, **pace})
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last step (a checkpoint, an evaluation) out of the next one's time."""
+        self._last = time.perf_counter()
 
     def flush(self) -> None:
         """Writes what is pending; waits for the device."""
@@ -154,9 +161,6 @@ class StepLog:
             return
         (step, metrics), self._pending = self._pending, None
         metrics = jax.device_get(metrics)
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        metrics |= {"step_time": seconds, "perf/throughput": metrics.pop("tokens") / seconds}
         in_a_row = float(metrics.pop("skipped_in_a_row"))
         if step % self._session.setup.config.train.logging_steps == 0:
             self._progress.update(step, self._session.metrics.write(self._phase, step, metrics))

@@ -81,6 +81,7 @@ class SftPhase:
                     if step % config.train.save_steps == 0 or step == self.total_steps or stopping:
                         log.flush()
                         session.save(self.name, step, state, data, {"num_tokens": log.num_tokens})
+                        log.restart_clock()
                     if stopping:
                         return None
         return state.trainable | state.frozen
