@@ -1,4 +1,4 @@
-"""Sampled token ids read, scored and given anchors: completions written by hand under a real tokenizer and real wheels."""
+"""Sampled token ids read, scored and given anchors: completions written by hand, a real tokenizer, real wheels."""
 
 import numpy as np
 import pytest

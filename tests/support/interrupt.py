@@ -1,7 +1,8 @@
 """Runs a script that a real signal hits at a chosen place: `python interrupt.py PLACE SIGNAL SCRIPT [arguments...]`.
 
-A place is `before|after MODULE:NAME NUMBER[ WORD]`: the process sends itself the signal when it calls that function for
-the NUMBERth time (counting only calls among whose arguments WORD appears, when one is given), or when that call returns.
+A place is `before|after MODULE:NAME NUMBER[ WORD]`: the process sends itself the signal when it calls that function
+for the NUMBERth time (counting only calls among whose arguments WORD appears, when one is given), or when that call
+returns.
 """
 
 from __future__ import annotations

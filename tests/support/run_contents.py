@@ -1,4 +1,4 @@
-"""What two runs of the same command must share bit for bit, however often they were stopped: names with their content."""
+"""What two runs of one command must share bit for bit, however often they were stopped: names with their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small run's parts as fixtures, made once a process; compiled programs are shared by all processes of a session."""
+"""The small run's parts as fixtures, made once a process; all processes of a session share compiled programs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support.small_run import make_data, small_setup, visits_of
+from support.small_run import TRAINED, make_data, small_setup, visits_of
 
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.run.sft import SftPhase
@@ -34,7 +34,7 @@ def _trained(setup):
     step = make_sft_step(setup.backbone, phase.optimizer, phase.config, phase.encode_inside)
     order = np.random.default_rng(0)
     for _ in range(phase.total_steps):
-        numbers = order.permutation(len(setup.data.sft))[: phase.config.prompts_per_step]
+        numbers = order.permutation(TRAINED)[: phase.config.prompts_per_step]
         batch, _ = phase.batch(visits_of(setup, setup.data.sft, numbers))
         state, _ = step(state, put(batch, setup.backbone.mesh))
     return state.trainable | state.frozen

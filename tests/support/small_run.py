@@ -29,13 +29,18 @@ TRAINED, HELD_OUT = len(ANSWERS), 4
 
 
 def make_data(folder: Path) -> Path:
-    """Writes clips, sft.jsonl, rl.jsonl, eval.jsonl and the tokenizer into a folder and returns it."""
+    """Writes clips, sft.jsonl, rl.jsonl, eval.jsonl and the tokenizer into a folder and returns it.
+
+    The last record of sft.jsonl and of eval.jsonl has a clip that is broken: an empty file.
+    """
     for number in range(TRAINED + HELD_OUT):
         make_clip(folder / f"clips/{number}.mp4", seconds=0.6, size=(56, 56), frequency=200 + 100 * number, seed=number)
     trained = [_record(number) for number in range(TRAINED)]
+    held_out = [_record(number) for number in range(TRAINED, TRAINED + HELD_OUT)]
     _write(folder / "rl.jsonl", trained)
-    _write(folder / "sft.jsonl", [_demonstration(record) for record in trained])
-    _write(folder / "eval.jsonl", [_record(number) for number in range(TRAINED, TRAINED + HELD_OUT)])
+    demonstrated = [*trained, _broken(folder, "broken")]
+    _write(folder / "sft.jsonl", [_demonstration(record) for record in demonstrated])
+    _write(folder / "eval.jsonl", [*held_out, _broken(folder, "broken held-out")])
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     return folder
 
@@ -51,6 +56,12 @@ def _record(number: int) -> dict:
         "subtitle": "I never" if number % 2 else None,
         "solution": list(answer),
     }
+
+
+def _broken(folder: Path, name: str) -> dict:
+    clip = f"clips/{name}.mp4"
+    (folder / clip).write_bytes(b"")
+    return _record(0) | {"id": name, "videos": [clip], "audios": [clip]}
 
 
 def _demonstration(record: dict) -> dict:
