@@ -82,9 +82,7 @@ def sampled(params, tokens, features, next_position_B, uid_B, key, step, *, gene
 @functools.partial(jax.jit, static_argnames="packed")
 def packed_hidden(params, tokens, features, next_position_B, *sets, packed=True):
     """Hidden states that predict the tokens of each set of continuations, from one forward pass."""
-    return packing.continuation_hidden(
-        bound(params), tokens, features, LAYOUT, next_position_B, *sets, packed=packed
-    )
+    return packing.continuation_hidden(bound(params), tokens, features, LAYOUT, next_position_B, *sets, packed=packed)
 
 
 @jax.jit
