@@ -1,4 +1,4 @@
-"""Answers about a clip: python experiments/infer.py --model=HF_DIR_OR_RUN --video=clip.mp4 [--subtitle=...] [--mode=...]
+"""Answers about a clip: python experiments/infer.py --model=HF_DIR_OR_RUN --video=clip.mp4 [--subtitle=... --mode=...]
 
 Prints the reasoning, the emotion words with their categories on the five wheels, and how sure the model is of each.
 """

@@ -29,7 +29,7 @@ class CandidateTable:
         size_Z: int32, tokens of each set.
         wheel_Z: int32, the wheel of each set.
         names: the category of each set.
-        share_lost: share of the surface forms of all wheels that lost the first tokens of all their spellings to sharing.
+        share_lost: share of the wheels' surface forms that lost the first tokens of all their spellings to sharing.
         shared_tokens: per wheel, how many first tokens were dropped.
     """
 
@@ -56,7 +56,7 @@ class CandidateTable:
                     for token in opening[form]:
                         owners[token].add(category)
             shared = {token for token, categories in owners.items() if len(categories) > 1}
-            for category, members in by_category.items():
+            for members in by_category.values():
                 total += len(members)
                 lost += sum(set(opening[form]) <= shared for form in members)
                 sets.append(sorted({token for form in members for token in opening[form]} - shared))

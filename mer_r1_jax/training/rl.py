@@ -244,5 +244,5 @@ class RlPrograms:
 
 
 def beta_at(config: RlConfig, step: int, total_steps: int) -> float:
-    """Weight of the KL term at an optimizer step, beta (1 - beta_decay min(1, t / (max_steps / 2))): MER-R1's recipe."""
+    """Weight of the KL term at optimizer step t: beta (1 - beta_decay min(1, t / (max_steps / 2))) (MER-R1)."""
     return config.beta * (1 - config.beta_decay * min(1.0, step / max(1.0, 0.5 * total_steps)))

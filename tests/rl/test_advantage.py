@@ -31,13 +31,12 @@ SPECIFICATION = {  # one group's advantages out of z-scores, written down anew
     "mer_r1": lambda z, r: SPECIFICATION["ad"](z, r) + 0.1 * (z(r["plus"]) + z(r["minus"])),
     "sfcc_word": lambda z, r: SPECIFICATION["mer_r1"](z, r),
     "sfcc_recall_only": lambda z, r: SPECIFICATION["ad"](z, r) + 0.1 * z(r["plus"]),
-    "sfcc_reward_space": lambda z, r: z(r["recall"] + 0.1 * r["plus"])
-    + z(r["precision"] + 0.1 * r["minus"])
-    + 0.1 * z(r["format"]),
-    "sfcc_mixed": lambda z, r: z(r["recall"] + 0.1 * r["plus"])
-    + z(r["precision"])
-    + 0.1 * z(r["minus"])
-    + 0.1 * z(r["format"]),
+    "sfcc_reward_space": lambda z, r: (
+        z(r["recall"] + 0.1 * r["plus"]) + z(r["precision"] + 0.1 * r["minus"]) + 0.1 * z(r["format"])
+    ),
+    "sfcc_mixed": lambda z, r: (
+        z(r["recall"] + 0.1 * r["plus"]) + z(r["precision"]) + 0.1 * z(r["minus"]) + 0.1 * z(r["format"])
+    ),
     "sfcc_loss": lambda z, r: SPECIFICATION["ad"](z, r),
 }
 

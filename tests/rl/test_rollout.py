@@ -123,7 +123,7 @@ def test_stop_reasons_are_those_of_the_sampled_tokens():
         for generation in range(GENERATIONS):
             length, stop = completions.length_BG[row, generation], completions.stop_BG[row, generation]
             ids = completions.id_BGC[row, generation]
-            ended = np.isin(ids[: length], setting().eos_ids)
+            ended = np.isin(ids[:length], setting().eos_ids)
             assert not ended[:-1].any()
             assert stop == (STOP_EOS if ended[-1] else STOP_LENGTH)
             assert ended[-1] or length == LENGTH

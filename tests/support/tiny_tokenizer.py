@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer with Qwen's split rule and special tokens, trained in a second, for tests without a hub."""
+"""A byte-level BPE tokenizer with Qwen's split rule and special tokens, trained in a second, for tests."""
 
 from __future__ import annotations
 
