@@ -22,6 +22,7 @@ class ModelConfig:
     text_heads: int = 0  # likewise its attention heads
     text_kv_heads: int = 0  # likewise its key and value heads
     text_mlp_size: int = 0  # likewise the width of its feed-forward layers
+    text_rope_theta: float = 0.0  # likewise the base of its rotary frequencies
     vision_hidden_size: int = 0  # width of the vision tower; 0 = the preset's
     vision_layers: int = 0  # likewise its layers
     vision_heads: int = 0  # likewise its attention heads

@@ -28,6 +28,7 @@ _SIZES = {
     "text_heads": ("text", "num_attention_heads"),
     "text_kv_heads": ("text", "num_key_value_heads"),
     "text_mlp_size": ("text", "intermediate_size"),
+    "text_rope_theta": ("text", "rope_theta"),
     "vision_hidden_size": ("vision", "hidden_size"),
     "vision_layers": ("vision", "depth"),
     "vision_heads": ("vision", "num_heads"),
@@ -123,7 +124,7 @@ def _sized_for(config: ThinkerConfig, tokens: int) -> ThinkerConfig:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=max(vocab_size, 512)))
 
 
-def _resized(config: ThinkerConfig, sizes: dict[str, int]) -> ThinkerConfig:
+def _resized(config: ThinkerConfig, sizes: dict[str, int | float]) -> ThinkerConfig:
     """A preset with other sizes; what follows from them (rotary sections, output widths) follows."""
     parts: dict[str, dict[str, Any]] = {"text": {}, "vision": {}, "audio": {}}
     for name, size in sizes.items():

@@ -10,7 +10,6 @@ from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
     MODALITIES,
     NEUTRAL,
-    SECOND,
     SLOTS,
     SLOTS_PER_MODALITY,
     Scene,
@@ -51,8 +50,9 @@ def reasoning(
 ) -> tuple[str, tuple[int, ...]]:
     """The reasoning of a slow answer and the categories it concludes with.
 
-    Each modality's named cues are followed by the two categories they suggest most; the conclusion keeps those
-    categories of the label that the named cues speak for, strongest first (the label's first one if there are none).
+    Each modality's named cues are followed by the one or two categories they suggest most; the conclusion keeps those
+    categories of the label that the named cues speak for, strongest first (the label's first one if there are none),
+    in the words of the answer.
 
     Args:
         skipped: bool[9], the cues the reasoning passes over; None takes the scene's.
@@ -73,12 +73,12 @@ def reasoning(
         if not slots:
             continue
         cues = ", ".join(_describe(slot, scene.cues[slot], quotes, lexicon) for slot in slots)
-        suggested = _suggested(slots, scene.cues, config)
+        suggested = _suggested(slots, scene.cues)
         sentences.append(f"{modality.capitalize()}: {cues} suggest {' or '.join(suggested)}.")
     score = evidence(scene.cues, config, named)
     kept = [c for c in scene.label if score[c] >= config.evidence] or [scene.label[0]]
     kept = tuple(sorted(kept, key=lambda c: (-score[c], c)))
-    sentences.append(f"So {', '.join(CATEGORIES[c] for c in kept)}.")
+    sentences.append(f"So {', '.join(slow_answer(scene, kept))}.")
     return " ".join(sentences), kept
 
 
@@ -131,11 +131,8 @@ def _describe(slot: int, display: int, quotes: tuple[str, ...], lexicon: dict) -
     return quotes[slot - 2 * SLOTS_PER_MODALITY]
 
 
-def _suggested(slots: list[int], cues: tuple[int, ...], config: WorldConfig) -> list[str]:
-    """The two categories these slots' cues speak for most; earlier cues and first meanings win ties."""
-    mask = np.zeros(len(SLOTS), bool)
-    mask[slots] = True
-    score = evidence(cues, config, mask)
-    order = [cues[slot] for slot in slots] + [int(SECOND[slot, cues[slot]]) for slot in slots]
-    ranked = sorted(dict.fromkeys(order), key=lambda c: -score[c])  # sorted is stable: `order` decides between equals
+def _suggested(slots: list[int], cues: tuple[int, ...]) -> list[str]:
+    """The one or two categories that these slots show most often by their first meanings; earlier cues win ties."""
+    shown = [cues[slot] for slot in slots]
+    ranked = sorted(dict.fromkeys(shown), key=lambda c: -shown.count(c))  # sorted is stable
     return [CATEGORIES[c] for c in ranked[:2]]

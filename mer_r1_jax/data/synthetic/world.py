@@ -50,18 +50,18 @@ class WorldConfig:
     (MER-R1's finding), with room for RL above both.
     """
 
-    category_counts: tuple[float, ...] = (0.2, 0.45, 0.3, 0.05)  # of one, two, three, four true categories
-    reliability: tuple[float, ...] = (0.75, 0.6, 0.7)  # a cue stems from a true category: face, voice, words
+    category_counts: tuple[float, ...] = (0.15, 0.45, 0.3, 0.1)  # of one, two, three, four true categories
+    reliability: tuple[float, ...] = (0.9, 0.8, 0.85)  # a cue stems from a true category: face, voice, words
     distractor: float = 0.5  # a cue without a true category stems from the clip's distractor, else from any
     missing: float = 0.15  # a slot shows the neutral display
-    second_meaning: float = 0.25  # a cue is shown by the display whose second meaning it is
-    annotators: int = 4  # labels, and so records for fine-tuning, of one clip
+    second_meaning: float = 0.15  # a cue is shown by the display whose second meaning it is
+    annotators: int = 8  # labels, and so records for fine-tuning, of one clip
     label_gain: float = 0.4  # a label gains one wrong category
     label_gain_distractor: float = 0.5  # ... which is the clip's distractor rather than any wrong category
     label_loss: float = 0.1  # a label loses a true category, each for itself (never the last one)
-    trace_skip: float = 0.25  # the reasoning passes over a cue
+    trace_skip: float = 0.15  # the reasoning passes over a cue
     evidence: float = 2.0  # what named cues must say for a category to stay in the slow answer (a first meaning: 1)
-    word_weights: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)  # of a category's words, most frequent first
+    word_weights: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)  # of a category's words, most frequent first
 
     def __post_init__(self):
         for name in ("category_counts", "word_weights"):
