@@ -149,6 +149,15 @@ def test_the_reasoning_names_only_cues_that_are_there(scenes):
         assert trace.endswith(f"So {', '.join(CATEGORIES[c] for c in kept)}.")
 
 
+def test_each_modality_suggests_what_its_named_cues_show_most(scenes):
+    scene = dataclasses.replace(
+        scenes[0], cues=(2, 5, 5, NEUTRAL, 3, 1, 0, NEUTRAL, NEUTRAL), label=(5, 2), label_words=("amazed", "furious")
+    )
+    trace, kept = text.reasoning(scene, LEXICON, CONFIG, np.zeros(9, bool))
+    assert [part.split(". ")[0] for part in trace.split(" suggest ")[1:]] == ["surprise or anger", "fear or sadness", "joy"]
+    assert kept == (5,) and trace.endswith("So surprise.")
+
+
 def test_the_slow_answer_is_shorter_than_the_label(scenes):
     kept = [text.reasoning(scene, LEXICON, CONFIG)[1] for scene in scenes[:1000]]
     assert np.mean([len(k) for k in kept]) < 0.9 * np.mean([len(scene.label) for scene in scenes[:1000]])

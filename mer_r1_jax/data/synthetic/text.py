@@ -51,8 +51,7 @@ def reasoning(
     """The reasoning of a slow answer and the categories it concludes with.
 
     Each modality's named cues are followed by the one or two categories they suggest most; the conclusion keeps those
-    categories of the label that the named cues speak for, strongest first (the label's first one if there are none),
-    in the words of the answer.
+    categories of the label that the named cues speak for, strongest first (the label's first one if there are none).
 
     Args:
         skipped: bool[9], the cues the reasoning passes over; None takes the scene's.
@@ -78,7 +77,7 @@ def reasoning(
     score = evidence(scene.cues, config, named)
     kept = [c for c in scene.label if score[c] >= config.evidence] or [scene.label[0]]
     kept = tuple(sorted(kept, key=lambda c: (-score[c], c)))
-    sentences.append(f"So {', '.join(slow_answer(scene, kept))}.")
+    sentences.append(f"So {', '.join(CATEGORIES[c] for c in kept)}.")
     return " ".join(sentences), kept
 
 

@@ -55,13 +55,13 @@ class WorldConfig:
     distractor: float = 0.5  # a cue without a true category stems from the clip's distractor, else from any
     missing: float = 0.15  # a slot shows the neutral display
     second_meaning: float = 0.15  # a cue is shown by the display whose second meaning it is
-    annotators: int = 8  # labels, and so records for fine-tuning, of one clip
+    annotators: int = 4  # labels, and so records for fine-tuning, of one clip
     label_gain: float = 0.4  # a label gains one wrong category
     label_gain_distractor: float = 0.5  # ... which is the clip's distractor rather than any wrong category
     label_loss: float = 0.1  # a label loses a true category, each for itself (never the last one)
     trace_skip: float = 0.15  # the reasoning passes over a cue
     evidence: float = 2.0  # what named cues must say for a category to stay in the slow answer (a first meaning: 1)
-    word_weights: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)  # of a category's words, most frequent first
+    word_weights: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)  # of a category's words, most frequent first
 
     def __post_init__(self):
         for name in ("category_counts", "word_weights"):
@@ -165,8 +165,8 @@ def draw_scene(
 
 
 def evidence(cues: tuple[int, ...], config: WorldConfig, slots: np.ndarray | None = None) -> np.ndarray:
-    """How much the cues speak for each category: 1 for a first meaning, for a second the odds of second meanings (a
-    third by default).
+    """How much the cues speak for each category: 1 for a first meaning, for a second the odds of second
+    meanings, `second_meaning / (1 - second_meaning)`.
 
     Args:
         cues: display of each slot.
