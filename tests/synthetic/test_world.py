@@ -142,20 +142,21 @@ def test_the_reasoning_names_only_cues_that_are_there(scenes):
         trace, kept = text.reasoning(scene, LEXICON, CONFIG)
         quotes = text.subtitle(scene, LEXICON)[1]
         for sentence in trace.split(". ")[:-1]:
-            modality, cues = sentence.split(" suggest ")[0].split(": ")
+            modality, cues = sentence.split(" seem ")[0].split(": ")
             for cue in cues.split(", "):
                 assert cue in quotes if modality == "Words" else scene.cues[described[cue][0]] == described[cue][1]
         assert set(kept) <= set(scene.label) and kept
-        assert trace.endswith(f"So {', '.join(CATEGORIES[c] for c in kept)}.")
+        assert trace.endswith(f"So {', '.join(text.plain_word(c, LEXICON) for c in kept)}.")
 
 
-def test_each_modality_suggests_what_its_named_cues_show_most(scenes):
+def test_each_modality_seems_what_its_named_cues_show_most_often(scenes):
     scene = dataclasses.replace(
         scenes[0], cues=(2, 5, 5, NEUTRAL, 3, 1, 0, NEUTRAL, NEUTRAL), label=(5, 2), label_words=("amazed", "furious")
     )
     trace, kept = text.reasoning(scene, LEXICON, CONFIG, np.zeros(9, bool))
-    assert [part.split(". ")[0] for part in trace.split(" suggest ")[1:]] == ["surprise or anger", "fear or sadness", "joy"]
-    assert kept == (5,) and trace.endswith("So surprise.")
+    seem = [part.split(". ")[0] for part in trace.split(" seem ")[1:]]
+    assert seem == ["surprised or angry", "afraid or sad", "happy"]
+    assert kept == (5,) and trace.endswith("So surprised.")
 
 
 def test_the_slow_answer_is_shorter_than_the_label(scenes):

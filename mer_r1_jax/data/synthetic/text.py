@@ -72,12 +72,12 @@ def reasoning(
         if not slots:
             continue
         cues = ", ".join(_describe(slot, scene.cues[slot], quotes, lexicon) for slot in slots)
-        suggested = _suggested(slots, scene.cues)
-        sentences.append(f"{modality.capitalize()}: {cues} suggest {' or '.join(suggested)}.")
+        seem = [plain_word(category, lexicon) for category in _suggested(slots, scene.cues)]
+        sentences.append(f"{modality.capitalize()}: {cues} seem {' or '.join(seem)}.")
     score = evidence(scene.cues, config, named)
     kept = [c for c in scene.label if score[c] >= config.evidence] or [scene.label[0]]
     kept = tuple(sorted(kept, key=lambda c: (-score[c], c)))
-    sentences.append(f"So {', '.join(CATEGORIES[c] for c in kept)}.")
+    sentences.append(f"So {', '.join(plain_word(c, lexicon) for c in kept)}.")
     return " ".join(sentences), kept
 
 
@@ -96,6 +96,11 @@ def short_reasoning(
     return trace, kept
 
 
+def plain_word(category: int, lexicon: dict) -> str:
+    """The word a reasoning uses for a category: its most frequent one, so that answers mostly repeat what it says."""
+    return lexicon["words"][CATEGORIES[category]][0]
+
+
 def slow_answer(scene: Scene, kept: tuple[int, ...]) -> tuple[str, ...]:
     """The label's words of the kept categories, in their order."""
     word = dict(zip(scene.label, scene.label_words, strict=True))
@@ -109,12 +114,12 @@ def slow_target(text: str, words: tuple[str, ...]) -> str:
 
 def all_texts(lexicon: dict) -> list[str]:
     """Every text piece of the world, for the tokenizer's training corpus."""
-    texts = [QUESTION, *CATEGORIES, *(f" {c}" for c in CATEGORIES)]
+    texts = [QUESTION, *(f" {plain_word(c, lexicon)}" for c in range(len(CATEGORIES)))]
     for modality in MODALITIES:
-        texts.append(f"{modality.capitalize()}: suggest or. So")
+        texts.append(f"{modality.capitalize()}: seem or. So")
         texts.append(f" {modality.capitalize()}:")
     for descriptions in lexicon["descriptions"].values():
-        texts += [f": {d}, {d} suggest" for d in descriptions]
+        texts += [f": {d}, {d} seem" for d in descriptions]
     for displays in lexicon["phrases"].values():
         for variants in displays:
             for phrase, quote in variants:
@@ -130,8 +135,8 @@ def _describe(slot: int, display: int, quotes: tuple[str, ...], lexicon: dict) -
     return quotes[slot - 2 * SLOTS_PER_MODALITY]
 
 
-def _suggested(slots: list[int], cues: tuple[int, ...]) -> list[str]:
+def _suggested(slots: list[int], cues: tuple[int, ...]) -> list[int]:
     """The one or two categories that these slots show most often by their first meanings; earlier cues win ties."""
     shown = [cues[slot] for slot in slots]
     ranked = sorted(dict.fromkeys(shown), key=lambda c: -shown.count(c))  # sorted is stable
-    return [CATEGORIES[c] for c in ranked[:2]]
+    return ranked[:2]
