@@ -73,7 +73,7 @@ def _rl(rl):
     rl.max_completion_length = 64
     rl.max_fast_context = 32
     rl.max_answer_words = 8
-    rl.optimizer.learning_rate = 1e-4
+    rl.optimizer.learning_rate = 2e-4
 
 
 def _smoke(config):
