@@ -58,8 +58,8 @@ def _media(media):
 
 
 def _sft(sft):
-    sft.max_steps = 1000
-    sft.prompts_per_step = 32
+    sft.max_steps = 2000
+    sft.prompts_per_step = 16
     sft.max_completion_length = 64
     sft.train_vision_tower = True
     sft.train_audio_tower = True
