@@ -33,7 +33,7 @@ def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: 
         "benchmark": benchmark,
         "n": len(records),
         "skipped": [{"id": record.id, "reason": reason} for record, reason in evaluation.skipped],
-        **{mode: _scores(answers) for mode, answers in evaluation.answers.items()},
+        **{mode: _scores(mode, answers) for mode, answers in evaluation.answers.items()},
         "majority_answer": list(floor.words),
         "majority_f1": floor.f1,
         "oracle_f1": float(np.mean([answer_rewards(words, record.solution, wheels).f1 for words, record in known]))
@@ -42,7 +42,7 @@ def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: 
     }
 
 
-def _scores(answers: Sequence[AnswerOf]) -> dict[str, Any]:
+def _scores(mode: str, answers: Sequence[AnswerOf]) -> dict[str, Any]:
     def mean(values: list[float | None]) -> float | None:
         present = [value for value in values if value is not None]
         return float(np.mean(present)) if present else None
@@ -57,7 +57,8 @@ def _scores(answers: Sequence[AnswerOf]) -> dict[str, Any]:
         "distinct_answers": len({tuple(sorted(answer.parsed.words)) for answer in scored}),
         "mean_words": mean([float(len(answer.parsed.words)) for answer in scored]),
         "mean_length": mean([float(answer.length) for answer in scored]),
-        "format_rate": mean([float(answer.parsed.format_reward) for answer in scored]),
+        # A fast answer is given its think block, empty: the format asked of slow answers does not apply.
+        "format_rate": mean([float(answer.parsed.format_reward) for answer in scored]) if mode == "slow" else None,
         "truncated_rate": mean([float(answer.truncated) for answer in scored]),
     }
 
