@@ -99,6 +99,7 @@ class RlPhase:
                     if first_update and self._logs_completions(step):
                         self._log_completions(session, log, step, rollout)
                     if step % self.config.num_iterations == 0:
+                        log.flush()  # the next rollout needs the update anyhow, and what comes first is not its time
                         stopping = self._between_rollouts(session, log, state, data, step, evaluate)
                         if stopping:
                             return None

@@ -132,7 +132,7 @@ class StepLog:
     def __init__(self, session: Session, phase: str, total: int, done: int, num_tokens: int):
         self._session, self._phase = session, phase
         self._progress = Progress(phase, total, done)
-        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._pending: tuple[int, dict[str, Any], int] | None = None
         self._last = time.perf_counter()
         self.num_tokens = num_tokens
 
@@ -144,12 +144,9 @@ class StepLog:
 
     def add(self, step: int, metrics: Mapping[str, Any], tokens: int) -> None:
         """Takes the metrics of a step that was just dispatched and writes those of the step before."""
-        self.flush()  # waits for the step before, whose time it is part of
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        self.flush()
         self.num_tokens += tokens
-        pace = {"num_tokens": self.num_tokens, "step_time": seconds, "perf/throughput": tokens / seconds}
-        self._pending = (step, {**metrics, **pace})
+        self._pending = (step, {**metrics, "num_tokens": self.num_tokens}, tokens)
 
     def restart_clock(self) -> None:
         """Leaves what was done since the last step (a checkpoint, an evaluation) out of the next one's time."""
@@ -159,8 +156,11 @@ class StepLog:
         """Writes what is pending; waits for the device."""
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, tokens), self._pending = self._pending, None
         metrics = jax.device_get(metrics)
+        now = time.perf_counter()  # a step's time ends when the device is done with it
+        seconds, self._last = now - self._last, now
+        metrics |= {"step_time": seconds, "perf/throughput": tokens / seconds}
         in_a_row = float(metrics.pop("skipped_in_a_row"))
         if step % self._session.setup.config.train.logging_steps == 0:
             self._progress.update(step, self._session.metrics.write(self._phase, step, metrics))

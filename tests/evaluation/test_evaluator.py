@@ -136,6 +136,7 @@ def test_summary_and_samples_have_the_fields_their_readers_take(small, evaluatio
     }  # fmt: skip
     assert (written["step"], written["phase"], written["benchmark"], written["n"]) == (7, "rl", "heldout", 6)
     assert written["slow"].keys() == written["fast"].keys() == SCORES
+    assert written["slow"]["format_rate"] is not None and written["fast"]["format_rate"] is None
     assert written["oracle_f1"] is None  # these records know no oracle
     assert 0 < written["majority_f1"] < 1 and written["majority_answer"]
     for mode in ("slow", "fast"):
