@@ -155,7 +155,7 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
     """
     if config.rl.arm not in ARMS:
         raise ConfigError(f"rl.arm: got {config.rl.arm!r}, expected one of {', '.join(ARMS)}")
-    config = _with_embedded_world(config, progress)
+    config = with_embedded_world(config, progress)
     wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
     data = _read(config, wheels)
     tokenizer_path = pathlib.Path(config.model.tokenizer_path or config.model.path)
@@ -194,7 +194,7 @@ def _sampling(config: RunConfig, backbone: Backbone, tags: AnswerTags) -> Sampli
     )
 
 
-def _with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
+def with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
     """Makes the embedded world (or finds it made) and points the paths that are empty at it."""
     if not config.data.synthetic_dir:
         return config
