@@ -3,8 +3,9 @@
 Draws are made for all rows of a table at once, with the same seeds and the same clips in all of them: a difference
 within a draw is paired, and so is an order.
 
-Of S seeds S - 1 are drawn, with replacement: drawing S would make the spread of their mean too small by the factor
-(S - 1) / S (McCarthy and Snowden 1985), a third for three seeds. Even so a bootstrap of a few seeds is coarse.
+Seeds and clips are drawn apart and crossed (Owen 2007, "The pigeonhole bootstrap"). Where answers differ mostly from clip
+to clip, such intervals are a little too wide; where they differ mostly from seed to seed, an interval of a few seeds
+reaches from the worst of them to the best, which three seeds' true mean leaves in one case of four.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _draws(scores_RSC: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     """float64 [rows, resamples]: each row's mean over the drawn seeds and clips, the same draws for all rows."""
     rows, seeds, clips = scores_RSC.shape
     rng = np.random.default_rng(seed)
-    drawn_seeds = rng.integers(seeds, size=(resamples, max(1, seeds - 1)))
+    drawn_seeds = rng.integers(seeds, size=(resamples, seeds))
     weight_DS = (drawn_seeds[:, :, None] == np.arange(seeds)).mean(axis=1)
     means = []
     at_once = max(1, _CLIP_DRAWS_AT_ONCE // clips)

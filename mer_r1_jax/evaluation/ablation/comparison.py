@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from mer_r1_jax.evaluation.seeds import Mean, Order, Resampled, mean_over_seeds
 from mer_r1_jax.evaluation.statistics import Difference, paired_difference
 
 SFT = "sft"
+FAST = "fast "  # before the name of a row: its fast answers
 PAPER_ORDER = ("baseline", "rd", "ad", "mer_r1")  # from the lowest to the highest
 # MER-R1, mean over five sets of MER-UniBench: F1, and the official scores. Another model on other data.
 PAPER_F1 = {"baseline": 70.55, "rd": 71.15, "ad": 71.60, "mer_r1": 73.15}
@@ -104,29 +105,53 @@ def compare(results: Sequence[SeedResult], rows: Sequence[str], missing: Sequenc
         raise AblationError("no run of SFT is finished, so there is nothing to hold the arms against yet")
     clips = _common_clips(results)
     by_row = {row: {result.seed: result for result in results if result.row == row} for row in rows}
-    by_row = {row: dict(sorted(found.items())) for row, found in by_row.items() if found}
-    present = list(by_row)
-    pairs = [pair for pair in _pairs(present) if by_row[pair[0]].keys() & by_row[pair[1]].keys()]
-    order_rows = [row for row in PAPER_ORDER if row in by_row]
-    order_seeds = _common_seeds(by_row, order_rows) if len(order_rows) > 1 else []
+    runs = _Runs({row: dict(sorted(found.items())) for row, found in by_row.items() if found}, clips, seed)
+    pairs = [pair for pair in _pairs(list(runs.by_row)) if runs.common_seeds(*pair)]
+    order_rows = [row for row in PAPER_ORDER if row in runs.by_row]
+    order_seeds = runs.common_seeds(*order_rows) if len(order_rows) > 1 else ()
     end = results[0].end
     return Ablation(
-        rows=tuple(_row(row, by_row, clips, seed) for row in present),
+        rows=tuple(_row(row, runs) for row in runs.by_row),
         clips=clips,
-        versus=tuple(_versus(*pair, by_row, clips, seed) for pair in pairs),
-        order=Resampled(_scores(by_row, order_rows, order_seeds, clips), seed).order(order_rows)
-        if order_seeds
-        else None,
-        order_seeds=tuple(order_seeds),
+        versus=tuple(_versus(*pair, runs) for pair in pairs),
+        order=runs.resampled(order_seeds).order(order_rows) if order_seeds else None,
+        order_seeds=order_seeds,
         floor=end.reference("majority_f1"),
         ceiling=end.reference("oracle_f1"),
         same_start={
-            result.run: same_answers(result.start, by_row[SFT][result.seed].end)
+            result.run: same_answers(result.start, runs.by_row[SFT][result.seed].end)
             for result in results
-            if result.row != SFT and result.start is not None and result.seed in by_row[SFT]
+            if result.row != SFT and result.start is not None and result.seed in runs.by_row[SFT]
         },
         missing=tuple(missing),
     )
+
+
+@dataclasses.dataclass(eq=False)
+class _Runs:
+    """Finished runs by row and seed, and the bootstrap draws over them."""
+
+    by_row: dict[str, dict[int, SeedResult]]
+    clips: tuple[str, ...]
+    seed: int
+    _drawn: dict[tuple[int, ...], Resampled] = dataclasses.field(default_factory=dict)
+
+    def common_seeds(self, *rows: str) -> tuple[int, ...]:
+        """The seeds that all of the rows have."""
+        return tuple(seed for seed in self.by_row[rows[0]] if all(seed in self.by_row[row] for row in rows))
+
+    def scores(self, row: str, seeds: Sequence[int], mode: str = "slow") -> np.ndarray:
+        """F1, float64 [seeds, clips]."""
+        return np.stack([self.by_row[row][seed].clip_scores(self.clips, mode) for seed in seeds])
+
+    def resampled(self, seeds: tuple[int, ...]) -> Resampled:
+        """Draws over those seeds of slow F1 of every row that has them, by row, and of fast F1 by FAST + row."""
+        if seeds not in self._drawn:
+            rows = [row for row in self.by_row if set(seeds) <= self.by_row[row].keys()]
+            scores = {row: self.scores(row, seeds) for row in rows}
+            scores |= {FAST + row: self.scores(row, seeds, "fast") for row in rows}
+            self._drawn[seeds] = Resampled(scores, self.seed)
+        return self._drawn[seeds]
 
 
 def _common_clips(results: Sequence[SeedResult]) -> tuple[str, ...]:
@@ -158,49 +183,32 @@ def _pairs(present: Sequence[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def _row(row: str, by_row: Mapping[str, Mapping[int, SeedResult]], clips: tuple[str, ...], seed: int) -> RowResult:
-    results = tuple(by_row[row].values())
+def _row(row: str, runs: _Runs) -> RowResult:
+    results = tuple(runs.by_row[row].values())
     means = {(mode, name): mean_over_seeds([r.score(mode, name) for r in results]) for mode in MODES for name in SCORES}
     for mode in MODES:
         for name in COUNTS:
             values = [result.end.score(mode, name) for result in results]
             if None not in values:
                 means[mode, name] = mean_over_seeds(values)
-    both = {mode: np.stack([result.clip_scores(clips, mode) for result in results]) for mode in MODES}
-    gains = row != SFT and by_row[row].keys() & by_row[SFT].keys()
     return RowResult(
         row=row,
         results=results,
         means=means,
-        gain=_versus(row, SFT, by_row, clips, seed) if gains else None,
-        slow_minus_fast=Resampled(both, seed).difference("slow", "fast"),
+        gain=_versus(row, SFT, runs) if row != SFT and runs.common_seeds(row, SFT) else None,
+        slow_minus_fast=runs.resampled(runs.common_seeds(row)).difference(row, FAST + row),
     )
 
 
-def _versus(
-    after: str, before: str, by_row: Mapping[str, Mapping[int, SeedResult]], clips: tuple[str, ...], seed: int
-) -> Versus:
-    seeds = _common_seeds(by_row, [after, before])
-    scores = _scores(by_row, [after, before], seeds, clips)
+def _versus(after: str, before: str, runs: _Runs) -> Versus:
+    seeds = runs.common_seeds(after, before)
+    pairs = zip(seeds, runs.scores(after, seeds), runs.scores(before, seeds), strict=True)
     return Versus(
         after=after,
         before=before,
-        difference=Resampled(scores, seed).difference(after, before),
-        by_seed={
-            one: paired_difference(scores[after][place], scores[before][place], seed=seed)
-            for place, one in enumerate(seeds)
-        },
+        difference=runs.resampled(seeds).difference(after, before),
+        by_seed={one: paired_difference(a, b, seed=runs.seed) for one, a, b in pairs},
     )
-
-
-def _common_seeds(by_row: Mapping[str, Mapping[int, SeedResult]], rows: Sequence[str]) -> list[int]:
-    return [seed for seed in by_row[rows[0]] if all(seed in by_row[row] for row in rows)]
-
-
-def _scores(
-    by_row: Mapping[str, Mapping[int, SeedResult]], rows: Sequence[str], seeds: Sequence[int], clips: tuple[str, ...]
-) -> dict[str, np.ndarray]:
-    return {row: np.stack([by_row[row][seed].clip_scores(clips) for seed in seeds]) for row in rows}
 
 
 def as_json(ablation: Ablation) -> dict[str, Any]:
