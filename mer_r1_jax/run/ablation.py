@@ -9,10 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.evaluation.ablation.alikeness import alikeness
 from mer_r1_jax.evaluation.ablation.comparison import compare
-from mer_r1_jax.evaluation.ablation.narrative import describe
+from mer_r1_jax.evaluation.ablation.narrative import counted, describe
 from mer_r1_jax.evaluation.ablation.results import read_result
 from mer_r1_jax.evaluation.ablation.write import write
+from mer_r1_jax.rl.advantage import AdvantageConfig
 from mer_r1_jax.run.ablation_plan import PLATEAU, SFT, Job, Plan, setting_differences
 from mer_r1_jax.run.jobs import Outcome, cores_for, hold, is_finished, run_jobs
 from mer_r1_jax.run.setup import with_embedded_world
@@ -59,7 +61,7 @@ def ablate(plan: Plan, parallel: int, command: str, console: Console) -> int:
 def _is_incomplete(outcome: Outcome, say: Any) -> bool:
     left = len(outcome.stopped) + len(outcome.waiting)
     if left:
-        say(f"stopped with {left} runs left; the same command goes on with them")
+        say(f"stopped with {counted(left, 'run')} left; the same command goes on with them")
     return left > 0
 
 
@@ -69,7 +71,13 @@ def _write_tables(plan: Plan, jobs: list[Job], command: str, say: Any) -> None:
         return
     results = [read_result(job.folder, job.row, job.seed) for job in finished]
     missing = [job.name for job in jobs if job not in finished]
-    ablation = compare(results, plan.rows, missing)
+    settings = AdvantageConfig(
+        scale_rewards=plan.config.rl.scale_rewards,
+        calibration_weight=plan.config.rl.calibration_weight,
+        format_weight=plan.config.rl.format_weight,
+    )
+    alike = alikeness([job.folder for job in finished if job.row in plan.arms], plan.arms, settings)
+    ablation = compare(results, plan.rows, missing, alike)
     paths = write(plan.out, ablation, command, plan_as_json(plan), setting_of(plan.config, plan))
     for paragraph in describe(ablation):
         say(paragraph)
@@ -96,7 +104,7 @@ def setting_of(config: RunConfig, plan: Plan) -> str:
     said = (
         f"Configuration {config.name}. SFT: {steps('sft')} of {sft.prompts_per_step} prompts, once a seed. RL: {steps('rl')} "
         f"of {rl.prompts_per_step} prompts × {rl.num_generations} completions from that checkpoint, learning rate "
-        f"{rl.optimizer.learning_rate:g}, the same for every arm. {len(plan.seeds)} seeds."
+        f"{rl.optimizer.learning_rate:g}, the same for every arm. {counted(len(plan.seeds), 'seed')}."
     )
     if plan.control_sft_steps:
         said += (

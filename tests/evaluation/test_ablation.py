@@ -4,15 +4,19 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.finished_run import write_run
 
+from mer_r1_jax.evaluation.ablation.alikeness import alikeness
 from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, as_json, compare
 from mer_r1_jax.evaluation.ablation.narrative import describe
 from mer_r1_jax.evaluation.ablation.results import AblationError, SeedResult, read_result
 from mer_r1_jax.evaluation.ablation.tables import tables_of
 from mer_r1_jax.evaluation.ablation.write import write
 from mer_r1_jax.evaluation.run_record import Evaluation
+from mer_r1_jax.rl.advantage import AdvantageConfig
 from mer_r1_jax.training.metrics import read_metrics
 
 
@@ -156,7 +160,7 @@ def test_a_start_that_differs_from_the_end_of_sft_is_told():
     assert ablation.same_start == {"baseline_seed0": (4, 4), "mer_r1_seed0": (3, 4)}
     assert "mer_r1_seed0 on 3 of 4 clips" in describe(ablation)[-1]
     alike = describe(compare([SFT[0], same], ROWS))[-1]
-    assert "all 1 runs that start from a checkpoint answer every clip as SFT did" in alike and "one seed only" in alike
+    assert "every run that starts from a checkpoint (1) answers all clips as SFT did" in alike and "one seed only" in alike
 
 
 def test_runs_that_cannot_stand_in_one_table_are_refused():
@@ -168,6 +172,57 @@ def test_runs_that_cannot_stand_in_one_table_are_refused():
     other.end.samples["clip-1"]["truth"] = ["sad"]
     with pytest.raises(AblationError, match="disagree about the truth of 1 clips"):
         compare([SFT[0], other], ROWS)
+
+
+def write_completions(folder, steps=2, groups=6, generations=8, arm="ad", seed=0):
+    """Tables of sampled completions as a run writes them, with the advantages the arm's formula gives."""
+    rng = np.random.default_rng(seed)
+    (folder / "completions").mkdir(parents=True)
+    for step in range(1, steps + 1):
+        shape = (groups, generations)
+        recall, precision = rng.choice([0.0, 0.5, 1.0], shape), rng.choice([0.0, 0.5, 1.0], shape, p=[0.1, 0.2, 0.7])
+        plus = np.where(rng.random(shape) < 0.3, np.nan, rng.normal(size=shape))
+        columns = {
+            "generation": np.tile(np.arange(generations), groups).tolist(),
+            "recall": recall.ravel().tolist(),
+            "precision": precision.ravel().tolist(),
+            "f1": (2 * recall * precision / np.maximum(recall + precision, 1e-9)).ravel().tolist(),
+            "format": [1.0] * recall.size,
+            "r_plus": [None if np.isnan(value) else value for value in plus.ravel().tolist()],
+            "r_minus": [None] * recall.size,
+        }
+        pq.write_table(pa.table(columns), folder / "completions" / f"completions_{step:05d}.parquet")
+    return folder
+
+
+def test_arms_are_alike_as_far_as_their_advantages_are(tmp_path):
+    runs = [write_completions(tmp_path / f"ad_seed{seed}", seed=seed) for seed in range(2)]
+    found = alikeness(runs, ["baseline", "rd", "ad", "mer_r1", "sfcc_word", "sfcc_loss"], AdvantageConfig())
+    assert found.names == ("baseline", "rd", "ad", "mer_r1", "recall", "precision")
+    assert found.runs == 2 and found.answers == 2 * 2 * 6 * 8
+    assert all(found.correlation[name, name] == pytest.approx(1) for name in found.names)
+    # ad by hand: z of each over its group, ddof 1, added; its correlation with recall's z, run by run.
+    expected = []
+    for run in runs:
+        tables = [pq.read_table(path).to_pydict() for path in sorted(run.glob("completions/*.parquet"))]
+        z = {}
+        for name in ("recall", "precision"):
+            groups = np.asarray([table[name] for table in tables], np.float64).reshape(-1, 8)
+            spread = groups.std(axis=1, ddof=1, keepdims=True)
+            z[name] = np.where(spread > 0, (groups - groups.mean(axis=1, keepdims=True)) / (spread + 1e-4), 0).ravel()
+        expected.append(np.corrcoef(z["recall"] + z["precision"], z["recall"])[0, 1])
+    assert found.correlation["ad", "recall"] == pytest.approx(np.mean(expected), abs=1e-5)
+    # Recall varies more here, so it owns the sum that is normalised afterwards; normalised apart, both count alike.
+    assert found.correlation["rd", "recall"] > found.correlation["rd", "precision"] + 0.05
+    assert found.correlation["ad", "recall"] == pytest.approx(found.correlation["ad", "precision"], abs=0.03)
+    assert 0.9 < found.correlation["mer_r1", "ad"] < 1 == pytest.approx(found.correlation["rd", "rd"])
+    assert alikeness([tmp_path / "nothing"], ["ad"], AdvantageConfig()) is None
+    ablation = compare([*SFT, *BASELINE, *MER_R1], ROWS, alike=found)
+    rows = table(ablation, "How alike the arms are")
+    assert [row["row"] for row in rows] == ["baseline", "rd", "ad", "mer_r1"] and rows[2]["ad"] == "1.000"
+    assert rows[1]["recall"] == f"{found.correlation['rd', 'recall']:.3f}"
+    said = next(paragraph for paragraph in describe(ablation) if "same sampled answers" in paragraph)
+    assert f"{found.correlation['rd', 'baseline']:.2f} (rd with baseline)" in said and "(mer_r1 with ad)" in said
 
 
 def test_run_is_read_from_its_folder(tmp_path):

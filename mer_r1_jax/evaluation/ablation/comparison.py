@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mer_r1_jax.evaluation.ablation.alikeness import Alikeness
 from mer_r1_jax.evaluation.ablation.results import COUNTS, SCORES, AblationError, SeedResult, same_answers
 from mer_r1_jax.evaluation.run_record import MODES
 from mer_r1_jax.evaluation.seeds import Mean, Order, Resampled, mean_over_seeds
@@ -72,6 +73,7 @@ class Ablation:
         floor, ceiling: F1 of the best constant answer, and of the oracle (None where unknown), in [0, 1].
         same_start: run -> (clips it answered before its first step as its SFT did at its end, clips in all).
         missing: runs that were asked for and are not finished.
+        alike: how alike the arms' advantages are; None where no sampled answers were kept.
     """
 
     rows: tuple[RowResult, ...]
@@ -83,19 +85,27 @@ class Ablation:
     ceiling: float | None
     same_start: dict[str, tuple[int, int]]
     missing: tuple[str, ...]
+    alike: Alikeness | None = None
 
     def row(self, name: str) -> RowResult | None:
         """A row by its name."""
         return next((row for row in self.rows if row.row == name), None)
 
 
-def compare(results: Sequence[SeedResult], rows: Sequence[str], missing: Sequence[str] = (), seed: int = 0) -> Ablation:
+def compare(
+    results: Sequence[SeedResult],
+    rows: Sequence[str],
+    missing: Sequence[str] = (),
+    alike: Alikeness | None = None,
+    seed: int = 0,
+) -> Ablation:
     """Puts finished runs together.
 
     Args:
         results: every finished run.
         rows: names in the order of the table, SFT first.
         missing: names of runs that are not finished.
+        alike: of the arms' advantages.
         seed: of the bootstrap.
 
     Raises:
@@ -124,6 +134,7 @@ def compare(results: Sequence[SeedResult], rows: Sequence[str], missing: Sequenc
             if result.row != SFT and result.start is not None and result.seed in runs.by_row[SFT]
         },
         missing=tuple(missing),
+        alike=alike,
     )
 
 
@@ -226,8 +237,16 @@ def as_json(ablation: Ablation) -> dict[str, Any]:
         "answered_as_sft_before_the_first_step": {
             run: {"same": same, "clips": clips} for run, (same, clips) in ablation.same_start.items()
         },
+        "advantages": _alike_json(ablation.alike),
         "missing": list(ablation.missing),
     }
+
+
+def _alike_json(alike: Alikeness | None) -> dict[str, Any] | None:
+    if alike is None:
+        return None
+    correlation = {one: {other: alike.correlation[one, other] for other in alike.names} for one in alike.names}
+    return {"correlation": correlation, "runs": alike.runs, "answers": alike.answers}
 
 
 def _row_json(row: RowResult) -> dict[str, Any]:

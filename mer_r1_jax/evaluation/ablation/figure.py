@@ -50,7 +50,7 @@ def _scores(axes: Axes, rows: list[RowResult], ablation: Ablation) -> None:
             axes.annotate(name, (POINTS * value, 1), xycoords=("data", "axes fraction"), xytext=(-2, -2),
                           textcoords="offset points", ha="right", va="top", color=MUTED, fontsize=8)  # fmt: skip
     axes.set_title("F1 of held-out clips: seeds, mean ± standard error")
-    axes.legend(loc="lower left", ncols=2)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
     _name_rows(axes, rows)
 
 

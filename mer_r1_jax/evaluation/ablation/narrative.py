@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-from mer_r1_jax.evaluation.ablation.comparison import SFT, Ablation, Versus
+from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, SFT, Ablation, Versus
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS
 from mer_r1_jax.evaluation.statistics import LEVEL, POINTS, Difference, signed
 
@@ -14,7 +15,8 @@ FEW_SEEDS = 5
 
 def describe(ablation: Ablation) -> list[str]:
     """A few paragraphs: the order, the gains, the controls, and what to be wary of."""
-    paragraphs = [_order(ablation), _between_arms(ablation), _gains(ablation), *_controls(ablation), _wary(ablation)]
+    paragraphs = [_order(ablation), _between_arms(ablation), _alike(ablation), _gains(ablation)]
+    paragraphs += [*_controls(ablation), _wary(ablation)]
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
@@ -26,6 +28,11 @@ def label(row: str) -> str:
 def span(difference: Difference) -> str:
     """A difference and its interval."""
     return f"{signed(difference.points)} ({signed(difference.low)} to {signed(difference.high)})"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def share(value: float) -> str:
@@ -66,12 +73,26 @@ def _between_arms(ablation: Ablation) -> str:
     if not between:
         return ""
     clear = [versus for versus in between if versus.difference.is_clear]
-    said = f"Of {len(between)} comparisons between arms {len(clear)} are clear (their interval excludes zero)"
+    said = f"Clear (their interval excludes zero) are {len(clear)} of {counted(len(between), 'comparison')} between arms"
     return said + (": " + "; ".join(_above(versus) for versus in clear) if clear else "") + "."
 
 
 def _above(versus: Versus) -> str:
     return f"{versus.after} against {versus.before} {span(versus.difference)}"
+
+
+def _alike(ablation: Ablation) -> str:
+    alike = ablation.alike
+    if alike is None:
+        return ""
+    arms = [arm for arm in PAPER_ORDER if arm in alike.names]
+    pairs = [f"{alike.correlation[a, b]:.2f} ({b} with {a})" for a, b in itertools.pairwise(arms)]
+    if not pairs:
+        return ""
+    return (
+        f"On the same sampled answers the advantages of neighbours correlate by {', '.join(pairs)}: the nearer to one, "
+        "the less two arms can differ in what they teach."
+    )
 
 
 def _gains(ablation: Ablation) -> str:
@@ -80,7 +101,11 @@ def _gains(ablation: Ablation) -> str:
         return ""
     listed = "; ".join(f"{row.row} {span(row.gain.difference)}" for row in arms)
     clear = sum(row.gain.difference.low > 0 for row in arms)
-    return f"Points of slow F1 over SFT: {listed}. {clear} of {len(arms)} arms gain clearly."
+    said = f"Points of slow F1 over SFT: {listed}. {clear} of {counted(len(arms), 'arm')} gain clearly."
+    if ablation.ceiling is not None:
+        room = POINTS * (ablation.ceiling - ablation.row(SFT).means["slow", "f1"].mean)
+        said += f" From SFT to the ceiling there are {room:.1f} points."
+    return said
 
 
 def _controls(ablation: Ablation) -> list[str]:
@@ -131,10 +156,12 @@ def _wary(ablation: Ablation) -> str:
     differing = {run: pair for run, pair in ablation.same_start.items() if pair[0] < pair[1]}
     if differing:
         worst = ", ".join(f"{run} on {same} of {clips} clips" for run, (same, clips) in differing.items())
-        said.append(f"Before their first step, runs should answer as their SFT did at its end; these do so only on some: {worst}.")  # fmt: skip
+        said.append(
+            "Before its first step a run should answer as SFT did at its end; these do so on some clips only: " + worst + "."
+        )
     elif ablation.same_start:
         said.append(
-            f"Before their first step all {len(ablation.same_start)} runs that start from a checkpoint answer every clip "
+            f"Before its first step every run that starts from a checkpoint ({len(ablation.same_start)}) answers all clips "
             "as SFT did at its end, letter by letter."
         )
     if ablation.missing:

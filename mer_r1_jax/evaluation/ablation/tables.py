@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from mer_r1_jax.evaluation.ablation.alikeness import OBJECTIVES
 from mer_r1_jax.evaluation.ablation.comparison import PAPER_F1, PAPER_OFFICIAL, Ablation, RowResult, Versus
-from mer_r1_jax.evaluation.ablation.narrative import SAMPLED_NOTE, label, span
-from mer_r1_jax.evaluation.ablation.results import SeedResult
+from mer_r1_jax.evaluation.ablation.narrative import SAMPLED_NOTE, counted, label, span
+from mer_r1_jax.evaluation.ablation.results import LAST_STEPS, SeedResult
 from mer_r1_jax.evaluation.seeds import Mean, mean_over_seeds
 from mer_r1_jax.evaluation.statistics import POINTS, signed
 
@@ -26,8 +27,9 @@ class Table:
 
 
 def tables_of(ablation: Ablation) -> list[Table]:
-    """The arms, the comparisons, how they answer and sample, and every seed."""
-    found = [_arms(ablation), _versus(ablation), _answers(ablation), _sampled(ablation), _seeds(ablation)]
+    """The arms, the comparisons, how they answer and sample, how alike they are, and every seed."""
+    found = [_arms(ablation), _versus(ablation), _answers(ablation), _sampled(ablation), *_alike(ablation)]
+    found.append(_seeds(ablation))
     return [table for table in found if table.rows]
 
 
@@ -55,8 +57,8 @@ def _arms(ablation: Ablation) -> Table:
         key=lambda n: ablation.rows[n].means["slow", "f1"].mean,
     )
     levels = [
-        f"{name}: {POINTS * value:.1f}"
-        for name, value in (("the best constant answer has F1", ablation.floor), ("one who knows the cues", ablation.ceiling))
+        f"{name} {POINTS * value:.1f}"
+        for name, value in (("F1 of the best constant answer", ablation.floor), ("of one who knows the cues", ablation.ceiling))
         if value is not None
     ]  # fmt: skip
     return Table(
@@ -128,6 +130,23 @@ def _sampled(ablation: Ablation) -> Table:
         ),
         rows=tuple(rows),
     )  # fmt: skip
+
+
+def _alike(ablation: Ablation) -> list[Table]:
+    alike = ablation.alike
+    if alike is None:
+        return []
+    arms = [name for name in alike.names if name not in OBJECTIVES]
+    return [
+        Table(
+            title="How alike the arms are",
+            note=f"Correlation of the advantages that each arm gives to the same {alike.answers} answers, sampled in the last "
+            f"{LAST_STEPS} steps of {counted(alike.runs, 'run')}; the last two columns are with recall and with precision "
+            "alone, each normalised over its group.",
+            columns=("row", *arms, *OBJECTIVES),
+            rows=tuple((arm, *(f"{alike.correlation[arm, name]:.3f}" for name in alike.names)) for arm in arms),
+        )
+    ]
 
 
 def _seeds(ablation: Ablation) -> Table:
