@@ -1,11 +1,11 @@
 """Compares arms over seeds: SFT once a seed, every arm from that checkpoint with the same steps, one table.
 
-python experiments/ablate.py --config=experiments/configs/synthetic.py --arms=baseline,rd,ad,mer_r1 --seeds=0,1,2 --out=DIR
-    [--controls=permuted,sft,plateau --control_sft_steps=800] [--parallel=2] [--config.rl.max_steps=...]
+python experiments/ablate.py --config=experiments/configs/synthetic.py --arms=baseline,rd,ad,mer_r1 --seeds=0,1,2
+    --out=DIR [--controls=permuted,sft,plateau --control_sft_steps=800] [--parallel=2] [--config.rl.max_steps=...]
 
-Every run is a folder of --out, as of train.py. The same command started again goes on where it stopped and runs nothing
-twice; further arms, seeds and controls may be added, other settings are refused. At its end, and at each stop, it writes
-ablation.md, ablation.svg, ablation.html and ablation.json from what is finished.
+Every run is a folder of --out, as of train.py. The same command started again goes on where it stopped and runs
+nothing twice; further arms, seeds and controls may be added, other settings are refused. At its end, and at each stop,
+it writes ablation.md, ablation.svg, ablation.html and ablation.json from what is finished.
 """
 
 import pathlib
@@ -25,7 +25,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_
 _ARMS = flags.DEFINE_list("arms", ["baseline", "rd", "ad", "mer_r1"], "arms that are compared (rl.arm)")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds every arm is run with (train.seed)")
 _CONTROLS = flags.DEFINE_list("controls", [], "; ".join(f"{name}: {what}" for name, what in CONTROLS.items()))
-_CONTROL_SFT_STEPS = flags.DEFINE_integer("control_sft_steps", 0, "steps of the control sft: what RL costs, in SFT steps")
+_CONTROL_SFT_STEPS = flags.DEFINE_integer(
+    "control_sft_steps", 0, "steps of the control sft: what RL costs, in SFT steps"
+)
 _CONTROL_SFT_LEARNING_RATE = flags.DEFINE_float("control_sft_learning_rate", 0.0, "its peak; 0 = that of SFT")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "runs at once, each on its share of the cores; only on CPUs")
 _OUT = flags.DEFINE_string("out", None, "folder of the runs and the tables")

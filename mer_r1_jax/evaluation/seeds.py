@@ -3,9 +3,9 @@
 Draws are made for all rows of a table at once, with the same seeds and the same clips in all of them: a difference
 within a draw is paired, and so is an order.
 
-Seeds and clips are drawn apart and crossed (Owen 2007, "The pigeonhole bootstrap"). Where answers differ mostly from clip
-to clip, such intervals are a little too wide; where they differ mostly from seed to seed, an interval of a few seeds
-reaches from the worst of them to the best, which three seeds' true mean leaves in one case of four.
+Seeds and clips are drawn apart and crossed (Owen 2007, "The pigeonhole bootstrap"). Where answers differ mostly from
+clip to clip, such intervals are a little too wide; where they differ mostly from seed to seed, an interval of a few
+seeds reaches from the worst of them to the best, which leaves out the true mean of three seeds in one case of four.
 """
 
 from __future__ import annotations

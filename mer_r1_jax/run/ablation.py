@@ -1,9 +1,10 @@
-"""One attempt at an ablation: what is planned is held against what is there, the rest is run, the tables are written."""
+"""One attempt at an ablation: the plan is held against what is there, the rest is run, the tables are written."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from mer_r1_jax.evaluation.ablation.comparison import compare
 from mer_r1_jax.evaluation.ablation.narrative import counted, describe
 from mer_r1_jax.evaluation.ablation.results import read_result
 from mer_r1_jax.evaluation.ablation.write import write
+from mer_r1_jax.evaluation.run_record import MODES
+from mer_r1_jax.evaluation.statistics import POINTS
 from mer_r1_jax.rl.advantage import AdvantageConfig
 from mer_r1_jax.run.ablation_plan import PLATEAU, SFT, Job, Plan, setting_differences
 from mer_r1_jax.run.jobs import Outcome, cores_for, hold, is_finished, run_jobs
@@ -52,10 +55,19 @@ def ablate(plan: Plan, parallel: int, command: str, console: Console) -> int:
         # Made once, before several runs look for it at the same time.
         with_embedded_world(plan.config, functools.partial(_world_progress, say))
         with StopSignals() as stop:
-            outcome = run_jobs(jobs, plan.out, parallel, stop, say, lock)
+            outcome = run_jobs(jobs, plan.out, parallel, stop, say, lock, _scores_of)
             _write_tables(plan, jobs, command, say)
             outcome.check()
             return EXIT_SAVED if _is_incomplete(outcome, say) else 0
+
+
+def _scores_of(job: Job) -> str:
+    """F1 of a finished run's last evaluation."""
+    evaluations = sorted((job.folder / "eval").glob("*.json"))
+    if not evaluations:
+        return ""
+    scores = json.loads(evaluations[-1].read_text())
+    return ": " + ", ".join(f"{mode} F1 {POINTS * scores[mode]['f1']:.1f}" for mode in MODES)
 
 
 def _is_incomplete(outcome: Outcome, say: Any) -> bool:
@@ -102,8 +114,8 @@ def setting_of(config: RunConfig, plan: Plan) -> str:
 
     sft, rl = config.sft, config.rl
     said = (
-        f"Configuration {config.name}. SFT: {steps('sft')} of {sft.prompts_per_step} prompts, once a seed. RL: {steps('rl')} "
-        f"of {rl.prompts_per_step} prompts × {rl.num_generations} completions from that checkpoint, learning rate "
+        f"Configuration {config.name}. SFT: {steps('sft')} of {sft.prompts_per_step} prompts, once a seed. RL: "
+        f"{steps('rl')} of {rl.prompts_per_step} prompts × {rl.num_generations} completions from that checkpoint, learning rate "
         f"{rl.optimizer.learning_rate:g}, the same for every arm. {counted(len(plan.seeds), 'seed')}."
     )
     if plan.control_sft_steps:

@@ -149,9 +149,7 @@ def make_plan(
         for name in controls
         if name not in CONTROLS
     ]
-    problems += [
-        f"--seeds: got {seed!r}, expected whole numbers from 0" for seed in seeds if not str(seed).isdecimal()
-    ]
+    problems += [f"--seeds: got {seed!r}, expected whole numbers from 0" for seed in seeds if not str(seed).isdecimal()]
     for flag, values in (("arms", arms), ("seeds", [str(seed) for seed in seeds]), ("controls", controls)):
         if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
             problems.append(f"--{flag}: {', '.join(twice)} stands there twice")

@@ -134,6 +134,7 @@ def run_jobs(
     stop: StopSignals,
     say: Callable[[str], None],
     lock: int | None = None,
+    scores_of: Callable[[Job], str] = lambda job: "",
     program: Sequence[str] = PROGRAM,
 ) -> Outcome:
     """Runs what is not finished. A job that another needs comes before it in `jobs`.
@@ -144,9 +145,10 @@ def run_jobs(
         stop: asks for the end: running jobs are told to save, no others are started.
         say: is told what begins and ends.
         lock: what `hold` gave.
+        scores_of: what a finished run came to, to be said.
         program: the command of a job, to which its configuration file is added.
     """
-    return _Runner(jobs, out, cores_for(parallel), say, lock, program).run(stop)
+    return _Runner(jobs, out, cores_for(parallel), say, lock, scores_of, program).run(stop)
 
 
 class _Runner:
@@ -157,9 +159,10 @@ class _Runner:
         cores: list[tuple[int, ...]],
         say: Callable[[str], None],
         lock: int | None,
+        scores_of: Callable[[Job], str],
         program: Sequence[str],
     ):
-        self._out, self._say, self._lock, self._program = out, say, lock, program
+        self._out, self._say, self._lock, self._scores_of, self._program = out, say, lock, scores_of, program
         self._environment = _environment(out)
         self._free = list(cores)
         self._running: dict[subprocess.Popen, tuple[Job, tuple[int, ...], float]] = {}
@@ -229,7 +232,8 @@ class _Runner:
                 self.outcome.finished.append(job.name)
                 if told_to_stop:
                     self.outcome.stopped.remove(job.name)
-                self._say(f"{job.name}: finished after {seconds} s ({len(self.outcome.finished)} of {self._total})")
+                done = f"{len(self.outcome.finished)} of {self._total}"
+                self._say(f"{job.name}: finished after {seconds} s ({done}){self._scores_of(job)}")
             elif told_to_stop or process.returncode == EXIT_SAVED:
                 if not told_to_stop:
                     self.outcome.stopped.append(job.name)

@@ -1,5 +1,6 @@
 """The tables of an ablation on made-up runs, against sums done by hand."""
 
+import dataclasses
 import json
 import re
 
@@ -54,7 +55,10 @@ def result(row, seed, slow, fast=None, start=None, sampled=None):
 
 
 SFT = [result("sft", 0, [1.0, 0.0, 0.5, 0.5]), result("sft", 1, [0.5, 0.5, 0.5, 0.5])]
-BASELINE = [result("baseline", 0, [1.0, 0.5, 0.5, 1.0], [0.5, 0.5, 0.5, 0.5]), result("baseline", 1, [0.5, 0.5, 0.5, 1.0])]
+BASELINE = [
+    result("baseline", 0, [1.0, 0.5, 0.5, 1.0], [0.5, 0.5, 0.5, 0.5]),
+    result("baseline", 1, [0.5, 0.5, 0.5, 1.0]),
+]
 MER_R1 = [result("mer_r1", 0, [1.0, 0.7, 0.7, 1.0]), result("mer_r1", 1, [0.7, 0.7, 0.7, 1.0])]
 ROWS = ("sft", "baseline", "mer_r1")
 
@@ -141,7 +145,9 @@ def test_controls_are_judged_by_what_they_gain():
     rows = ("sft", "mer_r1", "control_permuted", "control_sft", "control_plateau")
     found = compare(arms(mer_r1=0.5, control_permuted=0.3, control_sft=0.4, control_plateau=0.35), rows)
     said = describe(found)
-    permuted, further, plateau = (next(p for p in said if words in p) for words in ("permuted", "further", "a fifth more"))
+    permuted, further, plateau = (
+        next(p for p in said if words in p) for words in ("permuted", "further", "a fifth more")
+    )
     assert "changes by +0.0 (+0.0 to +0.0): rewards that say nothing gain nothing" in permuted
     assert "mer_r1 is +20.0 (+20.0 to +20.0) ahead of it" in permuted
     assert "gains +10.0" in further and "mer_r1 is +10.0" in further and "RL of mer_r1 takes 30 s" in further
@@ -160,7 +166,9 @@ def test_a_start_that_differs_from_the_end_of_sft_is_told():
     assert ablation.same_start == {"baseline_seed0": (4, 4), "mer_r1_seed0": (3, 4)}
     assert "mer_r1_seed0 on 3 of 4 clips" in describe(ablation)[-1]
     alike = describe(compare([SFT[0], same], ROWS))[-1]
-    assert "every run that starts from a checkpoint (1) answers all clips as SFT did" in alike and "one seed only" in alike
+    assert (
+        "every run that starts from a checkpoint (1) answers all clips as SFT did" in alike and "one seed only" in alike
+    )
 
 
 def test_runs_that_cannot_stand_in_one_table_are_refused():
@@ -244,8 +252,10 @@ def test_files_are_whole_and_say_the_same(tmp_path):
     sampled = dict.fromkeys(
         ("reward", "recall", "precision", "f1", "recall_std", "precision_std", "frac_reward_zero_std", "kl"), 0.25
     )
-    runs = [result(r.row, r.seed, list(r.clip_scores([f"clip-{n}" for n in range(40)])), sampled=sampled if r.row != "sft" else None)
-            for r in arms(**dict.fromkeys(PAPER_ORDER, 0.5))]  # fmt: skip
+    runs = [
+        dataclasses.replace(run, sampled=sampled if run.row != "sft" else {})
+        for run in arms(**dict.fromkeys(PAPER_ORDER, 0.5))
+    ]
     ablation = compare(runs, ("sft", *PAPER_ORDER))
     paths = write(tmp_path, ablation, "python experiments/ablate.py --out=x", {"arms": ["ad"]}, "A setting.")
     assert sorted(path.name for path in paths) == ["ablation.html", "ablation.json", "ablation.md", "ablation.svg"]
@@ -255,7 +265,13 @@ def test_files_are_whole_and_say_the_same(tmp_path):
     for words in ("python experiments/ablate.py --out=x", "A setting.", "The paper's order", "slow F1 over SFT"):
         assert words in text and words in page.replace("&#39;", "'"), words
     tables = tables_of(ablation)
-    assert [found.title for found in tables] == ["Arms", "Comparisons", "How they answer", "What was sampled", "Every seed"]
+    assert [found.title for found in tables] == [
+        "Arms",
+        "Comparisons",
+        "How they answer",
+        "What was sampled",
+        "Every seed",
+    ]
     for found in tables:
         assert f"### {found.title}" in text and all(len(row) == len(found.columns) for row in found.rows)
     assert text.count("\n| SFT |") == 1 + 1 + 3  # arms, answers, three seeds

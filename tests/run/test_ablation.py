@@ -6,10 +6,14 @@ import signal
 import subprocess
 import time
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from support.commands import run_command
 from support.small_run import CONFIG_FILE, command, environment
 
+from mer_r1_jax.evaluation.ablation.alikeness import sampled_rewards
+from mer_r1_jax.rl.advantage import AdvantageConfig, advantages
 from mer_r1_jax.run.jobs import FINISHED
 
 WAIT_SECONDS = 500
@@ -63,12 +67,23 @@ def test_arms_start_where_sft_ended(ablation):
     assert runs["baseline"]["sampled_at_the_end"]["reward"] != runs["mer_r1"]["sampled_at_the_end"]["reward"]
 
 
+@pytest.mark.parametrize("arm", ["baseline", "mer_r1"])
+def test_advantages_made_anew_for_the_table_are_those_of_the_run(ablation, arm):
+    folder = ablation[0] / f"{arm}_seed3"
+    logged = [pq.read_table(path)["advantage"].to_numpy() for path in sorted(folder.glob("completions/*.parquet"))]
+    made = [np.asarray(advantages(arm, rewards, AdvantageConfig())).ravel() for rewards in sampled_rewards(folder)]
+    assert len(made) == 6 and np.ptp(logged) > 1
+    np.testing.assert_allclose(made, logged, atol=1e-6)
+
+
 def test_table_holds_what_the_runs_left(ablation):
     out, _ = ablation
     content = json.loads((out / "ablation.json").read_text())
     assert content["clips"] == 4 and content["missing"] == [] and content["plan"]["seeds"] == [3]
     for row in content["rows"]:
-        scores = json.loads((out / f"{row['row']}_seed3/eval/heldout_{40 if row['row'] == 'sft' else 6:05d}.json").read_text())
+        scores = json.loads(
+            (out / f"{row['row']}_seed3/eval/heldout_{40 if row['row'] == 'sft' else 6:05d}.json").read_text()
+        )
         for mode in ("slow", "fast"):
             for name in ("precision", "recall", "f1", "mean_words", "distinct_answers"):
                 assert row[mode][name]["mean"] == pytest.approx(scores[mode][name])
@@ -91,7 +106,7 @@ def test_other_settings_are_refused_and_a_finished_ablation_is_left_alone(ablati
     before = (out / "ablation.svg").read_bytes()
     assert run_command("ablate", *words, "--config.train.save_steps=2") == 0
     assert "3 of 3 runs are finished already" in capsys.readouterr().err
-    assert [attempts(out / f"{row}_seed3")[-1] for row in ("sft", "baseline", "mer_r1")] == ["attempt_1", "attempt_2", "attempt_1"]  # fmt: skip
+    test_a_killed_ablation_goes_on_and_runs_nothing_twice(ablation)
     assert (out / "ablation.svg").read_bytes() == before
 
 

@@ -25,7 +25,10 @@ def config(**sections):
 
 
 def changed(job, base=None):
-    return {name: now for name, (_, now) in difference(dataclasses.asdict(base or config()), dataclasses.asdict(job.config)).items()}
+    return {
+        name: now
+        for name, (_, now) in difference(dataclasses.asdict(base or config()), dataclasses.asdict(job.config)).items()
+    }
 
 
 def test_arms_differ_in_nothing_but_the_arm():
@@ -36,10 +39,14 @@ def test_arms_differ_in_nothing_but_the_arm():
     place = {"train.output_dir": str(OUT), "train.run_name": "sft_seed2", "train.seed": 2}
     assert sft == place | {"rl.max_steps": 0, "rl.arm": "mer_r1"}
     assert jobs["sft_seed2"].needs == "" and jobs["baseline_seed2"].needs == "sft_seed2"
-    no_sizes = dict.fromkeys(["model.text_layers", "model.text_rope_theta", "model.vision_heads", "model.audio_mlp_size"], 0)
+    no_sizes = dict.fromkeys(
+        ["model.text_layers", "model.text_rope_theta", "model.vision_heads", "model.audio_mlp_size"], 0
+    )
     expected = place | no_sizes | {"train.run_name": "baseline_seed2", "rl.arm": "baseline", "sft.max_steps": 0}
     assert changed(jobs["baseline_seed2"]) == expected | {"model.path": str(OUT / "sft_seed2/export/hf")}
-    apart = difference(dataclasses.asdict(jobs["baseline_seed2"].config), dataclasses.asdict(jobs["mer_r1_seed2"].config))
+    apart = difference(
+        dataclasses.asdict(jobs["baseline_seed2"].config), dataclasses.asdict(jobs["mer_r1_seed2"].config)
+    )
     assert apart == {"rl.arm": ("baseline", "mer_r1"), "train.run_name": ("baseline_seed2", "mer_r1_seed2")}
 
 

@@ -61,7 +61,9 @@ def run(out, jobs, parallel=1, stop=None):
     said = []
     with hold(out, said.append, patience=0) as lock:
         program = [sys.executable, "-c", PROGRAM]
-        outcome = run_jobs(jobs, out, parallel, stop or Stop(), said.append, lock, program)
+        outcome = run_jobs(
+            jobs, out, parallel, stop or Stop(), said.append, lock, lambda job: f": {job.row} is good", program
+        )
     return outcome, said
 
 
@@ -84,7 +86,7 @@ def test_jobs_run_once_and_after_what_they_need(tmp_path):
     times = [json.loads((out / job.name / "times").read_text()) for job in jobs]
     assert times[0][1] < times[1][0] and times[1][1] < times[2][0]  # one by one
     assert json.loads((out / "jobs/ad_seed0.json").read_text())["train"]["run_name"] == "ad_seed0"
-    assert "finished" in said[-1] and "(3 of 3)" in said[-1]
+    assert "finished" in said[-1] and said[-1].endswith("(3 of 3): rd is good")
     assert attempts(out, "ad_seed0")[0].endswith(str(out / "compiled"))
     again, said = run(out, jobs_in(out, "sft_seed0", "ad_seed0", "rd_seed0", "mer_r1_seed0"))
     assert again.finished == ["sft_seed0", "ad_seed0", "rd_seed0", "mer_r1_seed0"]

@@ -48,7 +48,7 @@ def alikeness(folders: Sequence[Path], arms: Sequence[str], config: AdvantageCon
     names = [arm for arm in arms if ARMS[arm].candidates == "category" and not ARMS[arm].calibration_loss]
     found, answers = [], 0
     for folder in folders:
-        given = [_given(rewards, names, config) for rewards in _steps(folder)]
+        given = [_given(rewards, names, config) for rewards in sampled_rewards(folder)]
         if given:
             columns = np.concatenate(given, axis=1)
             answers += columns.shape[1]
@@ -65,7 +65,7 @@ def alikeness(folders: Sequence[Path], arms: Sequence[str], config: AdvantageCon
     )
 
 
-def _steps(folder: Path) -> Iterator[Rewards]:
+def sampled_rewards(folder: Path) -> Iterator[Rewards]:
     """Rewards of the last steps whose completions were kept and can be read."""
     for path in sorted((folder / "completions").glob("completions_*.parquet"))[-LAST_STEPS:]:
         rows = pq.read_table(path, columns=list(_COLUMNS)).to_pydict()

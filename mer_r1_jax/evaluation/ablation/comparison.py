@@ -17,7 +17,7 @@ from mer_r1_jax.evaluation.statistics import Difference, paired_difference
 SFT = "sft"
 FAST = "fast "  # before the name of a row: its fast answers
 PAPER_ORDER = ("baseline", "rd", "ad", "mer_r1")  # from the lowest to the highest
-# MER-R1, mean over five sets of MER-UniBench: F1, and the official scores. Another model on other data.
+# MER-R1, means over sets of MER-UniBench: F1, and the official scores. Another model on other data.
 PAPER_F1 = {"baseline": 70.55, "rd": 71.15, "ad": 71.60, "mer_r1": 73.15}
 PAPER_OFFICIAL = {
     "baseline": 77.87, "rd": 80.18, "ad": 82.20, "mer_r1": 83.50, "sfcc_word": 81.81, "sfcc_recall_only": 82.87,

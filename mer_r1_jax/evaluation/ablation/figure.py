@@ -24,7 +24,9 @@ def draw(ablation: Ablation) -> bytes:
     colors = {row.row: COLORS[number % len(COLORS)] for number, row in enumerate(trained)}
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "ablation"}):
         figure = Figure(figsize=(11, 2.2 + 0.28 * len(rows) + (3.2 if trained else 0)), layout="constrained")
-        grid = figure.add_gridspec(2 if trained else 1, 2, height_ratios=[1.4 + 0.28 * len(rows), 3.2][: 1 + bool(trained)])
+        grid = figure.add_gridspec(
+            2 if trained else 1, 2, height_ratios=[1.4 + 0.28 * len(rows), 3.2][: 1 + bool(trained)]
+        )
         _scores(figure.add_subplot(grid[0, 0]), rows, ablation)
         _gains(figure.add_subplot(grid[0, 1]), [row for row in rows if row.gain])
         if trained:
@@ -41,8 +43,8 @@ def _scores(axes: Axes, rows: list[RowResult], ablation: Ablation) -> None:
             values = POINTS * np.asarray(mean.values)
             axes.plot(values, np.full(values.shape, place + offset), "o", color=color, alpha=0.35, markersize=4, mew=0)
             axes.errorbar(
-                POINTS * mean.mean, place + offset, xerr=POINTS * (mean.error or 0.0), fmt="|", color=color, markersize=9,
-                capsize=0, elinewidth=2, label=mode if place == 0 else None,
+                POINTS * mean.mean, place + offset, xerr=POINTS * (mean.error or 0.0), fmt="|", color=color,
+                markersize=9, capsize=0, elinewidth=2, label=mode if place == 0 else None,
             )  # fmt: skip
     for value, name in ((ablation.ceiling, "ceiling"), (ablation.row(SFT).means["slow", "f1"].mean, "slow after SFT")):
         if value is not None and not (name == "ceiling" and _far_away(value, rows)):
@@ -84,7 +86,8 @@ def _held_out_curves(axes: Axes, rows: list[RowResult], colors: dict[str, str]) 
     for row in rows:
         steps = sorted(set.intersection(*({step for step, _ in result.between} for result in row.results)))
         values = [
-            POINTS * np.mean([dict(result.between)[step].score("slow", "f1") for result in row.results]) for step in steps
+            POINTS * np.mean([dict(result.between)[step].score("slow", "f1") for result in row.results])
+            for step in steps
         ]
         axes.plot(steps, values, marker="o", markersize=3.5, linewidth=1.6, **_look(row, colors))
     axes.set_title("Slow F1 of held-out clips over steps of RL, mean of the seeds")

@@ -73,7 +73,9 @@ def _between_arms(ablation: Ablation) -> str:
     if not between:
         return ""
     clear = [versus for versus in between if versus.difference.is_clear]
-    said = f"Clear (their interval excludes zero) are {len(clear)} of {counted(len(between), 'comparison')} between arms"
+    said = (
+        f"Clear (their interval excludes zero) are {len(clear)} of {counted(len(between), 'comparison')} between arms"
+    )
     return said + (": " + "; ".join(_above(versus) for versus in clear) if clear else "") + "."
 
 
@@ -149,20 +151,22 @@ def _wary(ablation: Ablation) -> str:
         said.append("There is one seed only: intervals say what other clips would change, not what other seeds would.")
     elif seeds < FEW_SEEDS:
         said.append(
-            f"Intervals are over clips and seeds together, but {seeds} seeds say little about others: look at the seeds "
-            "one by one."
+            f"Intervals are over clips and seeds together, but {seeds} seeds say little about others: look at the "
+            "seeds one by one."
         )
     said.append("Each interval stands for its own comparison; among many, some exclude zero by chance.")
     differing = {run: pair for run, pair in ablation.same_start.items() if pair[0] < pair[1]}
     if differing:
         worst = ", ".join(f"{run} on {same} of {clips} clips" for run, (same, clips) in differing.items())
         said.append(
-            "Before its first step a run should answer as SFT did at its end; these do so on some clips only: " + worst + "."
+            "Before its first step a run should answer as SFT did at its end; these do so on some clips only: "
+            + worst
+            + "."
         )
     elif ablation.same_start:
         said.append(
-            f"Before its first step every run that starts from a checkpoint ({len(ablation.same_start)}) answers all clips "
-            "as SFT did at its end, letter by letter."
+            f"Before its first step every run that starts from a checkpoint ({len(ablation.same_start)}) answers all "
+            "clips as SFT did at its end, letter by letter."
         )
     if ablation.missing:
         said.append(f"Not finished, and not in the tables: {', '.join(ablation.missing)}.")

@@ -56,15 +56,12 @@ def _arms(ablation: Ablation) -> Table:
         (n for n, row in enumerate(ablation.rows) if not row.row.startswith("control_")),
         key=lambda n: ablation.rows[n].means["slow", "f1"].mean,
     )
-    levels = [
-        f"{name} {POINTS * value:.1f}"
-        for name, value in (("F1 of the best constant answer", ablation.floor), ("of one who knows the cues", ablation.ceiling))
-        if value is not None
-    ]  # fmt: skip
+    known_levels = (("F1 of the best constant answer", ablation.floor), ("of one who knows the cues", ablation.ceiling))
+    levels = [f"{name} {POINTS * value:.1f}" for name, value in known_levels if value is not None]
     return Table(
         title="Arms",
-        note=f"{len(ablation.clips)} held-out clips, in points: mean ± standard error over seeds; gains and gaps with their "
-        f"95% bootstrap interval over clips and seeds, paired. {'; '.join(levels)}. The two last columns are the "
+        note=f"{len(ablation.clips)} held-out clips, in points: mean ± standard error over seeds; gains and gaps with "
+        f"their 95% bootstrap interval over clips and seeds, paired. {'; '.join(levels)}. The two last columns are the "
         "paper's: means over sets of MER-UniBench, of another model on other data, here for their order only.",
         columns=(
             "row", "seeds", "slow precision", "slow recall", "slow F1", "fast F1", "slow F1 over SFT",
@@ -78,8 +75,8 @@ def _arms(ablation: Ablation) -> Table:
 def _versus(ablation: Ablation) -> Table:
     return Table(
         title="Comparisons",
-        note="Points of slow F1, the same clips and seeds on both sides, with 95% bootstrap intervals over clips and seeds. "
-        "Clear: the interval excludes zero.",
+        note="Points of slow F1, the same clips and seeds on both sides, with 95% bootstrap intervals over clips and "
+        "seeds. Clear: the interval excludes zero.",
         columns=("row", "against", "points", "clear", "seeds one by one", "seeds in favour"),
         rows=tuple(_versus_cells(versus) for versus in ablation.versus),
         texts=2,
@@ -122,8 +119,8 @@ def _sampled(ablation: Ablation) -> Table:
             rows.append((label(row.row), *(_mean(mean, 1, 3) for mean in means)))
     return Table(
         title="What was sampled",
-        note=f"{SAMPLED_NOTE} Mean ± standard error over seeds. Reward: F1 + rl.format_weight × format, whatever the arm; "
-        "spreads are over all samples of a step.",
+        note=f"{SAMPLED_NOTE} Mean ± standard error over seeds. Reward: F1 + rl.format_weight × format, whatever the "
+        "arm; spreads are over all samples of a step.",
         columns=(
             "row", "reward", "recall", "precision", "F1", "spread of recall", "spread of precision",
             "groups without spread", "KL",
@@ -140,9 +137,9 @@ def _alike(ablation: Ablation) -> list[Table]:
     return [
         Table(
             title="How alike the arms are",
-            note=f"Correlation of the advantages that each arm gives to the same {alike.answers} answers, sampled in the last "
-            f"{LAST_STEPS} steps of {counted(alike.runs, 'run')}; the last two columns are with recall and with precision "
-            "alone, each normalised over its group.",
+            note=f"Correlation of the advantages that each arm gives to the same {alike.answers} answers, sampled in the "
+            f"last {LAST_STEPS} steps of {counted(alike.runs, 'run')}; the last two columns are with recall and with "
+            "precision alone, each normalised over its group.",
             columns=("row", *arms, *OBJECTIVES),
             rows=tuple((arm, *(f"{alike.correlation[arm, name]:.3f}" for name in alike.names)) for arm in arms),
         )
@@ -168,7 +165,9 @@ def _seeds(ablation: Ablation) -> Table:
 
 def _seed_cells(row: RowResult, result: SeedResult) -> list[str]:
     cells = [
-        f"{POINTS * result.score(mode, name):.1f}" for mode in ("slow", "fast") for name in ("precision", "recall", "f1")
+        f"{POINTS * result.score(mode, name):.1f}"
+        for mode in ("slow", "fast")
+        for name in ("precision", "recall", "f1")
     ]
     gain = row.gain.by_seed.get(result.seed) if row.gain else None
     cells.append(span(gain) if gain else NONE)
@@ -186,4 +185,3 @@ def _mean(mean: Mean | None, factor: float = POINTS, digits: int = 1) -> str:
         return NONE
     error = "" if mean.error is None else f" ± {factor * mean.error:.{digits}f}"
     return f"{factor * mean.mean:.{digits}f}{error}"
-
