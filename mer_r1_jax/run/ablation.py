@@ -115,8 +115,8 @@ def setting_of(config: RunConfig, plan: Plan) -> str:
     sft, rl = config.sft, config.rl
     said = (
         f"Configuration {config.name}. SFT: {steps('sft')} of {sft.prompts_per_step} prompts, once a seed. RL: "
-        f"{steps('rl')} of {rl.prompts_per_step} prompts × {rl.num_generations} completions from that checkpoint, learning rate "
-        f"{rl.optimizer.learning_rate:g}, the same for every arm. {counted(len(plan.seeds), 'seed')}."
+        f"{steps('rl')} of {rl.prompts_per_step} prompts × {rl.num_generations} completions from that checkpoint, "
+        f"learning rate {rl.optimizer.learning_rate:g}, the same for every arm. {counted(len(plan.seeds), 'seed')}."
     )
     if plan.control_sft_steps:
         said += (

@@ -25,17 +25,20 @@ def attempts(folder):
 
 @pytest.fixture(scope="module")
 def ablation(small_folder, compiled, tmp_path_factory):
-    """(folder of the ablation, its flags, whether the arm was unfinished after the kill)."""
+    """(folder of the ablation, its flags)."""
     out = tmp_path_factory.mktemp("ablation") / "out"
     words = [f"--config={CONFIG_FILE}:{small_folder}", "--arms=baseline,mer_r1", "--seeds=3", f"--out={out}"]
-    log = open(out.parent / "killed.log", "w")
-    process = subprocess.Popen(command("ablate.py", *words), env=environment(compiled), stdout=log, stderr=log)
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not (out / "baseline_seed3/config.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, (out.parent / "killed.log").read_text()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    said = out.parent / "killed.log"
+    with open(said, "w") as log:
+        process = subprocess.Popen(command("ablate.py", *words), env=environment(compiled), stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not (out / "baseline_seed3/config.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     with pytest.MonkeyPatch.context() as patched:
         for name, value in environment(compiled).items():
             patched.setenv(name, value)
