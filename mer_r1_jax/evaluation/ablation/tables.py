@@ -138,8 +138,8 @@ def _alike(ablation: Ablation) -> list[Table]:
         Table(
             title="How alike the arms are",
             note=f"Correlation of the advantages that each arm gives to the same {alike.answers} answers, sampled in "
-            f"the last {LAST_STEPS} steps of {counted(alike.runs, 'run')}; the last two columns are with recall and with "
-            "precision alone, each normalised over its group.",
+            f"the last {LAST_STEPS} steps of {counted(alike.runs, 'run')}; the last two columns are with recall and "
+            "with precision alone, each normalised over its group.",
             columns=("row", *arms, *OBJECTIVES),
             rows=tuple((arm, *(f"{alike.correlation[arm, name]:.3f}" for name in alike.names)) for arm in arms),
         )
