@@ -83,7 +83,7 @@ class Plan:
             values["sft"]["max_steps"] = self.control_sft_steps
             values["sft"]["optimizer"]["learning_rate"] = self.control_sft_learning_rate
         elif row == control_row("permuted"):
-            values["rl"]["permute_rewards"] = True
+            values["rl"] |= {"arm": "mer_r1", "permute_rewards": True}
         else:
             values["rl"]["arm"] = row
         return Job(row, seed, from_mapping(values), needs="" if starts_new else run_name(SFT, seed))

@@ -94,6 +94,21 @@ def test_means_errors_and_gains_are_those_done_by_hand():
     assert seeds[2]["slow F1 over SFT"].startswith("+25.0 (") and seeds[2]["s of RL"] == "30"
 
 
+def test_last_stretch_of_rl_is_told():
+    def with_middle(run, slow):
+        return dataclasses.replace(run, between=(run.between[0], (2, evaluation(slow)), run.between[1]))
+
+    # Seed 0 gains 0.25 on average since step 2, seed 1 loses 0.125: together 6.25 points.
+    runs = [with_middle(BASELINE[0], [0.5] * 4), with_middle(BASELINE[1], [0.75] * 4)]
+    ablation = compare([*SFT, *runs], ROWS)
+    stretch = ablation.row("baseline").stretch
+    assert (stretch.first, stretch.last) == (2, 4) and stretch.difference.points == pytest.approx(6.25)
+    assert ablation.row("sft").stretch is None
+    said = next(paragraph for paragraph in describe(ablation) if "over SFT" in paragraph)
+    assert "In the last stretch of RL, from step 2 to 4, it changes by: baseline +6.2 (" in said
+    assert "From SFT to the ceiling there are 40.0 points." in said
+
+
 def test_arms_are_compared_on_the_seeds_both_have():
     ablation = compare([*SFT, *BASELINE, MER_R1[0]], ROWS, missing=["mer_r1_seed1"])
     (versus,) = ablation.versus

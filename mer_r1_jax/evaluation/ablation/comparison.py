@@ -51,6 +51,7 @@ class RowResult:
         means: (mode, score or count) -> mean over the seeds; counts that were not measured are left out.
         gain: over SFT of the same seeds; None for SFT itself.
         slow_minus_fast: of its F1; interval over clips and seeds.
+        stretch: from the last evaluation but one to the last; None without two in RL.
     """
 
     row: str
@@ -58,6 +59,21 @@ class RowResult:
     means: dict[tuple[str, str], Mean]
     gain: Versus | None
     slow_minus_fast: Difference
+    stretch: Stretch | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """The last part of RL, to see whether it had come to its end.
+
+    Attributes:
+        first, last: steps of RL.
+        difference: slow F1 after the last minus that after the first; interval over clips and seeds.
+    """
+
+    first: int
+    last: int
+    difference: Difference
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -208,7 +224,24 @@ def _row(row: str, runs: _Runs) -> RowResult:
         means=means,
         gain=_versus(row, SFT, runs) if row != SFT and runs.common_seeds(row, SFT) else None,
         slow_minus_fast=runs.resampled(runs.common_seeds(row)).difference(row, FAST + row),
+        stretch=_stretch(results, runs),
     )
+
+
+def _stretch(results: Sequence[SeedResult], runs: _Runs) -> Stretch | None:
+    """Of the seeds together, where all were evaluated after the same steps."""
+    pairs = [result.between[-2:] for result in results]
+    steps = {tuple(step for step, _ in pair) for pair in pairs}
+    if len(steps) != 1 or len(next(iter(steps))) != 2:
+        return None
+    clips = [c for c in runs.clips if all(c in evaluation.samples for pair in pairs for _, evaluation in pair)]
+    if len(clips) < 2:
+        return None
+    scores = {
+        name: np.asarray([[pair[place][1].samples[clip]["slow"]["f1"] for clip in clips] for pair in pairs], np.float64)
+        for place, name in enumerate(("before", "after"))
+    }
+    return Stretch(*next(iter(steps)), Resampled(scores, runs.seed).difference("after", "before"))
 
 
 def _versus(after: str, before: str, runs: _Runs) -> Versus:
@@ -259,6 +292,7 @@ def _row_json(row: RowResult) -> dict[str, Any]:
         **means,
         "gain_over_sft": _versus_json(row.gain) if row.gain else None,
         "slow_minus_fast_f1": dataclasses.asdict(row.slow_minus_fast),
+        "last_stretch": dataclasses.asdict(row.stretch) if row.stretch else None,
         "paper": {"f1": PAPER_F1.get(row.row), "official": PAPER_OFFICIAL.get(row.row)},
     }
 

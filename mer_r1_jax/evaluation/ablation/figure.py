@@ -28,7 +28,8 @@ def draw(ablation: Ablation) -> bytes:
             2 if trained else 1, 2, height_ratios=[1.4 + 0.28 * len(rows), 3.2][: 1 + bool(trained)]
         )
         _scores(figure.add_subplot(grid[0, 0]), rows, ablation)
-        _gains(figure.add_subplot(grid[0, 1]), [row for row in rows if row.gain])
+        if gained := [row for row in rows if row.gain]:
+            _gains(figure.add_subplot(grid[0, 1]), gained)
         if trained:
             _held_out_curves(figure.add_subplot(grid[1, 0]), trained, colors)
             _reward_curves(figure.add_subplot(grid[1, 1]), trained, colors)

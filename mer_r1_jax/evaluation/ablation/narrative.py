@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, SFT, Ablation, Versus
+from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, SFT, Ablation, RowResult, Versus
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS
 from mer_r1_jax.evaluation.statistics import LEVEL, POINTS, Difference, signed
 
@@ -107,7 +107,18 @@ def _gains(ablation: Ablation) -> str:
     if ablation.ceiling is not None:
         room = POINTS * (ablation.ceiling - ablation.row(SFT).means["slow", "f1"].mean)
         said += f" From SFT to the ceiling there are {room:.1f} points."
-    return said
+    return said + _stretch(arms)
+
+
+def _stretch(arms: Sequence[RowResult]) -> str:
+    """Whether longer RL would have gone on."""
+    found = [row for row in arms if row.stretch]
+    if not found:
+        return ""
+    listed = "; ".join(f"{row.row} {span(row.stretch.difference)}" for row in found)
+    stretches = {(row.stretch.first, row.stretch.last) for row in found}
+    where = " and ".join(f"from step {first} to {last}" for first, last in sorted(stretches))
+    return f" In the last stretch of RL, {where}, it changes by: {listed}."
 
 
 def _controls(ablation: Ablation) -> list[str]:
