@@ -27,7 +27,7 @@ PROGRAM = (sys.executable, "-m", "mer_r1_jax.run.job")
 FINISHED = "finished.json"  # in a run's folder: the process of the run ended well
 JOBS, COMPILED = "jobs", "compiled"  # folders beside those of the runs
 POLL_SECONDS = 0.2
-ORPHAN_SECONDS = 60.0  # to wait for runs whose ablation was killed
+ORPHAN_SECONDS = 300.0  # to wait for runs whose ablation was killed
 _TAIL = 8  # lines of a failed run's log that are shown
 
 
