@@ -184,6 +184,7 @@ class RlPrograms:
             importance_sampling_level=config.importance_sampling_level,
             epsilon=config.epsilon,
             epsilon_high=config.epsilon_high,
+            delta=config.delta or None,
             max_completion_length=config.max_completion_length,
         )
 
