@@ -73,3 +73,10 @@ def needs_more(completions, mood, **kwargs):
 
 def recall(completions, **kwargs):
     return [1.0] * len(completions)
+
+
+def not_of_the_first(completions, id, **kwargs):
+    """Letters; raises when asked about `clip-0`."""
+    if "clip-0" in id:
+        raise ValueError("not this one")
+    return letters(completions)
