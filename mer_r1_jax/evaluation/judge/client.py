@@ -133,7 +133,7 @@ class ChatClient:
                     entry = self._fetch(key, prompt_version, request)
                 answer = _accepted(entry, max_tokens)
             except JudgeError as error:
-                self._count_failure(error)
+                self._fail(error)
                 raise
             except JudgeAbortedError as error:
                 self._abort(error)
@@ -163,6 +163,22 @@ class ChatClient:
                 return error
 
         return [answer for _, answer in map_ordered(one, list_of_messages, self.concurrency, self.stop)]
+
+    def reject(self, error: JudgeError) -> None:
+        """Counts the last answer to a question as failed after all: it says nothing that can be used.
+
+        Raises:
+            JudgeAbortedError: too many failed.
+        """
+        with self._lock:
+            self.tally.answered -= 1
+        self._fail(error)
+
+    def credit(self, answered: int) -> None:
+        """Counts questions that an earlier run has had answered, so that the failed fraction is of all of them."""
+        with self._lock:
+            self.tally.answered += answered
+            self.tally.cached += answered
 
     def metrics(self) -> dict[str, float]:
         """`judge/latency` (mean seconds of a request that brought a reply), `judge/failed_frac`, and counts."""
@@ -244,8 +260,8 @@ class ChatClient:
         grown = tenacity.wait_exponential_jitter(initial=self._backoff, max=LONGEST_WAIT, jitter=self._backoff)(state)
         return grown if asked is None else min(max(asked, 0.0), LONGEST_WAIT)
 
-    def _count_failure(self, error: JudgeError) -> None:
-        """Counts it, and aborts when there are too many."""
+    def _fail(self, error: JudgeError) -> None:
+        """Counts a failure, and aborts when there are too many."""
         with self._lock:
             self.tally.failed[error.reason] += 1
             failed = sum(self.tally.failed.values())
