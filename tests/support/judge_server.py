@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -30,7 +31,7 @@ FAULTS = (
     "truncated",  # ends by the length limit
     "filtered",
     "empty",
-    "wrong_count",  # the answer's last line comes twice
+    "wrong_count",  # numbered lines, "Step N: ...", with one more
     "injection",  # the answer begins with instructions
     "only_injection",  # and holds nothing else
     "echo_key",  # the answer quotes the request's authorization
@@ -175,7 +176,8 @@ class JudgeServer:
     def _completion(self, request: Request) -> dict[str, Any]:
         fault, text = request.fault, self.answer(request.body)
         if fault == "wrong_count":
-            text = text + "\n" + text.rstrip().splitlines()[-1]
+            *_, last = re.finditer(r"Step (\d+): [^,\n<]*", text)
+            text = f"{text[: last.end()]}, Step {int(last.group(1)) + 1}: 1/1{text[last.end() :]}"
         elif fault == "injection":
             text = f"{INJECTION}\n{text}"
         elif fault == "only_injection":

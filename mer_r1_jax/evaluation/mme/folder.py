@@ -7,6 +7,7 @@
     judge.<protocol>.jsonl      the ratings of these
     scores.<protocol>.json      the scores
     judge_cache/                every reply of extractor and judge
+    judge_metrics.json          latency, failures, requests and tokens of the last attempt
     report.html                 all scores.*.json
 """
 
@@ -37,6 +38,11 @@ class MmeFolder:
     """
 
     path: Path
+
+    @classmethod
+    def of(cls, path: str | Path) -> MmeFolder:
+        """The evaluation in a folder that is there or will be."""
+        return cls(Path(path))
 
     @property
     def predictions(self) -> Path:
@@ -90,6 +96,10 @@ class MmeFolder:
             raise MmeError(f"{self.path} cannot be made ({error}); choose another --out") from error
         content = dataclasses.asdict(benchmark) | {"root": str(benchmark.root), "modes": list(modes)}
         durable.write_json(self.path / "items.json", content)
+
+    def write_metrics(self, metrics: dict[str, dict[str, float]]) -> None:
+        """Keeps what the judge's clients counted."""
+        durable.write_json(self.path / "judge_metrics.json", metrics)
 
     def read_items(self) -> tuple[Benchmark, tuple[str, ...]]:
         """What was asked, and in which modes.

@@ -86,7 +86,7 @@ def run(
         MmeError: data, answers or earlier results that cannot be used.
         JudgeAbortedError: the judge cannot go on; what it answered is kept.
     """
-    folder = MmeFolder(Path(out))
+    folder = MmeFolder.of(out)
     folder.write_items(benchmark, tuple(predictor.modes))
     asked = asked_of(benchmark, predictor.modes)
 
@@ -115,8 +115,11 @@ def run(
             StageLog(folder.judged(protocol), protocol.fingerprint()) as judged,
             _pictures(protocol) as pictures,
         ):
-            extract(steps, predictions, asked, extractor, reasks, watched)
-            judge(judged, steps, benchmark, asked, judge_client, reasks, pictures, watched)
+            try:
+                extract(steps, predictions, asked, extractor, reasks, watched)
+                judge(judged, steps, benchmark, asked, judge_client, reasks, pictures, watched)
+            finally:
+                folder.write_metrics({"extractor": extractor.metrics(), "judge": judge_client.metrics()})
     return rescore(out, num_examples)
 
 
@@ -126,7 +129,7 @@ def rescore(out: str | Path, num_examples: int = 6) -> list[dict[str, Any]]:
     Raises:
         MmeError: there is nothing to score, or a file is damaged.
     """
-    scores = MmeFolder(Path(out)).score()
+    scores = MmeFolder.of(out).score()
     make_mme_report(out, num_examples)
     return scores
 

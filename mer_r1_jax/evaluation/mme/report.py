@@ -40,7 +40,7 @@ def make_mme_report(out: str | os.PathLike, num_examples: int = 6) -> Path:
     Raises:
         MmeError: there is no score, or a file is damaged.
     """
-    folder = MmeFolder(Path(out))
+    folder = MmeFolder.of(out)
     scores = folder.scores()
     if not scores:
         raise MmeError(f"{folder.path}: holds no scores; evaluate something there first")
@@ -133,8 +133,8 @@ def _mode_warnings(pooled: Mapping[str, Any]) -> list[str]:
     lines = []
     if pooled["rated"] < pooled["n"]:
         lines.append(
-            f"{pooled['n'] - pooled['rated']} of {pooled['n']} items have no ratings. The scores leave them out, as the "
-            "official code does; the last column counts them as zero."
+            f"{pooled['n'] - pooled['rated']} of {pooled['n']} items have no ratings. The scores leave them out, as "
+            "the official code does; the last column counts them as zero."
         )
     if pooled["n"] < FEW_ITEMS:
         lines.append(f"{pooled['n']} items are few; the whole set has {TOTAL}.")
