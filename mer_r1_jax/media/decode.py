@@ -115,13 +115,8 @@ def _read(
         header = dataclasses.replace(header, total=decoded)
         pictures, decoded = _sample(path, header, choose(header), media, factor)
     if not pictures:
-        raise MediaError(
-            path,
-            "truncated",
-            f"{decoded} frames that decode",
-            f"the {header.total} that are stored",
-            "Encode the video again.",
-        )
+        found, expected = f"{decoded} frames that decode", f"the {header.total} that are stored"
+        raise MediaError(path, "truncated", found, expected, "Encode the video again.")
     return VideoFrames(
         frames=np.stack(pictures),
         sampled_fps=len(pictures) / header.total * header.rate,
