@@ -35,7 +35,6 @@ class Responses:
     modes = (RESPONSE,)
 
     def __init__(self, folder: str | Path, benchmark: Benchmark):
-        self._folder = folder
         files = response_files(folder)
         self._texts = read_responses(files, benchmark.items)
         hashes = {task: durable.sha256_of(file) for task, file in files.items()}
@@ -46,7 +45,7 @@ class Responses:
         for one in asked:
             text = self._texts.get(one.item.key)
             if text is None:
-                yield one, Failure("no_response", f"{self._folder} holds no response to {one.item.key}")
+                yield one, Failure("no_response", f"there is no response to {one.item.key}")
             else:
                 yield one, {"text": text}
 

@@ -68,4 +68,4 @@ def describe(fingerprint: dict[str, Any]) -> str:
     steps = fingerprint["steps"]
     frames = f"up to {fingerprint['max_frames']} frames" if fingerprint["images"] else "no frames"
     rated = f"rated by {fingerprint['judge']} ({fingerprint['prompt']}), which is shown {frames}"
-    return f"steps by {steps['extractor']} ({steps['prompt']}), {rated}"
+    return f"Steps by {steps['extractor']} ({steps['prompt']}), {rated}"

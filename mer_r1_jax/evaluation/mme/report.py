@@ -123,7 +123,9 @@ def _warnings(score: Mapping[str, Any]) -> list[str]:
     if score["limit"]:
         lines.append(f"Only the first {score['limit']} items of each task were asked.")
     if score["without_clue"]:
-        lines.append(f"{score['without_clue']} items have no audio clue; the judge was told that the sound is unknown.")
+        lines.append(
+            f"Items without an audio clue: {score['without_clue']}; the judge was told that the sound is unknown."
+        )
     if not score["protocol"]["images"]:
         lines.append("The judge saw no frames.")
     return lines
