@@ -109,7 +109,7 @@ class EvaluationFolder:
             extractor,
             answer_wheels=header["fingerprint"]["confidence"]["wheels"],
         )
-        scores |= {"coverage": coverage, "answers": header}
+        scores |= {"coverage": coverage, "answers": header, "wheel_dir": folder}
         path = self.path / "scores" / f"{name}.{scoring.key}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_json(path, scores)
