@@ -79,7 +79,6 @@ def main(argv: list[str]) -> int:
 
         def score(name: str) -> None:
             scored.append(folder.score(name, request, extractor))
-            make_benchmark_report(request.out, _EXAMPLES.value)
 
         try:
             if _RESCORE.value:
@@ -91,7 +90,7 @@ def main(argv: list[str]) -> int:
             print("stopped; the same command goes on from there", file=sys.stderr)
             return EXIT_SAVED
         _print(scored)
-        print(f"report: {folder.report}")
+        print(f"report: {make_benchmark_report(request.out, _EXAMPLES.value)}")
     return 0
 
 
