@@ -14,7 +14,7 @@ import numpy as np
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.emotion.candidates import CandidateTable
-from mer_r1_jax.evaluation.benchmarks.answer_log import AnswerLog
+from mer_r1_jax.evaluation.benchmarks.answer_log import AnswerLog, check_model
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
 from mer_r1_jax.evaluation.benchmarks.protocol import wheels_digest
@@ -165,9 +165,9 @@ def answer_benchmarks(
     Raises:
         BenchmarkError: the answers there are another model's, or of other settings or clips.
     """
-    records = tuple(record for data in datas for record in data.records)
-    evaluator = make_evaluator(policy.setup, records)
     folder = EvaluationFolder(request.out)
+    check_model(folder.path / "answers", policy.fingerprint)
+    evaluator = make_evaluator(policy.setup, tuple(record for data in datas for record in data.records))
     emotion = policy.setup.config.emotion
     wheels = {"wheel_dir": emotion.wheel_dir, "variant": emotion.variant}
     for data in datas:

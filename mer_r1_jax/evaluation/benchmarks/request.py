@@ -16,7 +16,7 @@ class Request:
 
     Attributes:
         benchmarks: names, in order.
-        modes: slow, fast or both.
+        modes: in which clips are asked: slow, fast or both. Whatever has been answered is scored.
         out: folder of answers, scores and report.
         root: folder of the sets' official folders.
         limit: first so many clips of each; 0 = all.
