@@ -58,11 +58,12 @@ def arguments_of(export, root, out):
 
 
 @pytest.fixture(scope="module")
-def resumed(export, root, compiled, tmp_path_factory):
+def resumed(export, root, small_folder, compiled, tmp_path_factory):
     """(folder, answer files at the kill, (benchmark, clip, mode) asked after it)."""
     out = tmp_path_factory.mktemp("evaluation") / "out"
     arguments = arguments_of(export, root, out)
-    script = command("evaluate.py", *arguments)
+    # With a configuration that has worker processes decode ahead; nothing else is different from the model's own.
+    script = command("evaluate.py", *arguments, f"--config={CONFIG_FILE}:{small_folder}")
     words = [script[0], str(INTERRUPT), KILLED_AT, "SIGKILL", *script[1:]]
     ended = subprocess.run(words, env=environment(compiled), capture_output=True, text=True, timeout=900)
     assert ended.returncode == -9, ended.stderr
