@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -67,10 +67,19 @@ class Panel:
 def draw(panels: Sequence[Panel], columns: int, width: float = 4.6, height: float = 2.5) -> str:
     """Draws panels in a grid and returns an SVG as a data URI; `width` and `height` of one panel in inches."""
     rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+
+    def paint(figure: Figure) -> None:
         for number, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(rows, columns, number + 1), panel)
+
+    return as_svg(paint, width * columns, height * rows)
+
+
+def as_svg(paint: Callable[[Figure], None], width: float, height: float) -> str:
+    """What `paint` draws on a figure of that size in inches, in the report's style, as an SVG data URI."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
         return data_uri(svg(figure))
 
 

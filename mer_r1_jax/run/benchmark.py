@@ -14,7 +14,7 @@ import numpy as np
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.emotion.candidates import CandidateTable
-from mer_r1_jax.evaluation.benchmarks.answer_log import AnswerLog
+from mer_r1_jax.evaluation.benchmarks.answer_log import AnswerLog, check_model
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
 from mer_r1_jax.evaluation.benchmarks.protocol import wheels_digest
@@ -22,6 +22,7 @@ from mer_r1_jax.evaluation.benchmarks.readers import BenchmarkData, read_set, re
 from mer_r1_jax.evaluation.benchmarks.request import Request
 from mer_r1_jax.evaluation.benchmarks.sets import SYNTHETIC, title_of
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
+from mer_r1_jax.evaluation.judge.ordered import map_ordered
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
@@ -165,9 +166,9 @@ def answer_benchmarks(
     Raises:
         BenchmarkError: the answers there are another model's, or of other settings or clips.
     """
-    records = tuple(record for data in datas for record in data.records)
-    evaluator = make_evaluator(policy.setup, records)
     folder = EvaluationFolder(request.out)
+    check_model(folder.path / "answers", policy.fingerprint)
+    evaluator = make_evaluator(policy.setup, tuple(record for data in datas for record in data.records))
     emotion = policy.setup.config.emotion
     wheels = {"wheel_dir": emotion.wheel_dir, "variant": emotion.variant}
     for data in datas:
@@ -239,7 +240,12 @@ class _Asking:
     ):
         self.policy, self.evaluator, self.data, self.answers, self.modes = policy, evaluator, data, answers, modes
         self.unusable: dict[str, str] = {}  # clip -> why it was not asked
-        self.silent: list[str] = []  # clips without a sound track
+        self._silent: set[str] = set()  # clips loaded now that have no sound track
+
+    @property
+    def silent(self) -> list[str]:
+        """Clips without a sound track among all that have an answer."""
+        return sorted({line["id"] for line in self.answers.answers.values() if line["silent_audio"]})
 
     def run(self, source: PromptSource, check: Callable[[], None], progress: Callable[[str, int, int], None]) -> None:
         """Asks; see `answer_benchmarks`."""
@@ -251,7 +257,7 @@ class _Asking:
             prompts = self._prompts(source, records)
             for batch, by_mode in self.evaluator.batches((self.policy.leaves, {}), prompts, modes, skipped, check):
                 self.answers.append(
-                    answer_line(record, mode, by_mode[mode][row], data.metric)
+                    answer_line(record, mode, by_mode[mode][row], data.metric, silent=record.id in self._silent)
                     for row, record in enumerate(batch)
                     for mode in modes
                 )
@@ -273,20 +279,32 @@ class _Asking:
         return lacking
 
     def _prompts(self, source: PromptSource, records: Sequence[Record]) -> Iterator[tuple[Record, Prompt | str]]:
-        for record in records:
+        """Prompts in order, or why there is none; the next clips are decoded while the model answers."""
+
+        def load(record: Record) -> Prompt | str:
             try:
                 prompt = source.load(record).prompt
             except (MediaError, PromptError) as error:
                 log.warning("%s: %s: not asked: %s", self.data.name, record.id, error)
-                yield record, str(error)
-                continue
+                return str(error)
             if prompt.stats["silent_audio"]:
-                self.silent.append(record.id)
-            yield record, prompt
+                self._silent.add(record.id)
+            return prompt
+
+        workers = self.policy.setup.config.media.decode_workers
+        return map_ordered(load, records, workers) if workers else ((record, load(record)) for record in records)
 
 
-def answer_line(record: Record, mode: str, answer: AnswerOf, metric: str) -> dict[str, Any]:
-    """An answer as it is kept: everything that scores, reports and a second look need."""
+def answer_line(record: Record, mode: str, answer: AnswerOf, metric: str, *, silent: bool) -> dict[str, Any]:
+    """An answer as it is kept: everything that scores, reports and a second look need.
+
+    Args:
+        record: the clip.
+        mode: slow or fast.
+        answer: the model's.
+        metric: of the benchmark; it decides the form of the truth.
+        silent: the clip has no sound track.
+    """
     scored = answer.answer
     line = {
         "id": record.id,
@@ -303,6 +321,7 @@ def answer_line(record: Record, mode: str, answer: AnswerOf, metric: str) -> dic
         "tokens": scored.length,
         "truncated": scored.truncated,
         "well_formed": bool(scored.parsed.format_reward),
+        "silent_audio": silent,
     }
     if ORACLE_COLUMN in record.extra:
         line[ORACLE_COLUMN] = record.extra[ORACLE_COLUMN]

@@ -1,7 +1,8 @@
 """Writes each MER-UniBench set's official layout, with a few real clips: python tests/support/unibench_standins.py DIR
 
-Folders, file names, columns, corpora and label types are those of the official data; names follow each set's habit. The
-clips are small films with a tone, so scores mean nothing. Labels are pickled npz, as published, until they are converted.
+Folders, file names, columns, corpora and label types are those of the official data; names follow each set's habit.
+The clips are small films with a tone, so scores mean nothing. Labels are pickled npz, as published, until they are
+converted.
 """
 
 from __future__ import annotations

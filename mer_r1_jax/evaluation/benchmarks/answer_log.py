@@ -135,6 +135,27 @@ def read_answers(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[tuple[s
     return rows[0], answers
 
 
+def check_model(folder: pathlib.Path, model: Any) -> None:
+    """Refuses a folder of answers in which another model has answered some benchmark.
+
+    Args:
+        folder: of answer files.
+        model: what the fingerprints say under `model`.
+
+    Raises:
+        BenchmarkError: naming the file and what differs.
+    """
+    for path in sorted(folder.glob("*.jsonl")):
+        with open(path, "rb") as file:
+            first = file.readline()
+        if first.endswith(b"\n"):  # otherwise torn, and dropped when it is opened
+            try:
+                found = json.loads(first)["fingerprint"]["model"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise BenchmarkError(f"{path}:1: damaged; remove the file, or choose another --out") from error
+            _compare(path, {"model": found}, {"model": _plain(model)})
+
+
 def _compare(path: pathlib.Path, found: Any, expected: Any) -> None:
     changed = difference(found, expected)
     if not changed:

@@ -102,14 +102,14 @@ class EvaluationFolder:
         scores = score_benchmark(
             name,
             metric_of(name),
-            {key: line for key, line in answers.items() if key[1] in request.modes},
+            answers,
             truths,
             scoring,
             wheels,
             extractor,
             answer_wheels=header["fingerprint"]["confidence"]["wheels"],
         )
-        scores |= {"coverage": coverage, "answers": header}
+        scores |= {"coverage": coverage, "answers": header, "wheel_dir": folder}
         path = self.path / "scores" / f"{name}.{scoring.key}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_json(path, scores)

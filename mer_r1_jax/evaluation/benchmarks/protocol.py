@@ -1,8 +1,8 @@
 """How an answer becomes words, and words a polarity. Scores of different protocols are not comparable.
 
-Words: `answer` takes what stands in the answer tag, by the official splitter (ours, the default); `extractor` has an LLM
-read the answer, as the official pipeline does with another prompt and model. Polarity: `wheels` is an offline rule over
-the wheels (ours, the default); `extractor` asks the LLM.
+Words: `answer` takes what stands in the answer tag, by the official splitter (ours, the default); `extractor` has an
+LLM read the answer, as the official pipeline does with another prompt and model. Polarity: `wheels` is an offline rule
+over the wheels (ours, the default); `extractor` asks the LLM.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from mer_r1_jax.evaluation.benchmarks.sets import WAF
 
 WORDS_CHOICES = ("answer", "extractor")
 POLARITY_CHOICES = ("wheels", "extractor")
+OFFICIAL_WHEELS = {  # digests of the published folder (zeroQiaoba/AffectGPT, emotion_wheel/), both variants
+    "cb97b0735bb7123d6560a08c9a0f2713ba5dc963b809af5fcbdb083cae489f99": "official",
+    "2c0274d52114a2d40dcc7d6652478debc8d336ff49b87aa4658d320823d24e81": "official",
+}
 _THINK = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 
@@ -117,9 +121,10 @@ def make_scoring(
             "an extractor is asked for, but none is named: give --extractor_url and --extractor_model, any "
             "OpenAI-compatible chat endpoint; or use --words=answer --polarity=wheels, which need none"
         )
-    name = "shipped" if not wheel_dir else "given folder"
+    digest = wheels_digest(wheels)
+    name = OFFICIAL_WHEELS.get(digest, "of a given folder" if wheel_dir else "shipped")
     used = extractor.model if extractor is not None and "extractor" in (words, polarity_rule) else ""
-    return Scoring(words, polarity_rule, f"{name} {wheels_digest(wheels)[:8]}", wheels.variant, used)
+    return Scoring(words, polarity_rule, f"{name} ({digest[:8]})", wheels.variant, used)
 
 
 def wheels_digest(wheels: Wheels) -> str:
@@ -146,7 +151,9 @@ def extract(
     else:
         texts = [_described(line) for line in lines]
         replies = _replies(extractor, texts, prompts.words_messages, prompts.WORDS_VERSION, prompts.WORDS_MAX_TOKENS)
-        words = [_read(reply, _extracted_words, failures) if text else () for text, reply in zip(texts, replies)]
+        words = [
+            _read(reply, _extracted_words, failures) if text else () for text, reply in zip(texts, replies, strict=True)
+        ]
     if metric != WAF:
         return Extracted(tuple(words), (), failures)
     if scoring.polarity == "wheels":

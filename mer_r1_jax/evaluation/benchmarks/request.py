@@ -16,13 +16,12 @@ class Request:
 
     Attributes:
         benchmarks: names, in order.
-        modes: slow, fast or both.
+        modes: in which clips are asked: slow, fast or both. Whatever has been answered is scored.
         out: folder of answers, scores and report.
         root: folder of the sets' official folders.
         limit: first so many clips of each; 0 = all.
         words, polarity: of the protocol.
         wheel_dir, variant: wheels to score with; "" = the model's own.
-        num_examples: clips of each benchmark shown in the report.
     """
 
     benchmarks: tuple[str, ...]
@@ -34,7 +33,6 @@ class Request:
     polarity: str = "wheels"
     wheel_dir: str = ""
     variant: str = ""
-    num_examples: int = 6
 
 
 def benchmark_names(texts: Sequence[str]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Intervals of data-set scores: clips are drawn again and the whole score is computed anew from each draw.
 
 Every score here is a function of sums over clips (a set F of the sums of precision, recall and scored clips of each
-wheel; a weighted F1 of four counts). So a clip is a row of numbers, a draw is a vector of how often each clip occurs, and
-a thousand draws are one matrix product.
+wheel; a weighted F1 of four counts). So a clip is a row of numbers, a draw is a vector of how often each clip occurs,
+and a thousand draws are one matrix product.
 
 Shape letters: N clips, S the summed columns, R draws, V the values of a score.
 """

@@ -143,6 +143,7 @@ def _mode_scores(
         "n_answered": len(lines),
         "n_unanswered": len(truths) - len(lines),
         "extractor_failures": scored.failures,
+        "n_words_on_no_wheel": sum(not wheels.is_known(word) for words in scored.words for word in words),
         **_habits(mode, lines, scored),
         **_sureness(pairs, seed),
         **_details(scored, metric, wheels),
@@ -202,7 +203,7 @@ def _slow_minus_fast(
 
 
 def _references(scored: _Scored, wheels: Wheels) -> dict[str, Any]:
-    """Mean F1 of single clips: the best constant answer as a floor; where it is known, the ideal answer as a ceiling."""
+    """Mean F1 of single clips: the best constant answer as a floor; the ideal answer, where known, as a ceiling."""
     floor = constant_floor(majority_answer(scored.true_words, wheels), scored.true_words, wheels)
     oracles = [line.get(ORACLE_COLUMN) for line in scored.lines]
     ceiling = None
