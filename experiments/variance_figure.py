@@ -120,7 +120,7 @@ def _draw_f1(axes) -> None:
     for mu_p in MEANS:
         recall_BG, precision_BG = groups(MU_R, 0.02, mu_p, 0.02, 0.0)
         f1_BG = 2 * recall_BG * precision_BG / (recall_BG + precision_BG)
-        # baseline's advantage is z(F1 + const): times the group's spread it is F1 again, which least squares take apart.
+        # baseline's advantage is z(F1 + const): times the group's spread it is F1 again, which least squares split.
         moved_BG = of_arm("baseline", recall_BG, precision_BG) * (f1_BG.std(-1, ddof=1, keepdims=True) + 1e-4)
         moves = np.stack([_centred(recall_BG), _centred(precision_BG)], -1)
         weights = np.linalg.lstsq(moves, moved_BG.ravel(), rcond=None)[0]

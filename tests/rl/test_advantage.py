@@ -183,7 +183,7 @@ def test_in_every_group_the_noisier_reward_owns_rd_and_neither_owns_ad(rewards_2
 
 @pytest.mark.parametrize(("mu_r", "mu_p"), [(0.5, 0.5), (0.8, 0.4), (0.3, 0.9)])
 def test_f1_weighs_recall_and_precision_by_the_other_ones_mean(mu_r, mu_p):
-    """Near (mu_R, mu_P), F1 changes by 2 mu_P^2 / (mu_R + mu_P)^2 a unit of recall: it follows the smaller of the two."""
+    """Near (mu_R, mu_P), F1 changes by 2 mu_P^2 / (mu_R + mu_P)^2 a unit of recall: it follows the smaller."""
     f1 = lambda r, p: 2 * r * p / (r + p)  # noqa: E731
     step = 1e-6
     weights = [

@@ -27,9 +27,7 @@ def samples(*groups):
             solution=("happy", "calm")[: row + 1],
             extra={"patience": row} if row else {},
         )
-        made += [
-            Sample(record=record, row=row, generation=g, text=text, ids=(1, g)) for g, text in enumerate(texts)
-        ]
+        made += [Sample(record=record, row=row, generation=g, text=text, ids=(1, g)) for g, text in enumerate(texts)]
     return made
 
 
@@ -40,9 +38,7 @@ def functions():
 
     def functions(*names, timeout=20.0, max_faulty_rollouts=3, columns=("patience",)):
         paths = [name if "." in name else HERE + name for name in names]
-        made.append(
-            RewardFunctions(paths, timeout=timeout, max_faulty_rollouts=max_faulty_rollouts, columns=columns)
-        )
+        made.append(RewardFunctions(paths, timeout=timeout, max_faulty_rollouts=max_faulty_rollouts, columns=columns))
         return made[-1]
 
     yield functions

@@ -1,4 +1,4 @@
-"""From what a policy may write to its advantages: whatever the answers and truths, finite and as stated, in every arm."""
+"""From what a policy may write to its advantages: whatever is answered, finite and as stated, in every arm."""
 
 import dataclasses
 import functools
