@@ -10,7 +10,7 @@ from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
 from mer_r1_jax.evaluation.benchmarks.report import make_benchmark_report
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, PAPER_ROWS
-from mer_r1_jax.evaluation.benchmarks.tables import Columns, main_table
+from mer_r1_jax.evaluation.benchmarks.tables import Columns, analysis_table, main_table
 
 OFFICIAL = "../shared/data/emotion_wheel"
 
@@ -58,12 +58,21 @@ def test_the_report_is_one_file_and_escapes_what_models_write(html):
     assert html.count("data:image/svg+xml") == 10 and html.count("data:image/jpeg") == 20
 
 
+def test_only_differences_that_exclude_zero_are_bold(folder, html):
+    rows = [row for table in analysis_table(Columns(folder.scores())) for row in table["rows"]]
+    compared = [row["cells"][2].note for row in rows if row["cells"][2].note]
+    assert 0 < html.count('class="decided"') == sum(row["decided"] for row in rows) < len(compared)
+    for row in rows:  # an interval on both sides of zero shows both signs
+        note = row["cells"][2].note
+        assert not row["decided"] or ("−" in note) != ("+" in note), row
+
+
 def test_counts_and_gaps_are_told(html):
     assert "no video file, not asked: 1 (gone)" in html and "could not be read, not asked: 1 (broken)" in html
     assert "score with unanswered clips as empty answers" in html
     assert "Not the official test split" in html and "Few clips" in html and "shipped with this program" in html
     assert "for the best constant answer" in html and "100.00 for one who knows the cues" in html
-    assert "40 clips answered both ways" in html and "Confidence on wrong categories" in html
+    assert "40 clips answered both ways" in html and "Confidence, wrong categories" in html
 
 
 def test_protocols_never_share_a_column(folder, tmp_path):

@@ -38,7 +38,8 @@ def export(small, trained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def root(small_folder, tmp_path_factory):
     """The nine sets with converted labels, one clip of which is broken, and held-out clips of a world."""
-    root = write_sets(tmp_path_factory.mktemp("sets"))
+    # The films are those the model was trained on, and so is what is said in them: there are words to score.
+    root = write_sets(tmp_path_factory.mktemp("sets"), spoken=("", "I never", ""))
     assert run_command("convert_labels", f"--root={root}") == 0
     name, clip = BROKEN
     (root / LAYOUTS[name].folder / LAYOUTS[name].video / f"{clip}.mp4").write_bytes(b"")
@@ -130,17 +131,17 @@ def test_an_extractor_is_a_protocol_of_its_own_and_asked_once(resumed, tmp_path)
     out = tmp_path / "out"
     shutil.copytree(resumed[0], out)
     with JudgeServer(lambda body: "positive" if "Emotion words" in str(body) else "[happy]") as server:
-        arguments = ["--benchmark=meld,cmu_mosi", f"--out={out}", "--rescore", "--words=extractor"]
+        arguments = ["--benchmark=synthetic,cmu_mosi", f"--out={out}", "--rescore", "--words=extractor"]
         arguments += ["--polarity=extractor", f"--extractor_url={server.base_url}", "--extractor_model=rule"]
         assert evaluate(*arguments, open_policy=None) == 0
         asked = len(server.requests)
         assert evaluate(*arguments, open_policy=None) == 0
-        assert len(server.requests) == asked
+        assert len(server.requests) == asked > 0
     by_extractor = [score for score in scores_of(out).values() if score["protocol"]["words"] == "extractor"]
-    assert sorted(score["benchmark"] for score in by_extractor) == ["cmu_mosi", "meld"]
+    assert sorted(score["benchmark"] for score in by_extractor) == ["cmu_mosi", "synthetic"]
     assert len(scores_of(out)) == len(scores_of(resumed[0])) + 2
     assert "Protocols: their scores do not compare" in (out / "report.html").read_text()
-    assert evaluate("--benchmark=meld", f"--out={out}", "--rescore", "--words=extractor", open_policy=None) == 2
+    assert evaluate("--benchmark=synthetic", f"--out={out}", "--rescore", "--words=extractor", open_policy=None) == 2
 
 
 def test_a_configuration_says_how_clips_are_asked(resumed, export, root, small_folder, tmp_path, capsys):

@@ -46,16 +46,16 @@ def clip_name(set_name: str, number: int) -> str:
     return _NAMES.get(set_name, "sample_0000000{n}").format(n=number)
 
 
-def write_sets(root: Path, names=tuple(LAYOUTS), clips: int = CLIPS) -> Path:
-    """Writes the official folders of the sets below a root, and returns it."""
+def write_sets(root: Path, names=tuple(LAYOUTS), clips: int = CLIPS, spoken=SUBTITLES) -> Path:
+    """Writes the official folders of the sets below a root, and returns it; `spoken` are the clips' subtitles."""
     films = _films(root / ".films", clips)
     for name in names:
-        write_set(root, LAYOUTS[name], films)
+        write_set(root, LAYOUTS[name], films, spoken)
     shutil.rmtree(root / ".films")
     return root
 
 
-def write_set(root: Path, layout: SetLayout, films: list[tuple[Path, Path, Path]]) -> None:
+def write_set(root: Path, layout: SetLayout, films: list[tuple[Path, Path, Path]], spoken=SUBTITLES) -> None:
     """One set's folder; films are (mp4, avi, wav) of each clip."""
     folder = root / layout.folder
     names = [clip_name(layout.name, number) for number in range(len(films))]
@@ -64,7 +64,7 @@ def write_set(root: Path, layout: SetLayout, films: list[tuple[Path, Path, Path]
         for kind, film, tail in ((layout.video, avi if ending == ".avi" else mp4, ending), (layout.audio, wav, ".wav")):
             (folder / kind).mkdir(parents=True, exist_ok=True)
             shutil.copy(film, folder / kind / f"{name}{tail}")
-    subtitles = [SUBTITLES[number % len(SUBTITLES)] for number in range(len(films))]
+    subtitles = [spoken[number % len(spoken)] for number in range(len(films))]
     columns = ["name", layout.subtitle_column]
     if layout.subtitles.startswith("transcription"):
         columns = ["name", "chinese", "english"]

@@ -65,7 +65,9 @@ def _heat(axes, confusion: Mapping[str, Any], mode: str) -> None:
     counts = np.asarray(confusion["counts"], float)
     kept = counts.sum(axis=1) > 0
     rows = [name for name, keep in zip(confusion["rows"], kept, strict=True) if keep]
-    counts = counts[kept]
+    shown = (counts.sum(axis=0) > 0) | np.isin(confusion["columns"], rows)
+    columns = [name for name, keep in zip(confusion["columns"], shown, strict=True) if keep]
+    counts = counts[kept][:, shown]
     axes.set_title(f"Answered where true: {mode}")
     axes.grid(visible=False)
     if not len(rows):
@@ -75,7 +77,7 @@ def _heat(axes, confusion: Mapping[str, Any], mode: str) -> None:
         return
     shares = counts / counts.sum(axis=1, keepdims=True)
     axes.imshow(shares, cmap="Blues" if mode == "slow" else "Oranges", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(confusion["columns"])), confusion["columns"], rotation=40, ha="right")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.spines[:].set_visible(False)
     for (row, column), share in np.ndenumerate(shares):
@@ -95,5 +97,7 @@ def _calibration(axes, curves: Mapping[str, Mapping[str, Any]]) -> None:
         axes.scatter(sure, right, s=12 + 60 * count / max(count.max(initial=1), 1), color=COLORS[mode], alpha=0.8)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
-    axes.set_title("Calibration: correct (%) by confidence (%)")
+    axes.set_title("Calibration, per cent")
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("correct")
     axes.legend(loc="best")

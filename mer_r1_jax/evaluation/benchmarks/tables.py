@@ -148,8 +148,8 @@ def _analysis_rows(score: dict[str, Any]) -> list[dict[str, Any]]:
             ("Precision", "set_f", "precision"),
             ("Recall", "set_f", "recall"),
             ("Mean F1 of single clips", "clip_f1", "score"),
-            ("Confidence on correct categories", "confidence_correct", "score"),
-            ("Confidence on wrong categories", "confidence_wrong", "score"),
+            ("Confidence, correct categories", "confidence_correct", "score"),
+            ("Confidence, wrong categories", "confidence_wrong", "score"),
         ]
     else:
         wanted.append(("Accuracy of the sign", "headline", "accuracy"))
@@ -157,8 +157,8 @@ def _analysis_rows(score: dict[str, Any]) -> list[dict[str, Any]]:
     for title, kind, name in wanted:
         cells = [_interval(_value(score["modes"].get(mode), kind, name)) for mode in MODES]
         difference = score["slow_minus_fast"].get(kind, {}).get(name)
-        clear = difference is not None and (difference["low"] > 0 or difference["high"] < 0)
-        rows.append({"title": title, "cells": [*cells, _difference(difference)], "clear": clear})
+        decided = difference is not None and (difference["low"] > 0 or difference["high"] < 0)
+        rows.append({"title": title, "cells": [*cells, _difference(difference)], "decided": decided})
     for title, name, scale, digits in (
         ("Emotion words per answer", "mean_words", 1, 2),
         ("Tokens per answer", "mean_tokens", 1, 1),
@@ -169,7 +169,7 @@ def _analysis_rows(score: dict[str, Any]) -> list[dict[str, Any]]:
     ):
         values = [score["modes"].get(mode, {}).get(name) for mode in MODES]
         cells = [Cell(_ABSENT if value is None else f"{scale * value:.{digits}f}") for value in values]
-        rows.append({"title": title, "cells": [*cells, Cell("")], "clear": False})
+        rows.append({"title": title, "cells": [*cells, Cell("")], "decided": False})
     return rows
 
 
