@@ -14,7 +14,7 @@ from mer_r1_jax.kernels.attention import schedule as tiles
 from mer_r1_jax.kernels.attention.api import attention
 from mer_r1_jax.kernels.attention.tile import pieces
 from mer_r1_jax.kernels.placement import Placement
-from support.attention_cases import CASES, LIMITS, AttentionCase, relative_error
+from support.attention_cases import CASES, LIMITS, AttentionCase, packed_row, relative_error
 
 
 def expected(case: AttentionCase, q, k, v):
@@ -49,8 +49,17 @@ def with_gradients(fn, q, k, v, gradient):
     return run(q, k, v, gradient)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("packed RL row, 28/4 heads of 128", jnp.float32),
+        ("packed RL row, 28/4 heads of 128", jnp.bfloat16),
+        ("packing, 16/2 heads of 128", jnp.bfloat16),
+        ("vision windows, 16/16 heads of 80", jnp.float32),
+        ("audio chunks, 20/20 heads of 64", jnp.bfloat16),
+        ("queries that see nothing, more queries than keys", jnp.float32),
+    ],
+)
 def test_results_and_gradients_are_those_of_the_reference(name, dtype):
     case = CASES[name]
     arrays = case.arrays(dtype)
@@ -65,14 +74,14 @@ def test_results_and_gradients_are_those_of_the_reference(name, dtype):
 
 
 def test_keys_that_do_not_fit_into_vector_memory_come_in_spans(monkeypatch):
-    """The same gradients when every backward call gets 128 keys instead of all 443."""
-    case = CASES["packed RL row, 28/4 heads of 128"]
+    """The same gradients when every backward call gets 128 keys instead of all 300."""
+    segment = packed_row([100], 150, [[70, 40]], 75)
+    case = AttentionCase(heads=2, key_heads=1, width=16, query_segment=segment, causal=True, shared_segment=1)
     arrays = case.arrays(jnp.float32)
-    whole = with_gradients(functools.partial(computed, case), *arrays)
     monkeypatch.setitem(pallas_tpu._SIZES, 16, pallas_tpu._SIZES[16] | dict(span=128))
-    spans = with_gradients(functools.partial(computed, case, vmem_mib=16), *arrays)
-    for one, other in zip(spans, whole, strict=True):
-        assert relative_error(one, other) < 1e-6
+    got = with_gradients(functools.partial(computed, case, vmem_mib=16), *arrays)
+    for one, other in zip(got, with_gradients(functools.partial(expected, case), *arrays), strict=True):
+        assert relative_error(one, other) < LIMITS[jnp.float32]
 
 
 @pytest.mark.parametrize(("query_block", "key_block", "key_offset"), [(32, 32, 0), (64, 32, 0), (32, 64, 128)])
@@ -84,10 +93,12 @@ def test_the_list_of_tiles_covers_the_mask(query_block, key_block, key_offset, s
     segment[1] = np.roll(segment[1], 57)
     segment[2] = rng.integers(0, 3, T)
     segment[3, 64:] = 0
-    causal = True
-    mask = np.asarray(reference.segment_mask(segment, segment, causal=causal, shared_segment=shared))[:, :, key_offset:]
-    options = dict(causal=causal, shared_segment=shared, key_offset=key_offset)
-    tile_BP = np.asarray(tiles.schedule(segment, segment[:, key_offset:], query_block, key_block, **options))
+    options = dict(causal=True, shared_segment=shared)
+    mask = jax.jit(functools.partial(reference.segment_mask, **options))(segment, segment)
+    mask = np.asarray(mask)[:, :, key_offset:]
+    options |= dict(key_offset=key_offset)
+    find = jax.jit(lambda query, key: tiles.schedule(query, key, query_block, key_block, **options))
+    tile_BP = np.asarray(find(segment, segment[:, key_offset:]))
     for row in range(B):
         seen, opened, closed = np.zeros_like(mask[row]), [], []
         for tile in tile_BP[row]:
@@ -111,18 +122,6 @@ def test_pieces_are_whole_registers_and_cover_a_block():
         parts = pieces(total, 512)
         assert parts[0][0] == 0 and all(a + size == b for (a, size), (b, _) in zip(parts, parts[1:], strict=False))
         assert sum(size for _, size in parts) == total and all(size % 128 == 0 and size <= 512 for _, size in parts)
-
-
-@pytest.mark.parametrize(("policy", "runs"), [("nothing_saveable", 2), ("save_only_these_names", 1)])
-def test_a_recomputed_layer_need_not_run_the_forward_kernel_again(policy, runs):
-    case = CASES["audio chunks, 20/20 heads of 64"]
-    q, k, v, _ = case.arrays(jnp.float32)
-    policy = getattr(jax.checkpoint_policies, policy)
-    policy = policy(reference.RESIDUALS) if runs == 1 else policy
-    layer = jax.checkpoint(lambda q: computed(case, jnp.sin(q), k, v).sum(), policy=policy)
-    text = str(jax.make_jaxpr(jax.grad(layer))(q))
-    assert text.count("name=attention_backward") == 1
-    assert text.count("name=attention_forward") == runs
 
 
 def test_rows_and_heads_are_cut_over_a_mesh():
