@@ -9,7 +9,7 @@ import functools
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from mer_r1_jax.kernels.attention import pallas_tpu, reference
+from mer_r1_jax.kernels.attention import reference
 from mer_r1_jax.kernels.placement import Placement, device, on_each_device, vmem_mib
 
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -59,6 +59,9 @@ def attention(
     scale = query_BTHh.shape[-1] ** -0.5 if scale is None else scale
     scores = query_BTHh.shape[1] * key_BSKh.shape[1]
     if choose(implementation, placement, worthwhile=scores >= _FEWEST_SCORES) == "pallas":
+        # Imported where it is used: Pallas takes its time to load, and most processes never run a kernel.
+        from mer_r1_jax.kernels.attention import pallas_tpu
+
         call = functools.partial(
             pallas_tpu.attention,
             causal=causal,

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from mer_r1_jax.kernels.attention.api import choose
-from mer_r1_jax.kernels.decode_attention import pallas_tpu, reference
+from mer_r1_jax.kernels.decode_attention import reference
 from mer_r1_jax.kernels.placement import Placement, device, on_each_device
 
 
@@ -60,6 +60,8 @@ def decode_attention(
     scale = query_BGHh.shape[-1] ** -0.5 if scale is None else scale
     layer = jnp.asarray(layer, jnp.int32)
     if choose(implementation, placement) == "pallas":
+        from mer_r1_jax.kernels.decode_attention import pallas_tpu  # slow to load, see attention.api
+
         call = functools.partial(
             pallas_tpu.decode_attention, scale=scale, interpret=device(placement).platform != "tpu"
         )

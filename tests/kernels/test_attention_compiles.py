@@ -32,11 +32,16 @@ def one_device(chip: str) -> Placement:
     return Placement(Mesh(np.array(topology(chip).devices[:1]), ("data",)))
 
 
+def mesh_of_four(chip: str, rows: str) -> Mesh:
+    devices = np.array(topology(chip).devices[:4]).reshape(2, 2)
+    return Mesh(devices, (rows, "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
 def kernel_calls(compiled) -> list[str]:
     """Names of the kernels a compiled program calls, one entry a call."""
     lines = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    return sorted(name for line in lines for name in ("attention_forward", "attention_backward", "decode_attention")
-                  if name in line.split(" = ")[0])  # fmt: skip
+    names = ("attention_forward", "attention_backward", "decode_attention")
+    return sorted(name for line in lines for name in names if name in line.split(" = ")[0])
 
 
 def compiled_step(chip: str, policy, *, B: int, T: int, H: int, K: int, h: int):
@@ -71,7 +76,7 @@ def test_a_training_step_of_attention_compiles(chip):
 def test_a_decode_loop_compiles_and_copies_no_cache(chip):
     """Tokens written straight into the stacked cache and read by the kernel, over 2 x 2 devices: nothing is copied."""
     L, B, G, H, K, h, T, C = 4, 4, 8, 28, 4, 128, 2048, 1024
-    mesh = Mesh(np.array(topology(chip).devices[:4]).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = mesh_of_four(chip, "data")
     placement = Placement(mesh, rows=("data",), heads=("tensor",))
 
     def placed(letters: str, *shape: int, dtype=jnp.bfloat16):
@@ -110,7 +115,7 @@ def test_the_decoder_runs_the_kernels_on_a_tpu():
     """Prefill and a decode loop of the backbone itself, over 2 x 2 devices: the kernels, and no copy of the cache."""
     config = ThinkerConfig.tiny(hidden_size=512, compute_dtype="bfloat16")  # heads of 128
     text = config.text
-    mesh = Mesh(np.array(topology("v5p").devices[:4]).reshape(2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = mesh_of_four("v5p", "fsdp")
     rules = {name: tuple(axis for axis in axes if axis != "data") for name, axes in TRAIN_RULES.items()}
     graphdef, shapes, axes = abstract_thinker(config)
     shardings = param_shardings(shapes, axes, mesh, rules)

@@ -64,29 +64,21 @@ def chunks(lengths: list[int], size: int) -> np.ndarray:
 
 CASES = {
     "packed RL row, 28/4 heads of 128": AttentionCase(
-        heads=14,
-        key_heads=2,
+        heads=7,
+        key_heads=1,
         width=128,
         query_segment=packed_row([130, 17], 140, [[100, 30, 0], [5, 101, 77]], 101),
         causal=True,
         shared_segment=1,
     ),
-    "packing, 16/2 heads of 128": AttentionCase(
-        heads=8,
-        key_heads=1,
-        width=128,
-        query_segment=np.repeat([[1, 2, 3, 0]], [150, 60, 40, 6], axis=1),
-        causal=True,
-        side=1024,
-    ),
     "vision windows, 16/16 heads of 80": AttentionCase(
-        heads=2, key_heads=2, width=80, query_segment=windows(2, 16, 8, 40), causal=False
+        heads=2, key_heads=2, width=80, query_segment=windows(2, 16, 8, 40), causal=False, side=1024
     ),
     "audio chunks, 20/20 heads of 64": AttentionCase(
         heads=2, key_heads=2, width=64, query_segment=chunks([100, 37, 0], 100), causal=False
     ),
-    "queries that see nothing, more queries than keys": AttentionCase(
-        heads=4,
+    "queries that see nothing, 16/2 heads, more queries than keys": AttentionCase(
+        heads=16,
         key_heads=2,
         width=64,
         query_segment=np.arange(290)[None] // 40,
