@@ -11,7 +11,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("tiny", "3b", "7b"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.remat": ("nothing", "dots", "everything"),
+    "model.remat": ("nothing", "attention", "dots", "everything"),
     "media.missing_audio": ("error", "skip", "silence"),
     "emotion.variant": ("unibench", "mer2026"),
     "sft.optimizer.lr_scheduler_type": ("linear", "cosine", "constant"),

@@ -34,7 +34,7 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of random weights
     param_dtype: str = "float32"  # dtype the parameters are kept in
     compute_dtype: str = "bfloat16"  # dtype of activations and matrix products
-    remat: str = "nothing"  # what the backward pass keeps of a layer: nothing | dots | everything
+    remat: str = "nothing"  # what the backward pass keeps of a layer: nothing | attention | dots | everything
     packed_rows: bool = False  # score a prompt's completions in one row with it (for block-sparse attention kernels)
     train_vision_tower: bool = False  # RL and SFT update the vision tower (frozen)
     train_audio_tower: bool = False  # RL and SFT update the audio tower (frozen)
