@@ -35,7 +35,7 @@ LOWEST = -1e30  # below every logit; finite, so that differences of two of them 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
-def _step(size):
+def columns_of(size: int) -> int:
     """Columns of a tile that are scored at once: a loop, so that its code stays small."""
     return next((step for step in (256, LANES) if size % step == 0), size)
 
@@ -161,7 +161,9 @@ def forward(x_ND, w, token_N1, member_ZV, *, scale, vocab_first, tiles: Tiles, i
         out_shape.append(jax.ShapeDtypeStruct((N, Z), F32))
         scratch.append(pltpu.VMEM((bn, Z), F32))
     out = pl.pallas_call(
-        functools.partial(_forward_kernel, V=V, bv=bv, step=_step(bv), scale=scale, vocab_first=vocab_first, sets=Z > 0),
+        functools.partial(
+            _forward_kernel, V=V, bv=bv, step=columns_of(bv), scale=scale, vocab_first=vocab_first, sets=Z > 0
+        ),
         out_shape=out_shape,
         grid=grid,
         in_specs=in_specs,
@@ -342,7 +344,7 @@ def backward(x_ND, w, row_NC, member_ZV, weight_NZ, *, scale, vocab_first, tiles
         bv=bv,
         R=R,
         T=R * (J // cores),
-        step=_step(bv),
+        step=columns_of(bv),
         chunk=tiles.chunk,
         scale=scale,
         vocab_first=vocab_first,
