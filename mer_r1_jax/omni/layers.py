@@ -62,6 +62,16 @@ def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (target,) if isinstance(target, str) else tuple(target)
 
 
+def active_mesh() -> Mesh | None:
+    """The mesh of the active `axis_rules`; None when there are none."""
+    return _active.mesh
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes of a logical name under the active `axis_rules`."""
+    return _mesh_axes(_active.rules.get(name))
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """x, placed by the active `axis_rules`; x itself when there are none.
 
