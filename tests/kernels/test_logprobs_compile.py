@@ -54,4 +54,9 @@ def test_on_v5p_cut_over_four_chips():
     ]
     compiled = compile_for(forward_and_backward(slice_, partition=partition), tuple(placed), slice_)
     text = compiled.as_text()
-    print(re.findall(r"= (\S+) (all-gather|all-reduce|reduce-scatter)[a-z-]*\(", text), compiled.memory_analysis())
+    kinds = re.findall(r"= \S+ (all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text)
+    assert sorted(kinds) == ["all-gather", "reduce-scatter"]
+    assert " while(" not in text
+    # Besides the kernels' own: the gathered half of the unembedding, and its gradient before it is scattered.
+    half = 2 * D * (V // 2)
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * half + NAIVE_TEMP / 50
