@@ -147,7 +147,8 @@ def _choose(implementation: str | None, tiles: Tiles | None, V: int, device_kind
             return "pallas"
         return "direct" if V <= DIRECT_VOCAB else "xla"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"log-probability implementation {implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"log-probability implementation {implementation!r}: expected one of {known}")
     if implementation == "pallas" and tiles is None:
         raise ValueError(
             f"the Pallas kernels of log-probabilities do not apply to these shapes on {device_kind!r}: they need a TPU "
@@ -170,7 +171,7 @@ def _check(hidden, unembedding, token, sets, candidate_ids, mask, temperature, v
         hint = "; is vocab_first set right?" if D in unembedding.shape else ""
         wrong.append(f"unembedding {unembedding.shape} has width {width}, expected {D}{hint}")
     if hidden.dtype != unembedding.dtype:
-        wrong.append(f"unembedding is {unembedding.dtype}, expected the hidden states' {hidden.dtype}: cast one of them")
+        wrong.append(f"unembedding is {unembedding.dtype} and hidden states are {hidden.dtype}; cast one of them")
     if not temperature > 0:
         wrong.append(f"temperature is {temperature}, expected one above 0 (rl.temperature)")
     if token is None and sets is None:

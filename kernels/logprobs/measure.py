@@ -22,7 +22,7 @@ import tempfile
 
 from mer_r1_jax.kernels.logprobs.pallas_tpu import columns_of
 
-# Clock in GHz and bf16 TFLOP/s of a chip (Google Cloud's documentation; the clocks follow from the matrix units' sizes).
+# Clock in GHz and bf16 TFLOP/s of a chip: Google Cloud's documentation; the clocks follow from the matrix units.
 PEAKS = {"v4": (1.05, 275), "v5e": (1.5, 197), "v5p": (1.75, 459), "v6e": (1.75, 918)}
 # An address, perhaps the mark of a loop's body (LB), one `>` for each loop around it, and the bundle.
 LINE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*([A-Z]{2})?\s*:\s*((?:> ?)*)\{")

@@ -140,9 +140,7 @@ def _forward(plan: Plan, x_ND, w, token_N, ids_ZY):
     token_N, member_ZV = _own(plan, w, token_N, ids_ZY)
     scale = 1 / plan.temperature
     if plan.tiles is None:
-        out = xla.forward(
-            x_ND, w, token_N, member_ZV, scale=scale, vocab_first=plan.vocab_first, chunk=plan.chunk
-        )
+        out = xla.forward(x_ND, w, token_N, member_ZV, scale=scale, vocab_first=plan.vocab_first, chunk=plan.chunk)
     else:
         N, rows = x_ND.shape[0], plan.tiles.rows
         out = pallas_tpu.forward(

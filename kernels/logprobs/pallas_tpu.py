@@ -1,8 +1,8 @@
 """Log-probabilities from hidden states as two Pallas kernels for TPU: one pass forward, one pass backward.
 
 Neither kernel ever writes a logit to HBM. The forward kernel walks the vocabulary for a block of rows and keeps a
-running maximum, sum and mean (online softmax). The backward kernel computes a tile of logits once more, from it the tile
-of their gradients, and uses that tile twice: for the hidden states' gradient and for the unembedding's.
+running maximum, sum and mean (online softmax). The backward kernel computes a tile of logits once more, from it the
+tile of their gradients, and uses that tile twice: for the hidden states' gradient and for the unembedding's.
 
 **Which sum lives where.** The backward grid walks vocabulary tiles and, inside, row blocks. A tile's gradient of the
 unembedding stays in VMEM in float32 until all rows have added to it. The hidden states' gradient is visited once a
@@ -139,8 +139,8 @@ def forward(x_ND, w, token_N1, member_ZV, *, scale, vocab_first, tiles: Tiles, i
         interpret: False, True or pltpu.InterpretParams, as pallas_call takes it.
 
     Returns:
-        log of the sum of exponentials [N], the token's logit [N] (0 for none), the mean logit [N] under the softmax, and
-        the probability of each set [N, Z], or None.
+        log of the sum of exponentials [N], the token's logit [N] (0 for none), the mean logit under the softmax [N],
+        and the probability of each set [N, Z], or None.
     """
     N, D = x_ND.shape
     V = w.shape[0] if vocab_first else w.shape[1]

@@ -73,7 +73,7 @@ def forward(x_ND, w, token_N, member_ZV, *, scale: float, vocab_first: bool, chu
 
 
 def backward(x_ND, w, rows, member_ZV, weight_NZ, *, scale: float, vocab_first: bool, chunk: int):
-    """As `pallas_tpu.backward`, for any N; `rows` is the tuple (lse, on_token, constant, slope, token) of arrays [N]."""
+    """As `pallas_tpu.backward`, for any N; `rows` is the tuple of arrays [N] lse, on_token, constant, slope, token."""
     axis = 0 if vocab_first else 1
     V = w.shape[axis]
     width, count = _chunks(V, chunk)
@@ -90,8 +90,9 @@ def backward(x_ND, w, rows, member_ZV, weight_NZ, *, scale: float, vocab_first: 
             factor_Nv += jnp.einsum("NZ,Zv->Nv", weight_NZ, members, precision="highest")
         d_Nv = jnp.where(column_v == token_N1, on_token_N1, 0.0) + jnp.exp(logits_Nv - lse_N1) * factor_Nv
         d_Nv = jnp.where(fresh_v, d_Nv * scale, 0.0).astype(x_ND.dtype)
-        dx_ND += jnp.einsum("Nv,vD->ND" if vocab_first else "Nv,Dv->ND", d_Nv, w_cut, preferred_element_type=jnp.float32)
-        part = jnp.einsum("Nv,ND->vD" if vocab_first else "Nv,ND->Dv", d_Nv, x_ND, preferred_element_type=jnp.float32)
+        to_dx, to_dw = ("Nv,vD->ND", "Nv,ND->vD") if vocab_first else ("Nv,Dv->ND", "Nv,ND->Dv")
+        dx_ND += jnp.einsum(to_dx, d_Nv, w_cut, preferred_element_type=jnp.float32)
+        part = jnp.einsum(to_dw, d_Nv, x_ND, preferred_element_type=jnp.float32)
         # Columns that an earlier chunk had are zero here: their gradient is kept.
         part = part.astype(dw.dtype) + _cut(dw, start, width, axis)
         return (dx_ND, lax.dynamic_update_slice_in_dim(dw, part, start, axis)), None

@@ -17,7 +17,8 @@ NAIVE_TEMP = 13.92 * GIB  # whole float32 logits, forward and backward, on one v
 
 
 def arrays(N=N, V=V, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct((N, D), dtype), jax.ShapeDtypeStruct((D, V), dtype), jax.ShapeDtypeStruct((N,), jnp.int32)
+    shapes = ((N, D), dtype), ((D, V), dtype), ((N,), jnp.int32)
+    return tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
 
 
 def forward_and_backward(slice_, **settings):
