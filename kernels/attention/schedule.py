@@ -26,7 +26,7 @@ def candidates(
     key_block: int,
     *,
     causal: bool,
-    key_offset: int,  # noqa: E741
+    key_offset: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The (query block, key block) of every tile that causal order does not rule out, query block by query block.
 
