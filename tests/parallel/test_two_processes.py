@@ -1,0 +1,173 @@
+"""Two processes of four devices each train, evaluate and export; one process of eight goes on where they were."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from support.run_contents import leftovers
+from support.several import end_of, start_processes
+from support.small_run import CONFIG_FILE, REPOSITORY, small_config_of
+
+from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.load import load_params
+from mer_r1_jax.run.policy import load_policy
+from mer_r1_jax.run.road import run
+from mer_r1_jax.training.checkpoints import HOST_STATE, Checkpoints
+from mer_r1_jax.training.metrics import read_metrics
+from mer_r1_jax.training.state import flatten, merge
+
+LIMIT = 1500  # seconds, on a busy machine
+SFT_STEPS, RL_STEPS = 2, 1
+NO_SIZES = {
+    f"{part}_{name}": 0
+    for part in ("text", "vision", "audio")
+    for name in ("hidden_size", "layers", "heads", "mlp_size")
+} | {"text_kv_heads": 0}
+SETTINGS = {
+    "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    "sft": {
+        "max_steps": SFT_STEPS,
+        "optimizer.learning_rate": 1e-3,
+        "train_vision_tower": False,
+        "train_audio_tower": False,
+    },
+    "rl": {"max_steps": RL_STEPS},
+    "eval": {"eval_steps": 0},
+    "train": {"save_steps": 1, "save_total_limit": 9},
+}
+# Sums over devices are added in another order between processes: float32 rounding, which Adam's division by the size
+# of a gradient enlarges where that is near 0.
+RELATIVE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def settings(small, trained, tmp_path_factory):
+    """Those of both runs, which begin with a model whose answers differ, so that there is something to learn."""
+    model = tmp_path_factory.mktemp("hf") / "model"
+    export_model(model, small.backbone.config, merge(trained), source=small.tokenizer_path)
+    return SETTINGS | {"model": NO_SIZES | {"path": str(model), "tokenizer_path": ""}}
+
+
+@pytest.fixture(scope="module")
+def pair(settings, small_folder, compiled, tmp_path_factory):
+    """The folder of a run of two processes, and how they ended."""
+    output = tmp_path_factory.mktemp("pair")
+    fields = [(section, *field) for section, fields in settings.items() for field in fields.items()]
+    flags = [f"--config.{section}.{name}={value}" for section, name, value in fields]
+    words = [str(REPOSITORY / "experiments/train.py"), f"--config={CONFIG_FILE}:{small_folder}", *flags]
+    started = start_processes([*words, f"--config.train.output_dir={output}"], count=2, devices=4, cache=compiled)
+    ended = [end_of(process, LIMIT) for process in started]
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2][-4000:] + ended[1][2][-4000:]
+    return output / "small", ended
+
+
+@pytest.fixture(scope="module")
+def alone(pair, settings, small_folder, compiled, tmp_path_factory):
+    """The folder of the run that one process of eight devices makes of the pair's first checkpoint."""
+    output = tmp_path_factory.mktemp("alone")
+    folder = output / "small"
+    shutil.copytree(pair[0], folder)
+    for path in (*folder.glob("eval/*"), *folder.glob("completions/*"), folder / "report.html"):
+        path.unlink()
+    for path in (*folder.glob("checkpoints/[2-9]"), folder / "reference", folder / "export"):
+        shutil.rmtree(path)
+    changes = settings | {"train": settings["train"] | {"output_dir": str(output)}}
+    assert run(small_config_of(small_folder, **changes)) == 0
+    return folder
+
+
+def lines_of(folder):
+    return {(line["phase"], line["step"]): line for line in read_metrics(folder / "metrics.jsonl")}
+
+
+def arrays_of(folder, step):
+    described = json.loads((folder / "checkpoints" / str(step) / HOST_STATE).read_text())["arrays"]
+    shapes = {name: jax.ShapeDtypeStruct(spec["shape"], spec["dtype"]) for name, spec in described.items()}
+    restored = Checkpoints(folder / "checkpoints").restore(shapes, step=step)
+    return restored.arrays, restored.host
+
+
+def scores_of(folder, step):
+    return json.loads((folder / "eval" / f"heldout_{step:05d}.json").read_text())
+
+
+def test_what_is_written_once_is_written_by_one_process(pair):
+    folder, ended = pair
+    steps = [(line["phase"], line["step"]) for line in read_metrics(folder / "metrics.jsonl")]
+    assert steps == [("sft", 1), ("sft", 2), ("rl", 1)]
+    assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [1, 2, 3]
+    assert [path.name for path in folder.glob("logs/*")] == ["attempt_1"]
+    assert (folder / "report.html").exists() and leftovers(folder) == []
+    # Both tell the same story only where one of them tells it.
+    assert "held-out clips" in ended[0][1] and ended[1][1] == ""
+    assert "sft 2/2" in ended[0][2] and "sft 2/2" not in ended[1][2]
+
+
+def test_same_tokens_give_the_same_losses_and_gradients_in_one_process(pair, alone):
+    several, one = lines_of(pair[0]), lines_of(alone)
+    assert several.keys() == one.keys()
+    names = ("loss", "loss/slow", "loss/fast", "grad_norm", "learning_rate")
+    for name in names:
+        np.testing.assert_allclose(one["sft", 2][name], several["sft", 2][name], rtol=RELATIVE, err_msg=name)
+    assert one["sft", 2]["loss"] != one["sft", 1]["loss"]
+    for name in ("num_tokens", "data/skipped", "data/silent_audio", "skipped_steps"):
+        assert one["sft", 2][name] == several["sft", 2][name]
+    assert_same_moments(pair, alone, SFT_STEPS)
+
+
+def test_same_answers_give_the_same_policy_update_in_one_process(pair, alone):
+    several, one = lines_of(pair[0])["rl", 1], lines_of(alone)["rl", 1]
+    assert several["rewards/f1/std"] > 0 and several["grad_norm"] > 0
+    for name in ("grad_norm", "reward", "rewards/r_plus/mean", "entropy", "confidence/slow", "completions/mean_length"):
+        np.testing.assert_allclose(one[name], several[name], rtol=2e-3, err_msg=name)
+    assert one["num_tokens"] == several["num_tokens"]
+
+
+def assert_same_moments(pair, alone, step):
+    """The first moment of AdamW is linear in the gradients."""
+    moments, host = arrays_of(alone, step)
+    other_moments, other_host = arrays_of(pair[0], step)
+    assert host == other_host
+    names = [name for name in moments if ".mu." in name]
+    assert len(names) > 10
+    for name in names:
+        limit = RELATIVE * np.abs(moments[name]).max() + 1e-9
+        np.testing.assert_allclose(other_moments[name], moments[name], rtol=0, atol=limit, err_msg=name)
+
+
+def test_rollouts_draw_the_same_random_bits_in_one_process(pair, alone):
+    tables = (folder / "completions/completions_00001.parquet" for folder in (pair[0], alone))
+    several, one = (pq.read_table(table).to_pydict() for table in tables)
+    for name in ("id", "generation", "truth"):
+        assert several[name] == one[name]
+    same = np.mean([a == b for a, b in zip(several["completion"], one["completion"], strict=True)])
+    assert same >= 0.75 and len(set(one["completion"])) > 4  # an answer parts where rounding decides a token
+    counted = lines_of(pair[0])["rl", 1]
+    assert counted["completions/count"] == len(several["id"]) == 16
+    assert counted["completions/mean_length"] == pytest.approx(np.mean(several["length"]))
+    assert counted["rewards/format/mean"] == pytest.approx(np.mean(several["format"]))
+
+
+@pytest.mark.parametrize("step", [SFT_STEPS, SFT_STEPS + RL_STEPS])
+def test_evaluations_hold_every_held_out_clip_once_and_in_order(pair, alone, step):
+    several, one = scores_of(pair[0], step), scores_of(alone, step)
+    assert several["n"] == one["n"] == 4
+    assert several["skipped"] == one["skipped"] and several["skipped"][0]["id"] == "broken held-out"
+    ids = [
+        [json.loads(line)["id"] for line in (folder / "eval" / f"heldout_{step:05d}.samples.jsonl").open()]
+        for folder in (pair[0], alone)
+    ]
+    assert ids[0] == ids[1] == [f"clip-{number}" for number in range(6, 10)]
+
+
+def test_the_export_of_two_processes_is_their_last_checkpoint(pair):
+    config, params, _ = load_policy(pair[0])
+    exported = flatten(load_params(pair[0] / "export/hf", load_config(pair[0] / "export/hf")))
+    held = flatten(params)
+    assert exported.keys() == held.keys()
+    for name, leaf in held.items():
+        np.testing.assert_array_equal(np.asarray(exported[name]), np.asarray(leaf), err_msg=name)
