@@ -184,7 +184,7 @@ class _Road:
         if processes.from_first("the export", (self.folder.export / SETTINGS_FILE).exists):
             return
         if processes.count() > 1:
-            leaves = {name: on_first(leaves[name]) for name in sorted(leaves)}
+            leaves = on_first(leaves)
         if not processes.is_first():
             return
         export_model(

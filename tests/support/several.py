@@ -9,23 +9,24 @@ from pathlib import Path
 
 from support.small_run import QUICK_COMPILES, environment
 
-# On a busy machine one process may let the other wait for longer than the 40 seconds after which XLA gives up.
-PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-
 
 def start_processes(words: list[str], count: int, devices: int, cache: Path | None = None) -> list[subprocess.Popen]:
-    """Starts `python WORDS` as `count` processes of `devices` emulated CPU devices each."""
+    """Starts `python WORDS` as `count` processes of `devices` emulated CPU devices each; 1 is a run like any other."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     started = []
     for process in range(count):
         values = environment(cache) | {
-            "XLA_FLAGS": f"{QUICK_COMPILES} {PATIENCE} --xla_force_host_platform_device_count={devices}",
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(count),
-            "JAX_PROCESS_ID": str(process),
+            "XLA_FLAGS": f"{QUICK_COMPILES} --xla_force_host_platform_device_count={devices}",
         }
+        if count > 1:
+            values |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(process),
+                "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",  # compiles once for all
+            }
         started.append(
             subprocess.Popen(
                 [sys.executable, *words], env=values, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
