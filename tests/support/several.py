@@ -25,7 +25,6 @@ def start_processes(words: list[str], count: int, devices: int, cache: Path | No
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(process),
-                "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",  # compiles once for all
             }
         started.append(
             subprocess.Popen(
