@@ -123,8 +123,9 @@ def total_steps(config: RunConfig, phase: str, records: int) -> int:
 
 def describe(buckets: Sequence[BatchShape], phase: str, added: str) -> list[str]:
     """One line a bucket, for the start of a run."""
+    rows = "rows" if processes.count() == 1 else "rows a process"
     return [
-        f"{phase}: {shape.rows} rows{' a process' if processes.count() > 1 else ''} x {shape.tokens} prompt tokens + {added}; {shape.vision_clips} x "
+        f"{phase}: {shape.rows} {rows} x {shape.tokens} prompt tokens + {added}; {shape.vision_clips} x "
         f"{shape.frame_pairs} frame pairs of {shape.patches} patches, "
         f"{shape.audio_clips} x {2 * shape.audio_units} s audio"
         for shape in buckets

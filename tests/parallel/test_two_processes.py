@@ -12,20 +12,14 @@ from support.several import end_of, start_processes
 from support.small_run import CONFIG_FILE, REPOSITORY
 
 from mer_r1_jax.omni.hf.config import load_config
-from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.run.policy import load_policy
 from mer_r1_jax.training.checkpoints import HOST_STATE, Checkpoints
 from mer_r1_jax.training.metrics import read_metrics
-from mer_r1_jax.training.state import flatten, merge
+from mer_r1_jax.training.state import flatten
 
 LIMIT = 1500  # seconds, on a busy machine
 SFT_STEPS, RL_STEPS, FIRST_SAVED = 4, 2, 2
-NO_SIZES = {
-    f"{part}_{name}": 0
-    for part in ("text", "vision", "audio")
-    for name in ("hidden_size", "layers", "heads", "mlp_size")
-} | {"text_kv_heads": 0}
 SETTINGS = {
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
     "sft": {"max_steps": SFT_STEPS},
@@ -36,22 +30,15 @@ SETTINGS = {
 # Sums over devices are added in another order between processes: float32 rounding, which Adam's division by the size
 # of a gradient enlarges where that is near 0.
 RELATIVE = 1e-4
+RL_RELATIVE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def settings(small, trained, tmp_path_factory):
-    """Those of both runs, which begin with a model whose answers differ, so that there is something to learn."""
-    model = tmp_path_factory.mktemp("hf") / "model"
-    export_model(model, small.backbone.config, merge(trained), source=small.tokenizer_path)
-    return SETTINGS | {"model": NO_SIZES | {"path": str(model), "tokenizer_path": ""}}
-
-
-@pytest.fixture(scope="module")
-def train(settings, small_folder, compiled):
+def train(small_folder, compiled):
     """Runs the training command as so many processes of so many devices; gives how each of them ended."""
 
     def train(output, count, devices, **changes):
-        changed = {section: fields | changes.pop(section, {}) for section, fields in settings.items()} | changes
+        changed = {section: fields | changes.pop(section, {}) for section, fields in SETTINGS.items()} | changes
         changed["train"] |= {"output_dir": str(output)}
         fields = [(section, *field) for section, fields in changed.items() for field in fields.items()]
         flags = [f"--config.{section}.{name}={value}" for section, name, value in fields]
@@ -116,12 +103,12 @@ def test_same_tokens_give_the_same_losses_and_gradients_in_one_process(pair, alo
     assert_same_moments(pair, alone, SFT_STEPS)
 
 
-def test_same_answers_give_the_same_policy_update_in_one_process(pair, alone):
+def test_rollouts_and_updates_measure_the_same_in_one_process(pair, alone):
+    # A model this young writes no answer that could be rewarded: test_sharded_steps.py compares updates that move.
     several, one = lines_of(pair[0])["rl", 1], lines_of(alone)["rl", 1]
-    assert several["rewards/f1/std"] > 0 and several["grad_norm"] > 0
-    for name in ("grad_norm", "reward", "rewards/r_plus/mean", "entropy", "confidence/slow", "completions/mean_length"):
-        np.testing.assert_allclose(one[name], several[name], rtol=2e-3, err_msg=name)
-    assert one["num_tokens"] == several["num_tokens"]
+    for name in ("entropy", "sampling/sampling_logp_difference/mean", "completions/mean_length", "completions/count"):
+        np.testing.assert_allclose(one[name], several[name], rtol=RL_RELATIVE, err_msg=name)
+    assert several["entropy"] > 1 and one["num_tokens"] == several["num_tokens"]
 
 
 def assert_same_moments(pair, alone, step):

@@ -38,7 +38,7 @@ def main(ending: str) -> None:
         "from_first": processes.from_first("a choice", lambda: f"made by {own}"),
         "bucket": batch_of(6 if own else 3).shape[1],
         "config": refusal_of(check_config, config(beta=0.04 + own, decode_workers=own)),
-        "data": refusal_of(check_data, DataSets(sft=(), rl=(record("sad" if own else "happy"),), eval=(), unscorable=0)),
+        "data": refusal_of(check_data, data_of("sad" if own else "happy")),
         "stopped": stopped_at(own),
     }
     check_config(config(beta=0.04, decode_workers=own))  # what a host may have of its own is no difference
@@ -81,8 +81,9 @@ def config(beta: float, decode_workers: int) -> RunConfig:
     )
 
 
-def record(word: str) -> Record:
-    return Record(id="1", messages=({"role": "user", "content": "Feel?"},), solution=(word,))
+def data_of(word: str) -> DataSets:
+    record = Record(id="1", messages=({"role": "user", "content": "Feel?"},), solution=(word,))
+    return DataSets(sft=(), rl=(record,), eval=(), unscorable=0)
 
 
 def stopped_at(own: int) -> int:
