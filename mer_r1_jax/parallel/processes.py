@@ -85,6 +85,11 @@ def start() -> bool:
         if named:
             raise ProcessError(f"the processes of this run cannot be joined: {error}") from error
         return False  # a TPU host that belongs to no slice
+    except OSError as error:  # the metadata server does not answer
+        raise ProcessError(
+            f"this is a TPU host, but which slice it belongs to cannot be found out: {_first_line(error)}; set "
+            f"{', '.join(SETTINGS)}, or TPU_SKIP_MDS_QUERY=1 where it stands alone"
+        ) from error
     except RuntimeError as error:
         raise ProcessError(
             f"the processes of this run did not find each other within {START_SECONDS} s: {_first_line(error)}; start "
