@@ -47,6 +47,20 @@ AT_LEAST_ONE = (
 )
 
 
+PATHS = (
+    "model.path",
+    "model.tokenizer_path",
+    "data.sft_path",
+    "data.rl_path",
+    "data.eval_path",
+    "data.media_root",
+    "data.cache_dir",
+    "data.synthetic_dir",
+    "emotion.wheel_dir",
+    "train.output_dir",
+)
+
+
 def lookup(config: Any, dotted: str) -> Any:
     """The value of a dotted field name."""
     for name in dotted.split("."):
@@ -65,6 +79,12 @@ def check_values(config: RunConfig) -> list[str]:
         f"{dotted}: got {lookup(config, dotted)}, expected at least 1"
         for dotted in AT_LEAST_ONE
         if lookup(config, dotted) < 1
+    ]
+    problems += [
+        f"{dotted}: got {lookup(config, dotted)!r}, expected a path of a file system; mount the bucket at the same "
+        "place on every host (experiments/launch/README.md) and name that place"
+        for dotted in PATHS
+        if "://" in lookup(config, dotted)
     ]
     problems += _check_batches(config)
     problems += _check_sampling(config)

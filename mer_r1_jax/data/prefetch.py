@@ -21,6 +21,7 @@ from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.pool import ATTEMPTS
+from mer_r1_jax.parallel import processes
 
 METRICS = ("data/skipped", "data/silent_audio", "data/audio_cut", "data/decode_ms")
 
@@ -67,6 +68,7 @@ class ClipPrefetcher:
         prompts_ahead: prompts loaded beyond the step handed out, the bound on host memory.
         threads: loads that run at once (`media.decode_workers`).
         stall_seconds: how long one load may run before the loader counts as stalled; above its own time limit.
+        counted: whether this process's rows go into the counts; not where another process loads the same ones.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ClipPrefetcher:
         prompts_ahead: int,
         threads: int,
         stall_seconds: float,
+        counted: bool = True,
     ):
         if prompts_ahead < 0 or threads < 1 or stall_seconds <= 0:
             raise ValueError(
@@ -88,6 +91,7 @@ class ClipPrefetcher:
         self.quarantine = quarantine
         self._prompts_ahead = prompts_ahead
         self._stall_seconds = stall_seconds
+        self._counted = counted
         self._loads: dict[int, _Load] = {}
         self._metrics = dict.fromkeys(METRICS, 0.0)
         self._threads = _LoadThreads(load, threads)
@@ -110,16 +114,18 @@ class ClipPrefetcher:
             PromptError: for a record that cannot become a prompt, with its file and line.
         """
         self._schedule()
+        known = len(self.quarantine)
         loaded = [self._consume(item, step) for item in self.stream.peek()]
+        loaded, self._metrics = self._agreed(loaded, self.quarantine.clips[known:])
         self.quarantine.check()
         self.stream.next()
         for visit in loaded:
             self._loads.pop(visit.item.global_index, None)
-        self._metrics = _count(loaded)
         return loaded
 
     def metrics(self) -> dict[str, float]:
-        """Counts of the last step: rows skipped, clips with stand-in silence, audio cut, mean decoding time (ms)."""
+        """Counts of the last step, over all processes: rows skipped, clips with stand-in silence, audio cut, mean
+        decoding time (ms)."""
         return dict(self._metrics)
 
     def state(self) -> dict[str, Any]:
@@ -145,6 +151,24 @@ class ClipPrefetcher:
         for load in self._loads.values():
             load.future.cancel()
         self._loads.clear()
+
+    def _agreed(
+        self, loaded: list[LoadedItem], found: tuple[BrokenClip, ...]
+    ) -> tuple[list[LoadedItem], dict[str, float]]:
+        """The step's rows and counts once every process has told which clips it found broken."""
+        own = [_counts_of(visit) for visit in loaded] if self._counted else []
+        said = processes.exchange("the clips of a step", (found, own))
+        for clips, _ in said:
+            self.quarantine.extend(clips)
+        # Of two processes that load the same row, a time limit may have passed in one.
+        fallen = {clip.id for clips, _ in said for clip in clips}
+        loaded = [
+            dataclasses.replace(visit, clips=None, broken=self.quarantine[visit.record.id])
+            if visit.clips is not None and visit.record.id in fallen
+            else visit
+            for visit in loaded
+        ]
+        return loaded, _count([counts for _, rows in said for counts in rows])
 
     def _schedule(self) -> None:
         """Starts loads, in order, for the step at hand and `prompts_ahead` prompts after it."""
@@ -184,14 +208,20 @@ def stall_limit(media: MediaConfig, records: Iterable[Record]) -> float:
     return (1 + files) * ATTEMPTS * (START_SECONDS + media.decode_timeout)
 
 
-def _count(loaded: list[LoadedItem]) -> dict[str, float]:
+def _counts_of(visit: LoadedItem) -> tuple[int, int, int, float]:
+    """Of one row: whether it is skipped, its silent and its cut audio tracks, milliseconds of its load."""
+    clips = visit.clips
+    return clips is None, getattr(clips, "silent_audio", 0), getattr(clips, "audio_cut", 0), visit.decode_ms
+
+
+def _count(rows: list[tuple[int, int, int, float]]) -> dict[str, float]:
     """Metrics of one step's rows."""
-    good = [visit for visit in loaded if visit.clips is not None]
-    times = [visit.decode_ms for visit in loaded if visit.decode_ms]
+    skipped, silent_audio, audio_cut, decode_ms = zip(*rows, strict=True)
+    times = [milliseconds for milliseconds in decode_ms if milliseconds]
     return {
-        "data/skipped": float(len(loaded) - len(good)),
-        "data/silent_audio": float(sum(getattr(visit.clips, "silent_audio", 0) for visit in good)),
-        "data/audio_cut": float(sum(getattr(visit.clips, "audio_cut", 0) for visit in good)),
+        "data/skipped": float(sum(skipped)),
+        "data/silent_audio": float(sum(silent_audio)),
+        "data/audio_cut": float(sum(audio_cut)),
         "data/decode_ms": sum(times) / len(times) if times else 0.0,
     }
 

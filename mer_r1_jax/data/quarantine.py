@@ -85,6 +85,11 @@ class Quarantine:
         )
         return self._clips.setdefault(record.id, clip)
 
+    def extend(self, clips: Iterable[BrokenClip]) -> None:
+        """Lists clips that other processes found broken."""
+        for clip in clips:
+            self._clips.setdefault(clip.id, clip)
+
     def check(self) -> None:
         """Stops the run when too many clips are broken.
 

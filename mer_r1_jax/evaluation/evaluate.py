@@ -16,7 +16,8 @@ import numpy as np
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.parallel import processes
+from mer_r1_jax.parallel.rows import local_rows, put, row_share
 from mer_r1_jax.rl.confidence import NO_SET, Anchors
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.rollout import Completions
@@ -113,14 +114,18 @@ class Evaluator:
         prompts: Iterator[tuple[Record, Prompt | str]],
         modes: Sequence[str] = MODES,
         check: Callable[[], None] = lambda: None,
+        at_least: int = 0,
     ) -> Evaluation:
         """Answers every prompt in every mode.
+
+        In a run of several processes each of them brings its own share of the prompts, and gets all answers.
 
         Args:
             leaves: trainable and frozen parameters.
             prompts: records with their prompt, or the reason why there is none.
             modes: slow, fast or both.
             check: called between batches; may raise to stop.
+            at_least: batches to go through, the last ones empty: every process must take part in as many.
 
         Raises:
             EvaluationError: when there is not one prompt.
@@ -128,10 +133,11 @@ class Evaluator:
         records: list[Record] = []
         answers: dict[str, list[AnswerOf]] = {mode: [] for mode in modes}
         skipped: list[tuple[Record, str]] = []
-        for rows, batch_answers in self.batches(leaves, prompts, modes, skipped, check):
+        for rows, batch_answers in self.batches(leaves, prompts, modes, skipped, check, at_least):
             records += rows
             for mode in modes:
                 answers[mode] += batch_answers[mode]
+        records, answers, skipped = self._of_all(records, answers, skipped)
         if not records:
             raise EvaluationError(
                 f"none of the {len(skipped)} held-out clips can be used, the first for: "
@@ -146,20 +152,31 @@ class Evaluator:
         modes: Sequence[str],
         skipped: list[tuple[Record, str]],
         check: Callable[[], None] = lambda: None,
+        at_least: int = 0,
     ) -> Iterator[tuple[list[Record], dict[str, list[AnswerOf]]]]:
         """The same batch by batch, for whoever keeps answers as they come.
 
         Args:
-            leaves, prompts, modes, check: as of `run`.
+            leaves, prompts, modes, check, at_least: as of `run`.
             skipped: records that have no prompt are added to it, with the reason.
 
         Yields:
             the records of a batch, and mode -> their answers.
         """
-        for batch in batched(prompts, self.buckets[0].rows, skipped):
+        for batch in filled_up(batched(prompts, self.buckets[0].rows, skipped), at_least):
             check()
             rows = [record for record, _ in batch]
             yield rows, self._answer(leaves, rows, [prompt for _, prompt in batch], modes)
+
+    def _of_all(self, *own: Any) -> tuple[list[Record], dict[str, list[AnswerOf]], list[tuple[Record, str]]]:
+        """Records, answers and skipped records of all processes, in their order."""
+        leader = row_share(self.programs.backbone.mesh).leader
+        parts = [part for part in processes.exchange("the answers of an evaluation", own if leader else None) if part]
+        return (
+            [record for records, _, _ in parts for record in records],
+            {mode: [answer for _, answers, _ in parts for answer in answers[mode]] for mode in own[1]},
+            [entry for _, _, skipped in parts for entry in skipped],
+        )
 
     def _answer(
         self, leaves: tuple[Leaves, Leaves], records: list[Record], prompts: list[Prompt], modes: Sequence[str]
@@ -194,12 +211,12 @@ class Evaluator:
         truths: list[Any],
         mode: str,
     ) -> list[AnswerOf]:
-        host = jax.device_get(completions)
+        host = local_rows(completions, self.programs.backbone.mesh)
         groups = self.scorer.groups(host, truths, require_format=mode == "slow")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
         anchors = put(groups.anchors, self.programs.backbone.mesh)
         slow_BGWQ, _ = self.programs.score(leaves, prompts, features, completion, anchors, self._candidate_ids_ZY)
-        probability_BGWQ = np.exp(jax.device_get(slow_BGWQ))
+        probability_BGWQ = np.exp(local_rows({"slow_BGWQ": slow_BGWQ}, self.programs.backbone.mesh)["slow_BGWQ"])
         results = []
         for row, group in enumerate(groups.answers):
             if group:
@@ -226,6 +243,16 @@ def batched(
             batch = []
     if batch:
         yield batch
+
+
+def filled_up(batches: Iterator[list[Any]], at_least: int) -> Iterator[list[Any]]:
+    """The batches, with empty ones after them until there are `at_least`."""
+    there = 0
+    for batch in batches:
+        there += 1
+        yield batch
+    for _ in range(at_least - there):
+        yield []
 
 
 def _mean_confidences(probability_WQ: np.ndarray, anchors: Anchors, row: int) -> tuple[float | None, float | None]:

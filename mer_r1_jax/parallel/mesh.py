@@ -22,6 +22,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if len({device.process_index for device in devices}) > 1:
+        # On some TPU slices ids run across hosts; rows of a batch lie together in the process that loads them.
+        devices.sort(key=lambda device: (device.process_index, device.id))
     sizes = mesh_sizes(config, len(devices))
     if sizes is None:
         wanted = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)

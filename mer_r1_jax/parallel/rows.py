@@ -1,14 +1,21 @@
-"""Batches as trees of arrays whose field names say which axis counts rows: `id_BT` axis 0, `position_3BT` axis 1."""
+"""Batches as trees of arrays whose field names say which axis counts rows: `id_BT` axis 0, `position_3BT` axis 1.
+
+In a run of several processes each of them holds, on the host, the rows that its own devices hold.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mer_r1_jax.parallel.rules import TRAIN_RULES, Rules, replicated, rows
+from mer_r1_jax.parallel.mesh import row_cut
+from mer_r1_jax.parallel.rules import TRAIN_RULES, Rules, ShardingError, replicated, rows
 
 
 def row_axis(path: tuple[Any, ...]) -> int | None:
@@ -56,3 +63,70 @@ def put(batch: Any, mesh: Mesh, rules: Rules = TRAIN_RULES) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
     return jax.tree.map(one, row_shardings(batch, mesh, rules), batch)
+
+
+def local_rows(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of global arrays, as numpy arrays: what `put` would put back."""
+    if jax.process_count() == 1:
+        return jax.device_get(batch)
+    # A program's results lie as its compiler likes; here every process must hold the rows that are its own.
+    batch = _laid_out(mesh)(batch)
+
+    def one(path, leaf):
+        axis = row_axis(path)
+        if axis is None:
+            return np.asarray(leaf)
+        parts = {shard.index[axis].start or 0: shard.data for shard in leaf.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis)
+
+    return jax.tree_util.tree_map_with_path(one, batch)
+
+
+@functools.cache
+def _laid_out(mesh: Mesh) -> Callable[[Any], Any]:
+    def constrained(batch: Any) -> Any:
+        return jax.tree.map(jax.lax.with_sharding_constraint, batch, row_shardings(batch, mesh))
+
+    return jax.jit(constrained)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """Which part of every batch's rows this process loads.
+
+    Attributes:
+        index, count: the part, and how many equal parts there are.
+        leader: whether no process with a lower number loads the same part (processes may share a part where a row
+            spans several of them).
+    """
+
+    index: int = 0
+    count: int = 1
+    leader: bool = True
+
+    def of(self, rows: int) -> int:
+        """Rows of the part, of so many in all."""
+        return rows // self.count
+
+
+@functools.cache
+def row_share(mesh: Mesh) -> RowShare:
+    """The part of the rows that this process's devices hold.
+
+    Raises:
+        ShardingError: processes hold parts of different sizes, or parts that overlap.
+    """
+    held: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(place[0] * mesh.shape["fsdp"] + place[1])
+    mine = held.get(jax.process_index())
+    parts = sorted({tuple(sorted(cuts)) for cuts in held.values()})
+    flat = [cut for part in parts for cut in part]
+    if mine is None or flat != list(range(row_cut(mesh))) or len({len(part) for part in parts}) > 1:
+        raise ShardingError(
+            f"on mesh {dict(mesh.shape)} the {len(held)} processes cannot share the rows of a batch evenly; choose "
+            "mesh.tensor so that it divides the devices of a process, or is a multiple of them"
+        )
+    own = tuple(sorted(mine))
+    first = min(process for process, cuts in held.items() if tuple(sorted(cuts)) == own)
+    return RowShare(parts.index(own), len(parts), first == jax.process_index())

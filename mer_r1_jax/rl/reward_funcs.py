@@ -111,6 +111,18 @@ def columns_of(scores: Mapping[str, Scored]) -> dict[str, list[Any]]:
     return columns
 
 
+def together(parts: Sequence[Mapping[str, Scored]]) -> dict[str, Scored]:
+    """The scores of several processes' samples as those of all, one part after another; parts may be empty."""
+    joined: dict[str, Scored] = {}
+    for part in parts:
+        for name, scored in part.items():
+            before = joined.get(name, Scored((), np.zeros(0, np.float32), {}))
+            shifted = {len(before.samples) + number: fault for number, fault in scored.faults.items()}
+            values = np.concatenate([before.values, scored.values])
+            joined[name] = Scored(before.samples + scored.samples, values, before.faults | shifted)
+    return joined
+
+
 class RewardFunctions:
     """The functions of one run, imported in a process of their own.
 

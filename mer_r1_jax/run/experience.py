@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import time
@@ -14,14 +15,15 @@ import numpy as np
 
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.parallel import processes
+from mer_r1_jax.parallel.rows import local_rows, put
 from mer_r1_jax.rl.advantage import ARMS, AdvantageConfig, Rewards, advantages, permute_within_groups, zero_spread
 from mer_r1_jax.rl.confidence import Anchors, calibration, confidence_metrics
 from mer_r1_jax.rl.losses import loss_mask
 from mer_r1_jax.rl.packing import Continuations
-from mer_r1_jax.rl.reward_funcs import Sample, Scored, columns_of, metrics_of
+from mer_r1_jax.rl.reward_funcs import Sample, Scored, columns_of, metrics_of, together
 from mer_r1_jax.rl.rollout import Completions
-from mer_r1_jax.rl.scoring import ScoredGroups
+from mer_r1_jax.rl.scoring import ScoredAnswer, ScoredGroups
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.prompts import prompt_rows
 from mer_r1_jax.training.rl import Experience, PromptRows
@@ -36,9 +38,9 @@ class Rollout:
 
     Attributes:
         experience: for the update.
-        metrics: scalars, on host or device.
-        table: columns of the sampled completions.
-        tokens: real tokens of prompts and completions.
+        metrics: scalars, on host or device; over all processes on the first one.
+        table: columns of the sampled completions, likewise.
+        tokens: real tokens of this process's prompts and completions.
     """
 
     experience: Experience
@@ -87,7 +89,7 @@ class ExperienceMaker:
             np.int32(rollout_step),
             generations=self.config.num_generations,
         )
-        host: Completions = jax.device_get(completions)
+        host: Completions = local_rows(completions, mesh)
         clock.lap("timing_s/gen")
         truths = [visit.record.solution if visit.clips else None for visit in loaded]
         truths += [None] * (len(rows.uid_B) - len(truths))
@@ -116,10 +118,12 @@ class ExperienceMaker:
             old = programs.logprobs(leaves, device, features, completion)
             experience = dataclasses.replace(experience, old_logprob_BGC=old)
         prompt_tokens = sum(len(prompt.ids) for prompt in prompts if prompt is not None)
-        table = self._table(loaded, groups, host, jax.device_get((advantage_BG, calibration_BG)), rollout_step)
+        scores = {"advantage_BG": advantage_BG, "plus_BG": calibration_BG[0], "minus_BG": calibration_BG[1]}
+        table = self._table(loaded, groups, host, local_rows(scores, mesh), rollout_step)
+        answers, counts, table, custom = self._of_all(groups, table, custom)
         return Rollout(
             experience=experience,
-            metrics=self._metrics(host, groups) | metrics_of(custom) | scalars | clock.laps,
+            metrics=self._metrics(answers, counts) | metrics_of(custom) | scalars | clock.laps,
             table=table | columns_of(custom),
             tokens=prompt_tokens + int(host.length_BG.sum()),
         )
@@ -199,9 +203,24 @@ class ExperienceMaker:
         minus_BG = jnp.where(calibrated.minus_valid_BG, calibrated.minus_BG, jnp.nan)
         return advantage_BG, metrics, (plus_BG, minus_BG)
 
-    def _metrics(self, host: Completions, groups: ScoredGroups) -> dict[str, float]:
+    def _of_all(
+        self, groups: ScoredGroups, table: dict[str, list[Any]], custom: dict[str, Scored]
+    ) -> tuple[list[ScoredAnswer], dict[str, int], dict[str, list[Any]], dict[str, Scored]]:
+        """Answers, counts, table and the user's rewards of all processes on the first one, which writes them; its own
+        on every other."""
+        own = ([answer for group in groups.answers for answer in group], groups.counts, table, custom)
+        nothing = ([], {}, {}, {})
+        told = processes.gather("the answers of a rollout", own if self.setup.share.leader else nothing) or [own]
+        counts, columns = collections.Counter(), collections.defaultdict(list)
+        for _, part_counts, part, _ in told:
+            counts.update(part_counts)
+            for name, column in part.items():
+                columns[name] += column
+        answers = [answer for part, _, _, _ in told for answer in part]
+        return answers, dict(counts), dict(columns), together([part for _, _, _, part in told])
+
+    def _metrics(self, answers: Sequence[ScoredAnswer], counts: dict[str, int]) -> dict[str, float]:
         """Lengths, truncation and answers of the sampled completions."""
-        answers = [answer for group in groups.answers for answer in group]
         if not answers:
             return {"completions/count": 0.0}
         lengths = np.asarray([answer.length for answer in answers], np.float64)
@@ -216,18 +235,18 @@ class ExperienceMaker:
             "answers/mean_words": float(np.mean([answer.rewards.n_words for answer in answers])),
             "answers/mean_unknown_words": float(np.mean([answer.rewards.n_unknown for answer in answers])),
             "answers/mean_categories": float(np.mean([answer.rewards.n_categories for answer in answers])),
-        } | {f"confidence/left_out/{reason}": float(count) for reason, count in groups.counts.items()}
+        } | {f"confidence/left_out/{reason}": float(count) for reason, count in counts.items()}
 
     def _table(
         self,
         loaded: Sequence[LoadedItem],
         groups: ScoredGroups,
         host: Completions,
-        scores: tuple[np.ndarray, tuple[np.ndarray, np.ndarray]],
+        scores: dict[str, np.ndarray],
         rollout_step: int,
     ) -> dict[str, list[Any]]:
         """One line per completion."""
-        advantage_BG, (plus_BG, minus_BG) = scores
+        advantage_BG, plus_BG, minus_BG = (scores[name] for name in ("advantage_BG", "plus_BG", "minus_BG"))
         rows = []
         for row, (visit, group) in enumerate(zip(loaded, groups.answers, strict=False)):
             for column, answer in enumerate(group):

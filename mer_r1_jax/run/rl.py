@@ -49,7 +49,8 @@ class RlPhase:
                 f"eval.eval_steps: got {setup.config.eval.eval_steps}, expected a multiple of rl.num_iterations="
                 f"{self.config.num_iterations}: evaluations come between rollouts"
             )
-        self.buckets = plan_buckets(setup.config, setup.backbone.config, setup.data.rl, self.config.prompts_per_step)
+        rows = setup.share.of(self.config.prompts_per_step)
+        self.buckets = plan_buckets(setup.config, setup.backbone.config, setup.data.rl, rows)
         towers = tower_flags(setup.config, "rl")
         self.is_trainable = trainable_names(**towers)
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps)
@@ -116,7 +117,7 @@ class RlPhase:
             session.save(self.name, step, state, data, {"num_tokens": log.num_tokens})
 
         due = step % self.setup.config.train.save_steps < self.config.num_iterations or step == self.total_steps
-        stopping = session.stop.should_stop()  # read once: a signal may come at any moment
+        stopping = session.stopping()  # read once: a signal may come at any moment
         if due or stopping:
             save()
         if stopping:

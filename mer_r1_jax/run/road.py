@@ -26,14 +26,17 @@ from mer_r1_jax.evaluation.report import make_report
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import row_cut
+from mer_r1_jax.parallel.whole import on_first
+from mer_r1_jax.run.agreement import check_config, check_data
 from mer_r1_jax.run.policy import SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
-from mer_r1_jax.run.session import Session
+from mer_r1_jax.run.session import Session, agreed_stop
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.sft import SftPhase, describe
 from mer_r1_jax.training.checkpoints import Checkpoints, Restored
-from mer_r1_jax.training.metrics import MetricsWriter
+from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
@@ -51,20 +54,16 @@ def run(config: RunConfig) -> int:
     Returns:
         The process's exit code: 0 when everything is done, EXIT_SAVED when a signal stopped the run with a checkpoint.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not processes.is_first())
+    check_config(config)
     path = pathlib.Path(config.train.output_dir) / (config.train.run_name or config.name)
     setup = make_setup(config, _clip_progress(console))
     if not (setup.data.sft or setup.data.rl or setup.data.eval):
         raise ConfigError(
             "there is nothing to do: sft.max_steps and rl.max_steps are 0 and data.eval_path is empty; set one of them"
         )
-    resume = config.train.resume_from_checkpoint == "auto"
-    with (
-        RunDirectory.open(
-            path, dataclasses.asdict(config), fingerprints=setup.data.fingerprints(), resume=resume
-        ) as folder,
-        StopSignals() as stop,
-    ):
+    check_data(setup.data)
+    with _open_folder(path, setup, config) as folder, StopSignals() as stop:
         try:
             return _Road(setup, folder, stop, console).walk()
         except StopRequested:
@@ -73,6 +72,17 @@ def run(config: RunConfig) -> int:
             return EXIT_SAVED
         finally:
             setup.close()
+
+
+def _open_folder(path: pathlib.Path, setup: Setup, config: RunConfig) -> RunDirectory:
+    """Opens the run's folder on the first process, whose lock and log it is, and joins it on the others."""
+    folder = None
+    if processes.is_first():
+        resume = config.train.resume_from_checkpoint == "auto"
+        fingerprints = setup.data.fingerprints()
+        folder = RunDirectory.open(path, dataclasses.asdict(config), fingerprints=fingerprints, resume=resume)
+    opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
+    return folder or RunDirectory.join(path, *opened, process=processes.index())
 
 
 class _Road:
@@ -90,9 +100,11 @@ class _Road:
         """Does what is not done yet; see `run`."""
         checkpoints = Checkpoints(self.folder.checkpoints, max_to_keep=self.config.train.save_total_limit)
         restored = checkpoints.restore(self._abstract)
-        self._introduce(restored)
+        if processes.is_first():
+            self._introduce(restored)
         resume_at = (restored.host["phase"], restored.host["step"]) if restored else None
-        with MetricsWriter(self.folder, resume_at, self.config.train.report_to) as metrics:
+        report_to = self.config.train.report_to
+        with MetricsWriter(self.folder, resume_at, report_to) if processes.is_first() else NoMetrics() as metrics:
             session = Session(self.setup, self.folder, checkpoints, metrics, self.stop, self.sft_steps)
             leaves = self._train(session, restored)
         if leaves is None:
@@ -101,8 +113,9 @@ class _Road:
         final_step = self.rl.total_steps if self.rl else 0
         self._evaluate(leaves, "rl" if self.rl else "sft", self.sft_steps + final_step)
         self._export(leaves)
-        make_report(self.folder.path, media_root=self.config.data.media_root or None)
-        self._conclude()
+        if processes.is_first():
+            make_report(self.folder.path, media_root=self.config.data.media_root or None)
+            self._conclude()
         return 0
 
     def _abstract(self, step: int, host: dict[str, Any]) -> TrainState:
@@ -131,11 +144,17 @@ class _Road:
             self._evaluate(state.trainable | state.frozen, "rl", self.sft_steps + step)
 
     def _evaluate(self, leaves: Leaves, phase: str, step: int) -> None:
-        if not self.setup.data.eval or (self.folder.eval / f"{BENCHMARK}_{step:05d}.json").exists():
+        if not self.setup.data.eval:
+            return
+        if processes.from_first("evaluations", (self.folder.eval / f"{BENCHMARK}_{step:05d}.json").exists):
             return
         if self._evaluator is None:
             self._evaluator = make_evaluator(self.setup)
-        evaluation = self._evaluator.run((leaves, {}), self._prompts(), check=self.stop.check)
+        records, batches = self._own_records()
+        prompts = load_prompts(self.setup, records)
+        evaluation = self._evaluator.run((leaves, {}), prompts, check=self._check_stop, at_least=batches)
+        if not processes.is_first():
+            return
         wheels = self.setup.wheels
         scores = summary.summarise(evaluation, wheels, benchmark=BENCHMARK, phase=phase, step=step)
         summary.write(self.folder.eval, scores, summary.samples(evaluation, wheels))
@@ -147,11 +166,26 @@ class _Road:
             )
         )
 
-    def _prompts(self) -> Iterator[tuple[Record, Prompt | str]]:
-        return load_prompts(self.setup, self.setup.data.eval)
+    def _own_records(self) -> tuple[tuple[Record, ...], int]:
+        """The held-out records that this process loads, and the batches in which every process does."""
+        share, rows = self.setup.share, self._evaluator.buckets[0].rows
+        size = -(-len(self.setup.data.eval) // share.count)
+        own = self.setup.data.eval[share.index * size : (share.index + 1) * size]
+        return own, -(-size // rows) if share.count > 1 else 0
+
+    def _check_stop(self) -> None:
+        if agreed_stop(self.stop):
+            self.stop.check()
+            raise StopRequested("a signal asked another process of the run to stop")
 
     def _export(self, leaves: Leaves) -> None:
-        if not self.config.train.export or (self.folder.export / SETTINGS_FILE).exists():
+        if not self.config.train.export:
+            return
+        if processes.from_first("the export", (self.folder.export / SETTINGS_FILE).exists):
+            return
+        if processes.count() > 1:
+            leaves = on_first(leaves)
+        if not processes.is_first():
             return
         export_model(
             self.folder.export,
@@ -243,7 +277,7 @@ def eval_buckets(setup: Setup, records: tuple[Record, ...] | None = None) -> lis
     """Shapes of evaluation batches: the rows asked for, rounded up to what the devices can share."""
     cut = row_cut(setup.backbone.mesh)
     rows = -(-setup.config.eval.prompts_per_batch // cut) * cut
-    return plan_buckets(setup.config, setup.backbone.config, records or setup.data.eval, rows)
+    return plan_buckets(setup.config, setup.backbone.config, records or setup.data.eval, setup.share.of(rows))
 
 
 def make_evaluator(setup: Setup, records: tuple[Record, ...] | None = None) -> Evaluator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,9 +15,10 @@ from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.checkpoints import Checkpoints, Restored
-from mer_r1_jax.training.metrics import MetricsWriter, Progress
+from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.signals import StopSignals
 from mer_r1_jax.training.state import Leaves, TrainState
@@ -51,7 +53,7 @@ class Session:
         setup: the parts that do not change.
         folder: the run's folder.
         checkpoints: of training states, numbered by optimizer steps over both phases.
-        metrics: metrics.jsonl, TensorBoard, completion tables.
+        metrics: metrics.jsonl, TensorBoard, completion tables; written by the first process.
         stop: set by SIGTERM and SIGINT.
         sft_steps: steps of the whole SFT phase, which checkpoints of RL are numbered after.
     """
@@ -59,19 +61,19 @@ class Session:
     setup: Setup
     folder: RunDirectory
     checkpoints: Checkpoints
-    metrics: MetricsWriter
+    metrics: MetricsWriter | NoMetrics
     stop: StopSignals
     sft_steps: int
 
     def prefetcher(self, records: tuple[Record, ...], prompts_per_step: int, load: Any, phase: str) -> ClipPrefetcher:
-        """The stream of a phase's prompts, loaded ahead of use."""
-        config = self.setup.config
+        """The stream of a phase's prompts, loaded ahead of use: this process's share of every step."""
+        config, share = self.setup.config, self.setup.share
         stream = PromptStream(
             records,
             prompts_per_step,
             seed=config.train.seed * 2 + (phase == "rl"),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=share.index,
+            process_count=share.count,
         )
         return ClipPrefetcher(
             stream,
@@ -80,7 +82,12 @@ class Session:
             prompts_ahead=stream.local_prompts,
             threads=max(1, config.media.decode_workers),
             stall_seconds=stall_limit(config.media, records),
+            counted=share.leader,
         )
+
+    def stopping(self) -> bool:
+        """Whether a signal has asked a process of the run to save and stop; the same answer on all of them."""
+        return agreed_stop(self.stop)
 
     @contextlib.contextmanager
     def begin(
@@ -126,12 +133,18 @@ class Session:
             )
 
 
+def agreed_stop(stop: StopSignals) -> bool:
+    """Whether a signal came to any process. All of them ask at the same places, so they stop at the same step."""
+    return any(processes.exchange("whether to stop", stop.should_stop()))
+
+
 class StepLog:
     """Writes the metrics of a step after the next one was dispatched, so that the device never waits for the host."""
 
     def __init__(self, session: Session, phase: str, total: int, done: int, num_tokens: int):
         self._session, self._phase = session, phase
-        self._progress = Progress(phase, total, done)
+        self._nowhere = None if processes.is_first() else open(os.devnull, "w")
+        self._progress = Progress(phase, total, done, self._nowhere)
         self._pending: tuple[int, dict[str, Any], int] | None = None
         self._last = time.perf_counter()
         self.num_tokens = num_tokens
@@ -141,12 +154,19 @@ class StepLog:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.close()
+        if self._nowhere is not None:
+            self._nowhere.close()
 
     def add(self, step: int, metrics: Mapping[str, Any], tokens: int) -> None:
-        """Takes the metrics of a step that was just dispatched and writes those of the step before."""
+        """Takes the metrics of a step that was just dispatched and writes those of the step before.
+
+        Args:
+            step: of the phase, from 1.
+            metrics: over all processes, on host or device.
+            tokens: of this process's rows.
+        """
         self.flush()
-        self.num_tokens += tokens
-        self._pending = (step, {**metrics, "num_tokens": self.num_tokens}, tokens)
+        self._pending = (step, dict(metrics), tokens)
 
     def restart_clock(self) -> None:
         """Leaves what was done since the last step (a checkpoint, an evaluation) out of the next one's time."""
@@ -157,7 +177,10 @@ class StepLog:
         if self._pending is None:
             return
         (step, metrics, tokens), self._pending = self._pending, None
-        metrics = jax.device_get(metrics)
+        told = processes.gather("the tokens of a step", tokens if self._session.setup.share.leader else 0)
+        tokens = tokens if told is None else sum(told)
+        self.num_tokens += tokens
+        metrics = jax.device_get(metrics) | {"num_tokens": self.num_tokens}
         now = time.perf_counter()  # a step's time ends when the device is done with it
         seconds, self._last = now - self._last, now
         metrics |= {"step_time": seconds, "perf/throughput": tokens / seconds}

@@ -19,7 +19,9 @@ from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import category_sets
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 from mer_r1_jax.media.tokenizer import load_tokenizer
+from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import make_mesh, row_cut
+from mer_r1_jax.parallel.rows import RowShare, row_share
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.rl.reward_funcs import RewardFunctions, extra_columns
@@ -93,6 +95,11 @@ class Setup:
         self.source.close()
         if self.reward_funcs is not None:
             self.reward_funcs.close()
+
+    @property
+    def share(self) -> RowShare:
+        """The part of every batch's rows that this process loads."""
+        return row_share(self.backbone.mesh)
 
     @property
     def scorer(self) -> AnswerScorer:
@@ -220,15 +227,16 @@ def with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
     """Makes the embedded world (or finds it made) and points the paths that are empty at it."""
     if not config.data.synthetic_dir:
         return config
-    world = make_world(
-        config.data.synthetic_dir,
-        sft_clips=config.data.synthetic_sft_clips,
-        rl_clips=config.data.synthetic_rl_clips,
-        eval_clips=config.data.synthetic_eval_clips,
-        seed=config.data.synthetic_seed,
-        wheel_dir=config.emotion.wheel_dir,
-        progress=progress,
-    )
+    with processes.one_after_first("the embedded world"):
+        world = make_world(
+            config.data.synthetic_dir,
+            sft_clips=config.data.synthetic_sft_clips,
+            rl_clips=config.data.synthetic_rl_clips,
+            eval_clips=config.data.synthetic_eval_clips,
+            seed=config.data.synthetic_seed,
+            wheel_dir=config.emotion.wheel_dir,
+            progress=progress,
+        )
     found = {"sft_path": world.sft, "rl_path": world.rl, "eval_path": world.eval, "media_root": world.media_root}
     data = {name: getattr(config.data, name) or str(path) for name, path in found.items()}
     tokenizer_path = config.model.tokenizer_path or config.model.path or str(world.tokenizer)

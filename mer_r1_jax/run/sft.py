@@ -13,6 +13,7 @@ from mer_r1_jax.data.pipeline import steps_for_epochs
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags, TagError
@@ -54,7 +55,8 @@ class SftPhase:
         self.setup, self.config = setup, config.sft
         self.total_steps = total_steps(config, "sft", len(setup.data.sft))
         self.targets, self.lengths = _all_targets(setup.data.sft, setup.tags, config)
-        self.buckets = plan_buckets(config, setup.backbone.config, setup.data.sft, self.config.prompts_per_step)
+        rows = setup.share.of(self.config.prompts_per_step)
+        self.buckets = plan_buckets(config, setup.backbone.config, setup.data.sft, rows)
         towers = tower_flags(config, "sft")
         self.is_trainable = trainable_names(**towers)
         self.encode_inside = any(towers.values())
@@ -77,7 +79,7 @@ class SftPhase:
                     learning_rate = float(self._schedule(step - 1))
                     state, metrics = step_function(state, put(batch, setup.backbone.mesh))
                     log.add(step, {**metrics, **data.metrics(), "learning_rate": learning_rate}, tokens)
-                    stopping = session.stop.should_stop()
+                    stopping = session.stopping()
                     if step % config.train.save_steps == 0 or step == self.total_steps or stopping:
                         log.flush()
                         session.save(self.name, step, state, data, {"num_tokens": log.num_tokens})
@@ -121,8 +123,9 @@ def total_steps(config: RunConfig, phase: str, records: int) -> int:
 
 def describe(buckets: Sequence[BatchShape], phase: str, added: str) -> list[str]:
     """One line a bucket, for the start of a run."""
+    rows = "rows" if processes.count() == 1 else "rows a process"
     return [
-        f"{phase}: {shape.rows} rows x {shape.tokens} prompt tokens + {added}; {shape.vision_clips} x "
+        f"{phase}: {shape.rows} {rows} x {shape.tokens} prompt tokens + {added}; {shape.vision_clips} x "
         f"{shape.frame_pairs} frame pairs of {shape.patches} patches, "
         f"{shape.audio_clips} x {2 * shape.audio_units} s audio"
         for shape in buckets

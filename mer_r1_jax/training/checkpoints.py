@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from mer_r1_jax.parallel import processes
 from mer_r1_jax.training import durable
 
 MANIFEST, HOST_STATE, ARRAYS = "manifest.json", "host.json", "arrays"
@@ -70,10 +70,10 @@ class Checkpoints:
         self.max_to_keep = max_to_keep
         self.layout_version = layout_version
         self._found_damaged: set[int] = set()  # steps whose hashes were read and are wrong
-        if jax.process_index() == 0:
+        if processes.is_first():
             self.directory.mkdir(parents=True, exist_ok=True)
             _clear_leftovers(self.directory)
-        _wait_for_all("checkpoints-open")
+        processes.barrier("opening the checkpoints")
 
     def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
         """Saves one step and removes those beyond `max_to_keep`.
@@ -95,15 +95,15 @@ class Checkpoints:
         _check_host(host)
         building = self.directory / f"{_SAVING}{step}"
         try:
-            if jax.process_index() == 0:
+            if processes.is_first():
                 shutil.rmtree(building, ignore_errors=True)
                 building.mkdir()
-            _wait_for_all("checkpoint-begin")
+            processes.barrier("beginning a checkpoint")
             stored = {name: leaf for name, leaf in named.items() if leaf.size}  # Orbax stores no empty arrays
             if stored:
                 with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                     checkpointer.save(building / ARRAYS, args=ocp.args.PyTreeSave(stored))
-            if jax.process_index() == 0:
+            if processes.is_first():
                 state = {"layout_version": self.layout_version, "arrays": described, "host": host}
                 durable.write_json(building / HOST_STATE, state)
                 _write_manifest(building, step)
@@ -111,9 +111,9 @@ class Checkpoints:
         except Exception as error:
             shutil.rmtree(building, ignore_errors=True)
             raise CheckpointError(self._failure(step, error)) from error
-        _wait_for_all("checkpoint-commit")
+        processes.barrier("ending a checkpoint")
         self._found_damaged.discard(step)
-        if jax.process_index() == 0:
+        if processes.is_first():
             self._collect_garbage(step)
 
     def restore(
@@ -134,11 +134,15 @@ class Checkpoints:
         Raises:
             CheckpointError: listing every mismatch, or why `step` is not valid.
         """
+        valid = processes.from_first("the checkpoint to go on from", lambda: self._newest_valid(step))
+        return None if valid is None else self._load(self.directory / str(valid), valid, abstract_arrays)
+
+    def _newest_valid(self, step: int | None) -> int | None:
         for candidate in [step] if step is not None else self._step_folders(warn=True):
             folder = self.directory / str(candidate)
             problem = _problem_of(folder, candidate, read_files=True)
             if problem is None:
-                return self._load(folder, candidate, abstract_arrays)
+                return candidate
             self._found_damaged.add(candidate)
             if step is not None:
                 raise CheckpointError(
@@ -365,8 +369,3 @@ def _remove(folder: Path, step: int) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         log.warning("the old checkpoint %s could not be removed: %s", folder, error)
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -114,6 +114,26 @@ class MetricsWriter:
             log.warning("%s cannot be written and is left out from now on: %s. metrics.jsonl goes on.", backend, error)
 
 
+class NoMetrics:
+    """In place of a MetricsWriter on the processes that do not write: what the first one writes is all of it."""
+
+    def write(self, phase: str, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Writes nothing."""
+        return to_floats(metrics)
+
+    def write_completions(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> None:
+        """Has nothing to wait for."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Lines of a metrics.jsonl, with "NaN" and "Infinity" as floats again. A last line cut by a kill is left out."""
     lines = []

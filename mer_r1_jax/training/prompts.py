@@ -18,6 +18,7 @@ from mer_r1_jax.media.prompt import Prompt, PromptBuilder
 from mer_r1_jax.media.vision import merge_factor
 from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT, BatchShape
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.parallel import processes
 from mer_r1_jax.training.rl import PromptRows
 
 BUCKETS = 4  # token lengths planned when the configuration names none
@@ -118,6 +119,9 @@ def prompt_rows(
 ) -> PromptRows:
     """Pads prompts to their bucket; None keeps the place of a broken clip's row.
 
+    In a run of several processes these are the rows that this one loads, and all of them take the largest bucket that
+    one of them needs.
+
     Args:
         prompts: at most a bucket's rows.
         buckets: of this phase.
@@ -125,6 +129,8 @@ def prompt_rows(
         uids: uint32 identity of each prompt's visit.
     """
     shape = bucket_for(prompts, buckets)
+    if len(buckets) > 1:
+        shape = buckets[max(processes.exchange("the size of a batch", buckets.index(shape)))]
     next_position_B, uid_B = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.uint32)
     for row, (prompt, uid) in enumerate(zip(prompts, uids, strict=True)):
         if prompt is not None:

@@ -10,7 +10,7 @@
     eval/                <benchmark>_<step>.json and .samples.jsonl
     export/hf/
     report.html
-    logs/attempt_<n>/    config.json, env.json and log.txt of each start of the command
+    logs/attempt_<n>/    config.json, env.json and log.txt of each start of the command; log_<p>.txt of process p
 """
 
 from __future__ import annotations
@@ -119,6 +119,23 @@ class RunDirectory:
             raise
         return run
 
+    @classmethod
+    def join(cls, path: str | os.PathLike, attempt: int, resumed: bool, process: int) -> RunDirectory:
+        """The folder that the first process of this run has opened, for one of the others, which only logs there.
+
+        Raises:
+            RunDirectoryError: this process does not see it.
+        """
+        run = cls(Path(os.path.abspath(path)), None)
+        run.attempt, run.resumed = attempt, resumed
+        if not run.attempt_logs.is_dir():
+            raise RunDirectoryError(
+                f"process {process} does not see {run.attempt_logs}, which process 0 has made: expected "
+                "train.output_dir on a file system that every host of the run has mounted at the same place"
+            )
+        run._log_to(f"log_{process}.txt")
+        return run
+
     def close(self) -> None:
         """Releases the lock and the log file. Closing twice does no harm."""
         if self._log_handler is not None:
@@ -171,7 +188,10 @@ class RunDirectory:
         if not self.resumed:
             durable.write_json(self.env_file, environment)
         durable.write_json(self.config_file, config)  # last: from now on the folder is a run's
-        self._log_handler = logging.FileHandler(self.attempt_logs / "log.txt")
+        self._log_to("log.txt")
+
+    def _log_to(self, name: str) -> None:
+        self._log_handler = logging.FileHandler(self.attempt_logs / name)
         self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._log_handler)
 

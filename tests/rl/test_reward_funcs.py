@@ -11,7 +11,16 @@ import pytest
 
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.rl import reward_funcs
-from mer_r1_jax.rl.reward_funcs import RewardError, RewardFunctions, Sample, columns_of, metrics_of, short_names
+from mer_r1_jax.rl.reward_funcs import (
+    RewardError,
+    RewardFunctions,
+    Sample,
+    Scored,
+    columns_of,
+    metrics_of,
+    short_names,
+    together,
+)
 
 HERE = "support.reward_functions."
 
@@ -182,3 +191,15 @@ def test_the_process_is_light_and_ends_with_the_functions(functions):
     assert process.poll() is not None
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, 0)
+
+
+def test_scores_of_several_processes_become_those_of_all():
+    first = Scored(tuple(samples(["a", "b"])), np.array([1, np.nan], np.float32), {1: "it hung"})
+    second = Scored(tuple(samples(["c", "d"])), np.array([np.nan, 4], np.float32), {0: "it raised"})
+    joined = together([{"mood": first}, {}, {"mood": second}])["mood"]
+    assert [sample.text for sample in joined.samples] == ["a", "b", "c", "d"]
+    np.testing.assert_array_equal(joined.values, [1, np.nan, np.nan, 4])
+    assert joined.faults == {1: "it hung", 2: "it raised"}
+    assert columns_of({"mood": joined})["reward_faults"] == [[], ["mood: it hung"], ["mood: it raised"], []]
+    assert metrics_of({"mood": joined})["rewards/mood/mean"] == 2.5
+    assert together([{}]) == {}

@@ -1,0 +1,70 @@
+"""What the processes of a run must have in common, compared before the first of them compiles anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from mer_r1_jax import __version__
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.parallel import processes
+from mer_r1_jax.run.setup import DataSets
+
+MAY_DIFFER = ("data.cache_dir", "media.decode_workers")  # what a host may have of its own
+MAX_LISTED = 12
+_ABSENT = object()
+
+
+class DisagreementError(ValueError):
+    """The processes of a run were started differently; every differing field is listed with both values."""
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuses processes whose configurations or versions differ.
+
+    Raises:
+        DisagreementError: on every process.
+    """
+    versions = {"versions": {"mer_r1_jax": __version__, "jax": jax.__version__}}
+    _check("the configuration", dataclasses.asdict(config) | versions)
+
+
+def check_data(data: DataSets) -> None:
+    """Refuses processes whose records differ.
+
+    Raises:
+        DisagreementError: on every process.
+    """
+    _check("the data sets", {"data": data.fingerprints()})
+
+
+def _check(what: str, mine: Mapping[str, Any]) -> None:
+    told = processes.exchange(what, _flat(mine))
+    lines = [
+        f"{name}: {_shown(told[0], name)} on process 0, {_shown(other, name)} on process {process}"
+        for process, other in enumerate(told)
+        for name in sorted(told[0].keys() | other.keys())
+        if told[0].get(name, _ABSENT) != other.get(name, _ABSENT) and name not in MAY_DIFFER
+    ]
+    if lines:
+        more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+        raise DisagreementError(
+            f"the {len(told)} processes of this run were started differently, in {what}:\n  "
+            + "\n  ".join(lines[:MAX_LISTED] + more)
+            + "\nStart the same command, on the same files, on every host."
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "absent"

@@ -1,0 +1,102 @@
+"""What the processes of a run say to each other, without a run around it: `python process_talk.py ENDING`.
+
+Started as a process of several (JAX_COORDINATOR_ADDRESS and so on); prints one JSON line. ENDING: `lost` ends process 1
+without a word, as SIGKILL or a broken host does; `refused` lets it end with an error of its own.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+from mer_r1_jax.cli import explained
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.data.records import Record
+from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.parallel import processes
+from mer_r1_jax.run.agreement import DisagreementError, check_config, check_data
+from mer_r1_jax.run.session import agreed_stop
+from mer_r1_jax.run.setup import DataSets
+from mer_r1_jax.training.prompts import prompt_rows
+from mer_r1_jax.training.signals import StopSignals
+
+STEPS = 1000
+
+
+def main(ending: str) -> None:
+    own = processes.index()
+    said = {
+        "exchange": [processes.exchange("a number", 10 * own + round) for round in range(3)],
+        "gather": processes.gather("a list", [own]),
+        "from_first": processes.from_first("a choice", lambda: f"made by {own}"),
+        "bucket": batch_of(6 if own else 3).shape[1],
+        "config": refusal_of(check_config, config(beta=0.04 + own, decode_workers=own)),
+        "data": refusal_of(check_data, data_of("sad" if own else "happy")),
+        "stopped": stopped_at(own),
+    }
+    check_config(config(beta=0.04, decode_workers=own))  # what a host may have of its own is no difference
+    print(json.dumps(said), flush=True)
+    processes.barrier("the talk")
+    if own == 1 and ending == "lost":
+        os._exit(9)
+    if own == 1:
+        raise ConfigError("this one cannot go on")
+    time.sleep(600)
+
+
+def batch_of(length: int) -> np.ndarray:
+    """Token rows of a batch whose one prompt has so many tokens; a bucket holds 4 of them, the other 8."""
+    prompt = Prompt(
+        id="1",
+        ids=np.ones(length, np.int32),
+        source=np.tile(np.array([-1, 0], np.int32), (length, 1)),
+        position=np.zeros((3, length), np.int32),
+        next_position=length,
+    )
+    empty = {"vision_clips": 0, "frame_pairs": 0, "patches": 0, "audio_clips": 0, "audio_units": 0}
+    buckets = [BatchShape(rows=1, tokens=tokens, **empty) for tokens in (4, 8)]
+    return prompt_rows([prompt], buckets, ThinkerConfig.tiny(), [1]).batch.tokens.id_BT
+
+
+def refusal_of(check, argument) -> str | None:
+    try:
+        check(argument)
+    except DisagreementError as error:
+        return str(error)
+
+
+def config(beta: float, decode_workers: int) -> RunConfig:
+    plain = RunConfig()
+    return dataclasses.replace(
+        plain,
+        rl=dataclasses.replace(plain.rl, beta=beta),
+        media=dataclasses.replace(plain.media, decode_workers=decode_workers),
+    )
+
+
+def data_of(word: str) -> DataSets:
+    record = Record(id="1", messages=({"role": "user", "content": "Feel?"},), solution=(word,))
+    return DataSets(sft=(), rl=(record,), eval=(), unscorable=0)
+
+
+def stopped_at(own: int) -> int:
+    """The step at which this process stops after a signal to process 1 alone."""
+    with StopSignals() as stop:
+        for step in range(STEPS):
+            if step == 5 and own == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if agreed_stop(stop):
+                return step
+    return STEPS
+
+
+if __name__ == "__main__":
+    with processes.joined(), explained():
+        main(sys.argv[1])
