@@ -25,19 +25,21 @@ class Chip:
             little; where it refuses a program, its word counts.
         hbm_bandwidth: bytes a second.
         ici_bandwidth: bytes a second that one chip can send over all its links (half the figure for both directions).
+        clock: cycles a second, for the compiler's estimates; not stated officially (v6e's is inferred).
     """
 
     flops: float
     hbm_bytes: int
     hbm_bandwidth: float
     ici_bandwidth: float
+    clock: float
 
 
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(flops=275e12, hbm_bytes=32 * GIB, hbm_bandwidth=1200 * GB, ici_bandwidth=300 * GB),
-    "v5e": Chip(flops=197e12, hbm_bytes=16 * GIB, hbm_bandwidth=819 * GB, ici_bandwidth=200 * GB),
-    "v5p": Chip(flops=459e12, hbm_bytes=95 * GIB, hbm_bandwidth=2765 * GB, ici_bandwidth=600 * GB),
-    "v6e": Chip(flops=918e12, hbm_bytes=32 * GIB, hbm_bandwidth=1638 * GB, ici_bandwidth=400 * GB),
+    "v4": Chip(flops=275e12, hbm_bytes=32 * GIB, hbm_bandwidth=1200 * GB, ici_bandwidth=300 * GB, clock=1.05e9),
+    "v5e": Chip(flops=197e12, hbm_bytes=16 * GIB, hbm_bandwidth=819 * GB, ici_bandwidth=200 * GB, clock=1.5e9),
+    "v5p": Chip(flops=459e12, hbm_bytes=95 * GIB, hbm_bandwidth=2765 * GB, ici_bandwidth=600 * GB, clock=1.75e9),
+    "v6e": Chip(flops=918e12, hbm_bytes=32 * GIB, hbm_bandwidth=1638 * GB, ici_bandwidth=400 * GB, clock=1.75e9),
 }
 
 

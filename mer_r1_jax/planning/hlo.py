@@ -20,6 +20,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) .*\{\s*$")
 _NAME = re.compile(r"%([\w.<>-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.<>-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')
 _ON_CHIP = "S(1)"  # memory space of the vector memory: traffic there is not HBM's
 
@@ -108,6 +110,7 @@ class Work:
     Attributes:
         flops: of matrix products and convolutions, and of kernels that state theirs.
         hbm_bytes: read from and written to HBM; of slices only what is taken.
+        cycles: the compiler's own estimate for what is neither a collective nor a kernel.
         collectives: largest first.
         silent_kernels: calls of kernels that state no operations, which `flops` therefore lacks.
         open_loops: loops whose end depends on data.
@@ -115,6 +118,7 @@ class Work:
 
     flops: float
     hbm_bytes: float
+    cycles: int
     collectives: tuple[Collective, ...]
     silent_kernels: int
     open_loops: int
@@ -193,7 +197,7 @@ class _Reader:
         self.longest_loop = longest_loop
         self.flops = self.bytes = 0.0
         self.collectives: collections.Counter[tuple[str, int, int]] = collections.Counter()
-        self.silent_kernels = self.open_loops = 0
+        self.silent_kernels = self.open_loops = self.cycles = 0
 
     def work(self) -> Work:
         self._visit(self.entry, 1, in_hbm=True)
@@ -204,6 +208,7 @@ class _Reader:
         return Work(
             flops=self.flops,
             hbm_bytes=self.bytes,
+            cycles=self.cycles,
             collectives=tuple(sorted(found, key=lambda one: -one.sent)),
             silent_kernels=self.silent_kernels,
             open_loops=self.open_loops,
@@ -223,6 +228,8 @@ class _Reader:
                 self.flops += times * _product_flops(instruction, computation)
             elif opcode == "custom-call":
                 self._kernel(instruction, times)
+            if in_hbm and (estimate := _CYCLES.search(instruction.attributes)):
+                self.cycles += times * (int(estimate.group(1)) if int(estimate.group(1)) < _UNKNOWN_CYCLES else 0)
             if in_hbm and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
                 self.bytes += times * self._traffic(instruction, computation)
             if self._collective(instruction, computation, times):

@@ -1,0 +1,114 @@
+"""Compiles planned programs for their chips, once: facts and program text are kept under the program's fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import re
+import time
+
+import jax
+
+from mer_r1_jax.planning.programs import PlannedProgram
+
+# Reading a program's text fails where the compiler has moved a gather to the sparse cores.
+COMPILER_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "false"}
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
+_OVER = re.compile(
+    r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm\. Exceeded hbm capacity by ([\d.]+)([KMG]?)", re.IGNORECASE
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler says of one program, bytes a chip.
+
+    Attributes:
+        seconds: the compile took, 0 when the answer was kept from before.
+        argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: its memory; aliased outputs reuse arguments.
+        error: why there is no program; empty when there is one.
+        over_bytes: by how much its memory exceeds the chip's, where that is the error.
+        text: the optimised program; empty where there is none.
+    """
+
+    seconds: float = 0.0
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
+    temp_bytes: int = 0
+    code_bytes: int = 0
+    error: str = ""
+    over_bytes: int = 0
+    text: str = ""
+
+
+def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.Path) -> Compiled:
+    """The program compiled for its slice, or what was learnt when that was done before.
+
+    Args:
+        program: the program.
+        topology: the slice its mesh belongs to.
+        cache_dir: where answers are kept; one file of facts and one of text each.
+    """
+    lowered = program.trace().lower(lowering_platforms=("tpu",))
+    key = _fingerprint(lowered.as_text(), topology)
+    facts, text = cache_dir / f"{key}.json", cache_dir / f"{key}.hlo.gz"
+    if facts.is_file():
+        kept = json.loads(facts.read_text())
+        return Compiled(**kept, text=gzip.decompress(text.read_bytes()).decode() if text.is_file() else "")
+    compiled = _compile(lowered)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    if compiled.text:
+        text.write_bytes(gzip.compress(compiled.text.encode()))
+    values = dataclasses.asdict(compiled)
+    del values["text"]
+    facts.write_text(json.dumps(values, indent=1) + "\n")
+    return compiled
+
+
+def versions() -> dict[str, str]:
+    """Versions the numbers of a plan depend on."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
+def _fingerprint(module: str, topology: str) -> str:
+    parts = [topology, json.dumps(versions()), json.dumps(COMPILER_OPTIONS), module]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        return Compiled(
+            seconds=time.perf_counter() - start, error=_first_lines(str(error)), over_bytes=_over_bytes(str(error))
+        )
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Compiled(
+        seconds=seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        text=compiled.as_text(),
+    )
+
+
+def _over_bytes(message: str) -> int:
+    """By how much a program's memory exceeds the chip's, from the compiler's message; 0 for other errors."""
+    match = _OVER.search(message)
+    return int(float(match.group(5)) * _UNITS[match.group(6).upper()]) if match else 0
+
+
+def _first_lines(message: str) -> str:
+    """The head of a message that goes on for pages."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:3])[:600]
