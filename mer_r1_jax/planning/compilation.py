@@ -33,7 +33,7 @@ class Compiled:
         argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: its memory; aliased outputs reuse arguments.
         error: why there is no program; empty when there is one.
         over_bytes: by how much its memory exceeds the chip's, where that is the error.
-        text: the optimised program; empty where there is none.
+        text: the optimised program; empty where there is none, or the compiler cannot write it down.
     """
 
     seconds: float = 0.0
@@ -98,8 +98,15 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        text=compiled.as_text(),
+        text=_text(compiled),
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # seen where operations run on the sparse cores
+        return ""
 
 
 def _over_bytes(message: str) -> int:

@@ -23,7 +23,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')
-_ON_CHIP = "S(1)"  # memory space of the vector memory: traffic there is not HBM's
+_OTHER_MEMORY = "S("  # a layout with a memory space lies in vector or scalar memory: traffic there is not HBM's
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
@@ -134,7 +134,7 @@ def arrays_of(text: str) -> list[Array]:
     found = []
     for dtype, sizes, layout in _ARRAY.findall(text):
         shape = tuple(int(size) for size in sizes.split(",") if size)
-        found.append(Array(shape, math.ceil(math.prod(shape) * _BYTES[dtype]), _ON_CHIP not in layout))
+        found.append(Array(shape, math.ceil(math.prod(shape) * _BYTES[dtype]), _OTHER_MEMORY not in layout))
     return found
 
 
@@ -149,7 +149,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if header and not line.startswith((" ", "HloModule")):
                 current = computations.setdefault(header.group(2), {})
                 entry = header.group(2) if header.group(1) else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's metadata may have lines of its own
             current = None
         elif match := _INSTRUCTION.match(line):
             instruction = _instruction(match)
@@ -297,7 +297,9 @@ class _Reader:
         if instruction.opcode == "dynamic-update-slice":
             return 2 * sum(array.bytes for array in computation[instruction.operands[1]].arrays)
         if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
-            result = result[:1]  # the rest of the tuple names the operand once more
+            # The tuple names the operand too: behind the result of a copy, before that of a collective.
+            place = 0 if instruction.opcode == "copy-start" else 1
+            result = [array.bytes for array in instruction.arrays[place : place + 1] if array.in_hbm]
         if instruction.opcode in ("fusion", "async-start") and instruction.called:
             inner = self.computations[instruction.called[0]]
             parameters = [one for one in inner.values() if one.opcode == "parameter"]

@@ -35,7 +35,7 @@ def plan(
         config: the configuration.
         topology: the slice, as Cloud TPU spells it.
         cache_dir: where compiled answers are kept.
-        only: programs to compile, of PROGRAMS; the others are left off the sheet.
+        only: programs to compile, of PROGRAMS; the others are left off the sheet, and with them the hours.
         workload: sizes a run would read off its data.
         bucket: which of the prompt shapes, the largest by default.
         command: named on the sheet.
@@ -52,9 +52,11 @@ def plan(
         raise ConfigError("nothing to plan: sft.max_steps and rl.max_steps are both 0, so the run trains nothing")
     buckets = {phase: run.buckets(phase)[bucket] for phase in run.phases()}
     sheets: list[ProgramSheet] = []
+    missing: list[str] = []
     for phase, shape in buckets.items():
         for program in run.of_phase(phase, shape):
             if program.name not in only:
+                missing.append(program.name)
                 continue
             compiled = compile_program(program, topology, cache_dir)
             work = work_of(compiled.text, program.longest_loop) if compiled.text else None
@@ -70,6 +72,7 @@ def plan(
         buckets=buckets,
         programs=tuple(sheets),
         epoch_steps={phase: run.epoch_steps(phase) for phase in buckets},
+        missing=tuple(missing),
         advice=advise(config, sheets, mesh.size),
         command=command,
     )

@@ -1,4 +1,4 @@
-"""The sheet of a plan: memory by part against the chip's, work, a lower bound of each program's time, hours an epoch."""
+"""The sheet of a plan: memory by part, work, a lower bound of each program's time, and hours an epoch."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ class Sheet:
         buckets: the prompt shape of each phase.
         programs: one sheet each.
         epoch_steps: steps that one pass over a phase's records takes.
+        missing: programs of these phases that were left out on purpose.
         advice: what would make it fit, one line each; empty when it fits.
         command: the command that makes this sheet.
     """
@@ -128,6 +129,7 @@ class Sheet:
     buckets: dict[str, BatchShape]
     programs: tuple[ProgramSheet, ...]
     epoch_steps: dict[str, int]
+    missing: tuple[str, ...]
     advice: tuple[str, ...]
     command: str
 
@@ -137,9 +139,9 @@ class Sheet:
         return all(program.fits for program in self.programs)
 
     def step_seconds(self, phase: str) -> float | None:
-        """Lower bound of one step; None while a program of the phase is not compiled."""
+        """Lower bound of one step; None while a program is not compiled."""
         programs = [program for program in self.programs if program.phase == phase]
-        if not programs or any(program.work is None for program in programs):
+        if self.missing or not programs or any(program.work is None for program in programs):
             return None
         return sum(program.calls * program.bound for program in programs)
 
@@ -165,6 +167,7 @@ class Sheet:
             "buckets": {phase: dataclasses.asdict(shape) for phase, shape in self.buckets.items()},
             "fits": self.fits,
             "advice": list(self.advice),
+            "missing": list(self.missing),
             "epoch_steps": self.epoch_steps,
             "step_seconds_lower_bound": {phase: self.step_seconds(phase) for phase in self.epoch_steps},
             "epoch_hours_lower_bound": {phase: self.epoch_hours(phase) for phase in self.epoch_steps},
