@@ -1,7 +1,7 @@
 """MER-R1's recipe on Qwen2.5-Omni-7B: SFT on 5,000 clips, then RL on the rest of MER-Caption+, towers frozen.
 
-`omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is v5p:2x2x4's. To train, name weights and data:
---config.model.path=... --config.data.sft_path=... --config.data.rl_path=... Without them `experiments/plan.py` says
+`omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. To train, name weights and
+data: --config.model.path=... --config.data.sft_path=... --config.data.rl_path=... Without them `experiments/plan.py` says
 what a run would take.
 """
 

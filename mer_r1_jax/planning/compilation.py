@@ -14,6 +14,7 @@ import time
 import jax
 
 from mer_r1_jax.planning.programs import PlannedProgram
+from mer_r1_jax.planning.traced import traced_flops
 
 # Reading a program's text fails where the compiler has moved a gather to the sparse cores.
 COMPILER_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "false"}
@@ -33,6 +34,7 @@ class Compiled:
         argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: its memory; aliased outputs reuse arguments.
         error: why there is no program; empty when there is one.
         over_bytes: by how much its memory exceeds the chip's, where that is the error.
+        traced_flops: matrix products the program asks for, of all chips.
         text: the optimised program; empty where there is none, or the compiler cannot write it down.
     """
 
@@ -44,6 +46,7 @@ class Compiled:
     code_bytes: int = 0
     error: str = ""
     over_bytes: int = 0
+    traced_flops: float = 0.0
     text: str = ""
 
 
@@ -55,13 +58,15 @@ def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.P
         topology: the slice its mesh belongs to.
         cache_dir: where answers are kept; one file of facts and one of text each.
     """
-    lowered = program.trace().lower(lowering_platforms=("tpu",))
+    traced = program.trace()
+    lowered = traced.lower(lowering_platforms=("tpu",))
     key = _fingerprint(lowered.as_text(), topology)
     facts, text = cache_dir / f"{key}.json", cache_dir / f"{key}.hlo.gz"
     if facts.is_file():
         kept = json.loads(facts.read_text())
         return Compiled(**kept, text=gzip.decompress(text.read_bytes()).decode() if text.is_file() else "")
-    compiled = _compile(lowered)
+    asked = traced_flops(traced.jaxpr, program.longest_loop)
+    compiled = dataclasses.replace(_compile(lowered), traced_flops=asked)
     cache_dir.mkdir(parents=True, exist_ok=True)
     if compiled.text:
         text.write_bytes(gzip.compress(compiled.text.encode()))

@@ -64,7 +64,7 @@ def _work(sheet: Sheet) -> str:
     rows = []
     for program in sheet.programs:
         if program.work is None:
-            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 9])
+            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 10])
             continue
         work, seconds = program.work, program.seconds
         rows.append(
@@ -72,6 +72,7 @@ def _work(sheet: Sheet) -> str:
                 f"`{program.name}`",
                 f"{program.calls:g}",
                 f"{work.flops / 1e12:.2f}",
+                f"{program.asked:.0%}",
                 f"{work.hbm_bytes / GB:.1f}",
                 f"{work.sent / GB:.2f}",
                 *(f"{seconds[name]:.3f}" for name in ("compute", "memory", "interconnect")),
@@ -80,7 +81,7 @@ def _work(sheet: Sheet) -> str:
                 f"{program.estimate:.3f}",
             ]
         )
-    header = ["program", "calls a step", "TFLOP", "HBM GB", "sent GB"]
+    header = ["program", "calls a step", "TFLOP", "asked for", "HBM GB", "sent GB"]
     return _table([*header, "compute s", "HBM s", "links s", "at least s", "bound by", "compiler s"], rows)
 
 
@@ -137,6 +138,8 @@ def _notes() -> str:
         "- A time is a lower bound: the busiest of matrix units at their peak, memory at its bandwidth and links at "
         "theirs, as if the other two cost nothing. Loops count by their trips; sampling is taken to run to the cap. "
         "Host work (decoding clips, reading answers) is left out.\n"
+        "- *asked for* is the share of all chips' operations that the traced program asks for; the rest is work that "
+        "several chips do in common (or padding). Kernels that state no operations are left out of both.\n"
         "- *compiler s* is the compiler's own estimate without collectives and kernels. It ranks programs of one "
         "slice; it is no time either.\n"
         "- *batch* holds prompts with their clips, *experience* completions and anchors, *cache* the keys and values "

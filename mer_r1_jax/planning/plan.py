@@ -60,7 +60,7 @@ def plan(
                 continue
             compiled = compile_program(program, topology, cache_dir)
             work = work_of(compiled.text, program.longest_loop) if compiled.text else None
-            sheets.append(program_sheet(program, compiled, work, chip))
+            sheets.append(program_sheet(program, compiled, work, chip, run.backbone.mesh.size))
             progress(f"{topology} {program.name}: {_outcome(sheets[-1])}")
     mesh = run.backbone.mesh
     return Sheet(

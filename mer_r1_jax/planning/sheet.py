@@ -34,6 +34,7 @@ class ProgramSheet:
         compile_seconds: of the compile, when it was done.
         work: what one chip does in one call; None without a program.
         seconds: lower bound of the time of one call, by resource: compute, memory, interconnect.
+        asked: share of the work of all chips that the program asks for; the rest is done on several chips in common.
         estimate: seconds of one call by the compiler's own cycle model, without collectives and kernels.
     """
 
@@ -50,6 +51,7 @@ class ProgramSheet:
     compile_seconds: float
     work: Work | None
     seconds: dict[str, float]
+    asked: float
     estimate: float
 
     @property
@@ -68,7 +70,9 @@ class ProgramSheet:
         return max(self.seconds.values(), default=0.0)
 
 
-def program_sheet(program: PlannedProgram, compiled: Compiled, work: Work | None, chip: Chip) -> ProgramSheet:
+def program_sheet(
+    program: PlannedProgram, compiled: Compiled, work: Work | None, chip: Chip, chips: int
+) -> ProgramSheet:
     """The sheet of one compiled program."""
     held = {part: bytes_per_chip(program.held[part]) for part in PARTS if part in program.held}
     in_parts = {id(leaf) for tree in program.held.values() for leaf in jax.tree.leaves(tree)}
@@ -92,6 +96,7 @@ def program_sheet(program: PlannedProgram, compiled: Compiled, work: Work | None
         compile_seconds=compiled.seconds,
         work=work,
         seconds=lower_bounds(work, chip) if work else {},
+        asked=compiled.traced_flops / (work.flops * chips) if work and work.flops else 0.0,
         estimate=work.cycles / chip.clock if work else 0.0,
     )
 
@@ -194,6 +199,7 @@ def _program_json(program: ProgramSheet) -> dict[str, Any]:
         "compile_seconds": round(program.compile_seconds, 1),
         "error": program.error,
         "seconds_lower_bound": program.seconds,
+        "share_of_work_asked_for": program.asked,
         "seconds_compiler_estimate": program.estimate,
     }
     if program.work:

@@ -18,6 +18,7 @@ from mer_r1_jax.planning.hlo import work_of
 from mer_r1_jax.planning.markdown import markdown
 from mer_r1_jax.planning.plan import plan
 from mer_r1_jax.planning.programs import RunPrograms
+from mer_r1_jax.planning.traced import traced_flops
 
 CONFIGS = Path(__file__).parents[2] / "experiments/configs"
 SLICE = "v5p:2x2x1"
@@ -82,6 +83,7 @@ def test_the_update_does_at_least_its_matrix_products(sheet):
     layers = 2 * weights * tokens * 4  # forward twice, gradients of input and of weights
     head = 2 * D * thinker.vocab_size * scored * 4
     flops = sheet.programs[0].work.flops
+    assert 0 < sheet.programs[0].asked <= 1
     assert layers + head <= flops <= 1.6 * (layers + head)  # attention and the gradient's edges come on top
 
 
@@ -113,7 +115,9 @@ def test_a_matmul_loop_counts_every_trip():
     # Of the stacked weights a trip reads its own layer, not all of them.
     least = 2 * trips * (K * K + 2 * M * K)
     assert least <= counted.hbm_bytes <= 2 * least
+    assert traced_flops(jax.jit(loop).trace(x, w).jaxpr) == counted.flops
     counted, _ = work(until, longest_loop=11)
+    assert traced_flops(jax.jit(until).trace(x, w).jaxpr, longest_loop=11) == counted.flops
     assert counted.flops == 11 * one
     assert counted.open_loops == 1
 

@@ -32,7 +32,7 @@ def planned(small, sft_phase):
 
 
 @pytest.fixture(scope="module")
-def called(small, sft_phase, trained):
+def called(small, sft_phase):
     """What one step of each phase calls: (jitted function, real arguments) by the plan's name."""
     calls = {}
 
@@ -43,14 +43,15 @@ def called(small, sft_phase, trained):
 
         return call
 
-    state = small.new_state(trained, sft_phase.is_trainable, sft_phase.optimizer, "float32")
+    leaves = small.backbone.init(seed=0)
+    state = small.new_state(leaves, sft_phase.is_trainable, sft_phase.optimizer, "float32")
     batch, _ = sft_phase.batch(visits_of(small, small.data.sft, NUMBERS))
     step = make_sft_step(small.backbone, sft_phase.optimizer, sft_phase.config, sft_phase.encode_inside)
     calls["sft_step"] = (step, (state, put(batch, small.backbone.mesh)))
 
     phase, programs = RlPhase(small), small.programs
-    state = small.new_state(trained, phase.is_trainable, phase.optimizer, "float32")
-    leaves = (state.trainable, state.frozen)
+    state = small.new_state(leaves, phase.is_trainable, phase.optimizer, "float32")
+    policy = (state.trainable, state.frozen)
     sampler = programs.sample_program
     # An attribute of the object goes before what its class computes.
     watched = {
@@ -63,7 +64,7 @@ def called(small, sft_phase, trained):
     programs.__dict__.update(watched)
     try:
         maker = ExperienceMaker(small, phase.buckets, encode_inside=False)
-        rollout = maker.make(leaves, leaves, visits_of(small, small.data.rl, NUMBERS), 0)
+        rollout = maker.make(policy, policy, visits_of(small, small.data.rl, NUMBERS), 0)
     finally:
         programs.__dict__.clear()
         programs.__dict__.update(before)
