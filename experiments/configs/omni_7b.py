@@ -1,7 +1,7 @@
 """MER-R1's recipe on Qwen2.5-Omni-7B: SFT on 5,000 clips, then RL on the rest of MER-Caption+, towers frozen.
 
 `omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. Training needs weights
-and data: --config.model.path=... --config.data.sft_path=... --config.data.rl_path=...; what a run would take of a slice,
+and data: --config.model.path=... --config.data.sft_path=... --config.data.rl_path=...; what a run would take of it,
 `experiments/plan.py` says without them.
 """
 
