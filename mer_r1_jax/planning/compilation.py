@@ -30,7 +30,7 @@ class Compiled:
     """What the compiler says of one program, bytes a chip.
 
     Attributes:
-        seconds: the compile took, 0 when the answer was kept from before.
+        seconds: the compile took, when it was made.
         argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: its memory; aliased outputs reuse arguments.
         error: why there is no program; empty when there is one.
         over_bytes: by how much its memory exceeds the chip's, where that is the error.
