@@ -1,6 +1,6 @@
 """Measures how much of another wheel folder's vocabulary has a category on the wheels shipped here.
 
-    python experiments/wheel_coverage.py --wheel_dir=DIR [--show=20]
+python experiments/wheel_coverage.py --wheel_dir=DIR [--show=20]
 """
 
 import sys

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 # Finite, so that a row that may attend to nothing gives the mean of its values instead of NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
+# Name under which the result (and, of kernels, the softmax's normaliser) can be kept by a remat policy.
+RESIDUALS = "attention"
+
 
 def segment_mask(query_segment_BT, key_segment_BS, *, causal: bool, shared_segment: int | None) -> jax.Array:
     """Which query may attend to which key.

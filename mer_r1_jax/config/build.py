@@ -153,8 +153,8 @@ def _unknown(dotted: str, name: str, known: Iterable[str]) -> str:
 def _coerce(hint: Any, value: Any, dotted: str, problems: list[str]) -> Any:
     if isinstance(hint, types.GenericAlias) and typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
-        if isinstance(value, (list, tuple)) and all(type(x) is item for x in value):
-            return tuple(value)
+        if isinstance(value, (list, tuple)) and all(type(x) in (item, int if item is float else item) for x in value):
+            return tuple(item(x) for x in value)
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif type(value) is hint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mer_r1_jax.config.schema import OptimizerConfig, RunConfig
@@ -10,7 +11,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("tiny", "3b", "7b"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.remat": ("nothing", "dots", "everything"),
+    "model.remat": ("nothing", "attention", "dots", "everything"),
     "media.missing_audio": ("error", "skip", "silence"),
     "emotion.variant": ("unibench", "mer2026"),
     "sft.optimizer.lr_scheduler_type": ("linear", "cosine", "constant"),
@@ -37,6 +38,7 @@ AT_LEAST_ONE = (
     "rl.max_completion_length",
     "rl.max_fast_context",
     "rl.max_answer_words",
+    "rl.max_faulty_rollouts",
     "eval.prompts_per_batch",
     "train.save_steps",
     "train.save_total_limit",
@@ -66,6 +68,7 @@ def check_values(config: RunConfig) -> list[str]:
     ]
     problems += _check_batches(config)
     problems += _check_sampling(config)
+    problems += _check_rewards(config)
     problems += _check_media(config)
     for phase in ("sft", "rl"):
         problems += _check_optimizer(f"{phase}.optimizer", getattr(config, phase).optimizer)
@@ -113,6 +116,32 @@ def _check_sampling(config: RunConfig) -> list[str]:
             problems.append(f"rl.{name}: got {getattr(rl, name)}, expected 0 or more")
     if not 0 <= config.sft.fast_fraction < 1:
         problems.append(f"sft.fast_fraction: got {config.sft.fast_fraction}, expected at least 0 and less than 1")
+    return problems
+
+
+def _check_rewards(config: RunConfig) -> list[str]:
+    rl, problems = config.rl, []
+    if rl.delta and rl.delta <= 1 + rl.epsilon_high:
+        problems.append(
+            f"rl.delta: got {rl.delta}, expected 0 (off) or more than 1 + rl.epsilon_high = {1 + rl.epsilon_high:g}"
+        )
+    for path in rl.reward_funcs:
+        if path.count(".") < 1 or not all(part.isidentifier() for part in path.split(".")):
+            problems.append(
+                f"rl.reward_funcs: got {path!r}, expected package.module.function; several are written "
+                "\"('a.b.one', 'a.b.two')\""
+            )
+    if len(set(rl.reward_funcs)) < len(rl.reward_funcs):
+        problems.append(f"rl.reward_funcs: got {rl.reward_funcs}, expected each function once")
+    if rl.reward_weights and len(rl.reward_weights) != len(rl.reward_funcs):
+        problems.append(
+            f"rl.reward_weights: got {len(rl.reward_weights)} for {len(rl.reward_funcs)} rl.reward_funcs, expected one "
+            "for each, or none for 1 each; the method's own rewards are weighed by calibration_weight and format_weight"
+        )
+    if not all(math.isfinite(weight) for weight in rl.reward_weights):
+        problems.append(f"rl.reward_weights: got {rl.reward_weights}, expected finite numbers")
+    if rl.reward_timeout <= 0:
+        problems.append(f"rl.reward_timeout: got {rl.reward_timeout}, expected more than 0")
     return problems
 
 

@@ -26,6 +26,11 @@ KNOWN_ELSEWHERE = {
     "train_batch_size": "rl.prompts_per_step (prompts, not completions)",
     "learning_rate": "sft.optimizer.learning_rate or rl.optimizer.learning_rate",
     "lambda": "rl.calibration_weight",
+    "steps_per_generation": "rl.num_iterations (updates made from one rollout, each from the whole of it)",
+    "generation_batch_size": "rl.prompts_per_step (prompts, not completions)",
+    "custom_reward_function": "rl.reward_funcs (package.module.function)",
+    "external_plugins": "rl.reward_funcs (package.module.function)",
+    "repetition_penalty": "not offered (the policy would be scored under another distribution than it was drawn from)",
 }
 
 

@@ -34,7 +34,7 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of random weights
     param_dtype: str = "float32"  # dtype the parameters are kept in
     compute_dtype: str = "bfloat16"  # dtype of activations and matrix products
-    remat: str = "nothing"  # what the backward pass keeps of a layer: nothing | dots | everything
+    remat: str = "nothing"  # what the backward pass keeps of a layer: nothing | attention | dots | everything
     packed_rows: bool = False  # score a prompt's completions in one row with it (for block-sparse attention kernels)
     train_vision_tower: bool = False  # RL and SFT update the vision tower (frozen)
     train_audio_tower: bool = False  # RL and SFT update the audio tower (frozen)
@@ -143,12 +143,17 @@ class RlConfig:
     beta_decay: float = 0.75  # beta(t) = beta * (1 - beta_decay * min(1, t / (0.5 * max_steps)))
     epsilon: float = 0.2  # lower clip (verl: clip_ratio_low)
     epsilon_high: float = 0.2  # upper clip (verl: clip_ratio_high)
+    delta: float = 0.0  # the unclipped ratio is cut at this, two-sided clipping; 0 = off (TRL: None)
     loss_type: str = "dapo"  # token averaging: grpo | bnpo | dr_grpo | dapo (verl: loss_agg_mode)
     importance_sampling_level: str = "token"  # token | sequence (GSPO)
     scale_rewards: str = "group"  # divisor of z: group | batch | none
     mask_truncated_completions: bool = False  # leave completions that hit the length cap out of the loss
     calibration_weight: float = 0.1  # lambda, weight of the slow-fast calibration
     format_weight: float = 0.1  # weight of z(format reward)
+    reward_funcs: tuple[str, ...] = ()  # reward functions of your own, package.module.function (docs/method.md)
+    reward_weights: tuple[float, ...] = ()  # weight of each one's z in the advantage; () = 1 each
+    reward_timeout: float = 60.0  # seconds one call of a reward function may take (ours)
+    max_faulty_rollouts: int = 5  # rollouts in a row in which a function gave only faults before the run stops (ours)
     word_penalty: float = 0.0  # taken off both rewards per answer word beyond the truth's count (off)
     unscorable: str = "drop"  # prompts whose truth is on no wheel: drop | format_only (ours)
     permute_rewards: bool = False  # control: shuffle rewards within each group, so that nothing can be learnt

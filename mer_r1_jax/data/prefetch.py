@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mer_r1_jax.child import START_SECONDS
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.pipeline import Item, PromptStream
 from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.pool import ATTEMPTS, START_SECONDS
+from mer_r1_jax.media.pool import ATTEMPTS
 
 METRICS = ("data/skipped", "data/silent_audio", "data/audio_cut", "data/decode_ms")
 

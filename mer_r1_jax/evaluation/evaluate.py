@@ -42,12 +42,15 @@ class AnswerOf:
         ids: int32 [length], its own token ids, a forced prefix included.
         confidence_correct, confidence_wrong: mean probability given to the categories of its correct (wrong) words,
             None where it has none with a confidence.
+        confidence_WQ: float32, probability given to the category of each of its words (at most `rl.max_answer_words`)
+            on each wheel; NaN where the word, or the truth, has none there.
     """
 
     answer: ScoredAnswer
     ids: np.ndarray
     confidence_correct: float | None
     confidence_wrong: float | None
+    confidence_WQ: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +128,38 @@ class Evaluator:
         records: list[Record] = []
         answers: dict[str, list[AnswerOf]] = {mode: [] for mode in modes}
         skipped: list[tuple[Record, str]] = []
-        for batch in batched(prompts, self.buckets[0].rows, skipped):
-            check()
-            rows = [record for record, _ in batch]
+        for rows, batch_answers in self.batches(leaves, prompts, modes, skipped, check):
             records += rows
-            for mode, batch_answers in self._answer(leaves, rows, [prompt for _, prompt in batch], modes).items():
-                answers[mode] += batch_answers
+            for mode in modes:
+                answers[mode] += batch_answers[mode]
         if not records:
             raise EvaluationError(
                 f"none of the {len(skipped)} held-out clips can be used, the first for: "
                 f"{skipped[0][1] if skipped else 'there is none'}; look at them with experiments/validate.py"
             )
         return Evaluation(tuple(records), {mode: tuple(listed) for mode, listed in answers.items()}, tuple(skipped))
+
+    def batches(
+        self,
+        leaves: tuple[Leaves, Leaves],
+        prompts: Iterator[tuple[Record, Prompt | str]],
+        modes: Sequence[str],
+        skipped: list[tuple[Record, str]],
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[list[Record], dict[str, list[AnswerOf]]]]:
+        """The same batch by batch, for whoever keeps answers as they come.
+
+        Args:
+            leaves, prompts, modes, check: as of `run`.
+            skipped: records that have no prompt are added to it, with the reason.
+
+        Yields:
+            the records of a batch, and mode -> their answers.
+        """
+        for batch in batched(prompts, self.buckets[0].rows, skipped):
+            check()
+            rows = [record for record, _ in batch]
+            yield rows, self._answer(leaves, rows, [prompt for _, prompt in batch], modes)
 
     def _answer(
         self, leaves: tuple[Leaves, Leaves], records: list[Record], prompts: list[Prompt], modes: Sequence[str]
@@ -182,7 +205,9 @@ class Evaluator:
             if group:
                 correct, wrong = _mean_confidences(probability_BGWQ[row, 0], groups.anchors, row)
                 ids = np.asarray(host.id_BGC[row, 0, : group[0].length])
-                results.append(AnswerOf(group[0], ids, correct, wrong))
+                held_WQ = groups.anchors.set_BGWQ[row, 0] != NO_SET
+                confidence_WQ = np.where(held_WQ, probability_BGWQ[row, 0], np.nan)[: len(group[0].parsed.words)]
+                results.append(AnswerOf(group[0], ids, correct, wrong, confidence_WQ))
         return results
 
 

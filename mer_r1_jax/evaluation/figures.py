@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -18,25 +18,25 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 SLOW, FAST, RECALL, PRECISION, NEUTRAL = "#1f5fbf", "#d9730d", "#2a8c5f", "#8a4fbf", "#475569"
-_GRID, _TEXT, _MUTED = "#e2e8f0", "#1e293b", "#94a3b8"
+GRID, _TEXT, MUTED = "#e2e8f0", "#1e293b", "#94a3b8"
 _BEHIND_LABEL = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
-_STYLE = {
+STYLE = {
     "svg.fonttype": "path",  # looks the same wherever it is opened
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlecolor": _TEXT,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _GRID,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "grid.linewidth": 0.7,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
@@ -67,13 +67,32 @@ class Panel:
 def draw(panels: Sequence[Panel], columns: int, width: float = 4.6, height: float = 2.5) -> str:
     """Draws panels in a grid and returns an SVG as a data URI; `width` and `height` of one panel in inches."""
     rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+
+    def paint(figure: Figure) -> None:
         for number, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(rows, columns, number + 1), panel)
-        out = io.BytesIO()
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+
+    return as_svg(paint, width * columns, height * rows)
+
+
+def as_svg(paint: Callable[[Figure], None], width: float, height: float) -> str:
+    """What `paint` draws on a figure of that size in inches, in the report's style, as an SVG data URI."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
+        return data_uri(svg(figure))
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG, the same bytes for the same figure; to be called inside the style it was made in."""
+    out = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    return out.getvalue()
+
+
+def data_uri(picture: bytes) -> str:
+    """An SVG as it stands in a page that needs no other file."""
+    return "data:image/svg+xml;base64," + base64.b64encode(picture).decode()
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -98,10 +117,10 @@ def _draw_panel(axes, panel: Panel) -> None:
             axes.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, smooth(values), color=line.color, label=line.label, linewidth=1.8)
     for value, label in panel.levels:
-        axes.axhline(value, color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
         axes.annotate(
             label, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-            ha="right", va="bottom", color=_MUTED, fontsize=8, bbox=_BEHIND_LABEL,
+            ha="right", va="bottom", color=MUTED, fontsize=8, bbox=_BEHIND_LABEL,
         )  # fmt: skip
     axes.set_title(panel.title)
     _pad_flat_axis(axes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -12,10 +11,11 @@ from typing import Any
 
 import jinja2
 
-from mer_r1_jax.data.paths import MediaPathError, resolve_media
 from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation import figures
+from mer_r1_jax.evaluation.clip_strip import clip_strip
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
+from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
 from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, percent, stages_of, warnings_of
 from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
 from mer_r1_jax.evaluation.statistics import signed
@@ -55,14 +55,6 @@ SMALL_PANELS = (
     ("Tokens per second", {"perf/throughput": ("", NEUTRAL)}),
     ("Seconds per step", {"step_time": ("", NEUTRAL)}),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Word:
-    """An emotion word and its mark: right, wrong or unknown (answers), found or missed (truth), "" when not marked."""
-
-    text: str
-    mark: str
 
 
 def make_report(
@@ -246,7 +238,7 @@ def _clips(
     root = _media_root(run, media_root)
     rows = []
     for clip, sample in list(stages.end.samples.items())[:count]:
-        strip, seconds, problem = _strip(sample.get("video"), root)
+        strip, seconds, problem = clip_strip(sample.get("video"), root)
         if problem:
             missing.append(f"frames of clip {clip}: {problem}")
         truth = [str(word) for word in sample.get("truth") or []]
@@ -259,7 +251,7 @@ def _clips(
                 "seconds": seconds,
                 "problem": problem,
                 "subtitle": sample.get("subtitle"),
-                "truth": [Word(word, _truth_mark(word, slow_words, wheels)) for word in truth],
+                "truth": [Word(word, truth_mark(word, slow_words, wheels)) for word in truth],
                 "reasoning": sample.get("slow", {}).get("reasoning"),
                 "slow": _answer(sample.get("slow"), truth, wheels),
                 "fast": _answer(sample.get("fast"), truth, wheels),
@@ -275,30 +267,8 @@ def _answer(answer: dict[str, Any] | None, truth: list[str], wheels: Wheels | No
     f1 = answer.get("f1")
     f1 = float(f1) if isinstance(f1, int | float) else None
     verdict = "not scored" if f1 is None else "correct" if f1 > 0.995 else "wrong" if f1 < 0.005 else "partly"
-    words = [Word(str(word), _answer_mark(str(word), truth, wheels)) for word in answer.get("words") or []]
+    words = [Word(str(word), answer_mark(str(word), truth, wheels)) for word in answer.get("words") or []]
     return {"words": words, "f1": percent(f1), "verdict": verdict, "text": str(answer.get("text", ""))[:TEXT_SHOWN]}
-
-
-def _shares_category(word: str, others: list[str], wheels: Wheels) -> bool:
-    """Whether `word` has a category of `others` on at least half of the wheels it is on."""
-    hits = [
-        category in wheels.categories(others, wheel)
-        for wheel in range(len(wheels.names))
-        if (category := wheels.category(word, wheel)) is not None
-    ]
-    return bool(hits) and 2 * sum(hits) >= len(hits)
-
-
-def _answer_mark(word: str, truth: list[str], wheels: Wheels | None) -> str:
-    if wheels is None:
-        return ""
-    if all(wheels.category(word, wheel) is None for wheel in range(len(wheels.names))):
-        return "unknown"
-    return "right" if _shares_category(word, truth, wheels) else "wrong"
-
-
-def _truth_mark(word: str, answer: list[str], wheels: Wheels | None) -> str:
-    return "" if wheels is None else "found" if _shares_category(word, answer, wheels) else "missed"
 
 
 def _wheels(run: RunRecord, missing: list[str]) -> Wheels | None:
@@ -314,19 +284,6 @@ def _media_root(run: RunRecord, given: str | os.PathLike | None) -> Path:
     data = run.config.get("data", {})
     beside_records = os.path.dirname(data.get("eval_path") or "")
     return Path(given or data.get("media_root") or beside_records or data.get("synthetic_dir") or run.path)
-
-
-def _strip(video: str | None, root: Path) -> tuple[str | None, float | None, str | None]:
-    """(data URI, seconds, None), or (None, None, why there is no picture)."""
-    if not video:
-        return None, None, "the clip has no video"
-    try:
-        path = resolve_media(root, str(video))
-        if not path.is_file():
-            return None, None, f"{video} is not in the media folder"
-        return *figures.frame_strip(path), None
-    except (MediaPathError, ValueError) as error:
-        return None, None, str(error)
 
 
 def _completions(run: RunRecord) -> dict[str, Any] | None:

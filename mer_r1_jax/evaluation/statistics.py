@@ -8,6 +8,7 @@ then says what other clips would change. It does not say what other seeds would;
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -85,7 +86,29 @@ def mean_interval(differences: np.ndarray, seed: int = 0, resamples: int = RESAM
     return Difference(float(points.mean()), float(low), float(high), points.size, seeds)
 
 
-def _bootstrap_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+def macro_interval(groups: Sequence[np.ndarray], seed: int = 0, resamples: int = RESAMPLES) -> Difference:
+    """The unweighted mean of the groups' means, with its interval: clips are drawn again within each group.
+
+    Args:
+        groups: one difference (or score) per clip in [-1, 1], [clips of the group] each.
+        seed: of the resampling.
+        resamples: bootstrap draws.
+
+    Raises:
+        ValueError: a group is empty, or a value is not finite.
+    """
+    points = [POINTS * np.asarray(group, np.float64) for group in groups]
+    if not points or any(group.ndim != 1 or not group.size for group in points):
+        raise ValueError(f"got groups of shapes {[group.shape for group in points]}, expected at least one value each")
+    if not all(np.isfinite(group).all() for group in points):
+        raise ValueError("got scores that are no finite number")
+    means = np.mean([_bootstrap_means(group, [seed, k], resamples) for k, group in enumerate(points)], axis=0)
+    low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    mean = np.mean([group.mean() for group in points])
+    return Difference(float(mean), float(low), float(high), sum(group.size for group in points))
+
+
+def _bootstrap_means(values: np.ndarray, seed: int | list[int], resamples: int) -> np.ndarray:
     """float64 [resamples]: means of as many values, drawn with replacement."""
     rng = np.random.default_rng(seed)
     at_once = max(1, _DRAWS_AT_ONCE // values.size)

@@ -80,20 +80,43 @@ def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) 
     Raises:
         MediaError: for anything wrong with the file.
     """
+
+    def evenly(header: _VideoHeader) -> np.ndarray:
+        return frame_indices(header.total, frame_count(header.total, header.rate, media))
+
+    return _read(path, media, factor, evenly)
+
+
+def read_stills(path: str | Path, media: MediaConfig) -> VideoFrames:
+    """Reads single pictures: the first frame and one every `1 / media.fps` seconds, at most `media.max_frames`.
+
+    Unlike `read_video` it keeps the start of a long video rather than spreading over the whole of it, leaves the
+    pictures as large as they are, and their number may be odd.
+
+    Raises:
+        MediaError: for anything wrong with the file.
+    """
+
+    def from_start(header: _VideoHeader) -> np.ndarray:
+        every = max(1, int(header.rate / media.fps))
+        return np.arange(0, header.total, every)[: media.max_frames]
+
+    return _read(path, media, None, from_start)
+
+
+def _read(
+    path: str | Path, media: MediaConfig, factor: int | None, choose: Callable[[_VideoHeader], np.ndarray]
+) -> VideoFrames:
+    """Decodes the frames whose indices `choose` gives, in order."""
     header = _count_frames(path, media)
-    pictures, decoded = _sample(path, header, media, factor)
+    pictures, decoded = _sample(path, header, choose(header), media, factor)
     if not pictures and decoded >= header.total * MIN_DECODED:
         # Fields, and frames that are never shown, are packets too: what decodes is what the video has.
         header = dataclasses.replace(header, total=decoded)
-        pictures, decoded = _sample(path, header, media, factor)
+        pictures, decoded = _sample(path, header, choose(header), media, factor)
     if not pictures:
-        raise MediaError(
-            path,
-            "truncated",
-            f"{decoded} frames that decode",
-            f"the {header.total} that are stored",
-            "Encode the video again.",
-        )
+        found, expected = f"{decoded} frames that decode", f"the {header.total} that are stored"
+        raise MediaError(path, "truncated", found, expected, "Encode the video again.")
     return VideoFrames(
         frames=np.stack(pictures),
         sampled_fps=len(pictures) / header.total * header.rate,
@@ -310,15 +333,16 @@ def _reaches_end(stream, end: int, rate: float) -> bool:
     return float(missing * stream.time_base) * rate < 0.5
 
 
-def _sample(path, header: _VideoHeader, media: MediaConfig, factor: int | None) -> tuple[list[np.ndarray], int]:
-    """Decodes the video once.
+def _sample(
+    path, header: _VideoHeader, indices: np.ndarray, media: MediaConfig, factor: int | None
+) -> tuple[list[np.ndarray], int]:
+    """Decodes the video once and keeps the frames of the given indices.
 
     The file is opened anew rather than rewound: not every container seeks exactly to its start.
 
     Returns:
         the sampled frames, uint8[h, w, 3] each, or none when fewer decode than were counted; and how many decoded.
     """
-    indices = frame_indices(header.total, frame_count(header.total, header.rate, media))
     wanted = np.bincount(indices, minlength=header.total)
     pictures: list[np.ndarray] = []
     fit = _fitter(path, len(indices), media, factor)

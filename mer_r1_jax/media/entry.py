@@ -27,6 +27,7 @@ _ALIGNMENT = 16
 DTYPES = ("uint8", "float32")
 
 VIDEO, AUDIO, IMAGE = "video", "audio", "image"
+STILLS = "stills"  # single pictures of a video, as large as they are
 
 
 class CorruptEntryError(ValueError):
@@ -38,7 +39,7 @@ class Entry:
     """One decoded file.
 
     Attributes:
-        arrays: "frames" uint8[n, h, w, 3] of a video or image, or "mel" float32[F, M] of an audio track.
+        arrays: "frames" uint8[n, h, w, 3] of a video, its stills or an image, or "mel" float32[F, M] of an audio track.
         facts: plain numbers: "fps" (sampled) and "duration" of a video; "samples" and "cut" of an audio track.
     """
 
@@ -83,7 +84,7 @@ def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: i
 
     Args:
         path: the file.
-        kind: "video", "audio" or "image": what to read from it.
+        kind: "video", "audio", "image" or "stills": what to read from it.
         media: sampling and limits.
         factor: pixels that sides of resized pictures are multiples of.
         n_mels: mel bins.
@@ -108,6 +109,9 @@ def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: i
 def _decode(path: str, kind: str, media: MediaConfig, factor: int, n_mels: int) -> Entry:
     if kind == VIDEO:
         video = decode.read_video(path, media, factor)
+        return Entry({"frames": video.frames}, {"fps": video.sampled_fps, "duration": video.duration})
+    if kind == STILLS:
+        video = decode.read_stills(path, media)
         return Entry({"frames": video.frames}, {"fps": video.sampled_fps, "duration": video.duration})
     if kind == IMAGE:
         return Entry({"frames": decode.read_image(path, media, factor)[None]}, {"fps": 0.0, "duration": 0.0})

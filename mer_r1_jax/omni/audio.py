@@ -22,6 +22,7 @@ from mer_r1_jax.omni.layers import (
     constrain,
     gelu,
     parameter,
+    placement,
     scan_layers,
     stack_layers,
 )
@@ -69,7 +70,8 @@ class Attention(nnx.Module):
         self.o = Linear("NtHh,Hhd->Ntd", sizes, heads[1:] + heads[:1], bias=True, settings=settings, rngs=rngs)
 
     def __call__(self, x_Ntd: jax.Array, segment_Nt: jax.Array) -> jax.Array:
-        return self.o(attention(self.q(x_Ntd), self.k(x_Ntd), self.v(x_Ntd), segment_Nt, segment_Nt))
+        place = placement("batch", "audio_heads")
+        return self.o(attention(self.q(x_Ntd), self.k(x_Ntd), self.v(x_Ntd), segment_Nt, segment_Nt, placement=place))
 
 
 class MLP(nnx.Module):

@@ -10,7 +10,7 @@ import dataclasses
 from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT
 
 DTYPES = ("float32", "bfloat16", "float16")
-REMAT = ("nothing", "dots", "everything")
+REMAT = ("nothing", "attention", "dots", "everything")
 
 
 class ConfigError(ValueError):
@@ -234,7 +234,7 @@ class ThinkerConfig:
         tie_word_embeddings: the output head is the embedding table.
         initializer_range: standard deviation of random weights.
         param_dtype, compute_dtype: dtype the parameters are kept in, and of activations and matrix products.
-        remat: what the backward pass keeps of a layer: nothing | dots | everything.
+        remat: what the backward pass keeps of a layer: nothing | attention | dots | everything.
     """
 
     audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)

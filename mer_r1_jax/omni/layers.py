@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from mer_r1_jax.kernels.attention.reference import RESIDUALS
+from mer_r1_jax.kernels.placement import Placement
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -90,6 +92,17 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
             )
         entries.append(mesh_axes or None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(_active.mesh, PartitionSpec(*entries)))
+
+
+def placement(rows: str, heads: str) -> Placement | None:
+    """Where the active `axis_rules` put rows and heads, for kernels, which the compiler cannot cut; None without rules.
+
+    Args:
+        rows, heads: logical names of the two axes.
+    """
+    if _active.rules is None:
+        return None
+    return Placement(_active.mesh, *(_mesh_axes(_active.rules.get(name)) for name in (rows, heads)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +245,8 @@ def scan_layers(
         step: (layer, carry, this layer's slice of per_layer) -> (carry, output).
         carry: what goes from layer to layer.
         per_layer: pytree of arrays with a leading layer axis, or None.
-        remat: what the backward pass keeps of a layer: nothing | dots (results of matrix products with weights) |
-            everything.
+        remat: what the backward pass keeps of a layer: nothing | attention (its result, so that the kernel is not run
+            again) | dots (that and the results of matrix products with weights) | everything.
 
     Returns:
         (last carry, outputs stacked over layers).
@@ -244,9 +257,17 @@ def scan_layers(
         layer_params, extra = xs
         return step(nnx.merge(graphdef, layer_params), carry, extra)
 
-    if remat == "nothing":
-        body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
-    elif remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    if remat != "everything":
+        body = jax.checkpoint(body, prevent_cse=False, policy=_kept(remat))
     return jax.lax.scan(body, carry, (params, per_layer))
+
+
+def _kept(remat: str) -> Callable:
+    """The policy of a remat setting other than "everything"."""
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(RESIDUALS)
+    return {
+        "nothing": policies.nothing_saveable,
+        "attention": attention,
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+    }[remat]

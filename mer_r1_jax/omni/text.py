@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mer_r1_jax.kernels.attention.api import attention, shared_prompt_attention
+from mer_r1_jax.kernels.attention.api import attention, choose, shared_prompt_attention
+from mer_r1_jax.kernels.decode_attention.api import decode_attention
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array
 from mer_r1_jax.omni.config import TextConfig
 from mer_r1_jax.omni.layers import (
@@ -21,6 +22,7 @@ from mer_r1_jax.omni.layers import (
     Settings,
     constrain,
     inverse_frequencies,
+    placement,
     rotate,
     scan_layers,
     stack_layers,
@@ -107,7 +109,8 @@ class TextLayer(nnx.Module):
             q_BTHh = constrain(q_BTHh, ("batch", "length", "heads", "head_dim"))
             k_BTKh = constrain(k_BTKh, ("batch", "length", "kv_heads", "head_dim"))
             v_BTKh = constrain(v_BTKh, ("batch", "length", "kv_heads", "head_dim"))
-            out_BTHh = attention(q_BTHh, k_BTKh, v_BTKh, segment_BT, segment_BT, causal=True, shared_segment=PROMPT)
+            options = dict(causal=True, shared_segment=PROMPT, placement=placement("batch", "kv_heads"))
+            out_BTHh = attention(q_BTHh, k_BTKh, v_BTKh, segment_BT, segment_BT, **options)
             x_BTD = constrain(x_BTD + self.attn.o(out_BTHh), BTD)
         with jax.named_scope("mlp"):
             x_BTD = constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), BTD)
@@ -189,6 +192,9 @@ class TextDecoder(nnx.Module):
         cos_BGCY, sin_BGCY = self.rotary(jnp.broadcast_to(position_BG1, (3, *position_BG1.shape)))
         B, G, C = cache.k_LBGCKh.shape[1:4]
         past_BGCS = jnp.broadcast_to(jnp.arange(C) <= slot, (B, G, 1, C))
+        place = placement("batch", "kv_heads")
+        in_place = choose(None, place) == "pallas"
+        prompt_k_LBKTh, prompt_v_LBKTh = prompt.k_LBTKh.swapaxes(2, 3), prompt.v_LBTKh.swapaxes(2, 3)
 
         def step(layer: TextLayer, carry, per_layer):
             x_BGCD, k_LBGCKh, v_LBGCKh = carry
@@ -199,6 +205,11 @@ class TextDecoder(nnx.Module):
                 start = (number, 0, 0, slot, 0, 0)
                 k_LBGCKh = jax.lax.dynamic_update_slice(k_LBGCKh, k_BGCKh[None].astype(k_LBGCKh.dtype), start)
                 v_LBGCKh = jax.lax.dynamic_update_slice(v_LBGCKh, v_BGCKh[None].astype(v_LBGCKh.dtype), start)
+                if in_place:
+                    # The kernel reads the stacked caches where they lie; the compiler lays them out head by head.
+                    prompts = (prompt_k_LBKTh, prompt_v_LBKTh, prompt.valid_BT)
+                    own = (k_LBGCKh.swapaxes(3, 4), v_LBGCKh.swapaxes(3, 4), jnp.full((B, G), slot + 1))
+                    return decode_attention(q_BGCHh[:, :, 0], *prompts, *own, number, placement=place)[:, :, None]
                 own_k = jax.lax.dynamic_index_in_dim(k_LBGCKh, number, keepdims=False).astype(k_BGCKh.dtype)
                 own_v = jax.lax.dynamic_index_in_dim(v_LBGCKh, number, keepdims=False).astype(v_BGCKh.dtype)
                 return shared_prompt_attention(

@@ -21,6 +21,7 @@ from mer_r1_jax.omni.layers import (
     constrain,
     gelu,
     inverse_frequencies,
+    placement,
     rotate,
     scan_layers,
     stack_layers,
@@ -41,7 +42,8 @@ class Attention(nnx.Module):
     def __call__(self, x_NSd: jax.Array, cos: jax.Array, sin: jax.Array, segment_NS: jax.Array) -> jax.Array:
         query = rotate(self.q(x_NSd).astype(jnp.float32), cos, sin).astype(x_NSd.dtype)
         key = rotate(self.k(x_NSd).astype(jnp.float32), cos, sin).astype(x_NSd.dtype)
-        return self.o(attention(query, key, self.v(x_NSd), segment_NS, segment_NS))
+        place = placement("batch", "vision_heads")
+        return self.o(attention(query, key, self.v(x_NSd), segment_NS, segment_NS, placement=place))
 
 
 class MLP(nnx.Module):

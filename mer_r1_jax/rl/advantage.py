@@ -38,6 +38,7 @@ class Rewards:
         plus_BG: mean over correct words of slow minus fast confidence, in nats (R+). None where the arm needs none.
         minus_BG: mean over wrong words of fast minus slow confidence, in nats (R-).
         plus_valid_BG, minus_valid_BG: the completion has a correct (wrong) word with a confidence.
+        custom_BG: one array for each reward function of the user's, NaN where a completion is unscored.
     """
 
     recall_BG: Array
@@ -50,6 +51,7 @@ class Rewards:
     minus_BG: Array | None = None
     plus_valid_BG: Array | None = None
     minus_valid_BG: Array | None = None
+    custom_BG: tuple[Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class AdvantageConfig:
             the group's mean is taken off).
         calibration_weight: lambda, weight of the slow-fast calibration.
         format_weight: weight of the format reward.
+        reward_weights: weight of each of `Rewards.custom_BG`.
 
     Raises:
         ValueError: an unknown scale.
@@ -69,6 +72,7 @@ class AdvantageConfig:
     scale_rewards: str = "group"
     calibration_weight: float = 0.1
     format_weight: float = 0.1
+    reward_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.scale_rewards not in SCALES:
@@ -186,6 +190,14 @@ def _z_format(rewards: Rewards, config: AdvantageConfig) -> Array:
     return config.format_weight * _z(_format(rewards), config)
 
 
+def custom_rewards(rewards: Rewards, config: AdvantageConfig) -> Array:
+    """Sum of weight x z of each reward function of the user's: normalised apart, as the method's own rewards (ours)."""
+    total_BG = jnp.zeros(rewards.valid_BG.shape, jnp.float32)
+    for value_BG, weight in zip(rewards.custom_BG, config.reward_weights, strict=True):
+        total_BG += weight * _z((value_BG, rewards.valid_BG), config)
+    return total_BG
+
+
 # The arms. MER-R1: its ablation tables; "ours" where the paper leaves the choice open.
 
 
@@ -246,6 +258,8 @@ ARMS: dict[str, Arm] = {
 def advantages(arm: str, rewards: Rewards, config: AdvantageConfig) -> Array:
     """float32 [B, G], one advantage per completion, given to each of its tokens; no gradient flows through it.
 
+    The arm's own, plus the user's reward functions, which every arm takes in the same way.
+
     Raises:
         ValueError: an unknown arm, or an arm that needs confidences without them.
     """
@@ -253,4 +267,4 @@ def advantages(arm: str, rewards: Rewards, config: AdvantageConfig) -> Array:
         raise ValueError(f"arm is {arm!r}, expected one of {', '.join(ARMS)}")
     if ARMS[arm].needs_confidence and rewards.plus_BG is None:
         raise ValueError(f"arm {arm!r} needs slow and fast confidences: fill plus_BG, minus_BG and their masks")
-    return jax.lax.stop_gradient(ARMS[arm].advantage(rewards, config))
+    return jax.lax.stop_gradient(ARMS[arm].advantage(rewards, config) + custom_rewards(rewards, config))

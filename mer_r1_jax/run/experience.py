@@ -19,6 +19,7 @@ from mer_r1_jax.rl.advantage import ARMS, AdvantageConfig, Rewards, advantages, 
 from mer_r1_jax.rl.confidence import Anchors, calibration, confidence_metrics
 from mer_r1_jax.rl.losses import loss_mask
 from mer_r1_jax.rl.packing import Continuations
+from mer_r1_jax.rl.reward_funcs import Sample, Scored, columns_of, metrics_of
 from mer_r1_jax.rl.rollout import Completions
 from mer_r1_jax.rl.scoring import ScoredGroups
 from mer_r1_jax.run.setup import Setup
@@ -95,8 +96,13 @@ class ExperienceMaker:
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
         anchors = put(groups.anchors, mesh)
         slow, fast = programs.score(leaves, device, features, completion, anchors, self.setup.candidates.ids_ZY)
+        custom = self._custom_rewards(loaded, groups, host)  # while the device scores
+        if custom:
+            clock.lap("timing_s/reward_funcs")
+        custom_BG = tuple(scored.grid(host.length_BG.shape) for scored in custom.values())
+        rewards = put(dataclasses.replace(groups.rewards, custom_BG=custom_BG), mesh)
         key = jax.random.fold_in(self._stream("permute"), rollout_step)
-        advantage_BG, scalars, calibration_BG = self._advantages(put(groups.rewards, mesh), anchors, slow, fast, key)
+        advantage_BG, scalars, calibration_BG = self._advantages(rewards, anchors, slow, fast, key)
         jax.block_until_ready(advantage_BG)
         clock.lap("timing_s/score")
         reference_logprob_BGC = None
@@ -110,15 +116,35 @@ class ExperienceMaker:
             old = programs.logprobs(leaves, device, features, completion)
             experience = dataclasses.replace(experience, old_logprob_BGC=old)
         prompt_tokens = sum(len(prompt.ids) for prompt in prompts if prompt is not None)
+        table = self._table(loaded, groups, host, jax.device_get((advantage_BG, calibration_BG)), rollout_step)
         return Rollout(
             experience=experience,
-            metrics=self._metrics(host, groups) | scalars | clock.laps,
-            table=self._table(loaded, groups, host, jax.device_get((advantage_BG, calibration_BG)), rollout_step),
+            metrics=self._metrics(host, groups) | metrics_of(custom) | scalars | clock.laps,
+            table=table | columns_of(custom),
             tokens=prompt_tokens + int(host.length_BG.sum()),
         )
 
     def _stream(self, name: str) -> jax.Array:
         return jax.random.fold_in(self._key, SEED_STREAMS[name])
+
+    def _custom_rewards(
+        self, loaded: Sequence[LoadedItem], groups: ScoredGroups, host: Completions
+    ) -> dict[str, Scored]:
+        """What the user's reward functions give for the completions that exist, in the order of `_table`."""
+        if self.setup.reward_funcs is None:
+            return {}
+        samples = [
+            Sample(
+                record=visit.record,
+                row=row,
+                generation=column,
+                text=answer.text,
+                ids=tuple(host.id_BGC[row, column, : answer.length].tolist()),
+            )
+            for row, (visit, group) in enumerate(zip(loaded, groups.answers, strict=False))
+            for column, answer in enumerate(group)
+        ]
+        return self.setup.reward_funcs.score(samples)
 
     def _experience(
         self,
@@ -152,6 +178,7 @@ class ExperienceMaker:
             scale_rewards=config.scale_rewards,
             calibration_weight=config.calibration_weight,
             format_weight=config.format_weight,
+            reward_weights=config.reward_weights or (1.0,) * len(config.reward_funcs),
         )
         calibrated = calibration(slow, fast, anchors)
         rewards = dataclasses.replace(

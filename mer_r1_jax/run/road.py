@@ -72,7 +72,7 @@ def run(config: RunConfig) -> int:
             console.print("stopped; the same command goes on with the evaluation")
             return EXIT_SAVED
         finally:
-            setup.source.close()
+            setup.close()
 
 
 class _Road:

@@ -23,6 +23,7 @@ from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel.mesh import make_mesh, row_cut
 from mer_r1_jax.rl.advantage import ARMS
+from mer_r1_jax.rl.reward_funcs import RewardFunctions, extra_columns
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
@@ -72,6 +73,7 @@ class Setup:
         data: records.
         source: decodes clips and builds prompts.
         programs: the jitted programs of RL and evaluation.
+        reward_funcs: the user's reward functions; None without any.
     """
 
     config: RunConfig
@@ -84,6 +86,13 @@ class Setup:
     data: DataSets
     source: PromptSource
     programs: RlPrograms
+    reward_funcs: RewardFunctions | None = None
+
+    def close(self) -> None:
+        """Ends the processes that decode clips and run reward functions."""
+        self.source.close()
+        if self.reward_funcs is not None:
+            self.reward_funcs.close()
 
     @property
     def scorer(self) -> AnswerScorer:
@@ -151,7 +160,7 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
     """
     if config.rl.arm not in ARMS:
         raise ConfigError(f"rl.arm: got {config.rl.arm!r}, expected one of {', '.join(ARMS)}")
-    config = _with_embedded_world(config, progress)
+    config = with_embedded_world(config, progress)
     wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
     data = _read(config, wheels)
     tokenizer_path = pathlib.Path(config.model.tokenizer_path or config.model.path)
@@ -174,6 +183,19 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
         programs=RlPrograms(
             backbone, config.rl, sampling_config(config.rl, backbone.config, banned_ids_of(tags, backbone.config))
         ),
+        reward_funcs=_reward_functions(config, data.rl),
+    )
+
+
+def _reward_functions(config: RunConfig, records: Sequence[Record]) -> RewardFunctions | None:
+    """The user's reward functions, imported; None where there are none or nothing is trained with them."""
+    if not config.rl.reward_funcs or not records:
+        return None
+    return RewardFunctions(
+        config.rl.reward_funcs,
+        timeout=config.rl.reward_timeout,
+        max_faulty_rollouts=config.rl.max_faulty_rollouts,
+        columns=extra_columns(records),
     )
 
 
@@ -195,7 +217,7 @@ def banned_ids_of(tags: AnswerTags, thinker: ThinkerConfig) -> tuple[int, ...]:
     return tags.banned_ids(thinker.text.vocab_size, eos_ids=thinker.eos_token_ids, extra=thinker.media_token_ids)
 
 
-def _with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
+def with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
     """Makes the embedded world (or finds it made) and points the paths that are empty at it."""
     if not config.data.synthetic_dir:
         return config

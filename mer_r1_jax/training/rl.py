@@ -184,13 +184,7 @@ class RlPrograms:
     ) -> Callable[[TrainState, Experience, Array], tuple[TrainState, dict[str, Array]]]:
         """The jitted `update(state, experience, beta) -> (state, metrics)`; the state is donated."""
         config, parts = self.config, self.config.gradient_accumulation_steps
-        loss_config = PolicyLossConfig(
-            loss_type=config.loss_type,
-            importance_sampling_level=config.importance_sampling_level,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-            max_completion_length=config.max_completion_length,
-        )
+        loss_config = policy_loss_config(config)
 
         def update(state: TrainState, experience: Experience, beta: Array) -> tuple[TrainState, dict[str, Array]]:
             totals = step_totals(experience.loss_mask_BGC, experience.present_BG, parts)
@@ -246,6 +240,18 @@ class RlPrograms:
         metrics["entropy"] = jnp.sum(jnp.where(mask_BGC, entropy_BGC, 0.0)) / tokens
         metrics["sampling/sampling_logp_difference/mean"] = jnp.sum(gap_BGC) / tokens
         return value, jax.lax.stop_gradient(metrics)
+
+
+def policy_loss_config(config: RlConfig) -> PolicyLossConfig:
+    """The settings of the policy loss."""
+    return PolicyLossConfig(
+        loss_type=config.loss_type,
+        importance_sampling_level=config.importance_sampling_level,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+        delta=config.delta or None,
+        max_completion_length=config.max_completion_length,
+    )
 
 
 def beta_at(config: RlConfig, step: int, total_steps: int) -> float:

@@ -38,7 +38,7 @@ LIBRARIES = (
 MAY_CHANGE = (
     "train.output_dir", "train.run_name", "train.save_steps", "train.save_total_limit", "train.logging_steps",
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
-    "train.export", "data.cache_dir", "media.decode_workers",
+    "train.export", "data.cache_dir", "media.decode_workers", "rl.reward_timeout", "rl.max_faulty_rollouts",
 )  # fmt: skip
 _LOCK = ".lock"
 _ABSENT = object()

@@ -27,6 +27,14 @@ def test_schema_survives_the_round_trip_through_ml_collections_and_json(tmp_path
         (("rl", "optimizer", "learning_rat"), 1.0, ["rl.optimizer.learning_rat", "rl.optimizer.learning_rate"]),
         (("rl", "loss_type"), "dapoo", ["rl.loss_type", "grpo, bnpo, dr_grpo, dapo"]),
         (("rl", "num_generations"), 1, ["rl.num_generations", "at least 2"]),
+        (("rl", "delta"), 1.1, ["rl.delta: got 1.1", "0 (off) or more than 1 + rl.epsilon_high = 1.2"]),
+        (("rl", "reward_funcs"), ["a.b,c.d"], ["rl.reward_funcs: got 'a.b,c.d'", "('a.b.one', 'a.b.two')"]),
+        (("rl", "reward_funcs"), ["a.b", "a.b"], ["rl.reward_funcs", "each function once"]),
+        (("rl", "reward_weights"), [1.0], ["rl.reward_weights: got 1 for 0 rl.reward_funcs", "calibration_weight"]),
+        (("rl", "reward_timeout"), 0.0, ["rl.reward_timeout: got 0.0", "more than 0"]),
+        (("rl", "max_faulty_rollouts"), 0, ["rl.max_faulty_rollouts", "at least 1"]),
+        (("rl", "steps_per_generation"), 4, ["rl.steps_per_generation", "rl.num_iterations"]),
+        (("rl", "repetition_penalty"), 1.1, ["rl.repetition_penalty", "not offered"]),
         (("media", "missing_audio"), "ignore", ["media.missing_audio", "error, skip, silence"]),
         (("mesh", "fsdp"), 0, ["mesh", "positive sizes"]),
         (("train", "report_to"), ["wandb2"], ["train.report_to", "tensorboard"]),
@@ -50,6 +58,14 @@ def test_batch_that_micro_batches_do_not_divide_suggests_one_that_they_do():
     values["rl"] |= {"prompts_per_step": 10, "gradient_accumulation_steps": 4}
     with pytest.raises(ConfigError, match="try 8 or 12"):
         from_mapping(values)
+
+
+def test_reward_functions_and_their_weights_come_as_lists_or_tuples_whole_numbers_included():
+    values = json.loads(to_json(RunConfig()))
+    values["rl"] |= {"reward_funcs": ["mine.one", "mine.two"], "reward_weights": [1, 0.5], "delta": 4}
+    config = from_mapping(values)
+    assert config.rl.reward_funcs == ("mine.one", "mine.two") and config.rl.delta == 4.0
+    assert config.rl.reward_weights == (1.0, 0.5) and type(config.rl.reward_weights[0]) is float
 
 
 def test_all_mistakes_come_in_one_message():

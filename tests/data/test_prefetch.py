@@ -11,6 +11,7 @@ import time
 import pytest
 from support.clips import make_clip
 
+from mer_r1_jax.child import START_SECONDS
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError, stall_limit
@@ -19,7 +20,7 @@ from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.media.decode import read_video
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.loader import ClipLoader
-from mer_r1_jax.media.pool import START_SECONDS, WorkerPool
+from mer_r1_jax.media.pool import WorkerPool
 from mer_r1_jax.omni.config import ThinkerConfig
 
 BROKEN = MediaError("x.mp4", "truncated", "half a file", "a whole one", "Copy it again.")

@@ -12,7 +12,8 @@ from PIL import Image
 from support.media_files import frame_numbers, numbered_pictures, rotate_mp4, write_sound, write_video
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.decode import read_audio, read_audio_track, read_image, read_video
+from mer_r1_jax.media.decode import read_audio, read_audio_track, read_image, read_stills, read_video
+from mer_r1_jax.media.entry import STILLS, decode_file
 from mer_r1_jax.media.resize import resize
 
 MEDIA = MediaConfig()
@@ -150,3 +151,14 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
     ending = "tiff" if mode == "CMYK" else "png"
     Image.new("RGB", (60, 60), (200, 100, 50)).convert(mode).save(tmp_path / f"face.{ending}")
     assert read_image(tmp_path / f"face.{ending}", MEDIA, 28).shape == (56, 56, 3)
+
+
+def test_stills_are_taken_from_the_start_at_whole_seconds(tmp_path):
+    media = MediaConfig(fps=1.0, max_frames=3)
+    path = write_video(tmp_path / "clip.mp4", numbered_pictures(41, (48, 66)), fps=8)
+    stills = read_stills(path, media)
+    assert frame_numbers(stills.frames, 41) == [0, 8, 16]  # of six seconds, the first three
+    assert stills.frames.shape == (3, 48, 66, 3)  # as large as they are
+    assert frame_numbers(read_stills(path, MediaConfig(fps=1.0, max_frames=99)).frames, 41) == [0, 8, 16, 24, 32, 40]
+    entry = decode_file(str(path), STILLS, media, 1, 1)
+    np.testing.assert_array_equal(entry.arrays["frames"], stills.frames)

@@ -159,6 +159,63 @@ def test_correlations_of_the_two_normalisations(sigma_r, sigma_p, rho):
         assert abs(ad[1] - ad[0]) < 2e-3
 
 
+@given(rewards_2BG=arrays(np.float32, (2, B, G), elements=st.floats(0, 1, width=16)))
+@settings(max_examples=100, deadline=None)
+def test_in_every_group_the_noisier_reward_owns_rd_and_neither_owns_ad(rewards_2BG):
+    """The formulas with a group's own spreads and correlation, the way they act in training."""
+    recall_BG, precision_BG = rewards_2BG
+    ones_BG = np.ones((B, G), np.float32)
+    rewards = dataclasses.replace(simulated(), recall_BG=recall_BG, precision_BG=precision_BG, format_BG=ones_BG)
+    rd_BG, ad_BG = of_arm("rd", rewards), of_arm("ad", rewards)
+    for recall, precision, rd, ad in zip(recall_BG, precision_BG, rd_BG, ad_BG, strict=True):
+        s_r, s_p = recall.std(ddof=1, dtype=np.float64), precision.std(ddof=1, dtype=np.float64)
+        if min(s_r, s_p) < 0.05 or abs(rho := np.corrcoef(recall, precision)[0, 1]) > 0.95:
+            continue
+        of_sum = np.sqrt(s_r**2 + s_p**2 + 2 * rho * s_r * s_p)
+        expected = [(s_r + rho * s_p) / of_sum, (s_p + rho * s_r) / of_sum]
+        of_rd = [np.corrcoef(rd, values)[0, 1] for values in (recall, precision)]
+        of_ad = [np.corrcoef(ad, values)[0, 1] for values in (recall, precision)]
+        np.testing.assert_allclose(of_rd, expected, atol=2e-3)
+        np.testing.assert_allclose(of_ad, [np.sqrt((1 + rho) / 2)] * 2, atol=5e-3)  # 1e-4 stands beside each spread
+        if abs(s_r - s_p) > 0.1:
+            assert (of_rd[0] > of_rd[1]) == (s_r > s_p)
+
+
+@pytest.mark.parametrize(("mu_r", "mu_p"), [(0.5, 0.5), (0.8, 0.4), (0.3, 0.9)])
+def test_f1_weighs_recall_and_precision_by_the_other_ones_mean(mu_r, mu_p):
+    """Near (mu_R, mu_P), F1 changes by 2 mu_P^2 / (mu_R + mu_P)^2 a unit of recall: it follows the smaller."""
+    f1 = lambda r, p: 2 * r * p / (r + p)  # noqa: E731
+    step = 1e-6
+    weights = [
+        (f1(mu_r + step, mu_p) - f1(mu_r - step, mu_p)) / (2 * step),
+        (f1(mu_r, mu_p + step) - f1(mu_r, mu_p - step)) / (2 * step),
+    ]
+    total = (mu_r + mu_p) ** 2
+    np.testing.assert_allclose(weights, [2 * mu_p**2 / total, 2 * mu_r**2 / total], rtol=1e-6)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_reward_functions_are_normalised_apart_and_added_to_every_arm(arm):
+    rewards = simulated(10)
+    custom = jax.tree.map(np.array, (simulated(11).recall_BG * 40, simulated(12).recall_BG))
+    custom[0][0, 1] = np.nan  # unscored
+    custom[1][1] = np.nan  # nothing was scored in this group
+    custom[1][2, 1:] = np.nan  # one value has nothing to be compared with
+    weights = (0.5, -2.0)
+    added = of_arm(arm, dataclasses.replace(rewards, custom_BG=custom), AdvantageConfig(reward_weights=weights))
+    expected = of_arm(arm, rewards).astype(np.float64)
+    for values, weight in zip(custom, weights, strict=True):
+        for row in range(B):
+            held = values[row][np.isfinite(values[row])].astype(np.float64)
+            if held.size > 1:
+                z = (values[row] - held.mean()) / (held.std(ddof=1) + 1e-4)
+                expected[row] += weight * np.nan_to_num(z)
+    np.testing.assert_allclose(added, expected, atol=3e-5)
+    # An absent row has none, whatever stands there.
+    absent = dataclasses.replace(rewards, custom_BG=custom, valid_BG=np.arange(B)[:, None] > np.zeros((1, G)))
+    assert not of_arm(arm, absent, AdvantageConfig(reward_weights=weights))[0].any()
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_degenerate_groups_give_exactly_zero(arm):
     """Equal rewards, a single valid completion, an absent row: zero, not NaN; and the other rows do not notice."""
@@ -226,10 +283,13 @@ def test_batch_scale_divides_by_the_spread_of_the_whole_batch():
 
 def test_permuted_rewards_keep_their_groups_and_belong_together():
     rewards = simulated(9, (64, G))
+    rewards = dataclasses.replace(rewards, custom_BG=(2 * rewards.recall_BG,))
     permuted = jax.tree.map(np.asarray, permute_within_groups(rewards, jax.random.key(0)))
     np.testing.assert_array_equal(np.sort(permuted.recall_BG, -1), np.sort(rewards.recall_BG, -1))
     pairs = lambda r: {(float(a), float(b)) for a, b in zip(r.recall_BG.ravel(), r.plus_BG.ravel())}  # noqa: B905, E731
     assert pairs(permuted) == pairs(rewards)
+    np.testing.assert_array_equal(permuted.custom_BG[0], 2 * permuted.recall_BG)
+    rewards, permuted = (dataclasses.replace(r, custom_BG=()) for r in (rewards, permuted))
     unmoved = (permuted.recall_BG == rewards.recall_BG).mean()
     assert unmoved < 0.35  # 1 / G when the order is random
     correlation = np.corrcoef(of_arm("ad", permuted).ravel(), rewards.recall_BG.ravel())[0, 1]

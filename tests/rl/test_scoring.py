@@ -2,16 +2,14 @@
 
 import numpy as np
 import pytest
+from support.answers import completions_of, slow
 from support.tiny_tokenizer import tiny_tokenizer
 
 from mer_r1_jax.emotion.candidates import CandidateTable
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.rl.confidence import NO_SET
-from mer_r1_jax.rl.rollout import STOP_ABSENT, STOP_EOS, STOP_LENGTH, Completions
 from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
-
-LENGTH = 40
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +33,6 @@ def scorer_of(wheels, candidates):
         )
 
     return make
-
-
-def completions_of(rows):
-    """Completions from texts; a text that ends in "..." was cut at the length cap, None is an absent one."""
-    tags = AnswerTags(tiny_tokenizer())
-    shape = (len(rows), len(rows[0]))
-    ids, length = np.zeros((*shape, LENGTH), np.int32), np.zeros(shape, np.int32)
-    stop = np.full(shape, STOP_ABSENT, np.int32)
-    for row, group in enumerate(rows):
-        for column, text in enumerate(group):
-            if text is None:
-                continue
-            cut = text.endswith("...")
-            tokens = [*tags.ids(text.removesuffix("...")), *(() if cut else (tags.turn_end,))]
-            ids[row, column, : len(tokens)] = tokens
-            length[row, column], stop[row, column] = len(tokens), STOP_LENGTH if cut else STOP_EOS
-    mask = np.arange(LENGTH) < length[..., None]
-    zeros = np.zeros(mask.shape, np.float32)
-    return Completions(
-        id_BGC=ids, length_BG=length, mask_BGC=mask, stop_BG=stop, logprob_BGC=zeros, sampling_logprob_BGC=zeros
-    )
-
-
-def slow(answer, reasoning="The voice"):
-    return f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
 
 
 def test_rewards_of_right_wrong_padded_and_missing_answers(scorer_of):

@@ -89,6 +89,11 @@ def test_record_that_cannot_be_used_is_named_with_file_and_line(refusal, config_
         ({"rl": {"num_iterations": 4}}, ["rl.max_steps: got 6", "rl.num_iterations=4"]),
         ({"rl": {"num_iterations": 2}}, ["eval.eval_steps: got 3", "multiple of rl.num_iterations=2"]),
         ({"rl": {"arm": "mer_r2"}}, ["rl.arm: got 'mer_r2'", "mer_r1"]),
+        ({"rl": {"reward_funcs": ("no.such_reward",)}}, ["rl.reward_funcs", "no.such_reward", "cannot be imported"]),
+        (
+            {"rl": {"reward_funcs": ("support.reward_functions.needs_more",)}},
+            ["it needs mood, but there are only", "data.rl_path"],
+        ),
         ({"sft": {"max_completion_length": 8}}, ["sft.jsonl:1", "sft.max_completion_length=8"]),
         ({"data": {"rl_path": ""}}, ["data.rl_path is empty"]),
         ({"data": {"eval_path": "/nowhere/eval.jsonl"}}, ["/nowhere/eval.jsonl"]),

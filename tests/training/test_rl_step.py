@@ -9,11 +9,14 @@ import optax
 import pytest
 from support.small_run import visits_of, with_config
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.rl.losses import PolicyLossConfig
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.rollout import STOP_ABSENT
 from mer_r1_jax.run.experience import ExperienceMaker
 from mer_r1_jax.training.prompts import plan_buckets
+from mer_r1_jax.training.rl import policy_loss_config
 from mer_r1_jax.training.state import init_state, partition, trainable_names
 
 TEXT_ONLY = trainable_names(train_audio=False, train_vision=False)
@@ -247,6 +250,19 @@ def test_permuted_rewards_keep_their_distribution_and_lose_their_owner(small, po
     assert np.abs(there - here).max() > 0.5
     again = rollout_of(setup, maker, policy, [0, 1, 2, 3])
     np.testing.assert_array_equal(again.experience.advantage_BG, there)
+
+
+def test_every_setting_of_the_loss_reaches_it():
+    settings = dict(
+        loss_type="bnpo",
+        importance_sampling_level="sequence",
+        epsilon=0.1,
+        epsilon_high=0.3,
+        delta=4.0,
+        max_completion_length=77,
+    )
+    assert policy_loss_config(RlConfig(**settings)) == PolicyLossConfig(**settings)
+    assert policy_loss_config(RlConfig()).delta is None  # off, as in TRL
 
 
 def test_absent_rows_have_no_stop_reason_of_their_own(small, policy, maker):

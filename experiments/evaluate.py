@@ -1,0 +1,147 @@
+"""Benchmarks of a model, slow and fast.
+
+    python experiments/evaluate.py --model=HF_DIR_OR_RUN --benchmark=NAME[,NAME] --mode=slow|fast|both --out=DIR
+        [--benchmark_root=DIR] [--config=FILE.py] [--limit=N] [--rescore]
+
+Benchmarks: mer_unibench (all nine sets), or ovmerd_plus, mer2023, mer2024, meld, iemocap, cmu_mosi, cmu_mosei, ch_sims,
+ch_sims_v2 one by one, from their official folders below --benchmark_root; synthetic, the embedded world's held-out
+clips. docs/benchmarks.md says how to lay the data out and what the scores are.
+
+Answers go to DIR/answers as they come: the same command goes on where it was stopped. --rescore scores what is there,
+without the model. The report is DIR/report.html. Without --config clips are prepared as the model remembers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from mer_r1_jax.cli import explained, parse_flags
+from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
+from mer_r1_jax.evaluation.benchmarks.protocol import POLARITY_CHOICES, WORDS_CHOICES, Extractor
+from mer_r1_jax.evaluation.benchmarks.report import make_benchmark_report
+from mer_r1_jax.evaluation.benchmarks.request import Request, benchmark_names
+from mer_r1_jax.evaluation.benchmarks.sets import title_of
+from mer_r1_jax.evaluation.benchmarks.tables import METRIC_TITLES, percent
+from mer_r1_jax.evaluation.evaluate import MODES
+from mer_r1_jax.evaluation.statistics import signed
+from mer_r1_jax.run.benchmark import answer_benchmarks, open_policy, read_benchmarks
+from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "How clips are prepared and answers decoded.", lock_config=True
+)
+_MODEL = flags.DEFINE_string("model", "", "A run's folder, its export, or a Hugging Face directory.")
+_BENCHMARK = flags.DEFINE_list("benchmark", [], "What to evaluate.")
+_MODE = flags.DEFINE_enum("mode", "both", (*MODES, "both"), "Answer after reasoning, at once, or both.")
+_OUT = flags.DEFINE_string("out", None, "Folder of answers, scores and report.", required=True)
+_ROOT = flags.DEFINE_string("benchmark_root", "", "Folder that holds the sets' official folders.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "First so many clips of each benchmark; 0 = all.", lower_bound=0)
+_RESCORE = flags.DEFINE_boolean("rescore", False, "Score the answers in --out again; touches no model.")
+_WORDS = flags.DEFINE_enum("words", "answer", WORDS_CHOICES, "Answer to words: its answer tag, or an extractor LLM.")
+_POLARITY = flags.DEFINE_enum("polarity", "wheels", POLARITY_CHOICES, "Words to polarity: a rule, or the extractor.")
+_URL = flags.DEFINE_string("extractor_url", "", "Base URL of an OpenAI-compatible endpoint, such as http://host/v1.")
+_NAME = flags.DEFINE_string("extractor_model", "", "The extractor's name there. Its key: the variable JUDGE_API_KEY.")
+_WHEELS = flags.DEFINE_string("wheel_dir", "", "Folder with emotion wheels to score with; empty = the model's own.")
+_VARIANT = flags.DEFINE_enum("variant", "", ("", "unibench", "mer2026"), "Of the wheels; empty = the model's own.")
+_EXAMPLES = flags.DEFINE_integer("num_examples", 6, "Clips of each benchmark in the report.", lower_bound=0)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --benchmark=synthetic")
+    with explained(), contextlib.ExitStack() as stack:
+        request = Request(
+            benchmarks=benchmark_names(_BENCHMARK.value),
+            modes=MODES if _MODE.value == "both" else (_MODE.value,),
+            out=pathlib.Path(_OUT.value),
+            root=_ROOT.value,
+            limit=_LIMIT.value,
+            words=_WORDS.value,
+            polarity=_POLARITY.value,
+            wheel_dir=_WHEELS.value,
+            variant=_VARIANT.value,
+        )
+        folder = EvaluationFolder(request.out)
+        extractor = stack.enter_context(_extractor(folder))
+        scored: list[dict[str, Any]] = []
+
+        def score(name: str) -> None:
+            scored.append(folder.score(name, request, extractor))
+
+        try:
+            if _RESCORE.value:
+                for name in request.benchmarks:
+                    score(name)
+            else:
+                _answer(request, score, stack)
+        except StopRequested:
+            print("stopped; the same command goes on from there", file=sys.stderr)
+            return EXIT_SAVED
+        _print(scored)
+        print(f"report: {make_benchmark_report(request.out, _EXAMPLES.value)}")
+    return 0
+
+
+def _answer(request: Request, score: Any, stack: contextlib.ExitStack) -> None:
+    if not _MODEL.value:
+        raise BenchmarkError("--model is empty; give a run's folder, its export or a Hugging Face directory")
+    config = from_mapping(_CONFIG.value) if _CONFIG.value is not None else None
+    stop = stack.enter_context(StopSignals())
+    policy = open_policy(_MODEL.value, config)
+    stack.callback(policy.setup.source.close)
+    benchmarks = read_benchmarks(request, policy.setup.config.data.question, policy.held_out)
+    bar = stack.enter_context(tqdm(unit="answer"))
+
+    def progress(name: str, there: int, total: int) -> None:
+        bar.set_description(title_of(name))
+        bar.total, bar.n = total, there
+        bar.refresh()
+
+    answer_benchmarks(policy, request, benchmarks, lambda data: score(data.name), stop.check, progress)
+
+
+@contextlib.contextmanager
+def _extractor(folder: EvaluationFolder) -> Iterator[Extractor | None]:
+    """The chat client, where one is named."""
+    if not _URL.value and not _NAME.value:
+        yield None
+        return
+    from mer_r1_jax.evaluation.judge.client import ChatClient
+
+    with ChatClient(base_url=_URL.value, model=_NAME.value, cache_dir=folder.extractor_cache) as client:
+        yield client
+
+
+def _print(scored: list[dict[str, Any]]) -> None:
+    console = Console()
+    table = Table("benchmark", "metric", "mode", "score", "95% interval", "scored", "labelled", "slow − fast")
+    for score in scored:
+        difference = score["slow_minus_fast"].get("headline", {}).get("score")
+        for mode, values in score["modes"].items():
+            interval = values["headline"]["score"]
+            bounds = "–" if interval["low"] is None else f"{percent(interval['low'])} to {percent(interval['high'])}"
+            against = "" if difference is None or mode == "fast" else signed(difference["points"])
+            counts = (str(values["n_scored"]), str(values["n_labelled"]))
+            metric = METRIC_TITLES[score["metric"]]
+            table.add_row(
+                title_of(score["benchmark"]), metric, mode, percent(interval["value"]), bounds, *counts, against
+            )
+    console.print(table)
+    for description in dict.fromkeys(score["protocol"]["description"] for score in scored):
+        console.print(description, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main, flags_parser=parse_flags))

@@ -1,0 +1,130 @@
+"""The folder of an evaluation: answers, what was missing, scores. Scoring from it touches no model.
+
+<out>/
+    answers/<benchmark>.jsonl           one line a clip and mode, appended; an interrupted evaluation goes on from it
+    answers/<benchmark>.coverage.json   what the data folder held and what could not be asked, by name
+    scores/<benchmark>.<protocol>.json  scores, intervals and analysis under one protocol
+    extractor/                          replies of the extractor LLM, where one is used
+    report.html                         everything in scores/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.evaluation.benchmarks.answer_log import read_answers
+from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.protocol import Extractor, make_scoring
+from mer_r1_jax.evaluation.benchmarks.readers import BenchmarkData, truth_of
+from mer_r1_jax.evaluation.benchmarks.request import Request
+from mer_r1_jax.evaluation.benchmarks.scores import score_benchmark
+from mer_r1_jax.evaluation.benchmarks.sets import metric_of
+from mer_r1_jax.training import durable
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationFolder:
+    """Where everything of an evaluation is.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: pathlib.Path
+
+    def answers(self, benchmark: str) -> pathlib.Path:
+        """A benchmark's answer file."""
+        return self.path / "answers" / f"{benchmark}.jsonl"
+
+    def coverage(self, benchmark: str) -> pathlib.Path:
+        """What its data folder held."""
+        return self.path / "answers" / f"{benchmark}.coverage.json"
+
+    @property
+    def extractor_cache(self) -> pathlib.Path:
+        """Replies of the extractor."""
+        return self.path / "extractor"
+
+    @property
+    def report(self) -> pathlib.Path:
+        """The report."""
+        return self.path / "report.html"
+
+    def write_coverage(
+        self,
+        data: BenchmarkData,
+        *,
+        wheels: Mapping[str, str],
+        unusable: Mapping[str, str],
+        silent: Sequence[str],
+    ) -> None:
+        """Keeps what was asked and what could not be.
+
+        Args:
+            data: the benchmark.
+            wheels: `wheel_dir` and `variant` of the model's own wheels, which score where no others are named.
+            unusable: clip -> why it could not be asked.
+            silent: clips without a sound track.
+        """
+        truths = {record.id: truth_of(record, data.metric) for record in data.records}
+        content = dataclasses.asdict(data.coverage) | {
+            "benchmark": data.name,
+            "media_root": str(data.media_root),
+            **wheels,
+            "unusable": dict(unusable),
+            "silent_audio": sorted(set(silent)),
+            "limited": data.limited,
+            "truths": truths | ({} if data.limited else data.absent),
+        }
+        durable.write_json(self.coverage(data.name), content)
+
+    def score(self, name: str, request: Request, extractor: Extractor | None = None) -> dict[str, Any]:
+        """Scores a benchmark's answers under the request's protocol and keeps the result.
+
+        Raises:
+            BenchmarkError: there are no answers, or they cannot be scored so.
+            WheelError: the wheels cannot be read.
+        """
+        header, answers = read_answers(self.answers(name))
+        try:
+            coverage = json.loads(self.coverage(name).read_text(encoding="utf-8"))
+            truths = coverage.pop("truths")
+        except (OSError, ValueError, KeyError) as error:
+            raise BenchmarkError(f"{self.coverage(name)}: cannot be read ({error}); evaluate again") from error
+        folder = request.wheel_dir or coverage["wheel_dir"]
+        wheels = load_wheels(folder, request.variant or coverage["variant"])
+        scoring = make_scoring(request.words, request.polarity, wheels, folder, extractor)
+        scores = score_benchmark(
+            name,
+            metric_of(name),
+            answers,
+            truths,
+            scoring,
+            wheels,
+            extractor,
+            answer_wheels=header["fingerprint"]["confidence"]["wheels"],
+        )
+        scores |= {"coverage": coverage, "answers": header, "wheel_dir": folder}
+        path = self.path / "scores" / f"{name}.{scoring.key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_json(path, scores)
+        return scores
+
+    def scores(self) -> list[dict[str, Any]]:
+        """Every score that is kept.
+
+        Raises:
+            BenchmarkError: one cannot be read.
+        """
+        found = []
+        for path in sorted((self.path / "scores").glob("*.json")):
+            try:
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise BenchmarkError(f"{path}: cannot be read ({error}); remove it and score again") from error
+        return found

@@ -1,0 +1,183 @@
+"""report.html of an evaluation: its scores beside the paper's, the slow-fast analysis, and clips. Needs no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
+from mer_r1_jax.evaluation.benchmarks import charts
+from mer_r1_jax.evaluation.benchmarks.answer_log import read_answers
+from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
+from mer_r1_jax.evaluation.benchmarks.sets import BENCHMARKS, WAF, title_of
+from mer_r1_jax.evaluation.benchmarks.tables import (
+    Columns,
+    analysis_table,
+    coverage_table,
+    main_table,
+    paper_f1_table,
+    synthetic_table,
+)
+from mer_r1_jax.evaluation.clip_strip import clip_strip
+from mer_r1_jax.evaluation.evaluate import MODES
+from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
+from mer_r1_jax.training import durable
+
+FEW_CLIPS = 100  # below this a score says little
+TEXT_SHOWN = 900  # characters of reasoning
+_CAPTION = (
+    "{title}. Bars and confusion: categories of the first wheel. A true category that is missed is shared out over the "
+    "clip's wrong ones, or counts under none. Calibration: every answered word on every wheel."
+)
+_CAPTION_WAF = "{title}: polarity answered where the label is positive or negative, in per cent of the row."
+
+
+def make_benchmark_report(out: str | os.PathLike, num_examples: int = 6) -> Path:
+    """Writes `<out>/report.html` from the scores and answers in the folder.
+
+    Args:
+        out: the folder of an evaluation.
+        num_examples: clips shown of each benchmark, the first ones in order.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        BenchmarkError: there is no score, or the report cannot be written.
+    """
+    folder = EvaluationFolder(Path(out))
+    scores = sorted(folder.scores(), key=lambda score: BENCHMARKS.index(score["benchmark"]))
+    if not scores:
+        raise BenchmarkError(f"{folder.path}: holds no scores; evaluate something there first")
+    columns = Columns(scores)
+    missing: list[str] = []
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mer_r1_jax.evaluation", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    examples = [_examples(folder, columns.scores_of(name), num_examples, missing) for name in columns.benchmarks]
+    html = environment.get_template("benchmarks/report.html.jinja").render(
+        title=f"Benchmarks of {Path(out).resolve().name}",
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        warnings=_warnings(scores, columns),
+        main=main_table(columns),
+        synthetic=synthetic_table(columns),
+        analysis=analysis_table(columns),
+        paper_f1=paper_f1_table(),
+        coverage=coverage_table(columns),
+        protocols=columns.protocols,
+        figures=_figures(scores, columns),
+        examples=[example for example in examples if example["clips"]],
+        missing=list(dict.fromkeys(missing)),
+        fingerprint=json.dumps(scores[0]["answers"]["fingerprint"], indent=2, ensure_ascii=False),
+    )
+    try:
+        durable.write_atomically(folder.report, lambda file: file.write(html.encode("utf-8", "replace")))
+    except OSError as error:
+        raise BenchmarkError(f"{folder.report} cannot be written: {error}") from error
+    return folder.report
+
+
+def _warnings(scores: Sequence[dict[str, Any]], columns: Columns) -> list[str]:
+    found = []
+    limited = [title_of(s["benchmark"]) for s in scores if s["coverage"]["limited"]]
+    if limited:
+        found.append(f"Only the first clips were asked (--limit): {', '.join(dict.fromkeys(limited))}.")
+    partial, few = [], []
+    for score in scores:
+        official, labelled = score["coverage"]["official"], score["coverage"]["labelled"]
+        if official is not None and labelled != official:
+            partial.append(
+                f"{title_of(score['benchmark'])} ({labelled} labelled clips, the official split has {official})"
+            )
+        answered = max(mode["n_answered"] for mode in score["modes"].values())
+        if answered < FEW_CLIPS:
+            few.append(f"{title_of(score['benchmark'])} ({answered})")
+    if partial:
+        found.append(f"Not the official test split: {'; '.join(dict.fromkeys(partial))}.")
+    if few:
+        found.append(f"Few clips, so that a score says little: {', '.join(dict.fromkeys(few))}.")
+    unanswered = {title_of(s["benchmark"]): max(mode["n_unanswered"] for mode in s["modes"].values()) for s in scores}
+    if any(unanswered.values()):
+        named = ", ".join(f"{title} {count}" for title, count in unanswered.items() if count)
+        found.append(f"Labelled clips without an answer are in no score: {named}. Coverage, below, names them.")
+    if len(columns.protocols) > 1:
+        found.append("There are scores of several protocols. They stand in columns of their own and do not compare.")
+    if any("shipped" in protocol["wheels"] for protocol in columns.protocols):
+        found.append(
+            "Words were looked up on the wheels shipped with this program. Scores to set beside published ones need "
+            "the official wheel folder (--wheel_dir)."
+        )
+    found.append(
+        "The paper's numbers were made by its authors, on the full data and by their own protocol; here they are for "
+        "orientation, not a comparison under equal conditions."
+    )
+    return found
+
+
+def _figures(scores: Sequence[dict[str, Any]], columns: Columns) -> list[dict[str, str]]:
+    found = []
+    for score in scores:
+        caption = (_CAPTION_WAF if score["metric"] == WAF else _CAPTION).format(title=title_of(score["benchmark"]))
+        if len(columns.protocols) > 1:
+            caption += f" Protocol {columns.letter(score)}."
+        found.append({"caption": caption, "source": charts.details(score["modes"])})
+    return found
+
+
+def _examples(
+    folder: EvaluationFolder, scores: Sequence[dict[str, Any]], count: int, missing: list[str]
+) -> dict[str, Any]:
+    """The first clips of a benchmark with their answers."""
+    score = scores[0]
+    name = score["benchmark"]
+    _, answers = read_answers(folder.answers(name))
+    wheels = _wheels(score, missing)
+    clips = []
+    for clip in list(dict.fromkeys(clip for clip, _ in answers))[:count]:
+        lines = {mode: answers[clip, mode] for mode in MODES if (clip, mode) in answers}
+        line = next(iter(lines.values()))
+        strip, seconds, problem = clip_strip(line["video"], Path(score["coverage"]["media_root"]))
+        if problem:
+            missing.append(f"frames of {title_of(name)} {clip}: {problem}")
+        truth = line["truth"]
+        words = [truth] if isinstance(truth, str) else truth if isinstance(truth, list) else []
+        answered = [word for given in lines.values() for word in given["words"]]
+        clips.append(
+            {
+                "id": clip,
+                "strip": strip,
+                "seconds": seconds,
+                "subtitle": line["subtitle"],
+                "reasoning": (lines["slow"]["reasoning"] or "")[:TEXT_SHOWN] if "slow" in lines else None,
+                "answers": [
+                    {"mode": mode, "words": _marked(given, words, wheels), "text": given["text"][:TEXT_SHOWN]}
+                    for mode, given in lines.items()
+                ],
+                "truth": [Word(word, truth_mark(word, answered, wheels)) for word in words],
+                "valence": None if words or not isinstance(truth, int | float) else f"{truth:+.2f}",
+            }
+        )
+    return {"title": title_of(name), "clips": clips}
+
+
+def _marked(line: dict[str, Any], truth: list[str], wheels: Wheels | None) -> list[Word]:
+    return [Word(word, answer_mark(word, truth, wheels) if truth else "") for word in line["words"]]
+
+
+def _wheels(score: dict[str, Any], missing: list[str]) -> Wheels | None:
+    try:
+        return load_wheels(score["wheel_dir"], score["protocol"]["variant"])
+    except (WheelError, OSError) as error:
+        missing.append(f"marks of single words: {error}")
+        return None

@@ -1,0 +1,1 @@
+"""MME-Emotion: reasoning about emotion, rated step by step by a judge."""

@@ -1,0 +1,267 @@
+"""Scores from answers alone: protocols, official agreement, intervals, counts, and the answer file."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from support.judge_server import JudgeServer
+
+from mer_r1_jax.emotion import metrics
+from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.evaluation.benchmarks import analysis, resampling
+from mer_r1_jax.evaluation.benchmarks.answer_log import AnswerLog, read_answers
+from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.prompts import POLARITY_VERSION, WORDS_VERSION
+from mer_r1_jax.evaluation.benchmarks.protocol import OFFICIAL_WHEELS, extract, make_scoring, wheels_digest
+from mer_r1_jax.evaluation.benchmarks.scores import score_benchmark
+from mer_r1_jax.evaluation.judge.client import ChatClient
+
+OFFICIAL = "../shared/data/emotion_wheel"
+WORDS = ("happy", "sad", "angry", "surprised", "calm", "afraid", "bored", "neutral", "unheard")
+
+
+@pytest.fixture(scope="module")
+def wheels():
+    return load_wheels()
+
+
+def answer(clip, mode, words, truth, *, confidence=None, text=None, tokens=10):
+    """A line of an answer file; the confidence is that of every word on every wheel."""
+    block = ", ".join(words)
+    return {
+        "id": clip,
+        "mode": mode,
+        "truth": truth,
+        "text": f"<think>because</think>\n<answer>{block}</answer>" if text is None else text,
+        "answer": block if text is None else None,
+        "words": list(words),
+        "confidences": [[confidence] * 5 for _ in words],
+        "tokens": tokens,
+        "well_formed": True,
+        "truncated": False,
+    }
+
+
+def drawn_words(rng, count):
+    return [list(rng.choice(WORDS, size=rng.integers(0, 4), replace=False)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("variant", ["unibench", "mer2026"])
+def test_resampled_scores_are_the_official_ones_over_all_clips(variant):
+    wheels = dataclasses.replace(load_wheels(), variant=variant)
+    rng = np.random.default_rng(0)
+    predictions, truths = drawn_words(rng, 40), drawn_words(rng, 40)
+    labels = [str(rng.choice(WORDS)) for _ in range(40)]
+    sentiments = [str(rng.choice(["positive", "negative", "neutral", "mixed"])) for _ in range(40)]
+    values = [float(value) for value in rng.choice([-1.5, -0.5, 0, 0.5, 2], 40)]
+    expected = metrics.set_f1(predictions, truths, wheels)
+    found = resampling.set_f(predictions, truths, wheels).point()
+    assert found == pytest.approx({n: getattr(expected, n) for n in ("score", "precision", "recall")}, rel=1e-12)
+    found = resampling.hit(predictions, labels, wheels).point()["score"]
+    assert found == pytest.approx(metrics.hit(predictions, labels, wheels).score, rel=1e-12)
+    expected, found = metrics.waf(sentiments, values), resampling.waf(sentiments, values).point()
+    assert (found["score"], found["accuracy"]) == pytest.approx((expected.score, expected.accuracy), rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["unibench", "mer2026"])
+def test_undefined_scores_stay_undefined(variant):
+    wheels = dataclasses.replace(load_wheels(), variant=variant)
+    for predictions, truths in (([["happy"], []], [["sad"], ["angry"]]), ([["happy"]] * 2, [["neutral"]] * 2)):
+        expected = metrics.set_f1(predictions, truths, wheels).score
+        summed = resampling.set_f(predictions, truths, wheels)
+        np.testing.assert_equal(summed.point()["score"], expected)
+        interval = resampling.intervals(summed)["score"]
+        assert (interval.value, interval.low) == ((None, None) if variant == "unibench" else (0, 0))
+    assert resampling.intervals(resampling.waf(["positive"], [0.0]))["score"].value is None
+
+
+def test_an_interval_is_that_of_scores_computed_anew(wheels):
+    rng = np.random.default_rng(1)
+    predictions, truths = drawn_words(rng, 30), drawn_words(rng, 30)
+    summed = resampling.set_f(predictions, truths, wheels)
+    interval = resampling.intervals(summed, seed=3, resamples=400)["score"]
+    again = []
+    draws = np.random.default_rng(3).integers(30, size=(400, 30))
+    for drawn in draws:
+        again.append(metrics.set_f1([predictions[i] for i in drawn], [truths[i] for i in drawn], wheels).score)
+    defined = [value for value in again if np.isfinite(value)]
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(defined, [2.5, 97.5])), rel=1e-9)
+    assert interval.undefined == pytest.approx(1 - len(defined) / 400) and interval.low < interval.value < interval.high
+
+
+def test_slow_and_fast_are_compared_over_the_same_draws(wheels):
+    rng = np.random.default_rng(2)
+    truths = [[str(rng.choice(["happy", "sad", "angry"]))] for _ in range(50)]
+    hits = [word if rng.random() < 0.6 else ["bored"] for word in truths]
+    better = [word if rng.random() < 0.5 else given for word, given in zip(truths, hits, strict=True)]
+    after, before = (resampling.set_f(words, truths, wheels) for words in (better, hits))
+    same = resampling.paired(before, before)["score"]
+    assert (same.points, same.low, same.high) == (0, 0, 0)
+    gain = resampling.paired(after, before)["score"]
+    apart = [resampling.intervals(one)["score"] for one in (after, before)]
+    unpaired = 100 * np.hypot(*(interval.high - interval.low for interval in apart))
+    assert gain.is_clear and gain.clips == 50 and gain.high - gain.low < 0.8 * unpaired
+    assert resampling.paired(before, after)["score"].points == pytest.approx(-gain.points)
+    with pytest.raises(ValueError, match="got 50 and 49 clips"):
+        resampling.paired(after, before.picked(range(49)))
+
+
+def test_a_benchmark_counted_by_hand(wheels):
+    truths = {"a": "happy", "b": "sad", "c": "angry", "d": "neutral", "e": "sad"}
+    given = {
+        "a": {"slow": ["happy"], "fast": ["happy", "sad"]},
+        "b": {"slow": ["happy"], "fast": ["sad"]},
+        "c": {"slow": [], "fast": ["angry"]},
+        "d": {"slow": ["calm"], "fast": []},
+    }
+    answers = {
+        (clip, mode): answer(clip, mode, words, truths[clip], confidence=0.9 if truths[clip] in words else 0.4)
+        for clip, by_mode in given.items()
+        for mode, words in by_mode.items()
+    }
+    scoring = make_scoring("answer", "wheels", wheels, "", None)
+    result = score_benchmark("meld", "hit", answers, truths, scoring, wheels, answer_wheels=wheels_digest(wheels))
+    slow, fast = result["modes"]["slow"], result["modes"]["fast"]
+    # Three answered clips can be scored: "neutral" has no category.
+    assert slow["headline"]["score"]["value"] == slow["score"] == pytest.approx(1 / 3) and slow["n_scored"] == 3
+    assert fast["score"] == 1 and slow["score_with_unanswered_as_empty"] == pytest.approx(1 / 4)
+    assert (slow["n_labelled"], slow["n_answered"], slow["n_unanswered"]) == (5, 4, 1)
+    assert slow["set_f"]["precision"]["value"] == slow["set_f"]["recall"]["value"] == pytest.approx(1 / 3)
+    assert fast["set_f"]["precision"]["value"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert result["slow_minus_fast"]["headline"]["score"]["points"] == pytest.approx(-200 / 3)
+    assert result["slow_minus_fast"]["n_common"] == 4 and slow["n_without_words"] == 1
+    assert slow["confidence_correct"]["value"] == pytest.approx(0.9)
+    assert slow["confidence_wrong"]["value"] == pytest.approx(0.4)  # of b, and of d: calm is not neutral
+    assert result["references"]["oracle_f1"] is None and result["references"]["majority_answer"]
+    happy = next(row for row in slow["by_category"] if row["category"] == wheels.category("happy", 0))
+    assert (happy["true"], happy["predicted"], happy["precision"], happy["recall"]) == (1, 2, 0.5, 1.0)
+    json.dumps(result, allow_nan=False)
+    elsewhere = score_benchmark("meld", "hit", answers, truths, scoring, wheels, answer_wheels="other wheels")
+    assert (
+        elsewhere["modes"]["slow"]["confidence_correct"] is None
+        and elsewhere["modes"]["slow"]["score"] == slow["score"]
+    )
+
+
+def test_what_cannot_be_scored_says_so(wheels):
+    scoring = make_scoring("answer", "wheels", wheels, "", None)
+    with pytest.raises(BenchmarkError, match="MELD: there is no answer to score"):
+        score_benchmark("meld", "hit", {}, {"a": "happy"}, scoring, wheels)
+    with pytest.raises(BenchmarkError, match="the answer of a lacks truth, text"):
+        score_benchmark("meld", "hit", {("a", "slow"): {"id": "a", "mode": "slow"}}, {"a": "sad"}, scoring, wheels)
+
+
+def test_confusion_and_calibration_by_hand(wheels):
+    joy, sadness, anger = (wheels.category(word, 0) for word in ("happy", "sad", "angry"))
+    table = analysis.confusion([["happy"], ["sad", "angry"], []], [["happy"], ["happy"], ["happy"]], wheels)
+    row = dict(zip(table["columns"], table["counts"][table["rows"].index(joy)], strict=True))
+    assert (row[joy], row[sadness], row[anger], row["none"]) == (1, 0.5, 0.5, 1)
+    table = analysis.polarity_confusion(["positive", "odd", "negative", "positive"], [1, 2, -1, 0])
+    assert table["counts"] == [[1, 1, 0], [0, 0, 1]]
+    curve = analysis.calibration([(np.array([0.92, 0.98, 0.31]), np.array([True, False, False])), (np.zeros(0),) * 2])
+    assert (
+        curve["count"] == [1, 2] and curve["correct"] == [0, 0.5] and curve["confidence"] == pytest.approx([0.31, 0.95])
+    )
+    assert curve["ece"] == pytest.approx((0.31 + 2 * 0.45) / 3)
+    assert analysis.calibration([])["ece"] is None
+
+
+def test_protocols_have_keys_of_their_own(wheels):
+    class Named:
+        model = "some-llm"
+
+    made = [
+        make_scoring(words, polarity, used, folder, Named())
+        for words, polarity, used, folder in (
+            ("answer", "wheels", wheels, ""),
+            ("extractor", "wheels", wheels, ""),
+            ("answer", "extractor", wheels, ""),
+            ("answer", "wheels", load_wheels(OFFICIAL), OFFICIAL),
+            ("answer", "wheels", load_wheels(OFFICIAL, "mer2026"), OFFICIAL),
+        )
+    ]
+    assert len({scoring.key for scoring in made}) == len(made)
+    assert "shipped" in made[0].wheels and "official" in made[3].wheels and "official" in made[4].wheels
+    assert len(OFFICIAL_WHEELS) == 2 and made[0].extractor == ""
+    assert WORDS_VERSION in made[1].describe() and POLARITY_VERSION in made[2].describe()
+    with pytest.raises(BenchmarkError, match="--extractor_url"):
+        make_scoring("extractor", "wheels", wheels, "", None)
+
+
+def reply(body):
+    """An extractor's reply by a rule: words it finds, in the official form; polarity by the first word."""
+    said = body["messages"][-1]["content"]
+    if said.startswith("Emotion words"):
+        return "positive" if "happy" in said else "I would say negative"
+    return "Output: [" + ", ".join(word.upper() for word in ("happy", "sad") if word in said) + "]"
+
+
+def test_the_extractor_reads_answers_once_and_its_failures_are_counted(wheels, tmp_path):
+    lines = [
+        answer("a", "slow", ["happy", "x"], 1.0),
+        answer("b", "slow", ["happy", "x"], -1.0),
+        answer("c", "slow", [], 1.0, text="<think>not happy at all</think> She is sad."),
+        answer("d", "slow", [], 0.5),
+        answer("e", "slow", ["poison"], -1.0),
+    ]
+    with JudgeServer(reply, fault_of=lambda body: "500" if "poison" in str(body) else "") as server:
+        settings = {"base_url": server.base_url, "model": "rule", "cache_dir": tmp_path, "max_failed_frac": 0.5}
+        for attempt in range(2):
+            with ChatClient(**settings, max_retries=1, backoff=0.01) as client:
+                scoring = make_scoring("extractor", "extractor", wheels, "", client)
+                found = extract(lines, "waf", scoring, wheels, client)
+            assert found.words == (("happy",), ("happy",), ("sad",), (), None)
+            # "I would say negative" is not one of the three words, and counts as the official code has it.
+            assert found.polarities == ("positive", "positive", "neutral", "neutral", None)
+            assert sum(found.failures.values()) == 1
+            assert len(server.asked) == 4 and set(server.asked.values()) == {1}, attempt
+        asked = [request.text for request in server.requests if not request.fault]
+    assert not any("not happy at all" in text for text in asked)  # reasoning is not an answer
+    assert any("<description>\nShe is sad.\n</description>" in text for text in asked)
+
+
+FINGERPRINT = {"benchmark": "meld", "model": {"weights": "abc"}, "media": {"fps": 2.0}}
+
+
+def test_a_torn_last_line_is_dropped_and_nothing_else_rewritten(tmp_path):
+    path = tmp_path / "answers" / "meld.jsonl"
+    with AnswerLog(path, FINGERPRINT) as log:
+        log.append([answer("a", "slow", ["happy"], "happy"), answer("a", "fast", ["sad"], "happy")])
+    whole = path.read_bytes()
+    for torn in (b'{"id": "b", "mo', b'{"id": "b", "mode": "slow"}', '{"id": "\u00e9'.encode()[:-1]):
+        path.write_bytes(whole + torn)
+        assert set(read_answers(path)[1]) == {("a", "slow"), ("a", "fast")}
+        with AnswerLog(path, FINGERPRINT) as log:
+            assert set(log.answers) == {("a", "slow"), ("a", "fast")}
+        assert path.read_bytes() == whole
+    with AnswerLog(path, FINGERPRINT) as log:
+        with pytest.raises(BenchmarkError, match="a has a slow answer already"):
+            log.append([answer("a", "slow", [], "happy")])
+    path.write_bytes(b'{"version": 1, "fing')  # torn before the first line was whole
+    with AnswerLog(path, FINGERPRINT) as log:
+        log.append([answer("a", "slow", ["happy"], "happy")])
+    assert set(read_answers(path)[1]) == {("a", "slow")}
+
+
+def test_answers_of_something_else_are_refused(tmp_path):
+    path = tmp_path / "meld.jsonl"
+    with AnswerLog(path, FINGERPRINT) as log:
+        log.append([answer("a", "slow", ["happy"], "happy")])
+        with pytest.raises(BenchmarkError, match="in use by another process"):
+            AnswerLog(path, FINGERPRINT)
+    before = path.read_bytes()
+    other = FINGERPRINT | {"model": {"weights": "xyz"}, "media": {"fps": 1.0}}
+    with pytest.raises(
+        BenchmarkError, match=r"(?s)model.weights: there 'abc', now 'xyz'.*media.fps: there 2.0, now 1.0"
+    ):
+        AnswerLog(path, other)
+    assert path.read_bytes() == before
+    path.write_bytes(before + b"garbage\n" + before.splitlines(keepends=True)[1])
+    with pytest.raises(BenchmarkError, match="meld.jsonl:3: damaged"):
+        read_answers(path)
+    path.write_bytes(before + before.splitlines(keepends=True)[1])
+    with pytest.raises(BenchmarkError, match="1 answers stand in it twice"):
+        read_answers(path)
+    with pytest.raises(BenchmarkError, match="no answers to score"):
+        read_answers(tmp_path / "nowhere.jsonl")
