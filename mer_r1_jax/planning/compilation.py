@@ -9,15 +9,13 @@ import importlib.metadata
 import json
 import pathlib
 import re
+import tempfile
 import time
 
 import jax
 
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.planning.traced import traced_flops
-
-# Reading a program's text fails where the compiler has moved a gather to the sparse cores.
-COMPILER_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 _OVER = re.compile(
@@ -35,7 +33,7 @@ class Compiled:
         error: why there is no program; empty when there is one.
         over_bytes: by how much its memory exceeds the chip's, where that is the error.
         traced_flops: matrix products the program asks for, of all chips.
-        text: the optimised program; empty where there is none, or the compiler cannot write it down.
+        text: the optimised program; empty where there is none, or the compiler wrote none down.
     """
 
     seconds: float = 0.0
@@ -82,18 +80,19 @@ def versions() -> dict[str, str]:
 
 
 def _fingerprint(module: str, topology: str) -> str:
-    parts = [topology, json.dumps(versions()), json.dumps(COMPILER_OPTIONS), module]
+    parts = [topology, json.dumps(versions()), module]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
 def _compile(lowered: jax.stages.Lowered) -> Compiled:
     start = time.perf_counter()
-    try:
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
-    except jax.errors.JaxRuntimeError as error:
-        return Compiled(
-            seconds=time.perf_counter() - start, error=_first_lines(str(error)), over_bytes=_over_bytes(str(error))
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            seconds = time.perf_counter() - start
+            return Compiled(seconds=seconds, error=_first_lines(str(error)), over_bytes=_over_bytes(str(error)))
+        text = _dumped(pathlib.Path(folder))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return Compiled(
@@ -103,15 +102,17 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        text=_text(compiled),
+        text=text,
     )
 
 
-def _text(compiled: jax.stages.Compiled) -> str:
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # seen where operations run on the sparse cores
-        return ""
+def _dumped(folder: pathlib.Path) -> str:
+    """The final program as the compiler dumps it.
+
+    `Compiled.as_text` would read it back first, which fails where operations run on the sparse cores.
+    """
+    files = sorted(folder.glob("*after_codegen.txt"), key=lambda file: file.stat().st_size)
+    return files[-1].read_text() if files else ""
 
 
 def _over_bytes(message: str) -> int:

@@ -13,7 +13,6 @@ from jax.sharding import SingleDeviceSharding
 from mer_r1_jax.config.build import config_dict, from_mapping, load_config
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
-from mer_r1_jax.planning.compilation import COMPILER_OPTIONS
 from mer_r1_jax.planning.hlo import work_of
 from mer_r1_jax.planning.markdown import markdown
 from mer_r1_jax.planning.plan import plan
@@ -111,7 +110,7 @@ def test_a_matmul_loop_counts_every_trip():
         return jax.lax.while_loop(lambda carry: (carry[0] < 99) & jnp.any(carry[1] > 0), step, (0, x))[1]
 
     def work(function, **options):
-        compiled = jax.jit(function).trace(x, w).lower(lowering_platforms=("tpu",)).compile(COMPILER_OPTIONS)
+        compiled = jax.jit(function).trace(x, w).lower(lowering_platforms=("tpu",)).compile()
         return work_of(compiled.as_text(), **options), compiled.cost_analysis()["flops"]
 
     counted, reported = work(loop)

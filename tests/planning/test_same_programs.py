@@ -40,7 +40,10 @@ def listing(jaxpr):
     lines = [" ".join(map(name, (*jaxpr.constvars, *jaxpr.invars)))]
     for equation in jaxpr.eqns:
         operands = [name(atom) for atom in equation.invars]
-        parameters = [f"{key}={written(value)}" for key, value in sorted(equation.params.items())]
+        parameters = dict(equation.params)
+        if equation.primitive.name != "sharding_constraint":
+            parameters.pop("sharding", None)  # of a new array: its mesh, whose axes are all Auto, or none
+        parameters = [f"{key}={written(value)}" for key, value in sorted(parameters.items())]
         results = [name(atom) for atom in equation.outvars]
         lines.append(f"{equation.primitive.name} {operands} {parameters} -> {results}")
     return "\n".join([*lines, " ".join(map(name, jaxpr.outvars))])
