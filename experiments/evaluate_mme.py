@@ -21,7 +21,7 @@ from mer_r1_jax.evaluation.mme.errors import MmeError
 from mer_r1_jax.evaluation.mme.folder import MmeFolder
 from mer_r1_jax.evaluation.mme.pipeline import Responses, rescore, run
 from mer_r1_jax.evaluation.mme.reader import read_benchmark
-from mer_r1_jax.evaluation.mme.tasks import METRICS
+from mer_r1_jax.evaluation.mme.scores import lines_of
 
 _MODEL = flags.DEFINE_string("model", "", "a run's folder, its export, or a Hugging Face directory")
 _RESPONSES = flags.DEFINE_string("responses", "", "instead: folder of response files in the official form")
@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
             f"answers: {MmeFolder.of(_OUT.value).predictions}; add --judge_url and --judge_model to rate them"
         )
         return 0
-    for score in scores:
-        _show(console, score)
+    for line in (line for score in scores for line in lines_of(score)):
+        console.print(line)
     console.print(f"report: {MmeFolder.of(_OUT.value).report}")
     return 0
 
@@ -154,24 +154,6 @@ def _bars() -> Iterator:
     finally:
         for bar in bars.values():
             bar.close()
-
-
-def _show(console: Console, score: dict) -> None:
-    console.print(score["protocol"]["description"])
-    for mode, table in score["modes"].items():
-        pooled, macro = table["pooled"], table["macro"]
-        for name, row in (
-            ("pooled", pooled["drop"]),
-            ("mean over tasks", macro["drop"]),
-            ("failures 0", pooled["zero"]),
-        ):
-            shown = ", ".join(f"{metric} {_number(row[metric]['score'])}" for metric in METRICS)
-            console.print(f"  {mode}, {name}: {shown}")
-        console.print(f"  {mode}: {pooled['rated']} of {pooled['n']} items rated")
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.1f}"
 
 
 if __name__ == "__main__":

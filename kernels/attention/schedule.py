@@ -20,7 +20,13 @@ MAX_KEY_BLOCKS, MAX_QUERY_BLOCKS = 1 << (_QUERY - _KEY), 1 << (31 - _QUERY)
 
 
 def candidates(
-    I: int, J: int, query_block: int, key_block: int, *, causal: bool, key_offset: int
+    I: int,  # noqa: E741
+    J: int,
+    query_block: int,
+    key_block: int,
+    *,
+    causal: bool,
+    key_offset: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The (query block, key block) of every tile that causal order does not rule out, query block by query block.
 

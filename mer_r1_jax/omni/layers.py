@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from mer_r1_jax.kernels.attention.reference import RESIDUALS
 from mer_r1_jax.kernels.placement import Placement
 
@@ -62,6 +63,16 @@ def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if target is None:
         return ()
     return (target,) if isinstance(target, str) else tuple(target)
+
+
+def active_mesh() -> Mesh | None:
+    """The mesh of the active `axis_rules`; None when there are none."""
+    return _active.mesh
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes of a logical name under the active `axis_rules`."""
+    return _mesh_axes(_active.rules.get(name))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -6,6 +6,7 @@ Letters besides those of `omni.batch`: Y = h / 2 rotation angles of a head, f wi
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 
 from mer_r1_jax.kernels.attention.api import attention, choose, shared_prompt_attention
 from mer_r1_jax.kernels.decode_attention.api import decode_attention
+from mer_r1_jax.kernels.logprobs.api import Partition, Scores, gather_logprobs
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array
 from mer_r1_jax.omni.config import TextConfig
 from mer_r1_jax.omni.layers import (
@@ -20,8 +22,10 @@ from mer_r1_jax.omni.layers import (
     Linear,
     RMSNorm,
     Settings,
+    active_mesh,
     constrain,
     inverse_frequencies,
+    mesh_axes,
     placement,
     rotate,
     scan_layers,
@@ -252,5 +256,22 @@ class TextDecoder(nnx.Module):
     @jax.named_scope("logits")
     def logits(self, h: jax.Array) -> jax.Array:
         """float32 logits[..., N] of hidden states h[..., D]."""
-        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
-        return jnp.einsum("...D,DN->...N", h, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        unembedding, vocab_first = self.unembedding()
+        kernel_DN = unembedding.T if vocab_first else unembedding
+        return jnp.einsum("...D,DN->...N", h, kernel_DN, preferred_element_type=jnp.float32)
+
+    def unembedding(self) -> tuple[jax.Array, bool]:
+        """What hidden states are multiplied with, in the compute dtype: [D, N], or [N, D] and True when tied."""
+        tied = self.head is None
+        return (self.embed.embedding if tied else self.head.kernel)[...].astype(self.dtype), tied
+
+    @jax.named_scope("logprobs")
+    def gather_logprobs(self, h: jax.Array, token: jax.Array | None, **settings: Any) -> Scores:
+        """As `Thinker.gather_logprobs`."""
+        unembedding, vocab_first = self.unembedding()
+        partition = None
+        if (mesh := active_mesh()) is not None:
+            axes = {name: mesh_axes(name) for name in ("batch", "vocab", "embed")}
+            fsdp = tuple(axis for axis in axes["embed"] if axis in axes["batch"])
+            partition = Partition(mesh=mesh, rows=axes["batch"], vocab=axes["vocab"], width=fsdp)
+        return gather_logprobs(h, unembedding, token, vocab_first=vocab_first, partition=partition, **settings)

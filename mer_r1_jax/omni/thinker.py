@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mer_r1_jax.kernels.logprobs.api import Scores
 from mer_r1_jax.omni.audio import AudioTower
 from mer_r1_jax.omni.batch import FEATURES_PER_UNIT, AudioClips, Batch, BatchShape, Tokens, VisionClips
 from mer_r1_jax.omni.config import ThinkerConfig
@@ -137,6 +138,17 @@ class Thinker(nnx.Module):
     def logits(self, h: jax.Array) -> jax.Array:
         """float32 logits[..., N] of hidden states h[..., D]."""
         return self.text.logits(h)
+
+    def gather_logprobs(self, h: jax.Array, token: jax.Array | None = None, **settings: Any) -> Scores:
+        """Scores of hidden states h[..., D] without the logits of all of them in memory.
+
+        Args:
+            h: hidden states.
+            token: int32 [...] tokens to score.
+            settings: sets, candidate_ids_ZY, mask, temperature, entropy_gradient, chunk, implementation of
+                `mer_r1_jax.kernels.logprobs.api.gather_logprobs`.
+        """
+        return self.text.gather_logprobs(h, token, **settings)
 
     def prefill(
         self, tokens: Tokens, features_BRD: jax.Array | None, layout: FeatureLayout

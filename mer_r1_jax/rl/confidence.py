@@ -26,11 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mer_r1_jax.omni.batch import Array
-from mer_r1_jax.rl.losses import map_chunks
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
 
-FLOOR = 1e-10  # of the summed probability
 CHUNK = 256  # anchors whose logits are held at once
 NO_SET = -1  # the word has no candidates on this wheel, or may not be used
 
@@ -191,25 +189,12 @@ def set_logprobs(model, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk
         h: hidden states [..., D].
         sets: int32 [..., Q], candidate set of each wheel, NO_SET for none.
         candidate_ids_ZY: int32, token ids of each set, -1 where a set has fewer.
-        chunk: hidden states whose logits are held at once.
+        chunk: hidden states whose logits are held at once where whole logits are computed.
 
     Returns:
         float32 [..., Q] in nats, never below log(1e-10); that value too where there is no set.
     """
-
-    candidate_ids_ZY = jnp.asarray(candidate_ids_ZY)
-
-    def score(h_MD, set_MQ):
-        logits_MN = model.logits(h_MD).astype(jnp.float32)
-        id_MQY = candidate_ids_ZY[jnp.maximum(set_MQ, 0)]
-        held_MQY = (id_MQY >= 0) & (set_MQ >= 0)[..., None]
-        flat_MF = jnp.maximum(id_MQY, 0).reshape(id_MQY.shape[0], -1)
-        logit_MQY = jnp.take_along_axis(logits_MN, flat_MF, axis=-1).reshape(id_MQY.shape)
-        logprob_MQY = logit_MQY - jax.nn.logsumexp(logits_MN, axis=-1)[:, None, None]
-        total_MQ = jnp.sum(jnp.where(held_MQY, jnp.exp(logprob_MQY), 0.0), axis=-1)
-        return jnp.log(jnp.maximum(total_MQ, FLOOR))
-
-    return map_chunks(score, (h, sets), sets.shape[:-1], chunk)
+    return model.gather_logprobs(h, sets=sets, candidate_ids_ZY=candidate_ids_ZY, chunk=chunk).sets
 
 
 def confidences(

@@ -12,11 +12,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mer_r1_jax.kernels.logprobs.api import CHUNK
 from mer_r1_jax.omni.batch import Array
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
-CHUNK = 1024  # tokens whose logits are held at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,14 +105,14 @@ def loss_mask(mask_BGC: Array, truncated_BG: Array, mask_truncated_completions: 
 def token_logprobs(model, h: Array, ids: Array, *, temperature: float, chunk: int = CHUNK) -> tuple[Array, Array]:
     """Log-probability of each token and entropy of the distribution it is scored under, softmax(logits / temperature).
 
-    Computed `chunk` tokens at a time; logits are computed again for the gradient and never held for all tokens.
+    The logits of all tokens are never held at once; `mer_r1_jax.kernels.logprobs` says how.
 
     Args:
         model: a bound Thinker.
         h: hidden states [..., D] that predict the tokens.
         ids: int32 [...].
         temperature: above 0; the sampling temperature.
-        chunk: tokens whose logits are held at once.
+        chunk: tokens whose logits are held at once where whole logits are computed.
 
     Returns:
         log-probabilities float32 [...] and entropies float32 [...] in nats; no gradient flows through the entropies,
@@ -123,44 +123,8 @@ def token_logprobs(model, h: Array, ids: Array, *, temperature: float, chunk: in
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: log-probabilities need one above 0 (rl.temperature)")
-
-    def score(h_MD, id_M):
-        logits_MN = model.logits(h_MD) / temperature
-        lse_M = jax.nn.logsumexp(logits_MN, axis=-1)
-        logprob_M = jnp.take_along_axis(logits_MN, id_M[:, None], axis=-1)[:, 0] - lse_M
-        held_MN = jax.lax.stop_gradient(logits_MN)
-        held_lse_M = jax.lax.stop_gradient(lse_M)
-        entropy_M = held_lse_M - jnp.sum(jnp.exp(held_MN - held_lse_M[:, None]) * held_MN, axis=-1)
-        return logprob_M, entropy_M
-
-    return map_chunks(score, (h, ids), ids.shape, chunk)
-
-
-def map_chunks(function, arrays: tuple[Array, ...], leading: tuple[int, ...], chunk: int):
-    """Applies `function` to at most `chunk` items at a time and recomputes it in the backward pass.
-
-    Args:
-        function: maps arrays [M, ...] to a pytree of arrays [M, ...], item by item.
-        arrays: arrays whose leading axes are `leading`.
-        leading: the shape that is flattened to items.
-        chunk: items of one call.
-
-    Returns:
-        The pytree of results with the leading axes put back.
-    """
-    count = 1
-    for size in leading:
-        count *= size
-    flat = [a.reshape(count, *a.shape[len(leading) :]) for a in arrays]
-    if count <= chunk:
-        results = jax.checkpoint(function)(*flat)
-    else:
-        calls = -(-count // chunk)
-        padded = [jnp.pad(a, [(0, calls * chunk - count)] + [(0, 0)] * (a.ndim - 1)) for a in flat]
-        cut = [a.reshape(calls, chunk, *a.shape[1:]) for a in padded]
-        results = jax.lax.map(jax.checkpoint(lambda items: function(*items)), tuple(cut))
-        results = jax.tree.map(lambda r: r.reshape(calls * chunk, *r.shape[2:])[:count], results)
-    return jax.tree.map(lambda r: r.reshape(*leading, *r.shape[1:]), results)
+    scores = model.gather_logprobs(h, ids, temperature=temperature, entropy_gradient=False, chunk=chunk)
+    return scores.logprob, scores.entropy
 
 
 def kl_penalty(logprob: Array, reference_logprob: Array) -> Array:

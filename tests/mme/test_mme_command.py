@@ -1,6 +1,7 @@
 """experiments/evaluate_mme.py as a user meets it: killed in each stage and resumed, asking nobody twice."""
 
 import collections
+import functools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from support.commands import run_command as run_here
 from support.judge_server import JudgeServer
@@ -16,6 +18,7 @@ from support.mme_standin import COUNT, follow_rule
 from support.small_run import command, environment, with_config
 
 from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.run.benchmark import open_policy
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.training.state import merge
 
@@ -80,6 +83,28 @@ def test_a_policy_killed_while_it_answers_goes_on_with_the_rest(standin, tmp_pat
     assert scores["slow_minus_fast"]["items"] == 4
     assert "slow, pooled: recognition" in said and "4 of 4 items rated" in said
     assert KEY not in said + err and not any(KEY.encode() in p.read_bytes() for p in out.rglob("*") if p.is_file())
+
+
+def test_evaluate_takes_it_as_one_of_the_benchmarks(standin, tmp_path, model, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/MME-Emotion").symlink_to(standin)
+    out = tmp_path / "out"
+    flags = ("--benchmark=mme_emotion", "--mode=fast", f"--out={out}")
+    on_one_device = {"open_policy": functools.partial(open_policy, devices=jax.devices()[:1])}
+    asking = (f"--model={model}", f"--benchmark_root={tmp_path / 'data'}", "--limit=1")
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    with JudgeServer(follow_rule) as server:
+        judge = (f"--judge_url={server.base_url}", "--judge_model=judge-1")
+        assert run_here("evaluate", *flags, *asking, *judge, **on_one_device) == 0
+        asked = sum(server.asked.values())
+        said = capsys.readouterr().out
+        assert "fast, pooled: recognition" in said and "8 of 8 items rated" in said
+        assert str(out / "mme_emotion/report.html") in said.replace("\n", "")
+        assert run_here("evaluate", *flags, *asking, *judge, **on_one_device) == 0
+        assert sum(server.asked.values()) == asked
+    again = capsys.readouterr().out
+    assert run_here("evaluate", *flags, "--rescore") == 0
+    assert capsys.readouterr().out == again == said
 
 
 @pytest.mark.parametrize("at", [5, COUNT + 7])  # among the steps, among the ratings

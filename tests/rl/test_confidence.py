@@ -285,20 +285,16 @@ def test_equal_contexts_have_no_difference():
 
 
 def test_probabilities_below_the_floor_are_held_there_and_absent_sets_give_no_nan():
-    config = policy()[0]
-    h = np.zeros((1, config.text.hidden_size), np.float32)
+    D = policy()[0].text.hidden_size
+    h = np.ones((1, D), np.float32)
     sets = np.array([[0, NO_SET, 1]])
     table = np.array([[3, -1], [4, 5]])
 
     def score(params):
-        bias = np.zeros(config.text.vocab_size, np.float32)
-        bias[7] = 60.0  # everything else is below 1e-10
-
-        class Peaked:
-            def logits(self, h_MD):
-                return bound(params).logits(h_MD) + bias
-
-        return confidence.set_logprobs(Peaked(), h, sets, table)
+        text = params["text"]
+        kernel_DN = text["head"]["kernel"].at[:, 7].add(80 / D)  # everything else is below 1e-10
+        peaked = params | {"text": text | {"head": {"kernel": kernel_DN}}}
+        return confidence.set_logprobs(bound(peaked), h, sets, table)
 
     np.testing.assert_allclose(score(policy()[2]), np.full((1, 3), np.log(1e-10)), rtol=1e-6)
     gradients = jax.grad(lambda params: score(params).sum())(policy()[2])

@@ -118,3 +118,23 @@ def _coverage(asked: Sequence[Asked], logs: Mapping[str, Rows]) -> dict[str, Any
         "mean_steps": float(np.mean(steps)) if steps else None,
         "without_reasoning": sum(count == 1 for count in steps),
     }
+
+
+def lines_of(score: Mapping[str, Any]) -> list[str]:
+    """The scores of one protocol, as `MmeFolder.score` gives them, in lines for a console."""
+    lines = [score["protocol"]["description"]]
+    for mode, table in score["modes"].items():
+        pooled, macro = table["pooled"], table["macro"]
+        for name, row in (
+            ("pooled", pooled[DROP]),
+            ("mean over tasks", macro[DROP]),
+            ("failures 0", pooled[ZERO]),
+        ):
+            shown = ", ".join(f"{metric} {_number(row[metric]['score'])}" for metric in METRICS)
+            lines.append(f"  {mode}, {name}: {shown}")
+        lines.append(f"  {mode}: {pooled['rated']} of {pooled['n']} items rated")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.1f}"
