@@ -9,7 +9,7 @@ ARGS ?=
 # A second transformers, one major version back, that exported models must load in as well.
 TRANSFORMERS4 := .compat/transformers4
 
-.PHONY: train smoke test clean
+.PHONY: train smoke test plan clean
 
 train: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG) $(ARGS)
@@ -19,6 +19,15 @@ smoke: $(BIN)/.installed
 
 test: $(BIN)/.installed-test $(TRANSFORMERS4)/.installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Sheets of docs/plans: minutes of compiling each, without a TPU. One of them: make plan PLANS=omni_3b.py:v5e:4x4
+PLANS ?= omni_3b.py:v5e:4x4 omni_3b.py:v5p:2x2x4 omni_7b.py:v5p:2x2x4 omni_7b.py:v6e:4x4 omni_7b.py:v5e:16x16
+
+plan: $(BIN)/.installed-test
+	set -e; for plan in $(PLANS); do \
+		$(BIN)/python experiments/plan.py --config=experiments/configs/$$plan --topology=$${plan#*:} $(ARGS) \
+			|| test $$? = 1; \
+	done
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import RlConfig, RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash, read_records
 from mer_r1_jax.data.synthetic.make import make_world
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import category_sets
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 from mer_r1_jax.media.tokenizer import load_tokenizer
+from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import make_mesh, row_cut
 from mer_r1_jax.parallel.rows import RowShare, row_share
-from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.rl.reward_funcs import RewardFunctions, extra_columns
 from mer_r1_jax.rl.sampling import SamplingConfig
@@ -36,7 +37,6 @@ from mer_r1_jax.training.state import (
     TrainState,
     init_state,
     make_optimizer,
-    state_shardings,
     trainable_names,
 )
 
@@ -134,11 +134,7 @@ class Setup:
 
     def abstract_state(self, is_trainable: Any, optimizer: Any, dtype: str) -> TrainState:
         """A train state without numbers, with its shardings."""
-        shapes = jax.eval_shape(lambda leaves: init_state(leaves, is_trainable, optimizer, dtype), self.backbone.shapes)
-        shardings = state_shardings(shapes, self.backbone.shardings, replicated(self.backbone.mesh))
-        return jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
-        )
+        return self.backbone.abstract_state(is_trainable, optimizer, dtype)
 
     def new_state(self, leaves: Leaves, is_trainable: Any, optimizer: Any, dtype: str) -> TrainState:
         """A fresh train state around parameters, every array made where it will live."""
@@ -177,7 +173,7 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
     tokenizer_path = pathlib.Path(config.model.tokenizer_path or config.model.path)
     tokenizer = load_tokenizer(tokenizer_path)
     mesh = make_mesh(config.mesh, devices)
-    _check_rows(config, row_cut(mesh))
+    check_rows(config, mesh)
     backbone = Backbone.create(thinker_config(config.model, tokenizer), mesh, config.model.packed_rows)
     tags = AnswerTags(tokenizer)
     table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
@@ -191,7 +187,9 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
         candidates=table(tokenizer, wheels),
         data=data,
         source=PromptSource(config, tokenizer, backbone.config),
-        programs=RlPrograms(backbone, config.rl, _sampling(config, backbone, tags)),
+        programs=RlPrograms(
+            backbone, config.rl, sampling_config(config.rl, backbone.config, banned_ids_of(tags, backbone.config))
+        ),
         reward_funcs=_reward_functions(config, data.rl),
     )
 
@@ -208,19 +206,22 @@ def _reward_functions(config: RunConfig, records: Sequence[Record]) -> RewardFun
     )
 
 
-def _sampling(config: RunConfig, backbone: Backbone, tags: AnswerTags) -> SamplingConfig:
-    thinker, rl = backbone.config, config.rl
+def sampling_config(rl: RlConfig, thinker: ThinkerConfig, banned_ids: tuple[int, ...]) -> SamplingConfig:
+    """How the training rollout samples; `banned_ids` are never sampled."""
     return SamplingConfig(
         max_completion_length=rl.max_completion_length,
         eos_ids=thinker.eos_token_ids,
-        banned_ids=tags.banned_ids(
-            thinker.text.vocab_size, eos_ids=thinker.eos_token_ids, extra=thinker.media_token_ids
-        ),
+        banned_ids=banned_ids,
         temperature=rl.temperature,
         top_k=rl.top_k,
         top_p=rl.top_p,
         min_p=rl.min_p,
     )
+
+
+def banned_ids_of(tags: AnswerTags, thinker: ThinkerConfig) -> tuple[int, ...]:
+    """Ids no completion may hold: special tokens, media placeholders and ids without a token."""
+    return tags.banned_ids(thinker.text.vocab_size, eos_ids=thinker.eos_token_ids, extra=thinker.media_token_ids)
 
 
 def with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
@@ -275,9 +276,13 @@ def _read(config: RunConfig, wheels: Wheels) -> DataSets:
     return DataSets(sft=sft, rl=rl, eval=held_out[:limit], unscorable=unscorable)
 
 
-def _check_rows(config: RunConfig, cut: int) -> None:
-    """Refuses batches whose rows the devices cannot share evenly."""
-    problems = []
+def check_rows(config: RunConfig, mesh: Mesh) -> None:
+    """Refuses batches whose rows the devices cannot share evenly.
+
+    Raises:
+        ConfigError: with the number of prompts that would do.
+    """
+    problems, cut = [], row_cut(mesh)
     for phase in ("sft", "rl"):
         section = getattr(config, phase)
         rows = section.prompts_per_step // section.gradient_accumulation_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
-from mer_r1_jax.parallel.rules import TRAIN_RULES, param_shardings
-from mer_r1_jax.training.state import Leaves, flatten, merge
+from mer_r1_jax.parallel.rules import TRAIN_RULES, param_shardings, replicated
+from mer_r1_jax.training.state import Leaves, TrainState, flatten, init_state, merge, state_shardings
 
 # Schema field -> (part of the architecture, its field there).
 _SIZES = {
@@ -37,6 +38,12 @@ _SIZES = {
     "audio_layers": ("audio", "encoder_layers"),
     "audio_heads": ("audio", "encoder_attention_heads"),
     "audio_mlp_size": ("audio", "encoder_ffn_dim"),
+}
+
+_PRESETS = {
+    "tiny": ThinkerConfig.tiny,
+    "3b": ThinkerConfig.qwen2_5_omni_3b,
+    "7b": ThinkerConfig.qwen2_5_omni_7b,
 }
 
 PAD_TOKEN = "<|endoftext|>"
@@ -83,13 +90,25 @@ class Backbone:
         """Parameters of a Hugging Face directory, streamed onto the mesh."""
         return flatten(load_params(path, self.config, shardings=merge(self.shardings)))
 
+    def abstract_state(self, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
+        """A train state without numbers, with its shardings; both moments in `dtype`."""
+        shapes = jax.eval_shape(lambda leaves: init_state(leaves, is_trainable, optimizer, dtype), self.shapes)
+        shardings = state_shardings(shapes, self.shardings, replicated(self.mesh))
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+        )
+
     def rules(self) -> Any:
         """Context in which activations are constrained to this mesh."""
         return axis_rules(TRAIN_RULES, self.mesh)
 
 
-def thinker_config(model: ModelConfig, tokenizer: Any) -> ThinkerConfig:
+def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:
     """The architecture a run trains: a checkpoint's own, or a preset with the sizes given and the tokenizer's ids.
+
+    Args:
+        model: the configuration.
+        tokenizer: None keeps the preset's own vocabulary and ids (a plan needs no more than their number).
 
     Raises:
         ConfigError: when sizes are given beside a checkpoint, which has its own.
@@ -100,13 +119,12 @@ def thinker_config(model: ModelConfig, tokenizer: Any) -> ThinkerConfig:
         if sizes:
             raise ConfigError(f"model.path is {model.path!r}, whose sizes are its own: leave {', '.join(sizes)} at 0")
         return dataclasses.replace(load_config(model.path), **common)
-    if model.preset == "tiny":
+    if model.preset == "tiny" and tokenizer is not None:
         preset = _sized_for(ThinkerConfig.tiny(), len(tokenizer))
     else:
-        preset = {"3b": ThinkerConfig.qwen2_5_omni_3b, "7b": ThinkerConfig.qwen2_5_omni_7b}[model.preset]()
-    return dataclasses.replace(
-        _resized(preset, sizes), initializer_range=model.initializer_range, **special_ids(tokenizer), **common
-    )
+        preset = _PRESETS[model.preset]()
+    ids = {} if tokenizer is None else special_ids(tokenizer)
+    return dataclasses.replace(_resized(preset, sizes), initializer_range=model.initializer_range, **ids, **common)
 
 
 def special_ids(tokenizer: Any) -> dict[str, Any]:

@@ -83,10 +83,11 @@ class RlPrograms:
 
     def encode(self, leaves: tuple[Leaves, Leaves], batch: Batch) -> Array | None:
         """Media features [B, R, D] of a batch; None when it has no media."""
-        return self._encode(leaves, batch.vision, batch.audio)
+        return self.encode_program(leaves, batch.vision, batch.audio)
 
     @functools.cached_property
-    def _encode(self) -> Callable[..., Array | None]:
+    def encode_program(self) -> Callable[..., Array | None]:
+        """The jitted program of `encode`. Arguments: leaves, vision clips, audio clips."""
         return self._jit(lambda model, vision, audio: model.encode_media(vision, audio))
 
     def sample(
@@ -102,12 +103,16 @@ class RlPrograms:
         forced_ids: tuple[int, ...] = (),
     ) -> Completions:
         """Samples `generations` completions of every prompt; settings are the training rollout's unless given."""
-        return self._sample(generations, sampling or self.sampling, forced_ids)(
+        return self.sample_program(generations, sampling or self.sampling, forced_ids)(
             leaves, prompts, features_BRD, key, rollout_step
         )
 
     @functools.cache  # noqa: B019 - one object a run; the cache lives as long as its programs should
-    def _sample(self, generations: int, sampling: SamplingConfig, forced_ids: tuple[int, ...]) -> Callable[..., Any]:
+    def sample_program(
+        self, generations: int, sampling: SamplingConfig, forced_ids: tuple[int, ...] = ()
+    ) -> Callable[..., Completions]:
+        """The jitted program of `sample`. Arguments: leaves, prompts, features_BRD, key, rollout_step."""
+
         def sample(model: Thinker, prompts: PromptRows, features_BRD, key, rollout_step):
             return rollout(
                 model,

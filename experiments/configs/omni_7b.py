@@ -1,0 +1,67 @@
+"""MER-R1's recipe on Qwen2.5-Omni-7B: SFT on 5,000 clips, then RL on the rest of MER-Caption+, towers frozen.
+
+`omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. Training needs weights
+and data: --config.model.path=... --config.data.sft_path=... --config.data.rl_path=...; what a run would take of it,
+`experiments/plan.py` says without them.
+"""
+
+from mer_r1_jax.config.build import config_dict
+
+# Slice -> prompts of a step, and devices along mesh.tensor; the rest are fsdp.
+SLICES = {
+    "v5p:2x2x4": (16, 1),
+    "v5e:16x16": (64, 4),
+    "v6e:4x4": (16, 1),
+}
+
+
+def get_config(slice_name: str = "v5p:2x2x4"):
+    """The recipe, laid out for a slice."""
+    if slice_name not in SLICES:
+        raise ValueError(f"slice {slice_name!r}: expected one of {', '.join(SLICES)}, or set mesh.* yourself")
+    config = recipe()
+    config.name = "omni_7b"
+    config.model.preset = "7b"
+    lay_out(config, *SLICES[slice_name])
+    return config
+
+
+def recipe():
+    """The paper's settings (and those of the authors' earlier work); precisions, batch and media limits are ours."""
+    config = config_dict()
+    config.model.param_dtype = "float32"
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = "attention"
+    config.model.packed_rows = True  # the attention kernel skips what a packed row's mask forbids
+    _media(config.media)
+    config.data.max_prompt_length = 2048
+    config.sft.max_steps = -1
+    config.sft.num_train_epochs = 2.0
+    config.sft.max_completion_length = 1024
+    config.sft.optimizer.learning_rate = 2e-5
+    config.rl.arm = "mer_r1"
+    config.rl.max_steps = -1
+    config.rl.num_train_epochs = 1.0
+    config.rl.num_generations = 4
+    config.rl.max_completion_length = 1024
+    config.rl.temperature = 0.9
+    config.rl.optimizer.learning_rate = 2e-6
+    return config
+
+
+def lay_out(config, prompts: int, tensor: int):
+    """Parameters and optimizer cut over all chips; one prompt or more for each group of `tensor` chips."""
+    config.sft.prompts_per_step = config.rl.prompts_per_step = prompts
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = tensor
+
+
+def _media(media):
+    """Clips within a prompt of 2048 tokens: 8 frame pairs of 128 tokens, 30 seconds of 25 tokens, and the text."""
+    media.fps = 2.0
+    media.max_frames = 16
+    media.video_min_pixels = 64 * 28 * 28
+    media.video_max_pixels = 128 * 28 * 28
+    media.image_max_pixels = 1024 * 28 * 28
+    media.max_audio_seconds = 30.0

@@ -1,0 +1,63 @@
+"""What to change when a run does not fit: what is too big, by how much, and the settings that make it smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.planning.chips import GIB
+from mer_r1_jax.planning.sheet import ProgramSheet
+
+
+def advise(config: RunConfig, programs: Sequence[ProgramSheet], chips: int) -> tuple[str, ...]:
+    """One line for each program that does not fit: what is too big, by how much, and what would mend it."""
+    return tuple(_line(config, program, chips) for program in programs if not program.fits)
+
+
+def _line(config: RunConfig, program: ProgramSheet, chips: int) -> str:
+    if program.error and not program.over:
+        return f"{program.name}: the compiler refuses it: {program.error}"
+    held = sum(program.held.values())
+    over, hbm = program.over / GIB, program.hbm / GIB
+    if program.error:
+        # The compiler counts the program's own arguments; what is held besides them comes on top.
+        size = f"{program.name}: more than {hbm:.1f} GiB, {over:.2f} GiB or more too many"
+        cause = f"{held / GIB:.2f} GiB are held ({_largest(program.held)}), the rest is temporary"
+    else:
+        size = f"{program.name}: {program.total / GIB:.2f} GiB of {hbm:.1f} GiB, {over:.2f} GiB too many"
+        cause = f"largest: {_largest({**program.held, 'cache': program.cache, 'temp': program.temp})}"
+    return f"{size}; {cause}. {'; or '.join(_cures(config, program, chips))}"
+
+
+def _largest(parts: dict[str, int], count: int = 3) -> str:
+    ordered = sorted(parts.items(), key=lambda item: -item[1])[:count]
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in ordered)
+
+
+def _cures(config: RunConfig, program: ProgramSheet, chips: int) -> list[str]:
+    """Settings that would make up for what is too much, those that change nothing else first."""
+    phase, section = program.phase, getattr(config, program.phase)
+    cures = []
+    if config.mesh.data > 1:
+        cures.append(f"mesh.fsdp={config.mesh.data * max(config.mesh.fsdp, 1)} and mesh.data=1, which cut what is held")
+    rows = section.prompts_per_step // section.gradient_accumulation_steps
+    cut = chips // config.mesh.tensor
+    trains = program.name in ("sft_step", "update")
+    if trains and rows > cut and rows % (2 * cut) == 0:
+        more = 2 * section.gradient_accumulation_steps
+        cures.append(f"{phase}.gradient_accumulation_steps={more}, which about halves the temporary memory")
+    if trains and config.model.remat != "nothing":
+        cures.append("model.remat=nothing, which keeps nothing of a layer")
+    if not trains and section.prompts_per_step > cut and section.prompts_per_step % (2 * cut) == 0:
+        cures.append(f"{phase}.prompts_per_step={section.prompts_per_step // 2}, which halves the rows of a chip")
+    if rows <= cut:
+        tensor = 2 * config.mesh.tensor
+        cures.append(f"mesh.tensor={tensor}, as one row a chip cannot be cut further otherwise")
+    if section.optimizer.dtype == "float32":
+        saved = program.held.get("optimizer", 0) / 2 / GIB
+        cures.append(f"{phase}.optimizer.dtype=bfloat16, which saves {saved:.2f} GiB")
+    if config.model.param_dtype == "float32":
+        saved = sum(program.held.get(part, 0) for part in ("parameters", "towers", "reference")) / 2 / GIB
+        cures.append(f"model.param_dtype=bfloat16, which saves {saved:.2f} GiB and rounds every update")
+    cures.append(f"a larger slice: {2 * chips} chips halve what is held")
+    return ["Try " + cures[0], *cures[1:]]

@@ -1,0 +1,127 @@
+"""Compiles planned programs for their chips, once: facts and program text are kept under the program's fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import re
+import tempfile
+import time
+
+import jax
+
+from mer_r1_jax.planning.programs import PlannedProgram
+from mer_r1_jax.planning.traced import traced_flops
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
+_OVER = re.compile(
+    r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm\. Exceeded hbm capacity by ([\d.]+)([KMG]?)", re.IGNORECASE
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler says of one program, bytes a chip.
+
+    Attributes:
+        seconds: the compile took, when it was made.
+        argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: its memory; aliased outputs reuse arguments.
+        error: why there is no program; empty when there is one.
+        over_bytes: by how much its memory exceeds the chip's, where that is the error.
+        traced_flops: matrix products the program asks for, of all chips.
+        text: the optimised program; empty where there is none, or the compiler wrote none down.
+    """
+
+    seconds: float = 0.0
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
+    temp_bytes: int = 0
+    code_bytes: int = 0
+    error: str = ""
+    over_bytes: int = 0
+    traced_flops: float = 0.0
+    text: str = ""
+
+
+def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.Path) -> Compiled:
+    """The program compiled for its slice, or what was learnt when that was done before.
+
+    Args:
+        program: the program.
+        topology: the slice its mesh belongs to.
+        cache_dir: where answers are kept; one file of facts and one of text each.
+    """
+    traced = program.trace()
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    key = _fingerprint(lowered.as_text(), topology)
+    facts, text = cache_dir / f"{key}.json", cache_dir / f"{key}.hlo.gz"
+    if facts.is_file():
+        kept = json.loads(facts.read_text())
+        return Compiled(**kept, text=gzip.decompress(text.read_bytes()).decode() if text.is_file() else "")
+    asked = traced_flops(traced.jaxpr, program.longest_loop)
+    compiled = dataclasses.replace(_compile(lowered), traced_flops=asked)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    if compiled.text:
+        text.write_bytes(gzip.compress(compiled.text.encode()))
+    values = dataclasses.asdict(compiled)
+    del values["text"]
+    facts.write_text(json.dumps(values, indent=1) + "\n")
+    return compiled
+
+
+def versions() -> dict[str, str]:
+    """Versions the numbers of a plan depend on."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
+def _fingerprint(module: str, topology: str) -> str:
+    parts = [topology, json.dumps(versions()), module]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            seconds = time.perf_counter() - start
+            return Compiled(seconds=seconds, error=_first_lines(str(error)), over_bytes=_over_bytes(str(error)))
+        text = _dumped(pathlib.Path(folder))
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Compiled(
+        seconds=seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        text=text,
+    )
+
+
+def _dumped(folder: pathlib.Path) -> str:
+    """The final program as the compiler dumps it.
+
+    `Compiled.as_text` would read it back first, which fails where operations run on the sparse cores.
+    """
+    files = sorted(folder.glob("*after_codegen.txt"), key=lambda file: file.stat().st_size)
+    return files[-1].read_text() if files else ""
+
+
+def _over_bytes(message: str) -> int:
+    """By how much a program's memory exceeds the chip's, from the compiler's message; 0 for other errors."""
+    match = _OVER.search(message)
+    return int(float(match.group(5)) * _UNITS[match.group(6).upper()]) if match else 0
+
+
+def _first_lines(message: str) -> str:
+    """The head of a message that goes on for pages."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:3])[:600]

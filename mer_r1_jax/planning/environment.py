@@ -1,0 +1,16 @@
+"""Settings under which the TPU compiler works on a machine without a TPU; in force before jax is first imported."""
+
+import os
+
+_SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    # libtpu asks the cloud's metadata server which slice it is on; here there is none to answer.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    # Two compilers at once would otherwise meet at a lock file that guards the chips.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)

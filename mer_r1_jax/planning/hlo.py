@@ -1,0 +1,445 @@
+"""What an optimised program does, read off its text: operations, memory traffic and collectives, loops counted in full.
+
+The compiler's own `cost_analysis` counts the body of a loop once. Here every computation is weighted by how often it
+runs: a loop by its trip count, a loop whose end depends on data by a number the caller gives.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2}
+_BYTES |= {"u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([0-9,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.<>-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) .*\{\s*$")
+_NAME = re.compile(r"%([\w.<>-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.<>-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
+_ESTIMATE = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')
+_OTHER_MEMORY = "S("  # a layout with a memory space lies in vector or scalar memory: traffic there is not HBM's
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
+_FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "add-dependency", "domain"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """A type as the text gives it.
+
+    Attributes:
+        sizes: its dimensions.
+        bytes: what it takes.
+        in_hbm: whether it lives in HBM.
+    """
+
+    sizes: tuple[int, ...]
+    bytes: int
+    in_hbm: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: `name = type opcode(operands), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    inside: str
+    attributes: str
+    is_root: bool
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of its operands."""
+        return tuple(_NAME.findall(self.inside))
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The arrays of its result, those of a tuple in order."""
+        return arrays_of(self.type)
+
+    @property
+    def called(self) -> list[str]:
+        """Computations it calls, a loop's condition left out."""
+        names = _CALLED.findall(self.attributes)
+        for group in _BRANCHES.findall(self.attributes):
+            names += [name.strip().lstrip("%") for name in group.split(",")]
+        return names
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All collectives of one kind and size.
+
+    Attributes:
+        kind: one of COLLECTIVES.
+        bytes: of the whole array on one chip, before a reduce-scatter or after an all-gather.
+        chips: that take part in one.
+        calls: how often it runs.
+    """
+
+    kind: str
+    bytes: int
+    chips: int
+    calls: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes one chip has to send in all its calls, by the cheapest known algorithm."""
+        passes = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
+        share = 1.0 if self.kind == "collective-permute" else (self.chips - 1) / max(self.chips, 1)
+        return self.calls * passes * self.bytes * share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one chip does in one call of a program.
+
+    Attributes:
+        flops: of matrix products and convolutions, and of kernels that state theirs.
+        hbm_bytes: read from and written to HBM; of slices only what is taken.
+        cycles: the compiler's own estimate for what is neither a collective nor a kernel.
+        collectives: largest first.
+        silent_kernels: calls of kernels that state no operations, which `flops` therefore lacks.
+        open_loops: loops whose end depends on data.
+    """
+
+    flops: float
+    hbm_bytes: float
+    cycles: int
+    collectives: tuple[Collective, ...]
+    silent_kernels: int
+    open_loops: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes one chip has to send to others."""
+        return sum(collective.sent for collective in self.collectives)
+
+
+def arrays_of(text: str) -> list[Array]:
+    """The arrays a type names."""
+    found = []
+    for dtype, sizes, layout in _ARRAY.findall(text):
+        shape = tuple(int(size) for size in sizes.split(",") if size)
+        found.append(Array(shape, math.ceil(math.prod(shape) * _BYTES[dtype]), _OTHER_MEMORY not in layout))
+    return found
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Computations by name, and the name of the entry."""
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    entry = ""
+    for line in text.splitlines():
+        if current is None:
+            header = _COMPUTATION.match(line)
+            if header and not line.startswith((" ", "HloModule")):
+                current = computations.setdefault(header.group(2), {})
+                entry = header.group(2) if header.group(1) else entry
+        elif line.rstrip() == "}":  # a kernel's metadata may have lines of its own
+            current = None
+        elif match := _INSTRUCTION.match(line):
+            instruction = _instruction(match)
+            current[instruction.name] = instruction
+    return computations, entry
+
+
+def _instruction(match: re.Match[str]) -> Instruction:
+    root, name, rest = match.groups()
+    if rest.startswith("("):  # a tuple's type has spaces
+        end = _closing(rest, 0) + 1
+    else:
+        end = rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    return Instruction(name, kind, rest[:opening], rest[opening + 1 : closing], rest[closing + 1 :], bool(root))
+
+
+def _closing(text: str, opening: int) -> int:
+    """Index of the parenthesis that closes the one at `opening`."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if not depth:
+            return place
+    return len(text)
+
+
+def work_of(text: str, longest_loop: int = 1) -> Work:
+    """Reads a program.
+
+    Args:
+        text: of the optimised module (`compiled.as_text()`).
+        longest_loop: trips of a loop whose end depends on data.
+    """
+    return _Reader(text, longest_loop).work()
+
+
+class _Reader:
+    """One program while it is read."""
+
+    def __init__(self, text: str, longest_loop: int):
+        self.computations, self.entry = parse(text)
+        self.longest_loop = longest_loop
+        self.flops = self.bytes = 0.0
+        self.collectives: collections.Counter[tuple[str, int, int]] = collections.Counter()
+        self.silent_kernels = self.open_loops = self.cycles = 0
+
+    def work(self) -> Work:
+        self._visit(self.entry, 1, in_hbm=True)
+        found = [
+            Collective(kind=kind, bytes=size, chips=chips, calls=calls)
+            for (kind, size, chips), calls in self.collectives.items()
+        ]
+        return Work(
+            flops=self.flops,
+            hbm_bytes=self.bytes,
+            cycles=self.cycles,
+            collectives=tuple(sorted(found, key=lambda one: -one.sent)),
+            silent_kernels=self.silent_kernels,
+            open_loops=self.open_loops,
+        )
+
+    def _visit(self, name: str, times: int, in_hbm: bool) -> None:
+        """Adds up one computation; inside a fusion nothing touches HBM but its arguments and results."""
+        computation = self.computations[name]
+        for instruction in computation.values():
+            opcode = instruction.opcode
+            if opcode == "while":
+                trips, known = self._trips(instruction)
+                self.open_loops += not known
+                self._visit(_attribute(instruction, "body"), times * trips, in_hbm)
+                continue
+            if opcode in ("convolution", "dot"):
+                self.flops += times * _product_flops(instruction, computation)
+            elif opcode == "custom-call":
+                self._kernel(instruction, times)
+            if in_hbm and (estimate := _CYCLES.search(instruction.attributes)):
+                self.cycles += times * (int(estimate.group(1)) if int(estimate.group(1)) < _UNKNOWN_CYCLES else 0)
+            if in_hbm and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+                self.bytes += times * self._traffic(instruction, computation)
+            if self._collective(instruction, computation, times):
+                continue
+            inside = in_hbm and opcode in ("call", "conditional")
+            if opcode in ("fusion", "call", "conditional", "async-start"):
+                for called in instruction.called:
+                    if called in self.computations:
+                        self._visit(called, times, inside)
+
+    def _trips(self, loop: Instruction) -> tuple[int, bool]:
+        """How often a loop runs, and whether the text says so."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known.group(1)), True
+        condition = self.computations[_attribute(loop, "condition")]
+        root = next(one for one in condition.values() if one.is_root)
+        if root.opcode == "fusion":
+            inner = next(one for one in self.computations[root.called[0]].values() if one.is_root)
+            compares = inner.opcode == "compare"
+        else:
+            compares = root.opcode == "compare"
+        limits = [int(one.inside) for one in condition.values() if one.opcode == "constant" and one.inside.isdigit()]
+        if compares and len(limits) == 1:
+            return limits[0], True
+        return self.longest_loop, False
+
+    def _kernel(self, call: Instruction, times: int) -> None:
+        if "tpu_custom_call" not in call.attributes:
+            return
+        estimate = _ESTIMATE.search(call.attributes)
+        if estimate and int(estimate.group(1)):
+            self.flops += times * int(estimate.group(1))
+        else:
+            self.silent_kernels += times
+
+    def _collective(self, instruction: Instruction, computation: Computation, times: int) -> bool:
+        """Counts a collective; a fusion named after one is the compiler's way to write a reduce-scatter."""
+        kind = instruction.opcode.removesuffix("-start")
+        if instruction.opcode == "fusion" and instruction.called[0].startswith("all-reduce-scatter"):
+            inner = self.computations[instruction.called[0]].values()
+            reduce = next((one for one in inner if one.opcode.startswith("all-reduce")), None)
+            if reduce is None:
+                return False
+            size = sum(array.bytes for array in reduce.arrays)
+            self.collectives["reduce-scatter", size, _group_size(reduce)] += times
+            return True
+        if kind not in COLLECTIVES or instruction.opcode.endswith("-done"):
+            return False
+        chips = _group_size(instruction)
+        operands = sum(self._operand_bytes(instruction, computation))
+        size = operands * chips if kind == "all-gather" else operands
+        self.collectives[kind, size, chips] += times
+        return True
+
+    def _operand_bytes(self, instruction: Instruction, computation: Computation) -> Iterator[int]:
+        for name in instruction.operands:
+            if name in computation:
+                yield sum(array.bytes for array in computation[name].arrays)
+
+    def _traffic(self, instruction: Instruction, computation: Computation) -> float:
+        """HBM bytes one instruction reads and writes."""
+        result = [array.bytes for array in instruction.arrays if array.in_hbm]
+        if instruction.opcode in _SLICES:
+            return 2 * sum(result)
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * sum(array.bytes for array in computation[instruction.operands[1]].arrays)
+        if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
+            # The tuple names the operand too: behind the result of a copy, before that of a collective.
+            place = 0 if instruction.opcode == "copy-start" else 1
+            result = [array.bytes for array in instruction.arrays[place : place + 1] if array.in_hbm]
+        if instruction.opcode in ("fusion", "async-start") and instruction.called:
+            inner = self.computations[instruction.called[0]]
+            parameters = [one for one in inner.values() if one.opcode == "parameter"]
+            parameters.sort(key=_parameter_number)
+            read = sum(
+                self._read(inner, parameter)
+                for parameter, name in zip(parameters, instruction.operands, strict=False)
+                if _in_hbm(computation, name)
+            )
+            return read + self._written(inner, instruction)
+        read = sum(
+            sum(array.bytes for array in computation[name].arrays if array.in_hbm)
+            for name in instruction.operands
+            if name in computation
+        )
+        return read + sum(result)
+
+    def _read(self, computation: Computation, value: Instruction) -> float:
+        """Bytes a fused computation takes of one of its arguments: all of it, or what its slices take."""
+        whole = sum(array.bytes for array in value.arrays)
+        taken = 0.0
+        for user in computation.values():
+            if value.name not in user.operands:
+                continue
+            if user.opcode in _SLICES and user.operands[0] == value.name:
+                taken += sum(array.bytes for array in user.arrays)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+                continue
+            elif user.opcode == "bitcast":
+                taken += self._read(computation, user)
+            elif user.opcode == "fusion":
+                inner = self.computations[user.called[0]]
+                numbers = [place for place, name in enumerate(user.operands) if name == value.name]
+                inner_values = [one for one in inner.values() if one.opcode == "parameter"]
+                taken += sum(self._read(inner, one) for one in inner_values if _parameter_number(one) in numbers)
+            else:
+                return whole
+        return min(whole, taken)
+
+    def _written(self, inner: Computation, fusion: Instruction) -> float:
+        """Bytes a fusion writes: its results, of an updated slice only the update."""
+        root = next(one for one in inner.values() if one.is_root)
+        roots = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        written = 0.0
+        for value, array in zip(roots, fusion.arrays, strict=False):
+            while value.opcode == "bitcast" and value.operands[0] in inner:
+                value = inner[value.operands[0]]
+            if not array.in_hbm:
+                continue
+            if value.opcode == "dynamic-update-slice":
+                written += sum(one.bytes for one in inner[value.operands[1]].arrays)
+            else:
+                written += array.bytes
+        return written
+
+
+def _in_hbm(computation: Computation, name: str) -> bool:
+    return name in computation and any(array.in_hbm for array in computation[name].arrays)
+
+
+def _attribute(instruction: Instruction, name: str) -> str:
+    return re.search(rf"\b{name}=%?([\w.<>-]+)", instruction.attributes).group(1)
+
+
+def _parameter_number(instruction: Instruction) -> int:
+    return int(instruction.inside)
+
+
+def _group_size(instruction: Instruction) -> int:
+    """Chips that take part in one collective."""
+    if match := re.search(r"replica_groups=\{\{([0-9, ]+)\}", instruction.attributes):
+        return match.group(1).count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.attributes):
+        return int(match.group(1))
+    return 2
+
+
+def _product_flops(instruction: Instruction, computation: Computation) -> float:
+    """Multiplications and additions of a matrix product, padding left out."""
+    result = instruction.arrays[0].sizes
+    left, right = (computation[name].arrays[0].sizes for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.attributes).group(1)
+        return 2.0 * math.prod(result) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+    lhs, rest = re.search(r"dim_labels=(\w+)_(\w+->\w+)", instruction.attributes).groups()
+    rhs, out = rest.split("->")
+    groups = {
+        name: int(match.group(1)) if (match := re.search(rf"\b{name}_group_count=(\d+)", instruction.attributes)) else 1
+        for name in ("feature", "batch")
+    }
+    outputs = result[out.index("f")] * left[lhs.index("b")] // groups["batch"]
+    inputs = left[lhs.index("f")] // groups["feature"]
+    pairs = 1.0
+    windows = _windows(instruction, len(rhs) - 2)
+    for number, window in enumerate(windows):
+        size_in, size_out = left[lhs.index(str(number))], result[out.index(str(number))]
+        pairs *= _valid_pairs(size_in, right[rhs.index(str(number))], size_out, window)
+    return 2.0 * outputs * inputs * pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    stride: int = 1
+    low: int = 0
+    lhs_dilate: int = 1
+    rhs_dilate: int = 1
+    reverse: int = 0
+
+
+def _windows(instruction: Instruction, count: int) -> list[_Window]:
+    match = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    fields = dict(part.split("=") for part in match.group(1).split()) if match else {}
+    listed = {name: value.split("x") for name, value in fields.items()}
+
+    def number(name: str, place: int, default: int) -> int:
+        return int(listed[name][place].split("_")[0]) if name in listed else default
+
+    return [
+        _Window(
+            stride=number("stride", place, 1),
+            low=number("pad", place, 0),
+            lhs_dilate=number("lhs_dilate", place, 1),
+            rhs_dilate=number("rhs_dilate", place, 1),
+            reverse=number("rhs_reversal", place, 0),
+        )
+        for place in range(count)
+    ]
+
+
+def _valid_pairs(size_in: int, kernel: int, size_out: int, window: _Window) -> int:
+    """Pairs of an output place and a kernel place that meet a real input, not padding or a hole of a dilation."""
+    total = 0
+    reach = (size_in - 1) * window.lhs_dilate
+    for place in range(kernel):
+        offset = (kernel - 1 - place if window.reverse else place) * window.rhs_dilate - window.low
+        if window.lhs_dilate == 1:
+            first = max(0, -(offset // window.stride))
+            last = min(size_out - 1, (reach - offset) // window.stride)
+            total += max(0, last - first + 1)
+        else:
+            at = [out * window.stride + offset for out in range(size_out)]
+            total += sum(0 <= one <= reach and one % window.lhs_dilate == 0 for one in at)
+    return total

@@ -1,0 +1,148 @@
+"""A sheet as Markdown, for people and for the repository."""
+
+from __future__ import annotations
+
+from mer_r1_jax.planning.chips import GB, GIB
+from mer_r1_jax.planning.sheet import PARTS, ProgramSheet, Sheet
+
+LISTED = 5  # collectives of a program
+
+
+def markdown(sheet: Sheet) -> str:
+    """The whole page."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in sheet.mesh.items())
+    versions = ", ".join(f"{name} {version}" for name, version in sheet.versions.items())
+    parts = [
+        f"# {sheet.config.name} on {sheet.topology}",
+        f"{sheet.chips} chips, mesh {mesh}. Compiled by {versions}, without a TPU: **every figure is static, none is "
+        "measured.**",
+        f"Made by `{sheet.command}`.",
+        _verdict(sheet),
+        "## Memory of a chip, GiB\n\n" + _memory(sheet),
+        "## Work of a chip and the least time it takes, one call\n\n" + _work(sheet),
+        _epochs(sheet),
+        "## Collectives\n\n" + _collectives(sheet),
+        "## Shapes\n\n" + _shapes(sheet),
+        _notes(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdict(sheet: Sheet) -> str:
+    if sheet.fits:
+        fullest = max(sheet.programs, key=lambda program: program.total)
+        return (
+            f"**It fits**: the fullest program, `{fullest.name}`, takes {fullest.total / GIB:.2f} of "
+            f"{fullest.hbm / GIB:.0f} GiB."
+        )
+    return "**It does not fit.**\n\n" + "\n".join(f"- {line}" for line in sheet.advice)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _memory(sheet: Sheet) -> str:
+    columns = [*PARTS, "cache", "temp", "other", "total", "of"]
+
+    def row(program: ProgramSheet) -> list[str]:
+        sizes = {**program.held, "cache": program.cache, "temp": program.temp, "other": program.other}
+        if program.error:
+            sizes = dict(program.held)
+            over = f"over by {program.over / GIB:.2f}" if program.over else "no program"
+            end = [over, f"{program.hbm / GIB:.0f}"]
+        else:
+            end = [f"{program.total / GIB:.2f}", f"{program.hbm / GIB:.0f}"]
+        middle = [f"{sizes[name] / GIB:.2f}" if name in sizes else "" for name in columns[:-2]]
+        return [f"`{program.name}`", *middle, *end]
+
+    return _table(["program", *columns], [row(program) for program in sheet.programs])
+
+
+def _work(sheet: Sheet) -> str:
+    rows = []
+    for program in sheet.programs:
+        if program.work is None:
+            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 10])
+            continue
+        work, seconds = program.work, program.seconds
+        rows.append(
+            [
+                f"`{program.name}`",
+                f"{program.calls:g}",
+                f"{work.flops / 1e12:.2f}",
+                f"{program.asked:.0%}",
+                f"{work.hbm_bytes / GB:.1f}",
+                f"{work.sent / GB:.2f}",
+                *(f"{seconds[name]:.3f}" for name in ("compute", "memory", "interconnect")),
+                f"**{program.bound:.3f}**",
+                max(seconds, key=seconds.get),
+                f"{program.estimate:.3f}",
+            ]
+        )
+    header = ["program", "calls a step", "TFLOP", "asked for", "HBM GB", "sent GB"]
+    return _table([*header, "compute s", "HBM s", "links s", "at least s", "bound by", "compiler s"], rows)
+
+
+def _epochs(sheet: Sheet) -> str:
+    lines = []
+    for phase, steps in sheet.epoch_steps.items():
+        hours = sheet.epoch_hours(phase)
+        prompts = getattr(sheet.config, phase).prompts_per_step
+        if hours is None:
+            lines.append(f"- {phase}: unknown, as not every program is compiled ({steps} steps of {prompts} prompts)")
+        else:
+            seconds = sheet.step_seconds(phase)
+            lines.append(f"- {phase}: at least **{hours:.2f} h** ({steps} steps of {prompts} prompts, {seconds:.2f} s)")
+    return "## One epoch of the paper's data\n\n" + "\n".join(lines)
+
+
+def _collectives(sheet: Sheet) -> str:
+    rows = []
+    for program in sheet.programs:
+        for one in program.work.collectives[:LISTED] if program.work else ():
+            rows.append(
+                [
+                    f"`{program.name}`",
+                    one.kind,
+                    f"{one.bytes / 2**20:.1f}",
+                    str(one.chips),
+                    str(one.calls),
+                    f"{one.sent / GB:.2f}",
+                ]
+            )
+    if not rows:
+        return "None."
+    return f"The {LISTED} heaviest of each program.\n\n" + _table(
+        ["program", "kind", "MiB each", "chips", "calls", "sent GB"], rows
+    )
+
+
+def _shapes(sheet: Sheet) -> str:
+    lines = [
+        f"- {phase}: {shape.rows} prompts of {shape.tokens} tokens; {shape.vision_clips} x {shape.frame_pairs} frame "
+        f"pairs of {shape.patches} patches, {shape.audio_clips} x {2 * shape.audio_units} s of audio"
+        for phase, shape in sheet.buckets.items()
+    ]
+    rl = sheet.config.rl
+    lines.append(
+        f"- {rl.num_generations} completions a prompt, each taken to be {rl.max_completion_length} tokens long"
+    )
+    return "\n".join(lines)
+
+
+def _notes() -> str:
+    return (
+        "## How to read it\n\n"
+        "- A time is a lower bound: the busiest of matrix units at their peak, memory at its bandwidth and links at "
+        "theirs, as if the other two cost nothing. Loops count by their trips; sampling is taken to run to the cap. "
+        "Host work (decoding clips, reading answers) is left out.\n"
+        "- *asked for* is the share of all chips' operations that the traced program asks for; the rest is work that "
+        "several chips do in common (or padding). Kernels that state no operations are left out of both.\n"
+        "- *compiler s* is the compiler's own estimate without collectives and kernels. It ranks programs of one "
+        "slice; it is no time either.\n"
+        "- *batch* holds prompts with their clips, *experience* completions and anchors, *cache* the keys and values "
+        "within the temporary memory, *other* new outputs, code and loose arguments.\n"
+        "- Advantages (arrays of one number a completion) and evaluation are not compiled."
+    )

@@ -1,0 +1,272 @@
+"""Every program of a run with abstract arguments: the jitted functions training calls, laid out on a mesh.
+
+Nothing is allocated. Arguments have the shapes, dtypes and shardings a run would give them; a program's results become
+the next one's arguments by `jax.eval_shape`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.data.pipeline import steps_for_epochs
+from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
+from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.media.tokenizer import load_tokenizer
+from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.parallel.mesh import make_mesh
+from mer_r1_jax.parallel.rows import row_shardings
+from mer_r1_jax.parallel.rules import TRAIN_RULES, replicated, spec
+from mer_r1_jax.planning.workload import PrefixTokens, Workload
+from mer_r1_jax.rl.advantage import ARMS
+from mer_r1_jax.rl.confidence import Anchors
+from mer_r1_jax.rl.packing import Continuations
+from mer_r1_jax.rl.tags import AnswerTags
+from mer_r1_jax.run.setup import banned_ids_of, check_rows, sampling_config, tower_flags
+from mer_r1_jax.training.backbone import Backbone, thinker_config
+from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
+from mer_r1_jax.training.rl import Experience, PromptRows, RlPrograms
+from mer_r1_jax.training.sft import SftBatch, Targets, make_sft_step
+from mer_r1_jax.training.state import TrainState, make_optimizer, trainable_names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedProgram:
+    """One jitted program of a run and what it is called with.
+
+    Attributes:
+        name: sft_step, encode, sample, score, reference, update.
+        phase: sft or rl.
+        function: the jitted function.
+        args: abstract arguments.
+        held: what lives on the chips while it runs, by part: trees of abstract arrays, arguments or not.
+        cache_bytes: of its temporary memory, the keys and values of prompts and completions, a chip.
+        longest_loop: trips of a loop whose end depends on data: the cap on sampled tokens.
+        calls: how often an optimizer step calls it.
+    """
+
+    name: str
+    phase: str
+    function: Any
+    args: tuple[Any, ...]
+    held: dict[str, Any]
+    cache_bytes: int = 0
+    longest_loop: int = 1
+    calls: float = 1.0
+
+    def trace(self) -> Any:
+        """The program traced at its arguments (`.jaxpr`, `.lower()`)."""
+        return self.function.trace(*self.args)
+
+
+class RunPrograms:
+    """The programs of one configuration on the devices of one slice.
+
+    Args:
+        config: the configuration. Neither data nor weights are read; a tokenizer is, where the configuration names one.
+        devices: of the mesh; they may belong to a topology nobody has.
+        workload: sizes a run would read off its data.
+
+    Raises:
+        ConfigError, ShardingError: a configuration the mesh cannot hold, as a run would raise it.
+    """
+
+    def __init__(self, config: RunConfig, devices: Sequence[Any], workload: Workload | None = None):
+        self.config, self.workload = config, workload or Workload()
+        mesh = make_mesh(config.mesh, devices)
+        check_rows(config, mesh)
+        tokenizer_path = config.model.tokenizer_path or config.model.path
+        tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
+        thinker = thinker_config(config.model, tokenizer)
+        self.backbone = Backbone.create(thinker, mesh, config.model.packed_rows)
+        wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
+        table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
+        self.candidates = table(tokenizer or PrefixTokens(thinker.text.vocab_size), wheels)
+        self._wheels = len(wheels)
+        banned = thinker.media_token_ids if tokenizer is None else banned_ids_of(AnswerTags(tokenizer), thinker)
+        self.programs = RlPrograms(self.backbone, config.rl, sampling_config(config.rl, thinker, banned))
+
+    def phases(self) -> list[str]:
+        """The phases the configuration runs."""
+        return [phase for phase in ("sft", "rl") if getattr(self.config, phase).max_steps]
+
+    def buckets(self, phase: str) -> list[BatchShape]:
+        """Shapes of the phase's prompts, the largest last."""
+        rows = getattr(self.config, phase).prompts_per_step
+        return plan_buckets(self.config, self.backbone.config, [self.workload.record()], rows)
+
+    def steps(self, phase: str) -> int:
+        """Optimizer steps of a phase."""
+        section = getattr(self.config, phase)
+        if section.max_steps >= 0:
+            return section.max_steps
+        return steps_for_epochs(self._records(phase), section.prompts_per_step, section.num_train_epochs)
+
+    def epoch_steps(self, phase: str) -> int:
+        """Rollouts (of RL) or optimizer steps (of SFT) that one pass over the workload's records takes."""
+        return math.ceil(self._records(phase) / getattr(self.config, phase).prompts_per_step)
+
+    def _records(self, phase: str) -> int:
+        return self.workload.sft_records if phase == "sft" else self.workload.rl_records
+
+    def of_phase(self, phase: str, bucket: BatchShape) -> list[PlannedProgram]:
+        """The programs of a phase at one prompt shape."""
+        return [self.sft_step(bucket)] if phase == "sft" else self.rl(bucket)
+
+    def sft_step(self, bucket: BatchShape) -> PlannedProgram:
+        """The SFT step."""
+        towers = tower_flags(self.config, "sft")
+        state, optimizer = self._state("sft", towers)
+        rows = self._prompts(bucket)
+        slow, fast = self.workload.target_lengths(self.config)
+        batch = SftBatch(
+            prompts=rows.batch,
+            next_position_B=rows.next_position_B,
+            slow=self._targets(bucket.rows, slow),
+            fast=self._targets(bucket.rows, fast) if fast else None,
+        )
+        function = make_sft_step(self.backbone, optimizer, self.config.sft, any(towers.values()))
+        held = _held(state) | {"batch": batch}
+        return PlannedProgram(name="sft_step", phase="sft", function=function, args=(state, batch), held=held)
+
+    def rl(self, bucket: BatchShape) -> list[PlannedProgram]:
+        """Encoding, rollout, scoring, reference and update of one RL step."""
+        config, programs = self.config.rl, self.programs
+        towers = tower_flags(self.config, "rl")
+        encode_inside = any(towers.values())
+        state, optimizer = self._state("rl", towers)
+        leaves = (state.trainable, state.frozen)
+        rows = self._prompts(bucket)
+        held = _held(state) | {"reference": state.trainable if config.beta else {}, "batch": rows}
+        per_rollout = 1 / config.num_iterations
+
+        def planned(name: str, function: Any, args: tuple[Any, ...], **more: Any) -> PlannedProgram:
+            calls = more.pop("calls", per_rollout)
+            return PlannedProgram(
+                name=name, phase="rl", function=function, args=args, held=dict(held), calls=calls, **more
+            )
+
+        encode_args = (leaves, rows.batch.vision, rows.batch.audio)
+        encode = planned("encode", programs.encode_program, encode_args)
+        features = self._placed(jax.eval_shape(encode.function, *encode_args), "features_BRD")
+        held["features"] = features
+        sampler = programs.sample_program(config.num_generations, programs.sampling, ())
+        sample_args = (leaves, rows, features, self._scalar(jax.random.key(0)), self._scalar(np.int32(0)))
+        sample = planned(
+            "sample",
+            sampler,
+            sample_args,
+            cache_bytes=self._cache_bytes(bucket, config.max_completion_length),
+            longest_loop=config.max_completion_length,
+        )
+        completions = self._placed(jax.eval_shape(sampler, *sample_args))
+        exists_BGC = self._placed(jax.eval_shape(lambda c: c.exists_BGC, completions), "exists_BGC")
+        completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=exists_BGC)
+        anchors = self._anchors(bucket.rows)
+        ids_ZY = self.candidates.ids_ZY
+        score = planned(
+            "score", programs.score, (leaves, rows, features, completion, anchors, self._scalar(ids_ZY)),
+            cache_bytes=self._cache_bytes(bucket, 0),
+        )  # fmt: skip
+        held["experience"] = (completions, anchors)
+        scored = (rows, features, completion)
+        reference = planned(
+            "reference",
+            programs.logprobs,
+            (leaves, *scored),
+            cache_bytes=self._cache_bytes(bucket, 0),
+            calls=per_rollout * (bool(config.beta) + (config.num_iterations > 1)),
+        )
+        logprob_BGC = completions.sampling_logprob_BGC
+        experience = Experience(
+            prompts=rows,
+            features_BRD=None if encode_inside else features,
+            completion=completion,
+            loss_mask_BGC=completions.mask_BGC,
+            present_BG=self._array((bucket.rows, config.num_generations), bool),
+            advantage_BG=self._array((bucket.rows, config.num_generations), np.float32),
+            sampling_logprob_BGC=logprob_BGC,
+            reference_logprob_BGC=logprob_BGC if config.beta else None,
+            old_logprob_BGC=logprob_BGC if config.num_iterations > 1 else None,
+            anchors=anchors if ARMS[config.arm].calibration_loss else None,
+        )
+        update = planned(
+            "update",
+            programs.make_update(optimizer, ids_ZY),
+            (state, experience, self._scalar(np.float32(0))),
+            calls=1.0,
+        )
+        return [program for program in (encode, sample, score, reference, update) if program.calls]
+
+    def _state(self, phase: str, towers: dict[str, bool]) -> tuple[TrainState, Any]:
+        settings = getattr(self.config, phase).optimizer
+        optimizer = make_optimizer(settings, self.steps(phase))
+        return self.backbone.abstract_state(trainable_names(**towers), optimizer, settings.dtype), optimizer
+
+    def _prompts(self, bucket: BatchShape) -> PromptRows:
+        return self._placed(prompt_rows([], [bucket], self.backbone.config, []))
+
+    def _targets(self, rows: int, length: int) -> Targets:
+        flags = self._array((rows, 1, length), bool)
+        ids = self._array((rows, 1, length), np.int32)
+        return Targets(continuation=Continuations(id_BGC=ids, exists_BGC=flags), loss_mask_BGC=flags)
+
+    def _anchors(self, rows: int) -> Anchors:
+        config = self.config.rl
+        shape_BGW = (rows, config.num_generations, config.max_answer_words)
+        shape_BGWQ = (*shape_BGW, self._wheels)
+        shape_BGC = (rows, config.num_generations, config.max_fast_context)
+        return Anchors(
+            slow_BGW=self._array(shape_BGW, np.int32),
+            fast_BGW=self._array(shape_BGW, np.int32),
+            set_BGWQ=self._array(shape_BGWQ, np.int32),
+            correct_BGWQ=self._array(shape_BGWQ, bool),
+            fast=Continuations(id_BGC=self._array(shape_BGC, np.int32), exists_BGC=self._array(shape_BGC, bool)),
+        )
+
+    def _cache_bytes(self, bucket: BatchShape, completion_length: int) -> int:
+        """Bytes a chip of keys and values of all layers: prompts once a row, completions once each."""
+        text = self.backbone.config.text
+        tokens = bucket.tokens + self.config.rl.num_generations * completion_length
+        shape = (2 * text.num_hidden_layers, bucket.rows, tokens, text.num_key_value_heads, text.head_dim)
+        axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+        sharding = jax.sharding.NamedSharding(self.backbone.mesh, spec(axes, TRAIN_RULES, activation=True))
+        return math.prod(sharding.shard_shape(shape)) * jnp.dtype(self.backbone.config.compute_dtype).itemsize
+
+    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array whose rows come first."""
+        return self._placed(jax.ShapeDtypeStruct(shape, dtype), "x_B")
+
+    def _scalar(self, value: Any) -> jax.ShapeDtypeStruct:
+        """Something every chip holds whole."""
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=replicated(self.backbone.mesh))
+
+    def _placed(self, tree: Any, name: str = "") -> Any:
+        """A batch as abstract arrays on the mesh, sharded as `put` shards it; `name` is that of a lone array."""
+        shardings = row_shardings({name: tree} if name else tree, self.backbone.mesh)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            shardings[name] if name else shardings,
+        )
+
+
+def _held(state: TrainState) -> dict[str, Any]:
+    return {"parameters": state.trainable, "towers": state.frozen, "optimizer": state.opt_state}
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays that one chip holds."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        total += math.prod(shape) * size
+    return total

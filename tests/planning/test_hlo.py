@@ -1,0 +1,149 @@
+"""Reading programs: sizes and counts that can be checked by hand, on text as the TPU compiler writes it."""
+
+import pytest
+
+from mer_r1_jax.planning.hlo import work_of
+
+LOOP = """HloModule jit_f, is_scheduled=true
+
+%fused.slice (p0: bf16[8,64,128], p1: s32[]) -> bf16[64,128] {
+  %p0 = bf16[8,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)S(6)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %cut = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %flat = bf16[64,128]{1,0:T(8,128)(2,1)} bitcast(%cut)
+}
+
+%body (arg: (s32[], bf16[8,64,128], bf16[32,64])) -> (s32[], bf16[8,64,128], bf16[32,64]) {
+  %arg = (s32[]{:T(128)}, bf16[8,64,128]{2,1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %w = bf16[8,64,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %x = bf16[32,64]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
+  %layer = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%w, %i), kind=kLoop, calls=%fused.slice
+  %y = f32[32,128]{1,0:T(8,128)S(1)} convolution(%x, %layer), dim_labels=bf_io->bf, config={"estimated_cycles":"50"}
+  %sum = f32[32,128]{1,0:T(8,128)S(1)} all-reduce(%y), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %out = (s32[]{:T(128)}, bf16[8,64,128]{2,1,0:T(8,128)(2,1)}, bf16[32,64]{1,0:T(8,128)(2,1)}) tuple(%i, %w, %x)
+}
+
+%condition (arg.1: (s32[], bf16[8,64,128], bf16[32,64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(8)
+  %arg.1 = (s32[]{:T(128)}, bf16[8,64,128]{2,1,0:T(8,128)(2,1)}, bf16[32,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %at = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (a: s32[], b: bf16[8,64,128], c: bf16[32,64]) -> (s32[], bf16[8,64,128], bf16[32,64]) {
+  %a = s32[]{:T(128)} parameter(0)
+  %b = bf16[8,64,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %c = bf16[32,64]{1,0:T(8,128)(2,1)} parameter(2)
+  %start = (s32[]{:T(128)}, bf16[8,64,128]{2,1,0:T(8,128)(2,1)}, bf16[32,64]{1,0:T(8,128)(2,1)}) tuple(%a, %b, %c)
+  ROOT %loop = (s32[], bf16[8,64,128]{2,1,0:T(8,128)(2,1)}, bf16[32,64]) while(%start), condition=%condition, body=%body
+}
+"""
+TRIPS, LAYER, X = 8, 2 * 64 * 128, 2 * 32 * 64
+
+
+def test_everything_in_a_loop_counts_by_its_trips():
+    work = work_of(LOOP)
+    assert work.flops == TRIPS * 2 * 32 * 64 * 128
+    assert work.cycles == TRIPS * 50
+    # The slice is read and written; the product reads both; its result stays on the chip.
+    index = 4
+    assert work.hbm_bytes == TRIPS * (2 * LAYER + index + LAYER + X)
+    (collective,) = work.collectives
+    assert (collective.kind, collective.bytes, collective.chips, collective.calls) == ("all-reduce", 4 * 32 * 128, 2, 8)
+    assert collective.sent == 8 * 2 * 4 * 32 * 128 / 2
+
+
+def test_a_loop_that_data_ends_takes_the_trips_it_is_given():
+    ended = LOOP.replace("ROOT %lt = pred[]{:T(512)} compare(", "%lt = pred[]{:T(512)} compare(").replace(
+        "direction=LT\n", "direction=LT\n  ROOT %and = pred[]{:T(512)} and(%lt, %lt)\n"
+    )
+    work = work_of(ended, longest_loop=1024)
+    assert (work.flops, work.open_loops) == (1024 * 2 * 32 * 64 * 128, 1)
+    assert work_of(LOOP, longest_loop=1024).open_loops == 0
+
+
+def test_a_stated_trip_count_goes_before_the_condition():
+    stated = LOOP.replace("body=%body\n", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}\n')
+    assert work_of(stated).flops == 3 * 2 * 32 * 64 * 128
+
+
+ENTRY = """HloModule jit_g
+
+%all-reduce-scatter.1 (p: f32[64,128]) -> f32[16,128] {{
+  %p = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  %all = f32[64,128]{{1,0:T(8,128)}} all-reduce(%p), replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  ROOT %mine = f32[16,128]{{1,0:T(8,128)}} dynamic-slice(%all, %all), dynamic_slice_sizes={{16,128}}
+}}
+
+%updated (p.1: f32[64,128], p.2: f32[1,128]) -> f32[64,128] {{
+  %p.1 = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  %p.2 = f32[1,128]{{1,0:T(8,128)}} parameter(1)
+  %zero = s32[]{{:T(128)}} constant(0)
+  ROOT %put = f32[64,128]{{1,0:T(8,128)}} dynamic-update-slice(%p.1, %p.2, %zero, %zero)
+}}
+
+ENTRY %main (a: f32[64,128], b: f32[1,128]) -> f32[64,128] {{
+  %a = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  %b = f32[1,128]{{1,0:T(8,128)}} parameter(1)
+  ROOT {line}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "size"),
+    [
+        (
+            "%s = f32[16,128]{1,0:T(8,128)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1",
+            "reduce-scatter",
+            32768,
+        ),
+        ("%s = f32[16,128]{1,0:T(8,128)} reduce-scatter(%a), replica_groups={{0,1,2,3}}", "reduce-scatter", 32768),
+        ("%s = f32[256,128]{1,0:T(8,128)} all-gather(%a), replica_groups={{0,1,2,3}}", "all-gather", 4 * 32768),
+        (
+            "%s = (f32[64,128]{1,0}, f32[256,128]{1,0}) all-gather-start(%a), replica_groups=[1,4]<=[4]",
+            "all-gather",
+            4 * 32768,
+        ),
+    ],
+)
+def test_collectives_are_known_by_every_spelling(line, kind, size):
+    (collective,) = work_of(ENTRY.format(line=line)).collectives
+    assert (collective.kind, collective.bytes, collective.chips) == (kind, size, 4)
+    assert collective.sent == size * 3 / 4
+
+
+def test_an_update_in_place_writes_the_update_alone():
+    line = "%s = f32[64,128]{1,0:T(8,128)} fusion(%a, %b), kind=kLoop, calls=%updated"
+    assert work_of(ENTRY.format(line=line)).hbm_bytes == 2 * 4 * 128
+
+
+def test_kernels_that_state_nothing_are_counted():
+    silent = '%s = f32[64,128] custom-call(%a), custom_call_target="tpu_custom_call"'
+    stated = silent + ', backend_config={"cost_estimate": {"flops": 99, "transcendentals": 1}}'
+    assert (work_of(ENTRY.format(line=stated)).flops, work_of(ENTRY.format(line=stated)).silent_kernels) == (99, 0)
+    assert (work_of(ENTRY.format(line=silent)).flops, work_of(ENTRY.format(line=silent)).silent_kernels) == (0, 1)
+
+
+def test_holes_of_a_batched_product_are_no_work():
+    """The TPU compiler writes a batch as a window over the batch that meets one real input at a time."""
+    window = "window={size=8 pad=0_0 stride=7 lhs_dilate=8}, dim_labels=0bf_0oi->0bf"
+    lines = (
+        "%x = f32[8,32,64]{2,1,0} copy(%a)",
+        "%y = f32[8,16,64]{2,1,0} copy(%a)",
+        f"ROOT %z = f32[8,32,16] convolution(%x, %y), {window}",
+    )
+    text = ENTRY.format(line="LINES").replace("ROOT LINES", "\n  ".join(lines))
+    assert work_of(text).flops == 2 * 8 * 32 * 16 * 64
+
+
+def test_padding_of_a_convolution_is_no_work():
+    lines = (
+        "%x = f32[4,10,64]{2,1,0} copy(%a)",
+        "%k = f32[3,64,16]{2,1,0} copy(%a)",
+        "ROOT %z = f32[4,10,16] convolution(%x, %k), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",
+    )
+    text = ENTRY.format(line="LINES").replace("ROOT LINES", "\n  ".join(lines))
+    assert work_of(text).flops == 2 * 4 * 64 * 16 * (3 * 10 - 2)

@@ -1,0 +1,196 @@
+"""Plans made with the real TPU compiler: the sheet's figures against counts by hand."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from mer_r1_jax.config.build import config_dict, from_mapping, load_config
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
+from mer_r1_jax.planning.hlo import work_of
+from mer_r1_jax.planning.markdown import markdown
+from mer_r1_jax.planning.plan import plan
+from mer_r1_jax.planning.programs import RunPrograms
+from mer_r1_jax.planning.traced import traced_flops
+
+CONFIGS = Path(__file__).parents[2] / "experiments/configs"
+SLICE = "v5p:2x2x1"
+CHIPS_OF_SLICE = 4
+
+
+def tiny_config(**rl):
+    """One layer of everything, four chips, four prompts: a program that compiles in seconds."""
+    config = config_dict()
+    config.model.preset = "tiny"
+    config.model.text_layers = config.model.audio_layers = config.model.vision_layers = 2
+    config.media.max_frames = 4
+    config.media.video_min_pixels = config.media.video_max_pixels = 56 * 56
+    config.media.max_audio_seconds = 1.0
+    config.data.max_prompt_length = 64
+    config.data.prompt_buckets = (64,)
+    config.rl.max_steps = 8
+    config.rl.prompts_per_step = 4
+    config.rl.max_completion_length = 32
+    config.rl.max_fast_context = 16
+    config.rl.max_answer_words = 4
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    for name, value in rl.items():
+        setattr(config.rl, name, value)
+    return from_mapping(config)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where compiled answers are kept."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def sheet(cache):
+    """The plan of the RL update."""
+    return plan(tiny_config(), SLICE, cache_dir=cache, only=["update"])
+
+
+def test_memory_counts_every_parameter_once_a_part(sheet):
+    backbone = RunPrograms(tiny_config(), topology_devices(SLICE)).backbone
+
+    def size(name):
+        shape = backbone.shapes[name].shape
+        axes = backbone.shardings[name].spec
+        cut = math.prod(CHIPS_OF_SLICE for axis in axes if axis == "fsdp")
+        return 4 * math.prod(shape) // cut
+
+    text = sum(size(name) for name in backbone.shapes if name.startswith("text/"))
+    towers = sum(size(name) for name in backbone.shapes if not name.startswith("text/"))
+    held = sheet.programs[0].held
+    assert (held["parameters"], held["towers"], held["reference"]) == (text, towers, text)
+    counters = 8  # AdamW's and the schedule's step, int32, on every chip
+    assert held["optimizer"] == 2 * text + counters
+    assert sheet.programs[0].total > sum(held.values())
+
+
+def test_the_update_does_at_least_its_matrix_products(sheet):
+    """Forward and backward of prompt and completions, with each layer's forward done again for its backward."""
+    config = tiny_config()
+    thinker = RunPrograms(config, topology_devices(SLICE)).backbone.config.text
+    D, f, h = thinker.hidden_size, thinker.intermediate_size, thinker.head_dim
+    H, K = thinker.num_attention_heads, thinker.num_key_value_heads
+    weights = thinker.num_hidden_layers * (2 * D * h * (H + K) + 3 * D * f)
+    tokens = 64 + config.rl.num_generations * config.rl.max_completion_length  # of the one row of a chip
+    scored = config.rl.num_generations * config.rl.max_completion_length
+    layers = 2 * weights * tokens * 4  # forward twice, gradients of input and of weights
+    head = 2 * D * thinker.vocab_size * scored * 4
+    flops = sheet.programs[0].work.flops
+    assert 0 < sheet.programs[0].asked <= 1
+    assert layers + head <= flops <= 1.6 * (layers + head)  # attention and the gradient's edges come on top
+
+
+def test_a_matmul_loop_counts_every_trip():
+    trips, M, K = 7, 256, 512
+    device = SingleDeviceSharding(topology_devices(SLICE)[0])
+    x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16, sharding=device)
+    w = jax.ShapeDtypeStruct((trips, K, K), jnp.bfloat16, sharding=device)
+
+    def loop(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    def until(x, w):
+        """Goes on while the data says so."""
+
+        def step(carry):
+            return carry[0] + 1, jnp.tanh(carry[1] @ w[carry[0] % trips])
+
+        return jax.lax.while_loop(lambda carry: (carry[0] < 99) & jnp.any(carry[1] > 0), step, (0, x))[1]
+
+    def work(function, **options):
+        compiled = jax.jit(function).trace(x, w).lower(lowering_platforms=("tpu",)).compile()
+        return work_of(compiled.as_text(), **options), compiled.cost_analysis()["flops"]
+
+    counted, reported = work(loop)
+    one = 2 * M * K * K
+    assert counted.flops == trips * one
+    assert reported < 2 * one  # why the compiler's own figure will not do
+    # Of the stacked weights a trip reads its own layer, not all of them.
+    least = 2 * trips * (K * K + 2 * M * K)
+    assert least <= counted.hbm_bytes <= 2 * least
+    assert traced_flops(jax.jit(loop).trace(x, w).jaxpr) == counted.flops
+    counted, _ = work(until, longest_loop=11)
+    assert traced_flops(jax.jit(until).trace(x, w).jaxpr, longest_loop=11) == counted.flops
+    assert counted.flops == 11 * one
+    assert counted.open_loops == 1
+
+
+def test_a_plan_is_compiled_once(cache, monkeypatch, sheet):
+    files = sorted(cache.iterdir())
+    assert len(files) == 2
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+    again = plan(tiny_config(), SLICE, cache_dir=cache, only=["update"])
+    assert again.programs == sheet.programs
+    assert sorted(cache.iterdir()) == files
+    with pytest.raises(TypeError):
+        plan(tiny_config(max_completion_length=40), SLICE, cache_dir=cache, only=["update"])
+
+
+def test_what_does_not_fit_is_named_with_its_cure(cache, monkeypatch, sheet):
+    small = dataclasses.replace(chip_of(SLICE), hbm_bytes=2**16)
+    monkeypatch.setitem(CHIPS, "v5p", small)
+    tight = plan(tiny_config(), SLICE, cache_dir=cache, only=["update"])
+    program = tight.programs[0]
+    assert not tight.fits
+    assert program.over == program.total - 2**16
+    (line,) = tight.advice
+    assert f"{program.over / GIB:.2f} GiB too many" in line
+    assert "rl.optimizer.dtype=bfloat16" in line
+    assert line in markdown(tight)
+
+
+def test_sheet_is_complete(sheet):
+    values = json.loads(json.dumps(sheet.to_json()))
+    (program,) = values["programs"]
+    assert values["fits"] and values["chips"] == CHIPS_OF_SLICE
+    assert program["bytes_per_chip"]["total"] == sum(
+        size for part, size in program["bytes_per_chip"].items() if part not in ("total", "hbm", "over")
+    )
+    kinds = {one["kind"] for one in program["work_per_chip"]["collectives"]}
+    assert "all-gather" in kinds  # of parameters cut over fsdp
+    assert values["epoch_steps"] == {"rl": -(-26_327 // 4)}
+    assert values["missing"] == ["encode", "sample", "score", "reference"]
+    assert values["epoch_hours_lower_bound"]["rl"] is None  # the update alone is no step
+    assert "`update`" in markdown(sheet)
+
+
+def test_hours_add_up_every_call_of_a_step(sheet):
+    (update,) = sheet.programs
+    seconds = {"compute": 2.0, "memory": 3.0, "interconnect": 1.0}
+    programs = [dataclasses.replace(update, seconds=seconds), dataclasses.replace(update, calls=2, seconds=seconds)]
+    whole = dataclasses.replace(sheet, programs=tuple(programs), missing=())
+    assert whole.step_seconds("rl") == 3.0 + 2 * 3.0
+    assert whole.epoch_hours("rl") == pytest.approx(9.0 * -(-26_327 // 4) / 3600)
+
+
+@pytest.mark.parametrize("topology", ["v5p:3x5", "h100:2x2"])
+def test_an_unknown_slice_is_refused_by_name(tmp_path, topology):
+    with pytest.raises(TopologyError, match=topology):
+        plan(tiny_config(), topology, cache_dir=tmp_path)
+
+
+def test_rows_the_slice_cannot_share_are_refused_before_compiling(tmp_path):
+    with pytest.raises(ConfigError, match="rl.prompts_per_step: got 6"):
+        plan(tiny_config(prompts_per_step=6), SLICE, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["omni_7b.py", "omni_7b.py:v5e:16x16", "omni_7b.py:v6e:4x4", "omni_3b.py", "omni_3b.py:v5p:2x2x4"]
+)
+def test_shipped_configs_are_the_papers_recipe(name):
+    config = load_config(f"{CONFIGS}/{name}")
+    assert (config.rl.num_generations, config.rl.temperature, config.rl.arm) == (4, 0.9, "mer_r1")
+    assert (config.data.max_prompt_length, config.rl.max_completion_length) == (2048, 1024)
+    assert not config.model.train_vision_tower and not config.sft.train_vision_tower

@@ -1,0 +1,131 @@
+"""A plan compiles the very programs a run makes: their jaxprs are compared, one by one."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import Literal
+from support.small_run import visits_of
+
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.planning.programs import RunPrograms
+from mer_r1_jax.planning.workload import Workload
+from mer_r1_jax.run.experience import ExperienceMaker
+from mer_r1_jax.run.rl import RlPhase
+from mer_r1_jax.training.sft import make_sft_step
+
+NUMBERS = [0, 1, None, 3]  # one clip broke
+
+
+def program(function, args):
+    """A traced program written out in full.
+
+    jax's own text names a part that is used twice once, or twice, as its caches would have it.
+    """
+    return listing(function.trace(*args).jaxpr)
+
+
+def listing(jaxpr):
+    """Every equation: primitive, operands numbered in their order, parameters, parts written out."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    numbers = {}
+
+    def name(atom):
+        if isinstance(atom, Literal):
+            return f"{atom.val}:{atom.aval}"
+        return f"v{numbers.setdefault(atom, len(numbers))}:{atom.aval}"
+
+    lines = [" ".join(map(name, (*jaxpr.constvars, *jaxpr.invars)))]
+    for equation in jaxpr.eqns:
+        operands = [name(atom) for atom in equation.invars]
+        parameters = dict(equation.params)
+        if equation.primitive.name != "sharding_constraint":
+            parameters.pop("sharding", None)  # of a new array: its mesh, whose axes are all Auto, or none
+        parameters = [f"{key}={written(value)}" for key, value in sorted(parameters.items())]
+        results = [name(atom) for atom in equation.outvars]
+        lines.append(f"{equation.primitive.name} {operands} {parameters} -> {results}")
+    return "\n".join([*lines, " ".join(map(name, jaxpr.outvars))])
+
+
+def written(value):
+    """A parameter as text, without the addresses of Python objects."""
+    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+        return "{" + listing(value) + "}"
+    if isinstance(value, (tuple, list)):
+        return str([written(one) for one in value])
+    return re.sub(r"0x[0-9a-f]+", "", str(value))
+
+
+def zeros(tree):
+    """Arrays for abstract ones, where their sharding says."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), tree)
+
+
+@pytest.fixture(scope="module")
+def planned(small, sft_phase):
+    slow, fast = sft_phase.lengths
+    records = {"sft_records": len(small.data.sft), "rl_records": len(small.data.rl)}
+    run = RunPrograms(small.config, jax.devices()[:1], Workload(slow_target=slow, fast_target=fast, **records))
+    programs = [program for phase in run.phases() for program in run.of_phase(phase, run.buckets(phase)[-1])]
+    return {program.name: program for program in programs}
+
+
+@pytest.fixture(scope="module")
+def called(small, sft_phase):
+    """What one step of each phase calls: (jitted function, its arguments) by the plan's name.
+
+    The host's part is done for real, on real clips. Programs give zeros of their results' shapes, as only what they are
+    called with matters here.
+    """
+    calls = {}
+
+    def recorded(name, function):
+        def call(*args):
+            calls[name] = (function, args)
+            return zeros(jax.eval_shape(function, *args))
+
+        return call
+
+    state = zeros(small.abstract_state_of("sft"))
+    batch, _ = sft_phase.batch(visits_of(small, small.data.sft, NUMBERS))
+    step = make_sft_step(small.backbone, sft_phase.optimizer, sft_phase.config, sft_phase.encode_inside)
+    calls["sft_step"] = (step, (state, put(batch, small.backbone.mesh)))
+
+    phase, programs = RlPhase(small), small.programs
+    state = zeros(small.abstract_state_of("rl"))
+    policy = (state.trainable, state.frozen)
+    sampler = programs.sample_program
+    # An attribute of the object goes before what its class computes.
+    watched = {
+        "encode_program": recorded("encode", programs.encode_program),
+        "sample_program": lambda *settings: recorded("sample", sampler(*settings)),
+        "score": recorded("score", programs.score),
+        "logprobs": recorded("reference", programs.logprobs),
+    }
+    before = dict(programs.__dict__)
+    programs.__dict__.update(watched)
+    try:
+        maker = ExperienceMaker(small, phase.buckets, encode_inside=False)
+        rollout = maker.make(policy, policy, visits_of(small, small.data.rl, NUMBERS), 0)
+    finally:
+        programs.__dict__.clear()
+        programs.__dict__.update(before)
+    update = programs.make_update(phase.optimizer, small.candidates.ids_ZY)
+    calls["update"] = (update, (state, rollout.experience, np.float32(0.04)))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["sft_step", "encode", "sample", "score", "reference", "update"])
+def test_the_plan_traces_what_the_run_calls(planned, called, name):
+    function, args = called[name]
+    assert program(planned[name].function, planned[name].args) == program(function, args)
+
+
+def test_arguments_lie_where_the_run_puts_them(planned, called):
+    """Prompts, parameters and optimizer have the run's shardings, which decide the collectives."""
+    for name in ("sft_step", "encode"):
+        for wanted, real in zip(jax.tree.leaves(planned[name].args), jax.tree.leaves(called[name][1]), strict=True):
+            assert (wanted.shape, wanted.dtype) == (real.shape, real.dtype)
+            assert wanted.sharding.is_equivalent_to(real.sharding, real.ndim)
