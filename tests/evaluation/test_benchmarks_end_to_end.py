@@ -144,7 +144,7 @@ def test_an_extractor_is_a_protocol_of_its_own_and_asked_once(resumed, tmp_path)
     assert evaluate("--benchmark=synthetic", f"--out={out}", "--rescore", "--words=extractor", open_policy=None) == 2
 
 
-def test_a_configuration_says_how_clips_are_asked(resumed, export, root, small_folder, tmp_path, capsys):
+def test_a_configuration_says_how_clips_are_asked(resumed, export, root, small_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(resumed[0], out)
     arguments = [f"--model={export}", "--benchmark=meld", f"--benchmark_root={root}", f"--out={out}"]
@@ -152,7 +152,9 @@ def test_a_configuration_says_how_clips_are_asked(resumed, export, root, small_f
     answers = (out / "answers/meld.jsonl").read_bytes()
     assert evaluate(*arguments) == 0  # the model's own settings: nothing is left to ask
     assert (out / "answers/meld.jsonl").read_bytes() == answers
-    assert evaluate(*arguments, "--config.media.max_frames=4", "--config.data.question=Which?") == 2
+    arguments += ["--config.media.max_frames=4", "--config.data.question=Which?"]
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments])  # ml_collections looks for overrides there
+    assert evaluate(*arguments) == 2
     told = capsys.readouterr().err
     assert "media.max_frames: there 2, now 4" in told and "prompt.question: there 'Feel?', now 'Which?'" in told
 

@@ -78,7 +78,7 @@ TEXT_MISTAKES = {
         )
     ],
     "later tokens are seen": [("causal=True", "causal=False")],
-    "padding is seen": [("v_BTKh, segment_BT, segment_BT, causal", "v_BTKh, *2 * [segment_BT * 0 + 1], causal")],
+    "padding is seen": [("v_BTKh, segment_BT, segment_BT, **options", "v_BTKh, *2 * [segment_BT * 0 + 1], **options")],
     "tanh GELU for SiLU": [("jax.nn.silu(self.gate(x))", "jax.nn.gelu(self.gate(x))")],
     "the final norm is missing": [("return self.norm(h_BTD), cache", "return h_BTD, cache")],
 }

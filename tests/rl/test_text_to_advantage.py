@@ -109,15 +109,17 @@ def test_group_cut_short_before_any_answer_teaches_nothing(arm):
 def test_words_that_share_their_first_token_with_another_category_have_no_confidence_there():
     table = CandidateTable(tiny_tokenizer(), load_wheels())
     assert 0 < table.share_lost < 1
-    _, groups = scored([[slow("happy, ashamed, apprehensive, sad")] * G], [("happy",)])
-    sets = groups.anchors.set_BGWQ[0, 0]
-    words = groups.answers[0][0].parsed.words
-    lost = 0
-    for w, word in enumerate(words):
-        np.testing.assert_array_equal(sets[w], table.word(word))
-        categories = [load_wheels().category(word, wheel) for wheel in range(len(sets[w]))]
-        lost += sum(c is not None and s == NO_SET for c, s in zip(categories, sets[w], strict=True))
-    assert (sets != NO_SET).any() and lost  # both kinds occur
+    _, groups = scored([[slow("happy, ashamed, sad"), slow("apprehensive, happy")] * 2], [("happy",)])
+    assert not any(groups.counts.values())  # every answer keeps its confidences
+    held = lost = 0
+    for generation in range(2):
+        sets_WQ = groups.anchors.set_BGWQ[0, generation]
+        for w, word in enumerate(groups.answers[0][generation].parsed.words):
+            np.testing.assert_array_equal(sets_WQ[w], table.word(word))
+            categories = [load_wheels().category(word, wheel) for wheel in range(len(sets_WQ[w]))]
+            held += sum(s != NO_SET for s in sets_WQ[w])
+            lost += sum(c is not None and s == NO_SET for c, s in zip(categories, sets_WQ[w], strict=True))
+    assert held and lost  # both kinds occur
     assert len(tiny_tokenizer().encode("apprehensive")) > 1
 
 
