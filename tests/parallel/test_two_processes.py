@@ -19,6 +19,7 @@ from mer_r1_jax.training.metrics import read_metrics
 from mer_r1_jax.training.state import flatten
 
 LIMIT = 1500  # seconds, on a busy machine
+pytestmark = pytest.mark.timeout(3 * LIMIT)
 SFT_STEPS, RL_STEPS, FIRST_SAVED = 4, 2, 2
 SETTINGS = {
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
