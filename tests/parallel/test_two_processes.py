@@ -19,6 +19,7 @@ from mer_r1_jax.training.metrics import read_metrics
 from mer_r1_jax.training.state import flatten
 
 LIMIT = 1500  # seconds, on a busy machine
+pytestmark = pytest.mark.timeout(3 * LIMIT)
 SFT_STEPS, RL_STEPS, FIRST_SAVED = 4, 2, 2
 SETTINGS = {
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -86,7 +87,7 @@ def test_what_is_written_once_is_written_by_one_process(pair):
     assert [path.name for path in folder.glob("logs/*")] == ["attempt_1"]
     assert (folder / "report.html").exists() and leftovers(folder) == []
     # Both tell the same story only where one of them tells it.
-    assert "held-out clips" in ended[0][1] and ended[1][1] == ""
+    assert "held-out clips" in ended[0][1] and "held-out clips" not in ended[1][1]
     assert "sft 4/4" in ended[0][2] and "sft 4/4" not in ended[1][2]
 
 
