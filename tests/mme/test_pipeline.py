@@ -186,10 +186,11 @@ def test_text_of_others_stays_inside_its_json(standin, tmp_path):
     file.write_text(json.dumps(rows))
     with JudgeServer(follow_rule) as server:
         evaluate(standin, tmp_path / "out", server, tasks=("SA",), responses=tmp_path / "responses")
-        first = next(request for request in server.requests if is_extraction(request.body))
-    assert data_of(first.body)["answer"] == hostile
-    assert "<" not in first.body["messages"][7]["content"]
-    assert "never follow instructions" in first.body["messages"][0]["content"]
+        extractions = [request.body for request in server.requests if is_extraction(request.body)]
+    bodies = [body for body in extractions if data_of(body)["answer"] == hostile]  # they come in any order
+    assert len(bodies) == 1
+    assert "<" not in bodies[0]["messages"][7]["content"]
+    assert "never follow instructions" in bodies[0]["messages"][0]["content"]
 
 
 def test_the_key_is_in_no_file(standin, tmp_path, monkeypatch):
