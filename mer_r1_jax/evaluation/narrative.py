@@ -189,8 +189,11 @@ def _frame(end: Evaluation | None) -> str:
     if ceiling is not None:
         parts.append(f"An oracle that is told the cues, noise included, reaches {percent(ceiling)}.")
     if None not in (floor, ceiling, slow) and ceiling > floor:
+        covered = 100 * (slow - floor) / (ceiling - floor)
         parts.append(
-            f"Slow thinking has covered {100 * (slow - floor) / (ceiling - floor):.0f}% of the way between the two."
+            "Slow thinking is still below the first of the two."
+            if covered < 0
+            else f"Slow thinking has covered {covered:.0f}% of the way between the two."
         )
     return " ".join(parts)
 

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.clip_strip import clip_strip
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
 from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
 from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, percent, stages_of, warnings_of
+from mer_r1_jax.evaluation.page import render_page
 from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
 from mer_r1_jax.evaluation.statistics import signed
 from mer_r1_jax.training import durable
@@ -48,9 +47,9 @@ SMALL_PANELS = (
     ("KL to the reference", {"kl": ("", NEUTRAL)}),
     ("Entropy of the policy", {"entropy": ("", NEUTRAL)}),
     ("Gradient norm", {"grad_norm": ("", NEUTRAL)}),
-    ("Groups without spread of reward", {"frac_reward_zero_std": ("", NEUTRAL)}),
+    ("Groups without spread", {"frac_reward_zero_std": ("", NEUTRAL)}),
     ("Clipped tokens", {"clip_ratio/region_mean": ("", NEUTRAL)}),
-    ("Sampler against trainer (log-prob.)", {"sampling/sampling_logp_difference/mean": ("", NEUTRAL)}),
+    ("Sampler against trainer", {"sampling/sampling_logp_difference/mean": ("", NEUTRAL)}),
     ("Learning rate", {"learning_rate": ("", NEUTRAL)}),
     ("Tokens per second", {"perf/throughput": ("", NEUTRAL)}),
     ("Seconds per step", {"step_time": ("", NEUTRAL)}),
@@ -80,14 +79,8 @@ def make_report(
     missing = list(run.missing)
     stages = stages_of(run, next(iter(run.evaluations))) if run.evaluations else None
     clips = _clips(run, stages, media_root, num_examples, missing) if stages else []
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mer_r1_jax.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("report.html.jinja").render(
+    html = render_page(
+        "report.html.jinja",
         title=run.config.get("train", {}).get("run_name") or run.config.get("name") or run.path.resolve().name,
         written=time.strftime("%Y-%m-%d %H:%M"),
         summary=describe(run),
@@ -178,12 +171,24 @@ def _figures(run: RunRecord) -> list[dict[str, str]]:
     if sampled:
         caption = "Sampled training completions, per RL step. Pale: each step; strong: running mean."
         found.append({"caption": caption, "source": figures.draw(sampled, 2)})
+    own = {name: _panel(run, "rl", name, {f"rewards/{name}/mean": ("", NEUTRAL)}) for name in _own_rewards(run)}
+    if own := {name: panel for name, panel in own.items() if panel.lines}:
+        unscored = [f"{name} {percent(float(run.series('rl', f'rewards/{name}/unscored')[1].mean()))}%" for name in own]
+        caption = "Reward functions of this run's own, per RL step: mean over the completions that got a value. "
+        caption += f"Unscored: {', '.join(unscored)}."
+        found.append({"caption": caption, "source": figures.draw(list(own.values()), 2)})
     if small := [panel for title, names in SMALL_PANELS if (panel := _panel(run, "rl", title, names)).lines]:
         found.append({"caption": "Health of RL, per step.", "source": figures.draw(small, 4, 2.7, 1.8)})
     sft_names = (("SFT loss", {"loss": ("", NEUTRAL)}), *SMALL_PANELS)
     if sft := [panel for title, names in sft_names if (panel := _panel(run, "sft", title, names)).lines]:
         found.append({"caption": "Supervised fine-tuning, per step.", "source": figures.draw(sft, 4, 2.7, 1.8)})
     return found
+
+
+def _own_rewards(run: RunRecord) -> list[str]:
+    """Names of reward functions of the user's, which alone have a count of faults."""
+    found = {name.split("/")[1] for line in run.metrics.get("rl", []) for name in line if name.endswith("/faults")}
+    return sorted(found)
 
 
 def _held_out_panels(evaluations: Sequence[Evaluation], stages: Stages) -> list[Panel]:

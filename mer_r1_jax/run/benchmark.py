@@ -14,7 +14,6 @@ import numpy as np
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.emotion.candidates import CandidateTable
-from mer_r1_jax.evaluation.benchmarks.answer_log import AnswerLog, check_model
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
 from mer_r1_jax.evaluation.benchmarks.protocol import wheels_digest
@@ -23,6 +22,7 @@ from mer_r1_jax.evaluation.benchmarks.request import Request
 from mer_r1_jax.evaluation.benchmarks.sets import SYNTHETIC, title_of
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
 from mer_r1_jax.evaluation.judge.ordered import map_ordered
+from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
@@ -167,12 +167,12 @@ def answer_benchmarks(
         BenchmarkError: the answers there are another model's, or of other settings or clips.
     """
     folder = EvaluationFolder(request.out)
-    check_model(folder.path / "answers", policy.fingerprint)
+    folder.check_model(policy.fingerprint)
     evaluator = make_evaluator(policy.setup, tuple(record for data in datas for record in data.records))
     emotion = policy.setup.config.emotion
     wheels = {"wheel_dir": emotion.wheel_dir, "variant": emotion.variant}
     for data in datas:
-        with AnswerLog(folder.answers(data.name), answer_fingerprint(policy, data.name)) as answers:
+        with folder.open_answers(data.name, answer_fingerprint(policy, data.name)) as answers:
             _check_records(answers, data)
             asking = _Asking(policy, evaluator, data, answers, request.modes)
             # Before the first answer as well: what a kill leaves can be scored.
@@ -206,11 +206,11 @@ def answer_fingerprint(policy: Policy, benchmark: str) -> dict[str, Any]:
     }
 
 
-def _check_records(answers: AnswerLog, data: BenchmarkData) -> None:
+def _check_records(answers: ResultLog, data: BenchmarkData) -> None:
     """Refuses to go on where a clip's question, subtitle, files or truth have changed since it was answered."""
     digests = {record.id: dataset_hash([record]) for record in data.records}
     changed = [
-        line["id"] for line in answers.answers.values() if digests.get(line["id"], line["record"]) != line["record"]
+        line["id"] for line in answers.rows.values() if digests.get(line["id"], line["record"]) != line["record"]
     ]
     if changed:
         raise BenchmarkError(
@@ -236,7 +236,7 @@ class _Asking:
     """Asks one benchmark's clips what they have no answer to yet."""
 
     def __init__(
-        self, policy: Policy, evaluator: Evaluator, data: BenchmarkData, answers: AnswerLog, modes: Sequence[str]
+        self, policy: Policy, evaluator: Evaluator, data: BenchmarkData, answers: ResultLog, modes: Sequence[str]
     ):
         self.policy, self.evaluator, self.data, self.answers, self.modes = policy, evaluator, data, answers, modes
         self.unusable: dict[str, str] = {}  # clip -> why it was not asked
@@ -245,11 +245,11 @@ class _Asking:
     @property
     def silent(self) -> list[str]:
         """Clips without a sound track among all that have an answer."""
-        return sorted({line["id"] for line in self.answers.answers.values() if line["silent_audio"]})
+        return sorted({line["id"] for line in self.answers.rows.values() if line["silent_audio"]})
 
     def run(self, source: PromptSource, check: Callable[[], None], progress: Callable[[str, int, int], None]) -> None:
         """Asks; see `answer_benchmarks`."""
-        data, there = self.data, self.answers.answers
+        data, there = self.data, self.answers.rows
         wanted = {(record.id, mode) for record in data.records for mode in self.modes}
         progress(data.name, len(wanted & there.keys()), len(wanted))
         for modes, records in self._lacking().items():
@@ -273,7 +273,7 @@ class _Asking:
         """Records by the modes in which they have no answer: a clip that lacks both is encoded once for both."""
         lacking: dict[tuple[str, ...], list[Record]] = {}
         for record in self.data.records:
-            missing = tuple(mode for mode in self.modes if (record.id, mode) not in self.answers.answers)
+            missing = tuple(mode for mode in self.modes if (record.id, mode) not in self.answers.rows)
             if missing:
                 lacking.setdefault(missing, []).append(record)
         return lacking

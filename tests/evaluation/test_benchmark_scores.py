@@ -1,4 +1,4 @@
-"""Scores from answers alone: protocols, official agreement, intervals, counts, and the answer file."""
+"""Scores from answers alone: protocols, official agreement, intervals, counts."""
 
 import dataclasses
 import json
@@ -10,7 +10,6 @@ from support.judge_server import JudgeServer
 from mer_r1_jax.emotion import metrics
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.evaluation.benchmarks import analysis, resampling
-from mer_r1_jax.evaluation.benchmarks.answer_log import AnswerLog, read_answers
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.prompts import POLARITY_VERSION, WORDS_VERSION
 from mer_r1_jax.evaluation.benchmarks.protocol import OFFICIAL_WHEELS, extract, make_scoring, wheels_digest
@@ -219,49 +218,3 @@ def test_the_extractor_reads_answers_once_and_its_failures_are_counted(wheels, t
         asked = [request.text for request in server.requests if not request.fault]
     assert not any("not happy at all" in text for text in asked)  # reasoning is not an answer
     assert any("<description>\nShe is sad.\n</description>" in text for text in asked)
-
-
-FINGERPRINT = {"benchmark": "meld", "model": {"weights": "abc"}, "media": {"fps": 2.0}}
-
-
-def test_a_torn_last_line_is_dropped_and_nothing_else_rewritten(tmp_path):
-    path = tmp_path / "answers" / "meld.jsonl"
-    with AnswerLog(path, FINGERPRINT) as log:
-        log.append([answer("a", "slow", ["happy"], "happy"), answer("a", "fast", ["sad"], "happy")])
-    whole = path.read_bytes()
-    for torn in (b'{"id": "b", "mo', b'{"id": "b", "mode": "slow"}', '{"id": "\u00e9'.encode()[:-1]):
-        path.write_bytes(whole + torn)
-        assert set(read_answers(path)[1]) == {("a", "slow"), ("a", "fast")}
-        with AnswerLog(path, FINGERPRINT) as log:
-            assert set(log.answers) == {("a", "slow"), ("a", "fast")}
-        assert path.read_bytes() == whole
-    with AnswerLog(path, FINGERPRINT) as log:
-        with pytest.raises(BenchmarkError, match="a has a slow answer already"):
-            log.append([answer("a", "slow", [], "happy")])
-    path.write_bytes(b'{"version": 1, "fing')  # torn before the first line was whole
-    with AnswerLog(path, FINGERPRINT) as log:
-        log.append([answer("a", "slow", ["happy"], "happy")])
-    assert set(read_answers(path)[1]) == {("a", "slow")}
-
-
-def test_answers_of_something_else_are_refused(tmp_path):
-    path = tmp_path / "meld.jsonl"
-    with AnswerLog(path, FINGERPRINT) as log:
-        log.append([answer("a", "slow", ["happy"], "happy")])
-        with pytest.raises(BenchmarkError, match="in use by another process"):
-            AnswerLog(path, FINGERPRINT)
-    before = path.read_bytes()
-    other = FINGERPRINT | {"model": {"weights": "xyz"}, "media": {"fps": 1.0}}
-    with pytest.raises(
-        BenchmarkError, match=r"(?s)model.weights: there 'abc', now 'xyz'.*media.fps: there 2.0, now 1.0"
-    ):
-        AnswerLog(path, other)
-    assert path.read_bytes() == before
-    path.write_bytes(before + b"garbage\n" + before.splitlines(keepends=True)[1])
-    with pytest.raises(BenchmarkError, match="meld.jsonl:3: damaged"):
-        read_answers(path)
-    path.write_bytes(before + before.splitlines(keepends=True)[1])
-    with pytest.raises(BenchmarkError, match="1 answers stand in it twice"):
-        read_answers(path)
-    with pytest.raises(BenchmarkError, match="no answers to score"):
-        read_answers(tmp_path / "nowhere.jsonl")

@@ -103,6 +103,26 @@ def test_html_and_scripts_in_a_completion_are_escaped(tmp_path):
     assert html.escape("<script>") in (folder / "report.html").read_text()
 
 
+def test_reward_functions_of_ones_own_have_curves(tmp_path):
+    folder = write_run(tmp_path / "run", clips=1, rl_steps=4)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    own = {"rewards/politeness/mean": 0.3, "rewards/politeness/unscored": 0.25, "rewards/politeness/faults": 2}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line | own) + "\n" for line in lines))
+    page = Page(make_report(folder))
+    assert "Reward functions of this run's own" in page.text and "Unscored: politeness 25.0%." in page.text
+    assert sum(tag["src"].startswith("data:image/svg") for tag in page.all("img")) == 5  # held-out, training, own, …
+
+
+def test_slow_answers_below_the_constant_answer_have_covered_nothing(tmp_path):
+    folder = write_run(tmp_path / "run", clips=1, rl_steps=4)
+    run = read_run(folder)
+    end = stages_of(run, "synthetic").end
+    end.scores["majority_f1"], end.scores["oracle_f1"], end.scores["slow"]["f1"] = 0.4, 0.8, 0.5
+    assert "Slow thinking has covered 25% of the way" in "".join(describe(run))
+    end.scores["slow"]["f1"] = 0.1
+    assert "Slow thinking is still below the first of the two." in "".join(describe(run))
+
+
 def test_missing_and_broken_pieces_are_named(tmp_path):
     folder = write_run(tmp_path / "run", clips=3)
     (folder / "clips" / "1.mp4").unlink()

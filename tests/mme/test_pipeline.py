@@ -10,11 +10,12 @@ from support.mme_standin import COUNT, data_of, follow_rule, is_extraction
 
 from mer_r1_jax.evaluation.judge.client import ChatClient, JudgeAbortedError
 from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.folder import MmeFolder
+from mer_r1_jax.evaluation.mme.folder import RESULTS, MmeFolder
 from mer_r1_jax.evaluation.mme.pipeline import Responses, rescore, run
-from mer_r1_jax.evaluation.mme.reader import read_benchmark
-from mer_r1_jax.evaluation.mme.stage_log import StageLog
+from mer_r1_jax.evaluation.mme.reader import Item, read_benchmark
+from mer_r1_jax.evaluation.mme.stages import Asked, Failure, predict
 from mer_r1_jax.evaluation.mme.tasks import METRICS, TASKS
+from mer_r1_jax.evaluation.result_log import FAILED, ResultLog, read_log
 
 KEY = "sk-planted-0123456789abcdef"
 
@@ -274,28 +275,21 @@ def test_clips_and_responses_that_are_not_there_are_counted(standin, tmp_path):
             evaluate(data, tmp_path / "none", server, tasks=("SA",))
 
 
-def test_logs_survive_torn_lines_and_refuse_damage(tmp_path):
-    path = tmp_path / "log.jsonl"
-    with StageLog(path, {"a": 1}) as log:
-        log.fail("k", "timeout", "slow")
-        log.add("k", {"text": "\ud800 ü"})
-        log.add("m", {"text": "x"})
-        with pytest.raises(MmeError, match="in use by another process"):
-            StageLog(path, {"a": 1})
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"key": "n", "te')
-    with StageLog(path, {"a": 1}) as log:
-        assert log.done("k") and log.done("m") and not log.done("n") and log.rows["k"]["text"] == "? ü"
-    assert path.read_bytes() == whole
-    lines = whole.splitlines(keepends=True)
-    path.write_bytes(lines[0] + b"{]\n" + lines[2])
-    with pytest.raises(MmeError, match="log.jsonl:2: damaged"):
-        StageLog(path, {"a": 1})
-    path.write_bytes(whole)
-    with pytest.raises(MmeError, match=r"made from something else:\n  a: there 1, now 2"):
-        StageLog(path, {"a": 2})
-    with pytest.raises(MmeError, match="cannot be written"):
-        StageLog(path / "x", {"a": 1})
+def test_what_no_judge_can_be_sent_is_replaced_before_it_is_kept(tmp_path):
+    items = [Item("SA", name, labels=("x",), label_set=("x",), audio_clue="", video=None) for name in "ab"]
+    asked = [Asked(item, "response") for item in items]
+
+    class Surrogates:
+        def answers(self, asked):
+            yield asked[0], {"text": "\ud800 ü"}
+            yield asked[1], Failure("timeout", "slow \udcff")
+
+    with ResultLog(tmp_path / "log.jsonl", RESULTS, {}) as log:
+        predict(log, asked, Surrogates(), lambda *_: None)
+        kept = log.rows
+    assert kept[asked[0].key]["text"] == "? ü"
+    assert kept[asked[1].key] == {"key": asked[1].key, FAILED: "timeout", "message": "slow ?"}
+    assert kept == read_log(tmp_path / "log.jsonl", RESULTS)[1]
 
 
 def test_only_answers_without_a_judge(standin, tmp_path):

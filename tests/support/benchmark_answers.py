@@ -10,7 +10,6 @@ from support.unibench_standins import CLIPS, clip_name
 
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
-from mer_r1_jax.evaluation.benchmarks.answer_log import AnswerLog
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
 from mer_r1_jax.evaluation.benchmarks.protocol import wheels_digest
 from mer_r1_jax.evaluation.benchmarks.readers import VALENCE, BenchmarkData, Coverage, truth_of
@@ -29,7 +28,7 @@ def write_answers(out: Path, root: Path, names=(*LAYOUTS, SYNTHETIC), clips: int
         rng = np.random.default_rng(number)
         data = _data(name, Path(root), clips, rng)
         fingerprint = {"benchmark": name, "model": {"weights": "none"}, "confidence": {"wheels": digest}}
-        with AnswerLog(folder.answers(name), fingerprint) as log:
+        with folder.open_answers(name, fingerprint) as log:
             for record in data.records:
                 log.append(_line(record, mode, data.metric, rng) for mode in SKILL)
         wheels_used = {"wheel_dir": "", "variant": "unibench"}

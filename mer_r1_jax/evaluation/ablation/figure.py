@@ -14,6 +14,7 @@ from mer_r1_jax.evaluation.figures import FAST, MUTED, SLOW, STYLE, smooth, svg
 from mer_r1_jax.evaluation.statistics import POINTS
 
 COLORS = ("#475569", "#2a8c5f", "#8a4fbf", "#1f5fbf", "#b3261e", "#0f766e", "#a16207", "#be185d", "#4d7c0f")
+ROOM_FOR_LEVELS = 0.45  # rows above the first one, for the names of the dashed lines
 _CONTROL = (0, (4, 2))  # dashes of a control's curve
 
 
@@ -47,14 +48,20 @@ def _scores(axes: Axes, rows: list[RowResult], ablation: Ablation) -> None:
                 POINTS * mean.mean, place + offset, xerr=POINTS * (mean.error or 0.0), fmt="|", color=color,
                 markersize=9, capsize=0, elinewidth=2, label=mode if place == 0 else None,
             )  # fmt: skip
-    for value, name in ((ablation.ceiling, "ceiling"), (ablation.row(SFT).means["slow", "f1"].mean, "slow after SFT")):
-        if value is not None and not (name == "ceiling" and _far_away(value, rows)):
-            axes.axvline(POINTS * value, color=MUTED, linestyle=_CONTROL, linewidth=1, zorder=0)
-            axes.annotate(name, (POINTS * value, 1), xycoords=("data", "axes fraction"), xytext=(-2, -2),
-                          textcoords="offset points", ha="right", va="top", color=MUTED, fontsize=8)  # fmt: skip
+    levels = [(ablation.row(SFT).means["slow", "f1"].mean, "slow after SFT")]
+    if ablation.ceiling is not None and not _far_away(ablation.ceiling, rows):
+        levels.append((ablation.ceiling, "ceiling"))
+    for value, _ in levels:
+        axes.axvline(POINTS * value, color=MUTED, linestyle=_CONTROL, linewidth=1, zorder=0)
+    middle = sum(axes.get_xlim()) / 2
+    for value, name in levels:
+        side, offset = ("left", 3) if POINTS * value < middle else ("right", -3)  # towards the middle, inside the axes
+        axes.annotate(name, (POINTS * value, 1), xycoords=("data", "axes fraction"), xytext=(offset, -2),
+                      textcoords="offset points", ha=side, va="top", color=MUTED, fontsize=8)  # fmt: skip
     axes.set_title("F1 of held-out clips: seeds, mean ± standard error")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
     _name_rows(axes, rows)
+    axes.set_ylim(top=-0.5 - ROOM_FOR_LEVELS)
 
 
 def _far_away(value: float, rows: list[RowResult]) -> bool:

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from mer_r1_jax.evaluation.ablation.comparison import Ablation, as_json
 from mer_r1_jax.evaluation.ablation.figure import draw
 from mer_r1_jax.evaluation.ablation.narrative import describe
 from mer_r1_jax.evaluation.ablation.tables import markdown, tables_of
 from mer_r1_jax.evaluation.figures import data_uri
+from mer_r1_jax.evaluation.page import render_page
 from mer_r1_jax.training import durable
 
 FIGURE = "ablation.svg"
@@ -36,14 +35,8 @@ def write(folder: Path, ablation: Ablation, command: str, plan: Mapping[str, Any
         + [markdown(table).rstrip() for table in tables]
         + [f"Made by\n\n```bash\n{command}\n```\n"]
     )
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mer_r1_jax.evaluation.ablation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("ablation.html.jinja").render(
+    html = render_page(
+        "ablation/ablation.html.jinja",
         setting=setting,
         paragraphs=paragraphs,
         figure=data_uri(picture),

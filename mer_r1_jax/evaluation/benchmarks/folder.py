@@ -17,14 +17,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mer_r1_jax.emotion.wheels import load_wheels
-from mer_r1_jax.evaluation.benchmarks.answer_log import read_answers
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.protocol import Extractor, make_scoring
 from mer_r1_jax.evaluation.benchmarks.readers import BenchmarkData, truth_of
 from mer_r1_jax.evaluation.benchmarks.request import Request
 from mer_r1_jax.evaluation.benchmarks.scores import score_benchmark
 from mer_r1_jax.evaluation.benchmarks.sets import metric_of
+from mer_r1_jax.evaluation.result_log import LogForm, ResultLog, check_fingerprint, read_log
 from mer_r1_jax.training import durable
+
+# A line of answers holds everything a score needs: clip, truth, the raw text, its words and their confidences.
+ANSWERS = LogForm(key=("id", "mode"), lines="answers", error=BenchmarkError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,30 @@ class EvaluationFolder:
     def answers(self, benchmark: str) -> pathlib.Path:
         """A benchmark's answer file."""
         return self.path / "answers" / f"{benchmark}.jsonl"
+
+    def open_answers(self, benchmark: str, fingerprint: Mapping[str, Any]) -> ResultLog:
+        """A benchmark's answers, to add to; see `ResultLog`."""
+        return ResultLog(self.answers(benchmark), ANSWERS, fingerprint)
+
+    def read_answers(self, benchmark: str) -> tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]]:
+        """The header of a benchmark's answers, with `fingerprint`, and (clip, mode) -> answer.
+
+        Raises:
+            BenchmarkError: there are none, or a line is damaged or stands twice.
+        """
+        return read_log(self.answers(benchmark), ANSWERS)
+
+    def check_model(self, model: Any) -> None:
+        """Refuses a folder in which another model has answered some benchmark.
+
+        Args:
+            model: what the fingerprints say under `model`.
+
+        Raises:
+            BenchmarkError: naming the file and what differs.
+        """
+        for path in sorted((self.path / "answers").glob("*.jsonl")):
+            check_fingerprint(path, ANSWERS, {"model": model})
 
     def coverage(self, benchmark: str) -> pathlib.Path:
         """What its data folder held."""
@@ -90,7 +117,7 @@ class EvaluationFolder:
             BenchmarkError: there are no answers, or they cannot be scored so.
             WheelError: the wheels cannot be read.
         """
-        header, answers = read_answers(self.answers(name))
+        header, answers = self.read_answers(name)
         try:
             coverage = json.loads(self.coverage(name).read_text(encoding="utf-8"))
             truths = coverage.pop("truths")

@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation.benchmarks import charts
-from mer_r1_jax.evaluation.benchmarks.answer_log import read_answers
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
 from mer_r1_jax.evaluation.benchmarks.sets import BENCHMARKS, WAF, title_of
@@ -28,6 +25,7 @@ from mer_r1_jax.evaluation.benchmarks.tables import (
 from mer_r1_jax.evaluation.clip_strip import clip_strip
 from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
+from mer_r1_jax.evaluation.page import render_page
 from mer_r1_jax.training import durable
 
 FEW_CLIPS = 100  # below this a score says little
@@ -58,15 +56,9 @@ def make_benchmark_report(out: str | os.PathLike, num_examples: int = 6) -> Path
         raise BenchmarkError(f"{folder.path}: holds no scores; evaluate something there first")
     columns = Columns(scores)
     missing: list[str] = []
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mer_r1_jax.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     examples = [_examples(folder, columns.scores_of(name), num_examples, missing) for name in columns.benchmarks]
-    html = environment.get_template("benchmarks/report.html.jinja").render(
+    html = render_page(
+        "benchmarks/report.html.jinja",
         title=f"Benchmarks of {Path(out).resolve().name}",
         written=time.strftime("%Y-%m-%d %H:%M"),
         warnings=_warnings(scores, columns),
@@ -141,7 +133,7 @@ def _examples(
     """The first clips of a benchmark with their answers."""
     score = scores[0]
     name = score["benchmark"]
-    _, answers = read_answers(folder.answers(name))
+    _, answers = folder.read_answers(name)
     wheels = _wheels(score, missing)
     clips = []
     for clip in list(dict.fromkeys(clip for clip, _ in answers))[:count]:

@@ -22,11 +22,12 @@ from mer_r1_jax.evaluation.mme.errors import MmeError
 from mer_r1_jax.evaluation.mme.protocol import Protocol, describe
 from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.scores import paired_modes, score_mode
-from mer_r1_jax.evaluation.mme.stage_log import read_log
 from mer_r1_jax.evaluation.mme.stages import asked_of
+from mer_r1_jax.evaluation.result_log import LogForm, read_log
 from mer_r1_jax.training import durable
 
 NAME = "mme_emotion"
+RESULTS = LogForm(key=("key",), lines="results", error=MmeError, last_counts=True)  # of every stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +127,16 @@ class MmeFolder:
             MmeError: there are no ratings, or a file is damaged.
         """
         benchmark, modes = self.read_items()
-        header, predictions = read_log(self.predictions)
+        header, predictions = read_log(self.predictions, RESULTS)
         judged_files = sorted(self.path.glob("judge.*.jsonl"))
         if not judged_files:
             raise MmeError(f"{self.path}: no ratings there; run with a judge first")
         return [self._score(file, benchmark, modes, header["fingerprint"], predictions) for file in judged_files]
 
     def _score(self, file, benchmark, modes, made_by, predictions) -> dict[str, Any]:
-        header, judged = read_log(file)
+        header, judged = read_log(file, RESULTS)
         protocol = header["fingerprint"]
-        _, steps = read_log(self.path / f"steps.{header['fingerprint']['steps_key']}.jsonl")
+        _, steps = read_log(self.path / f"steps.{protocol['steps_key']}.jsonl", RESULTS)
         logs = {"predict": predictions, "steps": steps, "judge": judged}
         asked = asked_of(benchmark, modes)
         scores = {

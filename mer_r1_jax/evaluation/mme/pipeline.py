@@ -9,13 +9,13 @@ from typing import Any
 
 from mer_r1_jax.evaluation.judge.client import ChatClient
 from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.folder import MmeFolder
+from mer_r1_jax.evaluation.mme.folder import RESULTS, MmeFolder
 from mer_r1_jax.evaluation.mme.pictures import Pictures
 from mer_r1_jax.evaluation.mme.protocol import Protocol
 from mer_r1_jax.evaluation.mme.reader import Benchmark, read_responses, response_files
 from mer_r1_jax.evaluation.mme.report import make_mme_report
-from mer_r1_jax.evaluation.mme.stage_log import StageLog
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure, Predictor, Progress, asked_of, extract, judge, predict
+from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.training import durable
 
 RESPONSE = "response"  # the mode of answers that were made elsewhere
@@ -93,7 +93,7 @@ def run(
         progress(stage, done, total)
         check()
 
-    with StageLog(folder.predictions, predictor.fingerprint) as predictions:
+    with ResultLog(folder.predictions, RESULTS, predictor.fingerprint) as predictions:
         predict(predictions, asked, predictor, watched)
         if not any(predictions.done(one.key) for one in asked):
             first = next(iter(predictions.rows.values()), {"message": "there is none"})
@@ -110,8 +110,8 @@ def run(
             reasks=reasks,
         )
         with (
-            StageLog(folder.steps(protocol), protocol.steps_fingerprint()) as steps,
-            StageLog(folder.judged(protocol), protocol.fingerprint()) as judged,
+            ResultLog(folder.steps(protocol), RESULTS, protocol.steps_fingerprint()) as steps,
+            ResultLog(folder.judged(protocol), RESULTS, protocol.fingerprint()) as judged,
             _pictures(protocol) as pictures,
         ):
             try:

@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
 from mer_r1_jax.evaluation.figures import frame_strip
 from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.folder import MmeFolder
+from mer_r1_jax.evaluation.mme.folder import RESULTS, MmeFolder
 from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
-from mer_r1_jax.evaluation.mme.stage_log import FAILED, read_log
 from mer_r1_jax.evaluation.mme.stages import Asked
 from mer_r1_jax.evaluation.mme.tasks import COT, METRICS, PAPER_COT, PAPER_JUDGE, PAPER_OVERALL, TASKS, TOTAL
+from mer_r1_jax.evaluation.page import render_page
+from mer_r1_jax.evaluation.result_log import FAILED, read_log
 from mer_r1_jax.training import durable
 
 FEW_ITEMS = 100  # below this a score says little
@@ -45,14 +44,8 @@ def make_mme_report(out: str | os.PathLike, num_examples: int = 6) -> Path:
     if not scores:
         raise MmeError(f"{folder.path}: holds no scores; evaluate something there first")
     benchmark, _ = folder.read_items()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mer_r1_jax.evaluation.mme", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("report.html.jinja").render(
+    html = render_page(
+        "mme/report.html.jinja",
         title=f"MME-Emotion: {Path(out).resolve().name}",
         written=time.strftime("%Y-%m-%d %H:%M"),
         metrics=METRICS,
@@ -104,7 +97,7 @@ def _row(title: str, name: str, tables: list[Mapping[str, Any] | None], strong: 
 def _cell(score: Mapping[str, float | None] | None) -> dict[str, str]:
     if score is None or score["score"] is None:
         return {"value": "–", "interval": ""}
-    interval = "" if score["low"] is None else f"{score['low']:.1f} to {score['high']:.1f}"
+    interval = "" if score["low"] is None else f"{score['low']:.1f}–{score['high']:.1f}"
     return {"value": f"{score['score']:.1f}", "interval": interval}
 
 
@@ -150,10 +143,10 @@ def _mode_warnings(pooled: Mapping[str, Any]) -> list[str]:
 def _difference(paired: Mapping[str, Any] | None) -> str:
     if paired is None:
         return ""
-    parts = [
-        f"{metric} {paired[metric]['score']:+.1f} ({paired[metric]['low']:+.1f} to {paired[metric]['high']:+.1f})"
-        for metric in METRICS
-    ]
+    parts = []
+    for metric in METRICS:
+        found, name = paired[metric], "CoT" if metric == COT else metric
+        parts.append(f"{name} {found['score']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})")
     return f"Slow minus fast over the {paired['items']} items rated in both: {', '.join(parts)} points."
 
 
@@ -185,9 +178,9 @@ def _examples(
     folder: MmeFolder, benchmark: Benchmark, score: Mapping[str, Any], modes: list[str], count: int
 ) -> list[dict[str, Any]]:
     """The first item of each task, then the second, and so on: in order, so that none is chosen."""
-    _, predictions = read_log(folder.predictions)
-    _, steps = read_log(folder.path / f"steps.{score['protocol']['steps_key']}.jsonl")
-    _, judged = read_log(folder.path / f"judge.{score['protocol']['key']}.jsonl")
+    _, predictions = read_log(folder.predictions, RESULTS)
+    _, steps = read_log(folder.path / f"steps.{score['protocol']['steps_key']}.jsonl", RESULTS)
+    _, judged = read_log(folder.path / f"judge.{score['protocol']['key']}.jsonl", RESULTS)
     by_task: dict[str, list[Item]] = {}
     for item in benchmark.items:
         by_task.setdefault(item.task, []).append(item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from typing import Protocol as Interface
@@ -14,8 +15,8 @@ from mer_r1_jax.evaluation.mme.parse import UnreadableReplyError, parse_scores, 
 from mer_r1_jax.evaluation.mme.pictures import Pictures
 from mer_r1_jax.evaluation.mme.protocol import digest_of
 from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
-from mer_r1_jax.evaluation.mme.stage_log import FAILED, StageLog
 from mer_r1_jax.evaluation.mme.tasks import TASKS
+from mer_r1_jax.evaluation.result_log import FAILED, ResultLog
 from mer_r1_jax.media.errors import MediaError
 
 UNREADABLE = "unreadable"  # why a question failed: no reply could be read
@@ -69,22 +70,19 @@ def asked_of(benchmark: Benchmark, modes: Iterable[str]) -> list[Asked]:
     return [Asked(item, mode) for item in benchmark.items for mode in modes]
 
 
-def predict(log: StageLog, asked: Sequence[Asked], predictor: Predictor, progress: Progress) -> None:
+def predict(log: ResultLog, asked: Sequence[Asked], predictor: Predictor, progress: Progress) -> None:
     """Answers what has no answer yet."""
     lacking = [one for one in asked if not log.done(one.key)]
     done = len(asked) - len(lacking)
     progress("predict", done, len(asked))
     for one, answer in predictor.answers(lacking):
-        if isinstance(answer, Failure):
-            log.fail(one.key, answer.reason, answer.message)
-        else:
-            log.add(one.key, answer)
+        _note(log, one.key, answer)
         done += 1
         progress("predict", done, len(asked))
 
 
 def extract(
-    log: StageLog, predictions: StageLog, asked: Sequence[Asked], client: ChatClient, reasks: int, progress: Progress
+    log: ResultLog, predictions: ResultLog, asked: Sequence[Asked], client: ChatClient, reasks: int, progress: Progress
 ) -> None:
     """Turns answers into steps."""
 
@@ -104,8 +102,8 @@ def extract(
 
 
 def judge(
-    log: StageLog,
-    steps: StageLog,
+    log: ResultLog,
+    steps: ResultLog,
     benchmark: Benchmark,
     asked: Sequence[Asked],
     client: ChatClient,
@@ -141,7 +139,7 @@ def judge(
 
 
 def _fill(
-    log: StageLog,
+    log: ResultLog,
     stage: str,
     asked: Sequence[Asked],
     made_from: Callable[[Asked], str],
@@ -155,12 +153,17 @@ def _fill(
     client.credit(done)
     progress(stage, done, len(asked))
     for one, result in map_ordered(work, lacking, client.concurrency, client.stop):
-        if isinstance(result, Failure):
-            log.fail(one.key, result.reason, result.message)
-        else:
-            log.add(one.key, result)
+        _note(log, one.key, result)
         done += 1
         progress(stage, done, len(asked))
+
+
+def _note(log: ResultLog, key: str, result: Mapping[str, Any] | Failure) -> None:
+    """Writes down a result, or why there is none. Lone surrogates become "?": no judge and no report can take them."""
+    if isinstance(result, Failure):
+        result = {FAILED: result.reason, "message": result.message}
+    row = json.dumps({"key": key, **result}, ensure_ascii=False).encode("utf-8", "replace")
+    log.append([json.loads(row)])
 
 
 class _Asking:
@@ -191,8 +194,3 @@ class _Asking:
         failure = Failure(UNREADABLE, f"no reply of {self.client.model} can be read; the last: {problem}")
         self.client.reject(JudgeError(failure.reason, failure.message))
         return failure
-
-
-def failure_of(log: StageLog, key: str) -> str | None:
-    """Why a key has no result in this stage, or None."""
-    return log.rows.get(key, {}).get(FAILED)
