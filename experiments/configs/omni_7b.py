@@ -64,4 +64,5 @@ def _media(media):
     media.video_min_pixels = 64 * 28 * 28
     media.video_max_pixels = 128 * 28 * 28
     media.image_max_pixels = 1024 * 28 * 28
+    media.max_aspect_ratio = 16.0
     media.max_audio_seconds = 30.0

@@ -49,10 +49,11 @@ def _media(media):
     media.fps = 2.0
     media.min_frames = 4
     media.max_frames = 4
-    media.video_min_pixels = 84 * 84
+    media.video_min_pixels = 28 * 28
     media.video_max_pixels = 84 * 84
-    media.image_min_pixels = 84 * 84
+    media.image_min_pixels = 28 * 28
     media.image_max_pixels = 84 * 84
+    media.max_aspect_ratio = 2.0
     media.max_audio_seconds = 2.0
     media.max_clip_seconds = 60.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mer_r1_jax.config.schema import OptimizerConfig, RunConfig
+from mer_r1_jax.config.schema import MAX_ASPECT_RATIO, OptimizerConfig, RunConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("tiny", "3b", "7b"),
@@ -176,6 +176,8 @@ def _check_media(config: RunConfig) -> list[str]:
         low, high = getattr(media, f"{kind}_min_pixels"), getattr(media, f"{kind}_max_pixels")
         if not 0 < low <= high:
             problems.append(f"media.{kind}_min_pixels: got {low}, expected 1..{kind}_max_pixels={high}")
+    if not 1 <= media.max_aspect_ratio <= MAX_ASPECT_RATIO:
+        problems.append(f"media.max_aspect_ratio: got {media.max_aspect_ratio}, expected 1..{MAX_ASPECT_RATIO:g}")
     buckets, cap = config.data.prompt_buckets, config.data.max_prompt_length
     if buckets and (list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != cap):
         problems.append(

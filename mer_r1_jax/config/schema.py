@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -52,6 +54,7 @@ class MediaConfig:
     video_total_pixels: int = 90_316_800  # pixels of all frames together: 0.9 * 128000 * 28 * 28
     image_min_pixels: int = 4 * 28 * 28  # fewest pixels of a resized image
     image_max_pixels: int = 16_384 * 28 * 28  # most pixels of a resized image
+    max_aspect_ratio: float = MAX_ASPECT_RATIO  # pictures with sides further apart are refused; less plans less padding
     sampling_rate: int = 16_000  # Hz of the audio the mel spectrogram is made from
     max_audio_seconds: float = 300.0  # audio beyond this is cut (counted in data/audio_cut)
     max_clip_seconds: float = 600.0  # a clip longer than this is refused rather than decoded

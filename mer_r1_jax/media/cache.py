@@ -20,11 +20,12 @@ from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, CorruptEntryError, Entry
 
 CODE_VERSION = 3  # raise when decoding, resizing or the mel spectrogram changes
-_VIDEO_SETTINGS = ("fps", "min_frames", "max_frames", "video_min_pixels", "video_max_pixels", "video_total_pixels")
+_FRAMES = ("fps", "min_frames", "max_frames")
+_VIDEO_PIXELS = ("video_min_pixels", "video_max_pixels", "video_total_pixels", "max_aspect_ratio")
 SETTINGS = {  # the settings that shape what a kind of entry holds
-    VIDEO: (*_VIDEO_SETTINGS, "max_clip_seconds"),
+    VIDEO: (*_FRAMES, *_VIDEO_PIXELS, "max_clip_seconds"),
     AUDIO: ("sampling_rate", "max_audio_seconds", "max_clip_seconds"),
-    IMAGE: ("image_min_pixels", "image_max_pixels"),
+    IMAGE: ("image_min_pixels", "image_max_pixels", "max_aspect_ratio"),
 }
 
 log = logging.getLogger(__name__)

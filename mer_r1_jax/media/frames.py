@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.config.schema import MAX_ASPECT_RATIO, MediaConfig
 
 FRAME_FACTOR = 2  # a video has an even number of frames: the vision tower takes them in pairs
-MAX_ASPECT_RATIO = 200
 MIN_HEADROOM = 1.05  # a frame's share of the total never falls below this times the minimum
+ROUNDING = 1e-9  # more than what float64 adds to a side before it is rounded up
 
 
 def frame_count(total: int, rate: float, media: MediaConfig) -> int:
@@ -50,8 +50,19 @@ def frame_indices(total: int, count: int) -> np.ndarray:
     return np.round(np.where(i < count // 2, from_start, from_end)).astype(np.int64)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Returns the (height, width) to resize to: multiples of `factor`, area within the limits, aspect ratio kept.
+def smart_resize(
+    height: int,
+    width: int,
+    factor: int,
+    min_pixels: int,
+    max_pixels: float,
+    max_aspect_ratio: float = MAX_ASPECT_RATIO,
+) -> tuple[int, int]:
+    """Returns the (height, width) to resize to: multiples of `factor`, aspect ratio kept about.
+
+    The area is within the limits, with two exceptions: no side is less than `factor`, so that a long strip can be
+    larger than `max_pixels`, and a picture enlarged to `min_pixels` is rounded up, whatever `max_pixels` is. See
+    `most_cells`.
 
     Args:
         height: in pixels.
@@ -59,13 +70,14 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         factor: patch size times merge size.
         min_pixels: smallest area.
         max_pixels: largest area.
+        max_aspect_ratio: how many times one side may be as long as the other.
 
     Raises:
-        ValueError: if one side is more than 200 times the other.
+        ValueError: if one side is longer than that.
     """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+    if max(height, width) > max_aspect_ratio * min(height, width):
         raise ValueError(
-            f"got a picture of {width}x{height} pixels, expected sides at most {MAX_ASPECT_RATIO} times apart"
+            f"got a picture of {width}x{height} pixels, expected sides at most {max_aspect_ratio:g} times apart"
         )
     # Python's round is half to even here and in the original alike.
     new_height = max(factor, round(height / factor) * factor)
@@ -81,9 +93,32 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return new_height, new_width
 
 
+def most_cells(min_pixels: float, max_pixels: float, factor: int, max_aspect_ratio: float) -> int:
+    """Returns the most factor x factor cells `smart_resize` gives any picture it takes.
+
+    Args:
+        min_pixels: smallest area.
+        max_pixels: largest area.
+        factor: patch size times merge size.
+        max_aspect_ratio: how many times one side may be as long as the other.
+    """
+    least, most = min_pixels / factor**2, max_pixels / factor**2
+    # Shrunk: both sides are rounded down, but none below one cell, and the other is sqrt(most * ratio) at most then.
+    cells = max(1, math.floor(most * (1 + ROUNDING)), math.floor(math.sqrt(most * max_aspect_ratio) * (1 + ROUNDING)))
+    # Enlarged: sides a <= b with a * b = least are rounded up. For each ceil(a), b is longest where a is shortest.
+    if least <= 1:
+        return cells  # nothing is that small once its sides are rounded
+    longest = math.sqrt(least * max_aspect_ratio)
+    for short in range(1, math.ceil(math.sqrt(least) * (1 + ROUNDING)) + 1):
+        long = min(longest, least / (short - 1)) if short > 1 else longest
+        cells = max(cells, short * math.ceil(long * (1 + ROUNDING)))
+    return cells
+
+
 def video_size(height: int, width: int, frames: int, factor: int, media: MediaConfig) -> tuple[int, int]:
     """Returns the (height, width) every frame of a video of `frames` sampled frames is resized to."""
-    return smart_resize(height, width, factor, media.video_min_pixels, video_pixels(frames, media))
+    most = video_pixels(frames, media)
+    return smart_resize(height, width, factor, media.video_min_pixels, most, media.max_aspect_ratio)
 
 
 def video_pixels(frames: int, media: MediaConfig) -> float:
@@ -94,4 +129,6 @@ def video_pixels(frames: int, media: MediaConfig) -> float:
 
 def image_size(height: int, width: int, factor: int, media: MediaConfig) -> tuple[int, int]:
     """Returns the (height, width) an image is resized to."""
-    return smart_resize(height, width, factor, media.image_min_pixels, media.image_max_pixels)
+    return smart_resize(
+        height, width, factor, media.image_min_pixels, media.image_max_pixels, media.max_aspect_ratio
+    )

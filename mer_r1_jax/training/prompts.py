@@ -12,7 +12,7 @@ import numpy as np
 from mer_r1_jax.config.schema import MediaConfig, RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.collate import bucket_for, collate
-from mer_r1_jax.media.frames import FRAME_FACTOR, video_pixels
+from mer_r1_jax.media.frames import FRAME_FACTOR, most_cells, video_pixels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import Prompt, PromptBuilder
 from mer_r1_jax.media.vision import merge_factor
@@ -107,10 +107,11 @@ def _vision_limits(media: MediaConfig, thinker: ThinkerConfig, videos: bool, ima
     """Most frame pairs of a clip, and most patches of a frame pair, whole merge blocks each."""
     vision = thinker.vision
     # A frame's own limit is highest where frames are fewest; a clip may have fewer of them than media.min_frames.
-    pixels = [video_pixels(FRAME_FACTOR, media)] if videos else []
-    pixels += [media.image_max_pixels] if images else []
+    limits = [(media.video_min_pixels, video_pixels(FRAME_FACTOR, media))] if videos else []
+    limits += [(media.image_min_pixels, media.image_max_pixels)] if images else []
     pairs = -(-media.max_frames // vision.temporal_patch_size) if videos else int(images)
-    cells = int(max(pixels, default=0)) // merge_factor(vision) ** 2
+    factor, ratio = merge_factor(vision), media.max_aspect_ratio
+    cells = max((most_cells(least, most, factor, ratio) for least, most in limits), default=0)
     return pairs, cells * vision.merge_unit
 
 

@@ -46,6 +46,7 @@ def entries(folder) -> list:
         ({"video_max_pixels": 4 * 784}, 1),
         ({"video_min_pixels": 2 * 784}, 1),
         ({"video_total_pixels": 10**6}, 1),
+        ({"max_aspect_ratio": 4.0}, 1),
         ({"max_audio_seconds": 0.5}, 1),
         ({"max_clip_seconds": 20.0}, 2),
         ({"decode_timeout": 5.0}, 0),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as transformers_smart_resize
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.frames import frame_count, frame_indices, image_size, smart_resize, video_size
+from mer_r1_jax.media.frames import frame_count, frame_indices, image_size, most_cells, smart_resize, video_size
 
 CELL = 28 * 28
 
@@ -94,3 +96,23 @@ def test_image_size_uses_the_image_limits():
     media = MediaConfig(image_max_pixels=100 * CELL)
     assert image_size(1000, 1000, 28, media) == (280, 280)
     assert image_size(20, 20, 28, media) == (56, 56)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "ratio", "expected"),
+    [(1, 9, 2, 9), (1, 9, 9, 9), (9, 9, 1, 16), (9, 9, 2, 16), (9, 9, 200, 43), (4, 4, 4, 10)],
+)
+def test_most_cells_is_what_some_picture_gets_and_none_passes(least, most, ratio, expected):
+    largest = 0
+    for short in range(1, int(math.sqrt(2 * most) * 28) + 1):
+        for long in range(short, min(ratio * short, 3 * most * 784 // short) + 1):
+            height, width = smart_resize(short, long, 28, least * 784, most * 784)
+            largest = max(largest, height * width // 784)
+    assert largest == expected == most_cells(least * 784, most * 784, 28, ratio)
+
+
+def test_most_cells_of_the_configurations_that_ship():
+    assert most_cells(64 * CELL, 128 * CELL, 28, 16) == 128 < most_cells(64 * CELL, 128 * CELL, 28, 200) == 160
+    assert most_cells(128 * CELL, 768 * CELL, 28, 200) == 768
+    assert most_cells(128 * CELL, 256 * CELL, 28, 200) == 258  # 19 x 2432 pixels become 2 x 129 cells
+    assert smart_resize(19, 2432, 28, 128 * CELL, 256 * CELL) == (2 * 28, 129 * 28)

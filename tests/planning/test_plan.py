@@ -30,7 +30,8 @@ def tiny_config(**rl):
     config.model.preset = "tiny"
     config.model.text_layers = config.model.audio_layers = config.model.vision_layers = 2
     config.media.max_frames = 4
-    config.media.video_min_pixels = config.media.video_max_pixels = 56 * 56
+    config.media.video_min_pixels, config.media.video_max_pixels = 28 * 28, 56 * 56
+    config.media.max_aspect_ratio = 4.0
     config.media.max_audio_seconds = 1.0
     config.data.max_prompt_length = 64
     config.data.prompt_buckets = (64,)

@@ -40,8 +40,9 @@ def _model(model, folder):
 
 def _media(media):
     media.min_frames = media.max_frames = 2
-    media.video_min_pixels = media.video_max_pixels = 56 * 56
-    media.image_min_pixels = media.image_max_pixels = 56 * 56
+    media.video_min_pixels = media.image_min_pixels = 28 * 28
+    media.video_max_pixels = media.image_max_pixels = 56 * 56
+    media.max_aspect_ratio = 4.0
     media.max_audio_seconds = 0.5
     media.decode_workers = 1
 

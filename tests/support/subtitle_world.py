@@ -63,8 +63,8 @@ def run_config(world: Path, runs: Path, steps: int = 100) -> RunConfig:
     values = dataclasses.asdict(RunConfig(name="subtitles"))
     values["model"] |= {"preset": "tiny", "tokenizer_path": str(world / "tokenizer"), "compute_dtype": "float32"}
     values["model"] |= {"initializer_range": 0.05, "text_layers": 2, "vision_layers": 1, "audio_layers": 1}
-    values["media"] |= {"min_frames": 2, "max_frames": 2, "video_min_pixels": 56 * 56, "video_max_pixels": 56 * 56}
-    values["media"] |= {"max_audio_seconds": 1.0, "decode_workers": 0}
+    values["media"] |= {"min_frames": 2, "max_frames": 2, "video_min_pixels": 28 * 28, "video_max_pixels": 56 * 56}
+    values["media"] |= {"max_aspect_ratio": 4.0, "max_audio_seconds": 1.0, "decode_workers": 0}
     values["data"] |= {"sft_path": str(world / "sft.jsonl")}
     values["data"] |= {"cache_dir": str(world / "cache"), "prompt_buckets": (160,), "max_prompt_length": 160}
     values["sft"] |= {"max_steps": steps, "prompts_per_step": 8, "max_completion_length": 40}

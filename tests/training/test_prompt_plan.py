@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support.clips import make_clip
 from support.small_run import small_config_of
@@ -13,7 +13,7 @@ from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.collate import bucket_for
-from mer_r1_jax.media.errors import PromptError
+from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.frames import video_size
 from mer_r1_jax.media.vision import merge_factor
 from mer_r1_jax.omni.config import ThinkerConfig
@@ -96,18 +96,25 @@ def test_places_of_broken_clips_stay_empty(small, wide_config, records):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    height=st.integers(28, 4000),
-    width=st.integers(28, 4000),
+    height=st.integers(1, 4000),
+    width=st.integers(1, 4000),
     frames=st.sampled_from([2, 4, 6, 16, 768]),
+    min_cells=st.sampled_from([1, 4, 9]),
     max_cells=st.sampled_from([9, 64, 768]),
     total=st.sampled_from([90_316_800, 20 * 28 * 28 * 4]),
+    ratio=st.sampled_from([1.0, 3.0, 20.0, 200.0]),
 )
-def test_no_frame_is_larger_than_planned(height, width, frames, max_cells, total):
-    """Whatever the picture's size, between the smallest one asked for and three to one."""
+@example(height=19, width=19, frames=2, min_cells=9, max_cells=9, total=90_316_800, ratio=1.0)  # rounding: 4 x 4 cells
+@example(height=20, width=3980, frames=2, min_cells=9, max_cells=9, total=90_316_800, ratio=200.0)
+def test_no_frame_is_larger_than_planned(height, width, frames, min_cells, max_cells, total, ratio):
     media = MediaConfig(
-        video_min_pixels=4 * FACTOR**2, video_max_pixels=max_cells * FACTOR**2, video_total_pixels=total, max_frames=768
+        video_min_pixels=min_cells * FACTOR**2,
+        video_max_pixels=max_cells * FACTOR**2,
+        video_total_pixels=total,
+        max_frames=768,
+        max_aspect_ratio=ratio,
     )
-    assume(height * width >= media.video_min_pixels and max(height, width) <= 3 * min(height, width))
+    assume(max(height, width) <= ratio * min(height, width))
     thinker = ThinkerConfig.tiny()
     assert merge_factor(thinker.vision) == FACTOR
     record = Record(id="r", messages=(), videos=("v.mp4",), file="f")
@@ -117,16 +124,42 @@ def test_no_frame_is_larger_than_planned(height, width, frames, max_cells, total
     assert planned.frame_pairs == 384
 
 
-def test_picture_that_no_planned_shape_holds_is_named_with_the_sizes(small, tmp_path, small_folder):
-    # Its smallest size is the largest allowed one, and rounding up to whole blocks passes it.
-    config = small_config_of(small_folder, media={"video_min_pixels": 84 * 84, "video_max_pixels": 84 * 84})
-    make_clip(tmp_path / "odd.mp4", seconds=0.5, size=(40, 90))
+@pytest.mark.parametrize("size", [(4, 80), (80, 4), (2, 398), (398, 2), (40, 90), (38, 38)])
+def test_strips_are_planned_for_or_refused_by_name(small, tmp_path, small_folder, size):
+    """Where the smallest size is the largest allowed one, rounding up passes it; a side of one block passes it too."""
+    height, width = size
+    make_clip(tmp_path / "strip.mp4", seconds=0.5, size=size)
+    record = Record(
+        id="strip", messages=({"role": "user", "content": "?"},), videos=("strip.mp4",), file=str(tmp_path / "d.jsonl")
+    )
+    pixels = {"video_min_pixels": 84 * 84, "video_max_pixels": 84 * 84, "decode_workers": 0}
+    config = small_config_of(
+        small_folder,
+        media=pixels | {"max_aspect_ratio": 200.0},
+        data={"max_prompt_length": 256, "prompt_buckets": (256,)},
+    )
+    prompt = PromptSource(config, small.tokenizer, small.backbone.config).load(record).prompt
+    (_, rows, columns) = prompt.vision[0].grid
+    assert rows * columns > 36  # more than the nine blocks of the largest size
+    (bucket,) = plan_buckets(config, small.backbone.config, [record], rows=1)
+    assert bucket_for([prompt], [bucket]) == bucket and bucket.patches == 4 * 43
+    narrow = small_config_of(small_folder, media=pixels | {"max_aspect_ratio": 2.0})
+    if max(size) > 2 * min(size):
+        with pytest.raises(MediaError, match=f"{width}x{height} pixels, expected sides at most 2 times apart") as error:
+            PromptSource(narrow, small.tokenizer, small.backbone.config).load(record)
+        assert error.value.reason == "bad_size"
+    assert plan_buckets(narrow, small.backbone.config, [record], rows=1)[0].patches == 4 * 16
+
+
+def test_prompt_that_no_planned_shape_holds_is_named_with_the_sizes(small, tmp_path, small_folder):
     record = Record(
         id="odd", messages=({"role": "user", "content": "Feel?"},), videos=("odd.mp4",), file=str(tmp_path / "d.jsonl")
     )
-    prompt = PromptSource(config, small.tokenizer, small.backbone.config).load(record).prompt
-    buckets = plan_buckets(config, small.backbone.config, [record], rows=1)
-    with pytest.raises(PromptError, match=r"odd: got .*patches=40.*expected at most .*patches=36"):
+    make_clip(tmp_path / "odd.mp4", seconds=0.5, size=(84, 84))
+    larger = small_config_of(small_folder, media={"video_max_pixels": 84 * 84, "decode_workers": 0})
+    prompt = PromptSource(larger, small.tokenizer, small.backbone.config).load(record).prompt
+    buckets = plan_buckets(small.config, small.backbone.config, [record], rows=1)
+    with pytest.raises(PromptError, match=r"odd: got .*patches=36.*expected at most .*patches=16"):
         bucket_for([prompt], buckets)
 
 
