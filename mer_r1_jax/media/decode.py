@@ -124,15 +124,6 @@ def _read(
     )
 
 
-def read_audio(path: str | Path, media: MediaConfig) -> np.ndarray:
-    """Returns float32[samples], the file's audio as mono at `media.sampling_rate`, cut at `media.max_audio_seconds`.
-
-    Raises:
-        MediaError: for anything wrong with the file, reason "no_audio" when it has no audio track.
-    """
-    return read_audio_track(path, media).samples
-
-
 def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
     """Reads the first audio track of a file: the mean of its channels, resampled by soxr at high quality.
 

@@ -20,7 +20,6 @@ from mer_r1_jax.omni.batch import Array
 
 SCALES = ("group", "batch", "none")
 EPSILON = 1e-4  # added to the standard deviation, as TRL does
-CANDIDATE_KINDS = ("category", "word")  # what a word's confidence sums over
 
 
 @jax.tree_util.register_dataclass

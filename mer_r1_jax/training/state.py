@@ -20,8 +20,6 @@ from mer_r1_jax.config.schema import OptimizerConfig
 Leaves = dict[str, Any]  # flat parameters: path joined by "/" -> array
 Params = dict[str, Any]  # the same, nested as the backbone's modules
 
-TOWERS = ("audio", "vision")
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from PIL import Image
 from support.media_files import frame_numbers, numbered_pictures, rotate_mp4, write_sound, write_video
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.decode import read_audio, read_audio_track, read_image, read_stills, read_video
+from mer_r1_jax.media.decode import read_audio_track, read_image, read_stills, read_video
 from mer_r1_jax.media.entry import STILLS, decode_file
 from mer_r1_jax.media.resize import resize
 
@@ -99,14 +99,14 @@ def test_sound_of_an_mp4_lasts_as_long_as_its_header_says(tmp_path):
 def test_channels_are_averaged(tmp_path):
     left, right = tone(0.5), tone(0.5, frequency=700.0, loudness=0.25)
     path = write_sound(tmp_path / "clip.wav", np.stack([left, right]))
-    np.testing.assert_allclose(read_audio(path, MEDIA), (left + right) / 2, atol=1e-7)
+    np.testing.assert_allclose(read_audio_track(path, MEDIA).samples, (left + right) / 2, atol=1e-7)
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
 def test_other_rates_go_through_soxr_at_high_quality(tmp_path, rate):
     samples = tone(0.37, rate)
     path = write_sound(tmp_path / "clip.wav", samples[None], rate)
-    heard = read_audio(path, MEDIA)
+    heard = read_audio_track(path, MEDIA).samples
     assert heard.size == math.ceil(samples.size * 16_000 / rate)
     expected = soxr.resample(samples, rate, 16_000, quality="HQ")
     length = min(heard.size, expected.size)
@@ -120,7 +120,7 @@ def test_other_rates_go_through_soxr_at_high_quality(tmp_path, rate):
 def test_audio_files_of_other_kinds(tmp_path, ending, codec):
     rate = 48_000 if codec == "libopus" else 44_100
     path = write_sound(tmp_path / f"clip.{ending}", tone(1.0, rate)[None], rate, codec)
-    heard = read_audio(path, MEDIA)
+    heard = read_audio_track(path, MEDIA).samples
     assert abs(heard.size - 16_000) <= 16_000 * 1152 / rate
     spectrum = np.abs(np.fft.rfft(heard[:16_000], 16_000))
     assert abs(int(spectrum.argmax()) - 440) <= 1

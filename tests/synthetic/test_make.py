@@ -15,7 +15,7 @@ from mer_r1_jax.data.synthetic.render import FPS, FRAMES, render_scene, write_cl
 from mer_r1_jax.data.synthetic.world import CATEGORIES, NEUTRAL, Scene, draw_scene, load_lexicon
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import load_wheels
-from mer_r1_jax.media.decode import read_audio, read_video
+from mer_r1_jax.media.decode import read_audio_track, read_video
 from mer_r1_jax.media.mel import log_mel
 from mer_r1_jax.media.tokenizer import load_tokenizer
 
@@ -93,7 +93,7 @@ def test_clips_decode_to_the_promised_sizes(world):
         assert sum(1 for _ in clip.decode(video)) == FRAMES and video.average_rate == FPS
     frames = read_video(path, MEDIA)
     assert frames.frames.shape == (4, 84, 84, 3) and frames.sampled_fps == 2.0
-    samples = read_audio(path, MEDIA)
+    samples = read_audio_track(path, MEDIA).samples
     assert log_mel(samples, 128).shape == (192, 128)
 
 
@@ -102,7 +102,7 @@ def test_encoding_keeps_picture_and_sound(tmp_path):
     write_clip(tmp_path / "clip.mp4", frames, sound)
     decoded = read_video(tmp_path / "clip.mp4", MEDIA).frames
     assert np.abs(decoded.astype(float) - frames[[0, 5, 10, 15]]).mean() < 6  # chroma is halved, edges are hard
-    heard = read_audio(tmp_path / "clip.mp4", MEDIA)
+    heard = read_audio_track(tmp_path / "clip.mp4", MEDIA).samples
     assert heard.shape == sound.shape and np.corrcoef(heard, sound)[0, 1] > 0.95
 
 
