@@ -11,7 +11,7 @@ import sys
 
 from absl import app, flags
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS
@@ -43,4 +43,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

@@ -15,7 +15,7 @@ from absl import app, flags
 from rich.console import Console
 from tqdm import tqdm
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.evaluation.judge.client import ChatClient
 from mer_r1_jax.evaluation.mme.errors import MmeError
 from mer_r1_jax.evaluation.mme.folder import MmeFolder
@@ -157,4 +157,4 @@ def _bars() -> Iterator:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

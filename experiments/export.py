@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.omni.config import DTYPES
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.export import export_model
@@ -76,4 +76,4 @@ def _write_run_settings(run: str, out) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

@@ -16,7 +16,7 @@ import sys
 import jax
 from absl import app, flags
 
-from mer_r1_jax.cli import EXIT_ERROR, explained
+from mer_r1_jax.cli import EXIT_ERROR, explained, parse_flags
 from mer_r1_jax.evaluation.agreement import make_cases, write_cases
 from mer_r1_jax.run.held_out import open_held_out
 
@@ -92,4 +92,4 @@ def _check(folder: str) -> dict | None:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

@@ -11,7 +11,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.run.inference import MODES, Reading, answer, clip_record
 from mer_r1_jax.run.policy import open_model
@@ -96,4 +96,4 @@ def _as_json(reading: Reading) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

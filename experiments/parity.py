@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 from absl import app, flags
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.omni.border import InputError, ProcessorInputs
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import load_params
@@ -76,4 +76,4 @@ def _compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], real_BT
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -18,7 +18,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.evaluation.comparison import Comparison, compare_samples, pooled
 from mer_r1_jax.evaluation.probes import MODALITIES, Swap, swap_modality, swap_reasoning
 from mer_r1_jax.evaluation.statistics import POINTS, signed
@@ -138,4 +138,4 @@ def _note(console: Console, model: str, swap: Swap) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.emotion import predictions
 from mer_r1_jax.emotion.wheels import VARIANTS, load_wheels
 
@@ -44,4 +44,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

@@ -2,6 +2,8 @@
 
 Runs SFT and then RL as the configuration says, evaluates slow and fast thinking, exports and writes the report. The
 same command started again goes on where the last one stopped. On several hosts it is started on each of them.
+
+Every field of mer_r1_jax/config/schema.py, where each has its comment, is a flag: --config.<section>.<field>=VALUE.
 """
 
 import sys

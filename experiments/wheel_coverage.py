@@ -7,7 +7,7 @@ import sys
 
 from absl import app, flags
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 
 _WHEELS = flags.DEFINE_string("wheel_dir", None, "The other wheel folder, such as the official one.", required=True)
@@ -36,4 +36,4 @@ def _report(name: str, words: list[str], ours: Wheels) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

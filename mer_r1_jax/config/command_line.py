@@ -13,6 +13,7 @@ from mer_r1_jax.config.names import advice, field_names
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
+_MISSING = re.compile(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.")  # absl of a required flag
 
 
 def parse_flags(arguments: Sequence[str]) -> list[str]:
@@ -29,7 +30,8 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:
-        raise ConfigError(f"the command line cannot be used: {error}") from error
+        problem = "; ".join(_MISSING.sub(r"--\1 is missing", str(error)).splitlines())
+        raise ConfigError(f"the command line cannot be used: {problem}; --help lists the flags") from error
 
 
 def check_overrides(arguments: Sequence[str]) -> None:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +39,7 @@ def test_schema_survives_the_round_trip_through_ml_collections_and_json(tmp_path
         (("rl", "steps_per_generation"), 4, ["rl.steps_per_generation", "rl.num_iterations"]),
         (("rl", "repetition_penalty"), 1.1, ["rl.repetition_penalty", "not offered"]),
         (("media", "missing_audio"), "ignore", ["media.missing_audio", "error, skip, silence"]),
+        (("media", "max_aspect_ratio"), 0.5, ["media.max_aspect_ratio: got 0.5, expected 1..200"]),
         (("mesh", "fsdp"), 0, ["mesh", "positive sizes"]),
         (("train", "report_to"), ["wandb2"], ["train.report_to", "tensorboard"]),
         (("sft",), 3, ["sft", "expected a section"]),
@@ -99,3 +103,11 @@ def test_difference_lists_changed_fields_with_both_values():
     old = json.loads(to_json(RunConfig()))
     new = dataclasses.asdict(dataclasses.replace(RunConfig(), name="other"))
     assert difference(old, new) == {"name": ("mer_r1", "other")}
+
+
+def test_what_is_missing_on_a_command_line_is_named_and_nothing_runs():
+    script = Path(__file__).parents[2] / "experiments" / "score.py"
+    command = [sys.executable, str(script), "--predictions=x.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: the command line cannot be used: --metric is missing; --out is missing; --help" in done.stderr
