@@ -20,7 +20,7 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.rollout import STOP_EOS, Completions
 from mer_r1_jax.run.experience import ExperienceMaker
 from mer_r1_jax.run.setup import Setup, make_setup
-from mer_r1_jax.training.prompts import plan_buckets
+from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.rl import RlPrograms, beta_at
 from mer_r1_jax.training.state import make_optimizer, merge, trainable_names
 
@@ -89,7 +89,10 @@ def make_job(setup: Setup, records: Sequence[Record]) -> OmniJob:
     vocabulary = setup.backbone.config.text.vocab_size
     settings = setup.programs.sampling
     endless = dataclasses.replace(
-        settings, eos_ids=(vocabulary,), banned_ids=tuple(sorted({*settings.banned_ids, *settings.eos_ids}))
+        settings,
+        max_completion_length=setup.config.rl.max_completion_length,
+        eos_ids=(vocabulary,),
+        banned_ids=tuple(sorted({*settings.banned_ids, *settings.eos_ids})),
     )
     setup = dataclasses.replace(setup, programs=dataclasses.replace(setup.programs, sampling=endless))
     return OmniJob(setup, tuple(records), loaded, _script(setup, records))
@@ -124,6 +127,10 @@ def _script(setup: Setup, records: Sequence[Record]) -> Completions:
         for g in range(rl.num_generations):
             record = records[(b + g) % count]
             ids, _ = setup.tags.slow_target(record.target_reasoning, record.target_answer)
+            if len(ids) > shape[2]:
+                raise ValueError(
+                    f"{record.id}: a demonstration of {len(ids)} tokens, but rl.max_completion_length={shape[2]}"
+                )
             id_BGC[b, g, : len(ids)], length_BG[b, g] = ids, len(ids)
     zero_BGC = np.zeros(shape, np.float32)
     return Completions(
@@ -143,8 +150,8 @@ class OmniSide:
         setup, rl = job.setup, job.setup.config.rl
         self.job = job
         script = put(job.script, setup.backbone.mesh)
-        programs = ScriptedPrograms(setup.backbone, rl, setup.programs.sampling, script)
-        buckets = plan_buckets(setup.config, setup.backbone.config, job.records, len(job.records))
+        programs = self._programs = ScriptedPrograms(setup.backbone, rl, setup.programs.sampling, script)
+        buckets = self._buckets = plan_buckets(setup.config, setup.backbone.config, job.records, len(job.records))
         self._maker = ExperienceMaker(dataclasses.replace(setup, programs=programs), buckets, encode_inside=False)
         optimizer = make_optimizer(rl.optimizer, total_steps=1)
         self._update = programs.make_update(optimizer, setup.candidates.ids_ZY)
@@ -158,6 +165,17 @@ class OmniSide:
     def export(self, directory: str | pathlib.Path) -> None:
         """Writes the weights as they are now for the other side."""
         export_model(directory, self.job.setup.backbone.config, merge(self._state.trainable, self._state.frozen))
+
+    def sampled_ids(self) -> np.ndarray:
+        """int32 [B, G, C], what the policy samples before the script takes its place."""
+        setup, job = self.job.setup, self.job
+        rows = prompt_rows(job.prompts, self._buckets, setup.backbone.config, [v.item.uid for v in job.loaded])
+        rows, leaves = put(rows, setup.backbone.mesh), (self._state.trainable, self._state.frozen)
+        features = self._programs.encode(leaves, rows.batch)
+        generations = setup.config.rl.num_generations
+        sample = super(ScriptedPrograms, self._programs).sample
+        completions = sample(leaves, rows, features, jax.random.key(0), np.int32(0), generations=generations)
+        return np.where(completions.mask_BGC, completions.id_BGC, -1)
 
     def step(self) -> Laps:
         """One whole step; leaves its metrics in `metrics`."""

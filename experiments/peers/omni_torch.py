@@ -53,7 +53,7 @@ class OmniPeer:
         """One whole step; leaves its metrics in `metrics`."""
         job, rl, script = self.job, self.rl, self.job.script
         watch = Stopwatch()
-        rows = _rows(self._samples, rl.num_generations, job.setup.backbone.config.pad_token_id)
+        rows = self.rows()
         self.sampled_ids(rows)
         watch.lap(SAMPLE)
         groups = job.setup.scorer.groups(script, [record.solution for record in job.records])
@@ -70,6 +70,10 @@ class OmniPeer:
         self._update(rows, ids, exists, advantage, reference)
         watch.lap(UPDATE)
         return watch.stop()
+
+    def rows(self) -> Tensors:
+        """The batch of a step, as a data collator makes it."""
+        return _rows(self._samples, self.rl.num_generations, self.job.setup.backbone.config.pad_token_id)
 
     @torch.no_grad()
     def sampled_ids(self, rows: Tensors) -> torch.Tensor:
@@ -180,8 +184,8 @@ def _rows(samples: Sequence[dict[str, np.ndarray]], generations: int, pad: int) 
 
 
 def _flat(array_BGC: np.ndarray) -> torch.Tensor:
-    """Rows [R, C], cut to the longest completion."""
-    flat = torch.from_numpy(np.asarray(array_BGC)).flatten(0, 1)
+    """Rows [R, C] of ids or of which exist."""
+    flat = torch.from_numpy(np.array(array_BGC)).flatten(0, 1)  # a copy: what jax hands out is read-only
     return flat if flat.dtype == torch.bool else flat.long()
 
 

@@ -9,12 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from datasets import Dataset
 from peers.text import END, PAD, TextJob, reward, tokenizer_of
 from peers.timing import WHOLE, Laps, Stopwatch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 TOWERS = ("audio_tower.", "visual.")
 
@@ -58,6 +56,10 @@ class TextPeer:
         Returns:
             Seconds of every step: `rollout` is TRL's generation, rewards and advantages, `update` the rest.
         """
+        # Imported where they are used: TRL takes its time to load.
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+
         job = self.job
         clock = _StepClock(before_each)
         with tempfile.TemporaryDirectory() as folder:
