@@ -45,10 +45,14 @@ def main(argv: list[str]) -> int:
         for row in sections[-1].rows:
             print(" | ".join(page.cells(row)), flush=True)
         print("\n".join(sections[-1].notes), flush=True)
-    command = " ".join(["python experiments/bench.py", *(word for word in sys.argv[1:] if "out" not in word)])
-    setting = page.machine(_THREADS.value, _DEVICES.value)
+    chosen = {"repeats": _REPEATS.value, "threads": _THREADS.value, "devices": _DEVICES.value}
     measured = page.markdown(
-        sections, command=command, setting=setting, busy=page.load(), repeats=_REPEATS.value
+        sections,
+        command=f"python experiments/bench.py --tasks={','.join(_TASKS.value)} "
+        + " ".join(f"--{name}={value}" for name, value in chosen.items()),
+        setting=page.machine(_THREADS.value, _DEVICES.value),
+        busy=page.load(),
+        repeats=_REPEATS.value,
     )
     print(f"\n{measured}", flush=True)
     if _OUT.value:

@@ -99,8 +99,9 @@ def markdown(sections: Sequence[Section], *, command: str, setting: str, busy: s
         f"Load while it ran: {busy}.",
     ]
     for section in sections:
-        lines += ["", f"### {section.title}", "", section.work, "", "|" + "|".join(HEADER) + "|", "|-" * len(HEADER) + "|"]
-        lines += ["|" + "|".join(cells(row)) + "|" for row in section.rows]
+        table = [HEADER, ("-",) * len(HEADER), *map(cells, section.rows)]
+        lines += ["", f"### {section.title}", "", section.work, ""]
+        lines += ["|" + "|".join(line) + "|" for line in table]
         lines += [f"\n{note}" for note in section.notes]
     return "\n".join(lines) + "\n"
 
