@@ -109,6 +109,7 @@ class Work:
 
     Attributes:
         flops: of matrix products and convolutions, and of kernels that state theirs.
+        kernel_flops: of these kernels alone.
         hbm_bytes: read from and written to HBM; of slices only what is taken.
         cycles: the compiler's own estimate for what is neither a collective nor a kernel.
         collectives: largest first.
@@ -117,6 +118,7 @@ class Work:
     """
 
     flops: float
+    kernel_flops: float
     hbm_bytes: float
     cycles: int
     collectives: tuple[Collective, ...]
@@ -195,7 +197,7 @@ class _Reader:
     def __init__(self, text: str, longest_loop: int):
         self.computations, self.entry = parse(text)
         self.longest_loop = longest_loop
-        self.flops = self.bytes = 0.0
+        self.flops = self.kernel_flops = self.bytes = 0.0
         self.collectives: collections.Counter[tuple[str, int, int]] = collections.Counter()
         self.silent_kernels = self.open_loops = self.cycles = 0
 
@@ -207,6 +209,7 @@ class _Reader:
         ]
         return Work(
             flops=self.flops,
+            kernel_flops=self.kernel_flops,
             hbm_bytes=self.bytes,
             cycles=self.cycles,
             collectives=tuple(sorted(found, key=lambda one: -one.sent)),
@@ -262,6 +265,7 @@ class _Reader:
         estimate = _ESTIMATE.search(call.attributes)
         if estimate and int(estimate.group(1)):
             self.flops += times * int(estimate.group(1))
+            self.kernel_flops += times * int(estimate.group(1))
         else:
             self.silent_kernels += times
 

@@ -64,7 +64,7 @@ def _work(sheet: Sheet) -> str:
     rows = []
     for program in sheet.programs:
         if program.work is None:
-            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 10])
+            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 11])
             continue
         work, seconds = program.work, program.seconds
         rows.append(
@@ -79,10 +79,11 @@ def _work(sheet: Sheet) -> str:
                 f"**{program.bound:.3f}**",
                 max(seconds, key=seconds.get),
                 f"{program.estimate:.3f}",
+                f"{program.utilisation:.0%}" if program.utilisation else "",
             ]
         )
     header = ["program", "calls a step", "TFLOP", "asked for", "HBM GB", "sent GB"]
-    return _table([*header, "compute s", "HBM s", "links s", "at least s", "bound by", "compiler s"], rows)
+    return _table([*header, "compute s", "HBM s", "links s", "at least s", "bound by", "compiler s", "static MFU"], rows)
 
 
 def _epochs(sheet: Sheet) -> str:
@@ -142,6 +143,10 @@ def _notes() -> str:
         "several chips do in common (or padding). Kernels that state no operations are left out of both.\n"
         "- *compiler s* is the compiler's own estimate without collectives and kernels. It ranks programs of one "
         "slice; it is no time either.\n"
+        "- *static MFU* is the operations the program is there for (forward, and twice that for what is trained; nothing "
+        "computed again, of attention only pairs that see each other) over what the chips could do in the compiler's "
+        "time and the kernels' at their peak. Collectives are taken to be hidden, and memory is slow in the compiler's "
+        "model: neither a bound nor a measurement.\n"
         "- *batch* holds prompts with their clips, *experience* completions and anchors, *cache* the keys and values "
         "within the temporary memory, *other* new outputs, code and loose arguments.\n"
         "- Advantages (arrays of one number a completion) and evaluation are not compiled."

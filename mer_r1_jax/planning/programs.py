@@ -24,6 +24,7 @@ from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
 from mer_r1_jax.parallel.rules import TRAIN_RULES, replicated, spec
+from mer_r1_jax.planning.useful import FORWARD, TRAINED, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.rl.confidence import Anchors
@@ -50,6 +51,7 @@ class PlannedProgram:
         cache_bytes: of its temporary memory, the keys and values of prompts and completions, a chip.
         longest_loop: trips of a loop whose end depends on data: the cap on sampled tokens.
         calls: how often an optimizer step calls it.
+        useful: operations it is there for, of all chips (see `useful`); 0 where that is not stated.
     """
 
     name: str
@@ -60,6 +62,7 @@ class PlannedProgram:
     cache_bytes: int = 0
     longest_loop: int = 1
     calls: float = 1.0
+    useful: float = 0.0
 
     def trace(self) -> Any:
         """The program traced at its arguments (`.jaxpr`, `.lower()`)."""
@@ -85,6 +88,7 @@ class RunPrograms:
         tokenizer_path = config.model.tokenizer_path or config.model.path
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
         thinker = thinker_config(config.model, tokenizer)
+        self._thinker = thinker
         self.backbone = Backbone.create(thinker, mesh, config.model.packed_rows)
         wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
         table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
@@ -134,7 +138,12 @@ class RunPrograms:
         )
         function = make_sft_step(self.backbone, optimizer, self.config.sft, any(towers.values()))
         held = _held(state) | {"batch": batch}
-        return PlannedProgram(name="sft_step", phase="sft", function=function, args=(state, batch), held=held)
+        sets = ((1, slow), (1, fast)) if fast else ((1, slow),)
+        useful = TRAINED * self._text_flops(bucket, sets, scored=slow + fast)
+        useful += (TRAINED if any(towers.values()) else FORWARD) * bucket.rows * tower_flops(self._thinker, bucket)
+        return PlannedProgram(
+            name="sft_step", phase="sft", function=function, args=(state, batch), held=held, useful=useful
+        )
 
     def rl(self, bucket: BatchShape) -> list[PlannedProgram]:
         """Encoding, rollout, scoring, reference and update of one RL step."""
@@ -153,8 +162,12 @@ class RunPrograms:
                 name=name, phase="rl", function=function, args=args, held=dict(held), calls=calls, **more
             )
 
+        slow = (config.num_generations, config.max_completion_length)
+        fast = (config.num_generations, config.max_fast_context)
+        anchored = 2 * config.num_generations * config.max_answer_words
         encode_args = (leaves, rows.batch.vision, rows.batch.audio)
-        encode = planned("encode", programs.encode_program, encode_args)
+        media = bucket.rows * tower_flops(self._thinker, bucket)
+        encode = planned("encode", programs.encode_program, encode_args, useful=media)
         features = self._placed(jax.eval_shape(encode.function, *encode_args), "features_BRD")
         held["features"] = features
         sampler = programs.sample_program(config.num_generations, programs.sampling, ())
@@ -174,6 +187,7 @@ class RunPrograms:
         score = planned(
             "score", programs.score, (leaves, rows, features, completion, anchors, self._scalar(ids_ZY)),
             cache_bytes=self._cache_bytes(bucket, 0),
+            useful=self._text_flops(bucket, (slow, fast), scored=anchored),
         )  # fmt: skip
         held["experience"] = (completions, anchors)
         scored = (rows, features, completion)
@@ -183,6 +197,7 @@ class RunPrograms:
             (leaves, *scored),
             cache_bytes=self._cache_bytes(bucket, 0),
             calls=per_rollout * (bool(config.beta) + (config.num_iterations > 1)),
+            useful=self._text_flops(bucket, (slow,), scored=math.prod(slow)),
         )
         logprob_BGC = completions.sampling_logprob_BGC
         experience = Experience(
@@ -197,13 +212,20 @@ class RunPrograms:
             old_logprob_BGC=logprob_BGC if config.num_iterations > 1 else None,
             anchors=anchors if ARMS[config.arm].calibration_loss else None,
         )
+        calibrated = ARMS[config.arm].calibration_loss
+        learnt, scored = ((slow, fast), math.prod(slow) + anchored) if calibrated else ((slow,), math.prod(slow))
         update = planned(
             "update",
             programs.make_update(optimizer, ids_ZY),
             (state, experience, self._scalar(np.float32(0))),
             calls=1.0,
+            useful=TRAINED * (self._text_flops(bucket, learnt, scored=scored) + (media if encode_inside else 0)),
         )
         return [program for program in (encode, sample, score, reference, update) if program.calls]
+
+    def _text_flops(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...], scored: int) -> float:
+        """Forward pass of all rows, each a prompt with these sets of (continuations, tokens)."""
+        return bucket.rows * text_flops(self._thinker.text, prompt=bucket.tokens, sets=sets, scored=scored)
 
     def _state(self, phase: str, towers: dict[str, bool]) -> tuple[TrainState, Any]:
         settings = getattr(self.config, phase).optimizer

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from support.tiny_plan import tiny_config
 
-from mer_r1_jax.config.build import config_dict, from_mapping, load_config
+from mer_r1_jax.config.build import load_config
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
 from mer_r1_jax.planning.hlo import work_of
@@ -22,28 +23,6 @@ from mer_r1_jax.planning.traced import traced_flops
 CONFIGS = Path(__file__).parents[2] / "experiments/configs"
 SLICE = "v5p:2x2x1"
 CHIPS_OF_SLICE = 4
-
-
-def tiny_config(**rl):
-    """One layer of everything, four chips, four prompts: a program that compiles in seconds."""
-    config = config_dict()
-    config.model.preset = "tiny"
-    config.model.text_layers = config.model.audio_layers = config.model.vision_layers = 2
-    config.media.max_frames = 4
-    config.media.video_min_pixels = config.media.video_max_pixels = 56 * 56
-    config.media.max_audio_seconds = 1.0
-    config.data.max_prompt_length = 64
-    config.data.prompt_buckets = (64,)
-    config.rl.max_steps = 8
-    config.rl.prompts_per_step = 4
-    config.rl.max_completion_length = 32
-    config.rl.max_fast_context = 16
-    config.rl.max_answer_words = 4
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
-    for name, value in rl.items():
-        setattr(config.rl, name, value)
-    return from_mapping(config)
 
 
 @pytest.fixture(scope="module")
