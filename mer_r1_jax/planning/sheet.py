@@ -132,6 +132,7 @@ class Sheet:
         epoch_steps: steps that one pass over a phase's records takes.
         missing: programs of these phases that were left out on purpose.
         advice: what would make it fit, one line each; empty when it fits.
+        alternatives: the RL update under other settings; empty where they were not tried.
         command: the command that makes this sheet.
     """
 
@@ -145,6 +146,7 @@ class Sheet:
     epoch_steps: dict[str, int]
     missing: tuple[str, ...]
     advice: tuple[str, ...]
+    alternatives: tuple[Any, ...]
     command: str
 
     @property
@@ -186,6 +188,10 @@ class Sheet:
             "step_seconds_lower_bound": {phase: self.step_seconds(phase) for phase in self.epoch_steps},
             "epoch_hours_lower_bound": {phase: self.epoch_hours(phase) for phase in self.epoch_steps},
             "programs": [_program_json(program) for program in self.programs],
+            "alternatives": [
+                {"remat": one.remat, "prompts": one.prompts, "update": _program_json(one.update)}
+                for one in self.alternatives
+            ],
             "command": self.command,
         }
 

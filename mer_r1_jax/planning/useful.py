@@ -1,8 +1,9 @@
 """The operations a program is there for, counted from the architecture alone: what a model-FLOP utilisation divides.
 
-Matrix products of one forward pass, and twice as many for the backward pass of what is trained; nothing that is computed
-a second time to save memory, and of attention only the pairs that a mask lets see each other. Padding counts as tokens:
-a plan takes every row to be full. Written independently of what traces and compiles, so that the counts check each other.
+Matrix products of one forward pass, and twice as many for the backward pass of what is trained; nothing that is
+computed a second time to save memory, and of attention only the pairs that a mask lets see each other. Padding counts
+as tokens: a plan takes every row to be full. Written independently of what traces and compiles, so that the counts
+check each other.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from support.tiny_plan import tiny_config
 
 from mer_r1_jax.config.build import load_config
 from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.planning.alternatives import alternatives
 from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
 from mer_r1_jax.planning.hlo import work_of
 from mer_r1_jax.planning.markdown import markdown
@@ -152,6 +153,23 @@ def test_hours_add_up_every_call_of_a_step(sheet):
     whole = dataclasses.replace(sheet, programs=tuple(programs), missing=())
     assert whole.step_seconds("rl") == 3.0 + 2 * 3.0
     assert whole.epoch_hours("rl") == pytest.approx(9.0 * -(-26_327 // 4) / 3600)
+
+
+def test_larger_batches_are_tried_until_one_does_not_fit(sheet):
+    """Under "dots" 16 prompts are taken not to fit."""
+    (update,) = sheet.programs
+    tried = []
+
+    def planned(config):
+        tried.append((config.model.remat, config.rl.prompts_per_step))
+        return dataclasses.replace(update, over=3 * GIB if config.model.remat == "dots" else 0)
+
+    found = tuple(alternatives(tiny_config(), planned))
+    assert tried == [("nothing", 4), ("nothing", 16), ("attention", 4), ("attention", 16), ("dots", 4)]
+    assert [one.update.fits for one in found] == [True, True, True, True, False]
+    page = markdown(dataclasses.replace(sheet, alternatives=found))
+    assert "| attention | 16 | yes |" in page
+    assert "| dots | 4 | no, over by 3.00 |" in page
 
 
 @pytest.mark.parametrize("topology", ["v5p:3x5", "h100:2x2"])

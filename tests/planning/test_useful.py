@@ -34,7 +34,9 @@ def asked(program):
 def masked(run, tokens, sets):
     """Operations that plain attention spends in the decoder on pairs the mask then hides."""
     text = run.backbone.config.text
-    count = {name: text_flops(text, prompt=PROMPT, sets=sets, scored=scored) for name, scored in (("one", 1), ("none", 0))}
+    count = {
+        name: text_flops(text, prompt=PROMPT, sets=sets, scored=scored) for name, scored in (("one", 1), ("none", 0))
+    }
     assert count["one"] - count["none"] == 2 * text.hidden_size * text.vocab_size
     visible = PROMPT * (PROMPT + 1) / 2 + sum(n * (length * PROMPT + length * (length + 1) / 2) for n, length in sets)
     return ROWS * 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * (tokens**2 - visible)
