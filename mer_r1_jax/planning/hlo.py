@@ -17,12 +17,19 @@ _BYTES |= {"u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([0-9,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.<>-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) .*\{\s*$")
+# A kernel's metadata may have lines of its own, so not every line that begins like this is the end.
+_END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 _NAME = re.compile(r"%([\w.<>-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.<>-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
-_ESTIMATE = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')
+_ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
+# replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9, ]+)\}")
+_ORDERED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _OTHER_MEMORY = "S("  # a layout with a memory space lies in vector or scalar memory: traffic there is not HBM's
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -151,7 +158,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if header and not line.startswith((" ", "HloModule")):
                 current = computations.setdefault(header.group(2), {})
                 entry = header.group(2) if header.group(1) else entry
-        elif line.rstrip() == "}":  # a kernel's metadata may have lines of its own
+        elif _END.match(line):
             current = None
         elif match := _INSTRUCTION.match(line):
             instruction = _instruction(match)
@@ -374,11 +381,17 @@ def _parameter_number(instruction: Instruction) -> int:
 
 def _group_size(instruction: Instruction) -> int:
     """Chips that take part in one collective."""
-    if match := re.search(r"replica_groups=\{\{([0-9, ]+)\}", instruction.attributes):
+    attributes = instruction.attributes
+    if instruction.opcode.startswith("collective-permute"):
+        return 2
+    if match := _LISTED_GROUPS.search(attributes):
         return match.group(1).count(",") + 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.attributes):
+    if match := _ORDERED_GROUPS.search(attributes):
         return int(match.group(1))
-    return 2
+    if match := _MESH_GROUPS.search(attributes):
+        sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(match.group(1))}
+        return math.prod(int(part) if part else sizes[name] for name, _, part in _MESH_AXIS.findall(match.group(2)))
+    raise ValueError(f"{instruction.name}: cannot tell which chips take part in it: {attributes[:200]}")
 
 
 def _product_flops(instruction: Instruction, computation: Computation) -> float:

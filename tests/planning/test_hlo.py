@@ -107,12 +107,34 @@ ENTRY %main (a: f32[64,128], b: f32[1,128]) -> f32[64,128] {{
             "all-gather",
             4 * 32768,
         ),
+        (
+            "%s = f32[256,128]{1,0:T(8,128)} all-gather(%a), replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}",
+            "all-gather",
+            4 * 32768,
+        ),
+        (
+            "%s = f32[256,128]{1,0:T(8,128)} all-gather(%a), replica_groups=mesh['x'=2,'y'=8] {'x','y':(4)2}",
+            "all-gather",
+            4 * 32768,
+        ),
     ],
 )
 def test_collectives_are_known_by_every_spelling(line, kind, size):
     (collective,) = work_of(ENTRY.format(line=line)).collectives
     assert (collective.kind, collective.bytes, collective.chips) == (kind, size, 4)
     assert collective.sent == size * 3 / 4
+
+
+def test_a_collective_of_unknown_size_is_refused():
+    with pytest.raises(ValueError, match="%?s: cannot tell which chips"):
+        work_of(ENTRY.format(line="%s = f32[256,128] all-gather(%a), replica_groups=new_spelling"))
+
+
+def test_computations_of_other_cores_end_where_they_end():
+    """Gathers run on the sparse cores; their computations close with the name of the thread."""
+    text = LOOP.replace("bitcast(%cut)\n}", 'bitcast(%cut)\n}, execution_thread="sparsecore"')
+    assert text != LOOP
+    assert work_of(text) == work_of(LOOP)
 
 
 def test_an_update_in_place_writes_the_update_alone():
@@ -122,8 +144,9 @@ def test_an_update_in_place_writes_the_update_alone():
 
 def test_kernels_that_state_nothing_are_counted():
     silent = '%s = f32[64,128] custom-call(%a), custom_call_target="tpu_custom_call"'
-    stated = silent + ', backend_config={"cost_estimate": {"flops": 99, "transcendentals": 1}}'
-    assert (work_of(ENTRY.format(line=stated)).flops, work_of(ENTRY.format(line=stated)).silent_kernels) == (99, 0)
+    for estimate in ('{"flops": 99, "transcendentals": 1}', '{"bytes_accessed":"7","flops":"99"}'):
+        work = work_of(ENTRY.format(line=f'{silent}, backend_config={{"cost_estimate": {estimate}}}'))
+        assert (work.flops, work.kernel_flops, work.silent_kernels) == (99, 99, 0)
     assert (work_of(ENTRY.format(line=silent)).flops, work_of(ENTRY.format(line=silent)).silent_kernels) == (0, 1)
 
 
