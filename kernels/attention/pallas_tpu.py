@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from mer_r1_jax.kernels.attention.pallas_backward import backward
 from mer_r1_jax.kernels.attention.pallas_forward import forward
-from mer_r1_jax.kernels.attention.reference import RESIDUALS
+from mer_r1_jax.kernels.attention.reference import INPUTS, RESIDUALS
 from mer_r1_jax.kernels.attention.schedule import MAX_KEY_BLOCKS, MAX_QUERY_BLOCKS, schedule
 from mer_r1_jax.kernels.attention.tile import LANES, PADDING_KEY, PADDING_QUERY, Options
 
@@ -79,10 +79,9 @@ def attention(
             find(query_segment_BT, key_segment_BS[:, begin : begin + span], query_block, key_block, key_offset=begin)
             for begin in range(0, whole, span)
         )
+    blocks = ((query_BTHh, query_block), (key_BSKh, key_block), (value_BSKh, key_block))
     out_BHTh = _attention(
-        _padded(query_BTHh, query_block).swapaxes(1, 2),
-        _padded(key_BSKh, key_block).swapaxes(1, 2),
-        _padded(value_BSKh, key_block).swapaxes(1, 2),
+        *(checkpoint_name(_padded(x, block).swapaxes(1, 2), INPUTS) for x, block in blocks),
         jnp.where(query_segment_BT == 0, PADDING_QUERY, query_segment_BT),
         jnp.where(key_segment_BS == 0, PADDING_KEY, key_segment_BS),
         tile_BP,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mer_r1_jax.kernels.attention.reference import RESIDUALS
+from mer_r1_jax.kernels.attention.reference import INPUTS, RESIDUALS
 from mer_r1_jax.kernels.placement import Placement
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -257,7 +257,7 @@ def scan_layers(
         carry: what goes from layer to layer.
         per_layer: pytree of arrays with a leading layer axis, or None.
         remat: what the backward pass keeps of a layer: nothing | attention (its result, so that the kernel is not run
-            again) | dots (that and the results of matrix products with weights) | everything.
+            again) | dots (that, what the kernel takes, and the results of matrix products with weights) | everything.
 
     Returns:
         (last carry, outputs stacked over layers).
@@ -277,8 +277,10 @@ def _kept(remat: str) -> Callable:
     """The policy of a remat setting other than "everything"."""
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(RESIDUALS)
+    # Rotated and laid out for the kernel, queries need not be rotated again: only their products' results are dropped.
+    around = policies.save_only_these_names(RESIDUALS, INPUTS)
     return {
         "nothing": policies.nothing_saveable,
         "attention": attention,
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, around),
     }[remat]
