@@ -78,7 +78,7 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """x, placed by the active `axis_rules`; x itself when there are none.
 
-    A mesh axis cuts an array once: an activation's "embed" stays whole where its "batch" already uses the same axis.
+    A mesh axis cuts an array once: an activation's "embed" is not cut over an axis that its "batch" already uses.
 
     Args:
         x: an activation.
@@ -93,7 +93,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     entries: list[tuple[str, ...] | None] = []
     for name, size in zip(axes, x.shape, strict=True):
         mesh_axes = _mesh_axes(_active.rules.get(name)) if name is not None else ()
-        mesh_axes = () if used & set(mesh_axes) else mesh_axes
+        mesh_axes = tuple(axis for axis in mesh_axes if axis not in used)
         used |= set(mesh_axes)
         parts = math.prod(_active.mesh.shape[axis] for axis in mesh_axes)
         if size % parts:

@@ -23,7 +23,7 @@ from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
-from mer_r1_jax.parallel.rules import TRAIN_RULES, replicated, spec
+from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
 from mer_r1_jax.planning.useful import FORWARD, TRAINED, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import ARMS
@@ -43,7 +43,7 @@ class PlannedProgram:
     """One jitted program of a run and what it is called with.
 
     Attributes:
-        name: sft_step, encode, sample, score, reference, update.
+        name: sft_step, encode, cast, sample, score, reference, update.
         phase: sft or rl.
         function: the jitted function.
         args: abstract arguments.
@@ -146,7 +146,7 @@ class RunPrograms:
         )
 
     def rl(self, bucket: BatchShape) -> list[PlannedProgram]:
-        """Encoding, rollout, scoring, reference and update of one RL step."""
+        """Encoding, rollout (its weights first), scoring, reference and update of one RL step."""
         config, programs = self.config.rl, self.programs
         towers = tower_flags(self.config, "rl")
         encode_inside = any(towers.values())
@@ -171,14 +171,19 @@ class RunPrograms:
         features = self._placed(jax.eval_shape(encode.function, *encode_args), "features_BRD")
         held["features"] = features
         sampler = programs.sample_program(config.num_generations, programs.sampling, ())
-        sample_args = (leaves, rows, features, self._scalar(jax.random.key(0)), self._scalar(np.int32(0)))
+        recast = programs.recast(leaves)
+        cast = planned("cast", programs.cast_program, (recast,), calls=per_rollout if recast else 0.0)
+        weights = self._rollout_weights(recast)
+        seeds = (self._scalar(jax.random.key(0)), self._scalar(np.int32(0)))
+        sample_args = (programs.with_cast(leaves, weights), rows, features, *seeds)
         sample = planned(
             "sample",
             sampler,
             sample_args,
-            cache_bytes=self._cache_bytes(bucket, config.max_completion_length),
+            cache_bytes=self._cache_bytes(bucket, config.max_completion_length, DECODE_RULES),
             longest_loop=config.max_completion_length,
         )
+        sample.held["rollout"] = weights  # freed before the next program
         completions = self._placed(jax.eval_shape(sampler, *sample_args))
         exists_BGC = self._placed(jax.eval_shape(lambda c: c.exists_BGC, completions), "exists_BGC")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=exists_BGC)
@@ -221,7 +226,7 @@ class RunPrograms:
             calls=1.0,
             useful=TRAINED * (self._text_flops(bucket, learnt, scored=scored) + (media if encode_inside else 0)),
         )
-        return [program for program in (encode, sample, score, reference, update) if program.calls]
+        return [program for program in (encode, cast, sample, score, reference, update) if program.calls]
 
     def _text_flops(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...], scored: int) -> float:
         """Forward pass of all rows, each a prompt with these sets of (continuations, tokens)."""
@@ -231,6 +236,12 @@ class RunPrograms:
         settings = getattr(self.config, phase).optimizer
         optimizer = make_optimizer(settings, self.steps(phase))
         return self.backbone.abstract_state(trainable_names(**towers), optimizer, settings.dtype), optimizer
+
+    def _rollout_weights(self, recast: dict[str, Any]) -> dict[str, Any]:
+        shardings, dtype = self.backbone.decode_shardings, jnp.dtype(self.backbone.config.compute_dtype)
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name]) for name, leaf in recast.items()
+        }
 
     def _prompts(self, bucket: BatchShape) -> PromptRows:
         return self._placed(prompt_rows([], [bucket], self.backbone.config, []))
@@ -253,13 +264,13 @@ class RunPrograms:
             fast=Continuations(id_BGC=self._array(shape_BGC, np.int32), exists_BGC=self._array(shape_BGC, bool)),
         )
 
-    def _cache_bytes(self, bucket: BatchShape, completion_length: int) -> int:
+    def _cache_bytes(self, bucket: BatchShape, completion_length: int, rules: Rules = TRAIN_RULES) -> int:
         """Bytes a chip of keys and values of all layers: prompts once a row, completions once each."""
         text = self.backbone.config.text
         tokens = bucket.tokens + self.config.rl.num_generations * completion_length
         shape = (2 * text.num_hidden_layers, bucket.rows, tokens, text.num_key_value_heads, text.head_dim)
         axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-        sharding = jax.sharding.NamedSharding(self.backbone.mesh, spec(axes, TRAIN_RULES, activation=True))
+        sharding = jax.sharding.NamedSharding(self.backbone.mesh, spec(axes, rules, activation=True))
         return math.prod(sharding.shard_shape(shape)) * jnp.dtype(self.backbone.config.compute_dtype).itemsize
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
