@@ -25,6 +25,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
+_ROW_ATTENTION = re.compile(r'op_name="[^"]*text_decoder[^"]*/attention_(forward|backward)/')
 # replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9, ]+)\}")
 _ORDERED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
@@ -188,22 +189,23 @@ def _closing(text: str, opening: int) -> int:
     return len(text)
 
 
-def work_of(text: str, longest_loop: int = 1) -> Work:
+def work_of(text: str, longest_loop: int = 1, visited: float = 1.0) -> Work:
     """Reads a program.
 
     Args:
         text: of the optimised module (`compiled.as_text()`).
         longest_loop: trips of a loop whose end depends on data.
+        visited: share of the tiles of the decoder's attention that its kernels visit, of those they state.
     """
-    return _Reader(text, longest_loop).work()
+    return _Reader(text, longest_loop, visited).work()
 
 
 class _Reader:
     """One program while it is read."""
 
-    def __init__(self, text: str, longest_loop: int):
+    def __init__(self, text: str, longest_loop: int, visited: float = 1.0):
         self.computations, self.entry = parse(text)
-        self.longest_loop = longest_loop
+        self.longest_loop, self.visited = longest_loop, visited
         self.flops = self.kernel_flops = self.bytes = 0.0
         self.collectives: collections.Counter[tuple[str, int, int]] = collections.Counter()
         self.silent_kernels = self.open_loops = self.cycles = 0
@@ -271,8 +273,9 @@ class _Reader:
             return
         estimate = _ESTIMATE.search(call.attributes)
         if estimate and int(estimate.group(1)):
-            self.flops += times * int(estimate.group(1))
-            self.kernel_flops += times * int(estimate.group(1))
+            share = self.visited if _ROW_ATTENTION.search(call.attributes) else 1.0
+            self.flops += times * share * int(estimate.group(1))
+            self.kernel_flops += times * share * int(estimate.group(1))
         else:
             self.silent_kernels += times
 

@@ -62,7 +62,7 @@ def plan(
                 missing.append(program.name)
                 continue
             compiled = compile_program(program, topology, cache_dir)
-            work = work_of(compiled.text, program.longest_loop) if compiled.text else None
+            work = work_of(compiled.text, program.longest_loop, program.visited) if compiled.text else None
             sheets.append(program_sheet(program, compiled, work, chip, run.backbone.mesh.size))
             progress(f"{topology} {program.name}: {_outcome(sheets[-1])}")
 

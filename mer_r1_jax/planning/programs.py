@@ -19,8 +19,10 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.pipeline import steps_for_epochs
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.kernels.attention.pallas_tpu import visited_share
+from mer_r1_jax.kernels.placement import Placement, vmem_mib
 from mer_r1_jax.media.tokenizer import load_tokenizer
-from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.omni.batch import PROMPT, BatchShape
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
@@ -52,6 +54,7 @@ class PlannedProgram:
         longest_loop: trips of a loop whose end depends on data: the cap on sampled tokens.
         calls: how often an optimizer step calls it.
         useful: operations it is there for, of all chips (see `useful`); 0 where that is not stated.
+        visited: share of the attention kernel's tiles that full packed rows visit, of those causal order allows.
     """
 
     name: str
@@ -63,6 +66,7 @@ class PlannedProgram:
     longest_loop: int = 1
     calls: float = 1.0
     useful: float = 0.0
+    visited: float = 1.0
 
     def trace(self) -> Any:
         """The program traced at its arguments (`.jaxpr`, `.lower()`)."""
@@ -142,7 +146,13 @@ class RunPrograms:
         useful = TRAINED * self._text_flops(bucket, sets, scored=slow + fast)
         useful += (TRAINED if any(towers.values()) else FORWARD) * bucket.rows * tower_flops(self._thinker, bucket)
         return PlannedProgram(
-            name="sft_step", phase="sft", function=function, args=(state, batch), held=held, useful=useful
+            name="sft_step",
+            phase="sft",
+            function=function,
+            args=(state, batch),
+            held=held,
+            useful=useful,
+            visited=self._visited(bucket, sets),
         )
 
     def rl(self, bucket: BatchShape) -> list[PlannedProgram]:
@@ -193,6 +203,7 @@ class RunPrograms:
             "score", programs.score, (leaves, rows, features, completion, anchors, self._scalar(ids_ZY)),
             cache_bytes=self._cache_bytes(bucket, 0),
             useful=self._text_flops(bucket, (slow, fast), scored=anchored),
+            visited=self._visited(bucket, (slow, fast)),
         )  # fmt: skip
         held["experience"] = (completions, anchors)
         scored = (rows, features, completion)
@@ -203,6 +214,7 @@ class RunPrograms:
             cache_bytes=self._cache_bytes(bucket, 0),
             calls=per_rollout * (bool(config.beta) + (config.num_iterations > 1)),
             useful=self._text_flops(bucket, (slow,), scored=math.prod(slow)),
+            visited=self._visited(bucket, (slow,)),
         )
         logprob_BGC = completions.sampling_logprob_BGC
         experience = Experience(
@@ -225,12 +237,21 @@ class RunPrograms:
             (state, experience, self._scalar(np.float32(0))),
             calls=1.0,
             useful=TRAINED * (self._text_flops(bucket, learnt, scored=scored) + (media if encode_inside else 0)),
+            visited=self._visited(bucket, learnt),
         )
         return [program for program in (encode, cast, sample, score, reference, update) if program.calls]
 
     def _text_flops(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...], scored: int) -> float:
         """Forward pass of all rows, each a prompt with these sets of (continuations, tokens)."""
         return bucket.rows * text_flops(self._thinker.text, prompt=bucket.tokens, sets=sets, scored=scored)
+
+    def _visited(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...]) -> float:
+        if not self.backbone.packed_rows:
+            return 1.0
+        lengths = [bucket.tokens, *(length for count, length in sets for _ in range(count))]
+        segment_T = np.repeat(np.arange(PROMPT, PROMPT + len(lengths)), lengths)
+        place = Placement(self.backbone.mesh)
+        return visited_share(segment_T, shared_segment=PROMPT, vmem_mib=vmem_mib(place))
 
     def _state(self, phase: str, towers: dict[str, bool]) -> tuple[TrainState, Any]:
         settings = getattr(self.config, phase).optimizer

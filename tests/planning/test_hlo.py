@@ -150,6 +150,18 @@ def test_kernels_that_state_nothing_are_counted():
     assert (work_of(ENTRY.format(line=silent)).flops, work_of(ENTRY.format(line=silent)).silent_kernels) == (0, 1)
 
 
+def test_attention_of_packed_rows_counts_the_tiles_it_visits():
+    estimate = 'custom_call_target="tpu_custom_call", backend_config={"cost_estimate": {"flops": 100}}'
+    names = {
+        "text_decoder/while/attention_backward": 25,
+        "vision_tower/attention_forward": 100,
+        "logprobs_forward": 100,
+    }
+    for name, flops in names.items():
+        line = f'%s = f32[64,128] custom-call(%a), metadata={{op_name="jit(f)/{name}/pallas_call"}}, {estimate}'
+        assert work_of(ENTRY.format(line=line), visited=0.25).kernel_flops == flops
+
+
 def test_holes_of_a_batched_product_are_no_work():
     """The TPU compiler writes a batch as a window over the batch that meets one real input at a time."""
     window = "window={size=8 pad=0_0 stride=7 lhs_dilate=8}, dim_labels=0bf_0oi->0bf"
