@@ -25,6 +25,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
+_STATED_BYTES = re.compile(r'"cost_estimate":\s*\{[^}]*"bytes_accessed":\s*"?(\d+)')
 _ROW_ATTENTION = re.compile(r'op_name="[^"]*text_decoder[^"]*/attention_(forward|backward)/')
 # replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9, ]+)\}")
@@ -308,6 +309,8 @@ class _Reader:
         result = [array.bytes for array in instruction.arrays if array.in_hbm]
         if instruction.opcode in _SLICES:
             return 2 * sum(result)
+        if instruction.opcode == "custom-call" and (stated := _STATED_BYTES.search(instruction.attributes)):
+            return float(stated.group(1))  # a kernel may read a part of an operand, or read it again and again
         if instruction.opcode == "dynamic-update-slice":
             return 2 * sum(array.bytes for array in computation[instruction.operands[1]].arrays)
         if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
@@ -342,8 +345,8 @@ class _Reader:
                 taken += sum(array.bytes for array in user.arrays)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
                 continue
-            elif user.opcode == "bitcast":
-                taken += self._read(computation, user)
+            elif user.opcode == "bitcast" or self._is_bitcast(user):
+                taken += whole if user.is_root else self._read(computation, user)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called[0]]
                 numbers = [place for place, name in enumerate(user.operands) if name == value.name]
@@ -352,6 +355,13 @@ class _Reader:
             else:
                 return whole
         return min(whole, taken)
+
+    def _is_bitcast(self, instruction: Instruction) -> bool:
+        """Whether it is a fusion that only gives its one argument another shape."""
+        if instruction.opcode != "fusion":
+            return False
+        inner = self.computations[instruction.called[0]].values()
+        return all(one.opcode in ("parameter", "bitcast") for one in inner)
 
     def _written(self, inner: Computation, fusion: Instruction) -> float:
         """Bytes a fusion writes: its results, of an updated slice only the update."""

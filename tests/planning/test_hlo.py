@@ -150,6 +150,32 @@ def test_kernels_that_state_nothing_are_counted():
     assert (work_of(ENTRY.format(line=silent)).flops, work_of(ENTRY.format(line=silent)).silent_kernels) == (0, 1)
 
 
+def test_a_kernel_moves_what_it_states():
+    """It may be handed a whole stacked cache and read one layer of it."""
+    line = '%s = f32[64,128] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"cost_estimate": '
+    assert work_of(ENTRY.format(line=line + '{"bytes_accessed":"77","flops":"99"}}')).hbm_bytes == 77
+    assert work_of(ENTRY.format(line=line + '{"flops":"99"}}')).hbm_bytes == 2 * 4 * 64 * 128
+
+
+def test_an_argument_read_through_another_shape_is_read_whole():
+    """Weights reach a product through a fusion that holds nothing but a bitcast."""
+    reshaped = """%shape (q: f32[64,128]) -> f32[128,64] {
+  %q = f32[64,128]{1,0:T(8,128)} parameter(0)
+  ROOT %other = f32[128,64]{1,0:T(8,128)} bitcast(%q)
+}
+
+%product (w: f32[64,128]) -> f32[] {
+  %w = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %view = f32[128,64]{1,0:T(8,128)} fusion(%w), kind=kLoop, calls=%shape
+  ROOT %sum = f32[]{:T(128)} reduce(%view), dimensions={0,1}, to_apply=%add
+}
+
+"""
+    text = ENTRY.format(line="%s = f32[]{:T(128)} fusion(%a), kind=kOutput, calls=%product")
+    text = text.replace("ENTRY", reshaped + "ENTRY")
+    assert work_of(text).hbm_bytes == 4 * 64 * 128 + 4
+
+
 def test_attention_of_packed_rows_counts_the_tiles_it_visits():
     estimate = 'custom_call_target="tpu_custom_call", backend_config={"cost_estimate": {"flops": 100}}'
     names = {
