@@ -25,6 +25,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
 _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _STATED_BYTES = re.compile(r'"cost_estimate":\s*\{[^}]*"bytes_accessed":\s*"?(\d+)')
 _ROW_ATTENTION = re.compile(r'op_name="[^"]*text_decoder[^"]*/attention_(forward|backward)/')
 # replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
@@ -227,9 +228,14 @@ class _Reader:
             open_loops=self.open_loops,
         )
 
-    def _visit(self, name: str, times: int, in_hbm: bool) -> None:
-        """Adds up one computation; inside a fusion nothing touches HBM but its arguments and results."""
+    def _visit(self, name: str, times: int, in_hbm: bool, channels: set[str] | None = None) -> None:
+        """Adds up one computation; inside a fusion nothing touches HBM but its arguments and results.
+
+        `channels` are those of the collectives already counted: one that is fused with the products it hides behind
+        stands in the fusion that starts it, in those that carry it on and in the one that ends it.
+        """
         computation = self.computations[name]
+        channels = set() if in_hbm or channels is None else channels
         for instruction in computation.values():
             opcode = instruction.opcode
             if opcode == "while":
@@ -245,13 +251,17 @@ class _Reader:
                 self.cycles += times * (int(estimate.group(1)) if int(estimate.group(1)) < _UNKNOWN_CYCLES else 0)
             if in_hbm and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
                 self.bytes += times * self._traffic(instruction, computation)
+            if channel := _CHANNEL.search(instruction.attributes):
+                if channel.group(1) in channels:
+                    continue
+                channels.add(channel.group(1))
             if self._collective(instruction, computation, times):
                 continue
             inside = in_hbm and opcode in ("call", "conditional")
             if opcode in ("fusion", "call", "conditional", "async-start"):
                 for called in instruction.called:
                     if called in self.computations:
-                        self._visit(called, times, inside)
+                        self._visit(called, times, inside, channels)
 
     def _trips(self, loop: Instruction) -> tuple[int, bool]:
         """How often a loop runs, and whether the text says so."""

@@ -125,6 +125,21 @@ def test_collectives_are_known_by_every_spelling(line, kind, size):
     assert collective.sent == size * 3 / 4
 
 
+def test_a_collective_fused_with_products_counts_once():
+    """The fusions that start it, carry it on and end it all hold it, under one channel."""
+    part = """%part{number} (w{number}: f32[64,128]) -> f32[256,128] {{
+  %w{number} = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  ROOT %g{number} = f32[256,128] all-gather(%w{number}), channel_id={channel}, replica_groups={{{{0,1,2,3}}}}
+}}
+
+"""
+    parts = "".join(part.format(number=number, channel=channel) for number, channel in ((1, 7), (2, 7), (3, 8)))
+    lines = [f"%f{number} = f32[256,128] fusion(%a), kind=kCustom, calls=%part{number}" for number in (1, 2, 3)]
+    text = ENTRY.format(line="LINES").replace("ROOT LINES", "\n  ".join(lines)).replace("ENTRY", parts + "ENTRY")
+    (collective,) = work_of(text).collectives
+    assert (collective.kind, collective.calls) == ("all-gather", 2)
+
+
 def test_a_collective_of_unknown_size_is_refused():
     with pytest.raises(ValueError, match="%?s: cannot tell which chips"):
         work_of(ENTRY.format(line="%s = f32[256,128] all-gather(%a), replica_groups=new_spelling"))
