@@ -23,6 +23,7 @@ _TOPOLOGY = flags.DEFINE_list("topology", None, "Slices as Cloud TPU spells them
 _OUT = flags.DEFINE_string("out", "docs/plans", "Folder the sheets are written to, as Markdown and JSON.")
 _CACHE = flags.DEFINE_string("cache_dir", "plan_cache", "Folder compiled answers are kept in.")
 _PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), "Programs to compile; all of them by default.")
+_OTHERS = flags.DEFINE_bool("try_others", False, "Compile the RL update under other remat settings and batches too.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
                 topology,
                 cache_dir=pathlib.Path(_CACHE.value),
                 only=_PROGRAMS.value,
+                try_others=_OTHERS.value,
                 command=_command(topology),
                 progress=lambda line: print(line, flush=True),
             )

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 
 from mer_r1_jax.config import command_line
+from mer_r1_jax.parallel.tpu_flags import set_tpu_flags
 
 EXIT_ERROR = 2  # the run cannot go on as it is; the message on stderr says why and how to mend it
 
@@ -30,6 +31,10 @@ def explained() -> Iterator[None]:
 
 
 def parse_flags(arguments: Sequence[str]) -> list[str]:
-    """For `app.run(main, flags_parser=parse_flags)`: a mistake on the command line ends like every other."""
+    """For `app.run(main, flags_parser=parse_flags)`: a mistake on the command line ends like every other.
+
+    Every command begins here, before it touches a device, so the TPU compiler's flags are set here too.
+    """
+    set_tpu_flags()
     with explained():
         return command_line.parse_flags(arguments)

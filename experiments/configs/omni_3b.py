@@ -3,10 +3,10 @@
 import importlib.util
 import pathlib
 
-# Slice -> prompts of a step, and devices along mesh.tensor; the rest are fsdp.
+# Slice -> prompts of a step, devices along mesh.tensor (the rest are fsdp), and what the backward pass keeps.
 SLICES = {
-    "v5e:4x4": (16, 1),
-    "v5p:2x2x4": (16, 1),
+    "v5e:4x4": (16, 1, "attention"),
+    "v5p:2x2x4": (16, 1, "dots"),
 }
 
 

@@ -7,11 +7,11 @@ and data: --config.model.path=... --config.data.sft_path=... --config.data.rl_pa
 
 from mer_r1_jax.config.build import config_dict
 
-# Slice -> prompts of a step, and devices along mesh.tensor; the rest are fsdp.
+# Slice -> prompts of a step, devices along mesh.tensor (the rest are fsdp), and what the backward pass keeps.
 SLICES = {
-    "v5p:2x2x4": (16, 1),
-    "v5e:16x16": (64, 4),
-    "v6e:4x4": (16, 1),
+    "v5p:2x2x4": (16, 1, "dots"),
+    "v5e:16x16": (64, 4, "attention"),
+    "v6e:4x4": (16, 1, "attention"),
 }
 
 
@@ -31,7 +31,6 @@ def recipe():
     config = config_dict()
     config.model.param_dtype = "float32"
     config.model.compute_dtype = "bfloat16"
-    config.model.remat = "attention"
     config.model.packed_rows = True  # the attention kernel skips what a packed row's mask forbids
     _media(config.media)
     config.data.max_prompt_length = 2048
@@ -49,8 +48,9 @@ def recipe():
     return config
 
 
-def lay_out(config, prompts: int, tensor: int):
+def lay_out(config, prompts: int, tensor: int, remat: str):
     """Parameters and optimizer cut over all chips; one prompt or more for each group of `tensor` chips."""
+    config.model.remat = remat
     config.sft.prompts_per_step = config.rl.prompts_per_step = prompts
     config.mesh.data = 1
     config.mesh.fsdp = -1

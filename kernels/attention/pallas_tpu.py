@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from mer_r1_jax.kernels.attention.pallas_backward import backward
 from mer_r1_jax.kernels.attention.pallas_forward import forward
-from mer_r1_jax.kernels.attention.reference import RESIDUALS
-from mer_r1_jax.kernels.attention.schedule import MAX_KEY_BLOCKS, MAX_QUERY_BLOCKS, schedule
+from mer_r1_jax.kernels.attention.reference import INPUTS, RESIDUALS
+from mer_r1_jax.kernels.attention.schedule import EMPTY, MAX_KEY_BLOCKS, MAX_QUERY_BLOCKS, schedule, state_of
 from mer_r1_jax.kernels.attention.tile import LANES, PADDING_KEY, PADDING_QUERY, Options
 
 MIB = 2**20
@@ -52,7 +52,7 @@ def attention(
     Returns:
         out_BTHh.
     """
-    options = dict(next(sizes for least, sizes in _SIZES.items() if vmem_mib >= least))
+    options = _sizes(vmem_mib)
     side = side or options["side"]
     del options["side"]
     T, S = query_BTHh.shape[1], key_BSKh.shape[1]
@@ -79,10 +79,9 @@ def attention(
             find(query_segment_BT, key_segment_BS[:, begin : begin + span], query_block, key_block, key_offset=begin)
             for begin in range(0, whole, span)
         )
+    blocks = ((query_BTHh, query_block), (key_BSKh, key_block), (value_BSKh, key_block))
     out_BHTh = _attention(
-        _padded(query_BTHh, query_block).swapaxes(1, 2),
-        _padded(key_BSKh, key_block).swapaxes(1, 2),
-        _padded(value_BSKh, key_block).swapaxes(1, 2),
+        *(checkpoint_name(_padded(x, block).swapaxes(1, 2), INPUTS) for x, block in blocks),
         jnp.where(query_segment_BT == 0, PADDING_QUERY, query_segment_BT),
         jnp.where(key_segment_BS == 0, PADDING_KEY, key_segment_BS),
         tile_BP,
@@ -90,6 +89,23 @@ def attention(
         options,
     )
     return out_BHTh.swapaxes(1, 2)[:, :T]
+
+
+def visited_share(segment_T, *, shared_segment: int | None, vmem_mib: int) -> float:
+    """Share of a causal row's listed tiles that are visited; what the kernels state as their operations counts all.
+
+    Args:
+        segment_T: int32 segments of the row, 0 for padding.
+        shared_segment, vmem_mib: as in `attention`.
+    """
+    block = _block(len(segment_T), _sizes(vmem_mib)["side"])
+    segment_1T = _padded(jnp.asarray(segment_T, jnp.int32)[None], block)
+    tile_1P = schedule(segment_1T, segment_1T, block, block, causal=True, shared_segment=shared_segment)
+    return float(jnp.mean(state_of(tile_1P) != EMPTY))
+
+
+def _sizes(vmem_mib: int) -> dict[str, int]:
+    return dict(next(sizes for least, sizes in _SIZES.items() if vmem_mib >= least))
 
 
 def _block(length: int, side: int) -> int:

@@ -14,6 +14,8 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 # Name under which the result (and, of kernels, the softmax's normaliser) can be kept by a remat policy.
 RESIDUALS = "attention"
+# And that of a kernel's queries, keys and values as it takes them: rotated, a head's tokens together.
+INPUTS = "attention_inputs"
 
 
 def segment_mask(query_segment_BT, key_segment_BS, *, causal: bool, shared_segment: int | None) -> jax.Array:

@@ -163,10 +163,11 @@ class Evaluator:
         Yields:
             the records of a batch, and mode -> their answers.
         """
-        for batch in filled_up(batched(prompts, self.buckets[0].rows, skipped), at_least):
-            check()
-            rows = [record for record, _ in batch]
-            yield rows, self._answer(leaves, rows, [prompt for _, prompt in batch], modes)
+        with self.programs.rollout_weights(leaves) as weights:
+            for batch in filled_up(batched(prompts, self.buckets[0].rows, skipped), at_least):
+                check()
+                rows = [record for record, _ in batch]
+                yield rows, self._answer(leaves, weights, rows, [prompt for _, prompt in batch], modes)
 
     def _of_all(self, *own: Any) -> tuple[list[Record], dict[str, list[AnswerOf]], list[tuple[Record, str]]]:
         """Records, answers and skipped records of all processes, in their order."""
@@ -179,7 +180,12 @@ class Evaluator:
         )
 
     def _answer(
-        self, leaves: tuple[Leaves, Leaves], records: list[Record], prompts: list[Prompt], modes: Sequence[str]
+        self,
+        leaves: tuple[Leaves, Leaves],
+        weights: tuple[Leaves, Leaves],
+        records: list[Record],
+        prompts: list[Prompt],
+        modes: Sequence[str],
     ) -> dict[str, list[AnswerOf]]:
         mesh, thinker = self.programs.backbone.mesh, self.programs.backbone.config
         host = prompt_rows(prompts, self.buckets, thinker, [uid_of(record.id) for record in records])
@@ -190,7 +196,7 @@ class Evaluator:
         results = {}
         for mode in modes:
             completions = self.programs.sample(
-                leaves,
+                weights,
                 device,
                 features,
                 jax.random.key(0),

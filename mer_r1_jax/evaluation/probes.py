@@ -260,26 +260,27 @@ def _continued(prober: Prober, records: Sequence[Record], prefixes: Sequence[np.
     buckets = [dataclasses.replace(bucket, tokens=bucket.tokens + added) for bucket in evaluator.buckets]
     prefix_of = {record.id: prefix for record, prefix in zip(records, prefixes, strict=True)}
     answers = {}
-    for batch in batched(prober.load(records), buckets[0].rows, []):
-        prompts = [extended(prompt, prefix_of[record.id]) for record, prompt in batch]
-        host = prompt_rows(prompts, buckets, programs.backbone.config, [uid_of(record.id) for record, _ in batch])
-        rows = put(host, programs.backbone.mesh)
-        completions = jax.device_get(
-            programs.sample(
-                prober.leaves,
-                rows,
-                programs.encode(prober.leaves, rows.batch),
-                jax.random.key(0),
-                np.int32(0),
-                generations=1,
-                sampling=evaluator.sampling,
+    with programs.rollout_weights(prober.leaves) as weights:
+        for batch in batched(prober.load(records), buckets[0].rows, []):
+            prompts = [extended(prompt, prefix_of[record.id]) for record, prompt in batch]
+            host = prompt_rows(prompts, buckets, programs.backbone.config, [uid_of(record.id) for record, _ in batch])
+            rows = put(host, programs.backbone.mesh)
+            completions = jax.device_get(
+                programs.sample(
+                    weights,
+                    rows,
+                    programs.encode(prober.leaves, rows.batch),
+                    jax.random.key(0),
+                    np.int32(0),
+                    generations=1,
+                    sampling=evaluator.sampling,
+                )
             )
-        )
-        for row, (record, _) in enumerate(batch):
-            prefix, length = prefix_of[record.id], int(completions.length_BG[row, 0])
-            ids = np.concatenate([prefix, completions.id_BGC[row, 0, :length]])
-            truncated = bool(completions.stop_BG[row, 0] == STOP_LENGTH)
-            answers[record.id] = scorer.answer(ids, len(ids), truncated, record.solution)
+            for row, (record, _) in enumerate(batch):
+                prefix, length = prefix_of[record.id], int(completions.length_BG[row, 0])
+                ids = np.concatenate([prefix, completions.id_BGC[row, 0, :length]])
+                truncated = bool(completions.stop_BG[row, 0] == STOP_LENGTH)
+                answers[record.id] = scorer.answer(ids, len(ids), truncated, record.solution)
     return answers
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mer_r1_jax.kernels.attention.reference import RESIDUALS
+from mer_r1_jax.kernels.attention.reference import INPUTS, RESIDUALS
 from mer_r1_jax.kernels.placement import Placement
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -78,7 +78,7 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """x, placed by the active `axis_rules`; x itself when there are none.
 
-    A mesh axis cuts an array once: an activation's "embed" stays whole where its "batch" already uses the same axis.
+    A mesh axis cuts an array once: an activation's "embed" is not cut over an axis that its "batch" already uses.
 
     Args:
         x: an activation.
@@ -93,7 +93,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     entries: list[tuple[str, ...] | None] = []
     for name, size in zip(axes, x.shape, strict=True):
         mesh_axes = _mesh_axes(_active.rules.get(name)) if name is not None else ()
-        mesh_axes = () if used & set(mesh_axes) else mesh_axes
+        mesh_axes = tuple(axis for axis in mesh_axes if axis not in used)
         used |= set(mesh_axes)
         parts = math.prod(_active.mesh.shape[axis] for axis in mesh_axes)
         if size % parts:
@@ -257,7 +257,7 @@ def scan_layers(
         carry: what goes from layer to layer.
         per_layer: pytree of arrays with a leading layer axis, or None.
         remat: what the backward pass keeps of a layer: nothing | attention (its result, so that the kernel is not run
-            again) | dots (that and the results of matrix products with weights) | everything.
+            again) | dots (that, what the kernel takes, and the results of matrix products with weights) | everything.
 
     Returns:
         (last carry, outputs stacked over layers).
@@ -277,8 +277,10 @@ def _kept(remat: str) -> Callable:
     """The policy of a remat setting other than "everything"."""
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(RESIDUALS)
+    # Rotated and laid out for the kernel, queries need not be rotated again: only their products' results are dropped.
+    around = policies.save_only_these_names(RESIDUALS, INPUTS)
     return {
         "nothing": policies.nothing_saveable,
         "attention": attention,
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, around),
     }[remat]

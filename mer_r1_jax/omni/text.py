@@ -6,6 +6,7 @@ Letters besides those of `omni.batch`: Y = h / 2 rotation angles of a head, f wi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,11 @@ from mer_r1_jax.omni.layers import (
 )
 
 BTD = ("batch", "length", "embed")
+BTF = ("batch", "length", "mlp")
 BGCD = ("batch", "group", "length", "embed")
+# Rows as the feed-forward layers of completions have them: a table may cut them less, and the layers' width more.
+MLP_BGCD = ("mlp_batch", "group", "length", None)
+MLP_BGCF = ("mlp_batch", "group", "length", "mlp")
 
 
 @jax.tree_util.register_dataclass
@@ -92,8 +97,9 @@ class MLP(nnx.Module):
         self.up = Linear("...D,Df->...f", sizes, axes, bias=False, settings=settings, rngs=rngs)
         self.down = Linear("...f,fD->...D", sizes, axes[::-1], bias=False, settings=settings, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, inner: Sequence[str]) -> jax.Array:
+        """Of x[..., D]; `inner` names the axes of what lies between the two products, [..., f]."""
+        return self.down(constrain(jax.nn.silu(self.gate(x)) * self.up(x), inner))
 
 
 class TextLayer(nnx.Module):
@@ -117,7 +123,7 @@ class TextLayer(nnx.Module):
             out_BTHh = attention(q_BTHh, k_BTKh, v_BTKh, segment_BT, segment_BT, **options)
             x_BTD = constrain(x_BTD + self.attn.o(out_BTHh), BTD)
         with jax.named_scope("mlp"):
-            x_BTD = constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), BTD)
+            x_BTD = constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD), BTF), BTD)
         return x_BTD, (k_BTKh, v_BTKh)
 
     def completions(self, x_BGCD, cos_BGCY, sin_BGCY, attend) -> jax.Array:
@@ -126,7 +132,8 @@ class TextLayer(nnx.Module):
             out_BGCHh = attend(*self.attn.project(self.attn_norm(x_BGCD), cos_BGCY, sin_BGCY))
             x_BGCD = constrain(x_BGCD + self.attn.o(out_BGCHh), BGCD)
         with jax.named_scope("mlp"):
-            return constrain(x_BGCD + self.mlp(self.mlp_norm(x_BGCD)), BGCD)
+            normed_BGCD = constrain(self.mlp_norm(x_BGCD), MLP_BGCD)
+            return constrain(x_BGCD + constrain(self.mlp(normed_BGCD, MLP_BGCF), BGCD), BGCD)
 
 
 class TextDecoder(nnx.Module):

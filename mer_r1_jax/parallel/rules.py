@@ -1,4 +1,4 @@
-"""One table from logical axis names to mesh axes, and the shardings that follow from it.
+"""Two tables from logical axis names to mesh axes, one for training and one for decoding, and the shardings they give.
 
 Every parameter and activation of the backbone carries logical names; where they live is decided here and nowhere else.
 """
@@ -17,6 +17,7 @@ Rules = Mapping[str, tuple[str, ...]]
 # activations are cut along the batch over both data axes.
 TRAIN_RULES: Rules = {
     "batch": ("data", "fsdp"),
+    "mlp_batch": ("data", "fsdp"),
     "embed": ("fsdp",),
     "audio_embed": ("fsdp",),
     "vision_embed": ("fsdp",),
@@ -31,6 +32,22 @@ TRAIN_RULES: Rules = {
     "vocab": ("tensor",),
 }
 
+# Decoding reads every weight once a token, so none may have to be gathered: nothing is cut along the model width. Rows
+# and caches stay where training has them. The feed-forward layers, three quarters of a 7B model, are cut over `fsdp`
+# too: a token's activations are few, so their rows are brought together before such a layer ("mlp_batch") and parted
+# after it, where prefill, with its many tokens, gathers a layer's weights once. Attention and vocabulary are cut over
+# `tensor` alone, because heads are few and rows keep their caches; every chip of an fsdp group holds their quarter.
+# Bytes a chip of a 7B model in bfloat16: 4.6 GB on 16 chips of `fsdp` (15.2 if all were held whole), 1.1 GB on fsdp 64
+# x tensor 4 (3.8). The towers are not decoded with and keep the layout of training.
+DECODE_RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "mlp_batch": ("data",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor", "fsdp"),
+    "vocab": ("tensor",),
+}
+
 
 class ShardingError(ValueError):
     """An array that the mesh cannot cut as the rules say; names the array, the axis and the sizes."""
@@ -39,7 +56,7 @@ class ShardingError(ValueError):
 def spec(axes: tuple[str | None, ...], rules: Rules = TRAIN_RULES, activation: bool = False) -> PartitionSpec:
     """The partition of an array with these logical axes.
 
-    A mesh axis cuts an array once: an activation's `embed` stays whole because its `batch` already uses `fsdp`.
+    A mesh axis cuts an array once: an activation's `embed` is not cut over `fsdp` where its `batch` already is.
     """
     used: set[str] = set()
     parts: list[Any] = []
@@ -51,7 +68,7 @@ def spec(axes: tuple[str | None, ...], rules: Rules = TRAIN_RULES, activation: b
                 f"logical axes {axes} put mesh axis {', '.join(sorted(clash))} on two dimensions of one array; "
                 f"change the rule of {name!r}"
             )
-        mesh_axes = () if clash else mesh_axes
+        mesh_axes = tuple(axis for axis in mesh_axes if axis not in used)
         used |= set(mesh_axes)
         parts.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
     return PartitionSpec(*parts)

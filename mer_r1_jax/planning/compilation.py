@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import re
 import tempfile
@@ -14,6 +15,7 @@ import time
 
 import jax
 
+from mer_r1_jax.parallel.tpu_flags import VARIABLE
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.planning.traced import traced_flops
 
@@ -80,7 +82,7 @@ def versions() -> dict[str, str]:
 
 
 def _fingerprint(module: str, topology: str) -> str:
-    parts = [topology, json.dumps(versions()), module]
+    parts = [topology, json.dumps(versions()), os.environ.get(VARIABLE, ""), module]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 

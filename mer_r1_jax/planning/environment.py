@@ -2,6 +2,8 @@
 
 import os
 
+from mer_r1_jax.parallel.tpu_flags import set_tpu_flags
+
 _SETTINGS = {
     "JAX_PLATFORMS": "cpu",
     # libtpu asks the cloud's metadata server which slice it is on; here there is none to answer.
@@ -14,3 +16,5 @@ _SETTINGS = {
 
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
+
+set_tpu_flags()

@@ -17,12 +17,22 @@ _BYTES |= {"u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([0-9,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.<>-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) .*\{\s*$")
+# A kernel's metadata may have lines of its own, so not every line that begins like this is the end.
+_END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 _NAME = re.compile(r"%([\w.<>-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.<>-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
-_ESTIMATE = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')
+_ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_STATED_BYTES = re.compile(r'"cost_estimate":\s*\{[^}]*"bytes_accessed":\s*"?(\d+)')
+_ROW_ATTENTION = re.compile(r'op_name="[^"]*text_decoder[^"]*/attention_(forward|backward)/')
+# replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9, ]+)\}")
+_ORDERED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _OTHER_MEMORY = "S("  # a layout with a memory space lies in vector or scalar memory: traffic there is not HBM's
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -109,6 +119,7 @@ class Work:
 
     Attributes:
         flops: of matrix products and convolutions, and of kernels that state theirs.
+        kernel_flops: of these kernels alone.
         hbm_bytes: read from and written to HBM; of slices only what is taken.
         cycles: the compiler's own estimate for what is neither a collective nor a kernel.
         collectives: largest first.
@@ -117,6 +128,7 @@ class Work:
     """
 
     flops: float
+    kernel_flops: float
     hbm_bytes: float
     cycles: int
     collectives: tuple[Collective, ...]
@@ -149,7 +161,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if header and not line.startswith((" ", "HloModule")):
                 current = computations.setdefault(header.group(2), {})
                 entry = header.group(2) if header.group(1) else entry
-        elif line.rstrip() == "}":  # a kernel's metadata may have lines of its own
+        elif _END.match(line):
             current = None
         elif match := _INSTRUCTION.match(line):
             instruction = _instruction(match)
@@ -179,23 +191,24 @@ def _closing(text: str, opening: int) -> int:
     return len(text)
 
 
-def work_of(text: str, longest_loop: int = 1) -> Work:
+def work_of(text: str, longest_loop: int = 1, visited: float = 1.0) -> Work:
     """Reads a program.
 
     Args:
         text: of the optimised module (`compiled.as_text()`).
         longest_loop: trips of a loop whose end depends on data.
+        visited: share of the tiles of the decoder's attention that its kernels visit, of those they state.
     """
-    return _Reader(text, longest_loop).work()
+    return _Reader(text, longest_loop, visited).work()
 
 
 class _Reader:
     """One program while it is read."""
 
-    def __init__(self, text: str, longest_loop: int):
+    def __init__(self, text: str, longest_loop: int, visited: float = 1.0):
         self.computations, self.entry = parse(text)
-        self.longest_loop = longest_loop
-        self.flops = self.bytes = 0.0
+        self.longest_loop, self.visited = longest_loop, visited
+        self.flops = self.kernel_flops = self.bytes = 0.0
         self.collectives: collections.Counter[tuple[str, int, int]] = collections.Counter()
         self.silent_kernels = self.open_loops = self.cycles = 0
 
@@ -207,6 +220,7 @@ class _Reader:
         ]
         return Work(
             flops=self.flops,
+            kernel_flops=self.kernel_flops,
             hbm_bytes=self.bytes,
             cycles=self.cycles,
             collectives=tuple(sorted(found, key=lambda one: -one.sent)),
@@ -214,9 +228,14 @@ class _Reader:
             open_loops=self.open_loops,
         )
 
-    def _visit(self, name: str, times: int, in_hbm: bool) -> None:
-        """Adds up one computation; inside a fusion nothing touches HBM but its arguments and results."""
+    def _visit(self, name: str, times: int, in_hbm: bool, channels: set[str] | None = None) -> None:
+        """Adds up one computation; inside a fusion nothing touches HBM but its arguments and results.
+
+        `channels` are those of the collectives already counted: one that is fused with the products it hides behind
+        stands in the fusion that starts it, in those that carry it on and in the one that ends it.
+        """
         computation = self.computations[name]
+        channels = set() if in_hbm or channels is None else channels
         for instruction in computation.values():
             opcode = instruction.opcode
             if opcode == "while":
@@ -232,13 +251,17 @@ class _Reader:
                 self.cycles += times * (int(estimate.group(1)) if int(estimate.group(1)) < _UNKNOWN_CYCLES else 0)
             if in_hbm and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
                 self.bytes += times * self._traffic(instruction, computation)
+            if channel := _CHANNEL.search(instruction.attributes):
+                if channel.group(1) in channels:
+                    continue
+                channels.add(channel.group(1))
             if self._collective(instruction, computation, times):
                 continue
             inside = in_hbm and opcode in ("call", "conditional")
             if opcode in ("fusion", "call", "conditional", "async-start"):
                 for called in instruction.called:
                     if called in self.computations:
-                        self._visit(called, times, inside)
+                        self._visit(called, times, inside, channels)
 
     def _trips(self, loop: Instruction) -> tuple[int, bool]:
         """How often a loop runs, and whether the text says so."""
@@ -261,7 +284,9 @@ class _Reader:
             return
         estimate = _ESTIMATE.search(call.attributes)
         if estimate and int(estimate.group(1)):
-            self.flops += times * int(estimate.group(1))
+            share = self.visited if _ROW_ATTENTION.search(call.attributes) else 1.0
+            self.flops += times * share * int(estimate.group(1))
+            self.kernel_flops += times * share * int(estimate.group(1))
         else:
             self.silent_kernels += times
 
@@ -294,6 +319,8 @@ class _Reader:
         result = [array.bytes for array in instruction.arrays if array.in_hbm]
         if instruction.opcode in _SLICES:
             return 2 * sum(result)
+        if instruction.opcode == "custom-call" and (stated := _STATED_BYTES.search(instruction.attributes)):
+            return float(stated.group(1))  # a kernel may read a part of an operand, or read it again and again
         if instruction.opcode == "dynamic-update-slice":
             return 2 * sum(array.bytes for array in computation[instruction.operands[1]].arrays)
         if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
@@ -328,8 +355,8 @@ class _Reader:
                 taken += sum(array.bytes for array in user.arrays)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
                 continue
-            elif user.opcode == "bitcast":
-                taken += self._read(computation, user)
+            elif user.opcode == "bitcast" or self._is_bitcast(user):
+                taken += whole if user.is_root else self._read(computation, user)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called[0]]
                 numbers = [place for place, name in enumerate(user.operands) if name == value.name]
@@ -338,6 +365,13 @@ class _Reader:
             else:
                 return whole
         return min(whole, taken)
+
+    def _is_bitcast(self, instruction: Instruction) -> bool:
+        """Whether it is a fusion that only gives its one argument another shape."""
+        if instruction.opcode != "fusion":
+            return False
+        inner = self.computations[instruction.called[0]].values()
+        return all(one.opcode in ("parameter", "bitcast") for one in inner)
 
     def _written(self, inner: Computation, fusion: Instruction) -> float:
         """Bytes a fusion writes: its results, of an updated slice only the update."""
@@ -370,11 +404,17 @@ def _parameter_number(instruction: Instruction) -> int:
 
 def _group_size(instruction: Instruction) -> int:
     """Chips that take part in one collective."""
-    if match := re.search(r"replica_groups=\{\{([0-9, ]+)\}", instruction.attributes):
+    attributes = instruction.attributes
+    if instruction.opcode.startswith("collective-permute"):
+        return 2
+    if match := _LISTED_GROUPS.search(attributes):
         return match.group(1).count(",") + 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.attributes):
+    if match := _ORDERED_GROUPS.search(attributes):
         return int(match.group(1))
-    return 2
+    if match := _MESH_GROUPS.search(attributes):
+        sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(match.group(1))}
+        return math.prod(int(part) if part else sizes[name] for name, _, part in _MESH_AXIS.findall(match.group(2)))
+    raise ValueError(f"{instruction.name}: cannot tell which chips take part in it: {attributes[:200]}")
 
 
 def _product_flops(instruction: Instruction, computation: Computation) -> float:

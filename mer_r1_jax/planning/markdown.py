@@ -21,6 +21,7 @@ def markdown(sheet: Sheet) -> str:
         "## Memory of a chip, GiB\n\n" + _memory(sheet),
         "## Work of a chip and the least time it takes, one call\n\n" + _work(sheet),
         _epochs(sheet),
+        *(["## Which remat and batch fit\n\n" + _alternatives(sheet)] if sheet.alternatives else []),
         "## Collectives\n\n" + _collectives(sheet),
         "## Shapes\n\n" + _shapes(sheet),
         _notes(),
@@ -64,7 +65,7 @@ def _work(sheet: Sheet) -> str:
     rows = []
     for program in sheet.programs:
         if program.work is None:
-            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 10])
+            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 11])
             continue
         work, seconds = program.work, program.seconds
         rows.append(
@@ -79,10 +80,13 @@ def _work(sheet: Sheet) -> str:
                 f"**{program.bound:.3f}**",
                 max(seconds, key=seconds.get),
                 f"{program.estimate:.3f}",
+                f"{program.utilisation:.0%}" if program.utilisation else "",
             ]
         )
     header = ["program", "calls a step", "TFLOP", "asked for", "HBM GB", "sent GB"]
-    return _table([*header, "compute s", "HBM s", "links s", "at least s", "bound by", "compiler s"], rows)
+    return _table(
+        [*header, "compute s", "HBM s", "links s", "at least s", "bound by", "compiler s", "static MFU"], rows
+    )
 
 
 def _epochs(sheet: Sheet) -> str:
@@ -96,6 +100,20 @@ def _epochs(sheet: Sheet) -> str:
             seconds = sheet.step_seconds(phase)
             lines.append(f"- {phase}: at least **{hours:.2f} h** ({steps} steps of {prompts} prompts, {seconds:.2f} s)")
     return "## One epoch of the paper's data\n\n" + "\n".join(lines)
+
+
+def _alternatives(sheet: Sheet) -> str:
+    rows = []
+    for one in sheet.alternatives:
+        update = one.update
+        if update.work is None:
+            rows.append([one.remat, str(one.prompts), f"no, over by {update.over / GIB:.2f}", *[""] * 3])
+            continue
+        verdict = "yes" if update.fits else f"no, over by {update.over / GIB:.2f}"
+        static = [f"{one.prompt_seconds * 1e3:.0f}", f"{update.utilisation:.0%}"]
+        rows.append([one.remat, str(one.prompts), verdict, f"{update.total / GIB:.2f}", *static])
+    header = ["model.remat", "prompts a step", "fits", "GiB a chip", "compiler ms a prompt", "static MFU"]
+    return "Of the RL update; larger batches are not tried where one does not fit.\n\n" + _table(header, rows)
 
 
 def _collectives(sheet: Sheet) -> str:
@@ -142,6 +160,10 @@ def _notes() -> str:
         "several chips do in common (or padding). Kernels that state no operations are left out of both.\n"
         "- *compiler s* is the compiler's own estimate without collectives and kernels. It ranks programs of one "
         "slice; it is no time either.\n"
+        "- *static MFU* is the operations the program is there for (forward, and twice that for what is trained; "
+        "nothing computed again, of attention only pairs that see each other) over what the chips could do in the "
+        "compiler's time and the kernels' at their peak. Collectives are taken to be hidden, and memory is slow in "
+        "the compiler's model: neither a bound nor a measurement.\n"
         "- *batch* holds prompts with their clips, *experience* completions and anchors, *cache* the keys and values "
         "within the temporary memory, *other* new outputs, code and loose arguments.\n"
         "- Advantages (arrays of one number a completion) and evaluation are not compiled."

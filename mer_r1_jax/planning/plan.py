@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.planning.advice import advise
+from mer_r1_jax.planning.alternatives import alternatives
 from mer_r1_jax.planning.chips import chip_of, topology_devices
 from mer_r1_jax.planning.compilation import compile_program, versions
 from mer_r1_jax.planning.hlo import work_of
@@ -15,7 +16,7 @@ from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.sheet import ProgramSheet, Sheet, program_sheet
 from mer_r1_jax.planning.workload import Workload
 
-PROGRAMS = ("sft_step", "encode", "sample", "score", "reference", "update")
+PROGRAMS = ("sft_step", "encode", "cast", "sample", "score", "reference", "update")
 
 
 def plan(
@@ -26,6 +27,7 @@ def plan(
     only: Sequence[str] = PROGRAMS,
     workload: Workload | None = None,
     bucket: int = -1,
+    try_others: bool = False,
     command: str = "",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Sheet:
@@ -38,6 +40,7 @@ def plan(
         only: programs to compile, of PROGRAMS; the others are left off the sheet, and with them the hours.
         workload: sizes a run would read off its data.
         bucket: which of the prompt shapes, the largest by default.
+        try_others: compile the RL update under other remat settings and batches too.
         command: named on the sheet.
         progress: called with a line as each program is done.
 
@@ -59,9 +62,16 @@ def plan(
                 missing.append(program.name)
                 continue
             compiled = compile_program(program, topology, cache_dir)
-            work = work_of(compiled.text, program.longest_loop) if compiled.text else None
+            work = work_of(compiled.text, program.longest_loop, program.visited) if compiled.text else None
             sheets.append(program_sheet(program, compiled, work, chip, run.backbone.mesh.size))
             progress(f"{topology} {program.name}: {_outcome(sheets[-1])}")
+
+    def update_of(other: RunConfig) -> ProgramSheet:
+        (sheet,) = plan(
+            other, topology, cache_dir=cache_dir, only=["update"], workload=workload, bucket=bucket, progress=progress
+        ).programs
+        return sheet
+
     mesh = run.backbone.mesh
     return Sheet(
         config=config,
@@ -74,6 +84,7 @@ def plan(
         epoch_steps={phase: run.epoch_steps(phase) for phase in buckets},
         missing=tuple(missing),
         advice=advise(config, sheets, mesh.size),
+        alternatives=tuple(alternatives(config, update_of)) if try_others and "rl" in buckets else (),
         command=command,
     )
 

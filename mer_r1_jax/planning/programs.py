@@ -19,11 +19,14 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.pipeline import steps_for_epochs
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.kernels.attention.pallas_tpu import visited_share
+from mer_r1_jax.kernels.placement import Placement, vmem_mib
 from mer_r1_jax.media.tokenizer import load_tokenizer
-from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.omni.batch import PROMPT, BatchShape
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
-from mer_r1_jax.parallel.rules import TRAIN_RULES, replicated, spec
+from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
+from mer_r1_jax.planning.useful import FORWARD, TRAINED, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.rl.confidence import Anchors
@@ -42,7 +45,7 @@ class PlannedProgram:
     """One jitted program of a run and what it is called with.
 
     Attributes:
-        name: sft_step, encode, sample, score, reference, update.
+        name: sft_step, encode, cast, sample, score, reference, update.
         phase: sft or rl.
         function: the jitted function.
         args: abstract arguments.
@@ -50,6 +53,8 @@ class PlannedProgram:
         cache_bytes: of its temporary memory, the keys and values of prompts and completions, a chip.
         longest_loop: trips of a loop whose end depends on data: the cap on sampled tokens.
         calls: how often an optimizer step calls it.
+        useful: operations it is there for, of all chips (see `useful`); 0 where that is not stated.
+        visited: share of the attention kernel's tiles that full packed rows visit, of those causal order allows.
     """
 
     name: str
@@ -60,6 +65,8 @@ class PlannedProgram:
     cache_bytes: int = 0
     longest_loop: int = 1
     calls: float = 1.0
+    useful: float = 0.0
+    visited: float = 1.0
 
     def trace(self) -> Any:
         """The program traced at its arguments (`.jaxpr`, `.lower()`)."""
@@ -85,6 +92,7 @@ class RunPrograms:
         tokenizer_path = config.model.tokenizer_path or config.model.path
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
         thinker = thinker_config(config.model, tokenizer)
+        self._thinker = thinker
         self.backbone = Backbone.create(thinker, mesh, config.model.packed_rows)
         wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
         table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
@@ -134,10 +142,21 @@ class RunPrograms:
         )
         function = make_sft_step(self.backbone, optimizer, self.config.sft, any(towers.values()))
         held = _held(state) | {"batch": batch}
-        return PlannedProgram(name="sft_step", phase="sft", function=function, args=(state, batch), held=held)
+        sets = ((1, slow), (1, fast)) if fast else ((1, slow),)
+        useful = TRAINED * self._text_flops(bucket, sets, scored=slow + fast)
+        useful += (TRAINED if any(towers.values()) else FORWARD) * bucket.rows * tower_flops(self._thinker, bucket)
+        return PlannedProgram(
+            name="sft_step",
+            phase="sft",
+            function=function,
+            args=(state, batch),
+            held=held,
+            useful=useful,
+            visited=self._visited(bucket, sets),
+        )
 
     def rl(self, bucket: BatchShape) -> list[PlannedProgram]:
-        """Encoding, rollout, scoring, reference and update of one RL step."""
+        """Encoding, rollout (its weights first), scoring, reference and update of one RL step."""
         config, programs = self.config.rl, self.programs
         towers = tower_flags(self.config, "rl")
         encode_inside = any(towers.values())
@@ -153,19 +172,28 @@ class RunPrograms:
                 name=name, phase="rl", function=function, args=args, held=dict(held), calls=calls, **more
             )
 
+        slow = (config.num_generations, config.max_completion_length)
+        fast = (config.num_generations, config.max_fast_context)
+        anchored = 2 * config.num_generations * config.max_answer_words
         encode_args = (leaves, rows.batch.vision, rows.batch.audio)
-        encode = planned("encode", programs.encode_program, encode_args)
+        media = bucket.rows * tower_flops(self._thinker, bucket)
+        encode = planned("encode", programs.encode_program, encode_args, useful=media)
         features = self._placed(jax.eval_shape(encode.function, *encode_args), "features_BRD")
         held["features"] = features
         sampler = programs.sample_program(config.num_generations, programs.sampling, ())
-        sample_args = (leaves, rows, features, self._scalar(jax.random.key(0)), self._scalar(np.int32(0)))
+        recast = programs.recast(leaves)
+        cast = planned("cast", programs.cast_program, (recast,), calls=per_rollout if recast else 0.0)
+        weights = self._rollout_weights(recast)
+        seeds = (self._scalar(jax.random.key(0)), self._scalar(np.int32(0)))
+        sample_args = (programs.with_cast(leaves, weights), rows, features, *seeds)
         sample = planned(
             "sample",
             sampler,
             sample_args,
-            cache_bytes=self._cache_bytes(bucket, config.max_completion_length),
+            cache_bytes=self._cache_bytes(bucket, config.max_completion_length, DECODE_RULES),
             longest_loop=config.max_completion_length,
         )
+        sample.held["rollout"] = weights  # freed before the next program
         completions = self._placed(jax.eval_shape(sampler, *sample_args))
         exists_BGC = self._placed(jax.eval_shape(lambda c: c.exists_BGC, completions), "exists_BGC")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=exists_BGC)
@@ -174,6 +202,8 @@ class RunPrograms:
         score = planned(
             "score", programs.score, (leaves, rows, features, completion, anchors, self._scalar(ids_ZY)),
             cache_bytes=self._cache_bytes(bucket, 0),
+            useful=self._text_flops(bucket, (slow, fast), scored=anchored),
+            visited=self._visited(bucket, (slow, fast)),
         )  # fmt: skip
         held["experience"] = (completions, anchors)
         scored = (rows, features, completion)
@@ -183,6 +213,8 @@ class RunPrograms:
             (leaves, *scored),
             cache_bytes=self._cache_bytes(bucket, 0),
             calls=per_rollout * (bool(config.beta) + (config.num_iterations > 1)),
+            useful=self._text_flops(bucket, (slow,), scored=math.prod(slow)),
+            visited=self._visited(bucket, (slow,)),
         )
         logprob_BGC = completions.sampling_logprob_BGC
         experience = Experience(
@@ -197,18 +229,40 @@ class RunPrograms:
             old_logprob_BGC=logprob_BGC if config.num_iterations > 1 else None,
             anchors=anchors if ARMS[config.arm].calibration_loss else None,
         )
+        calibrated = ARMS[config.arm].calibration_loss
+        learnt, scored = ((slow, fast), math.prod(slow) + anchored) if calibrated else ((slow,), math.prod(slow))
         update = planned(
             "update",
             programs.make_update(optimizer, ids_ZY),
             (state, experience, self._scalar(np.float32(0))),
             calls=1.0,
+            useful=TRAINED * (self._text_flops(bucket, learnt, scored=scored) + (media if encode_inside else 0)),
+            visited=self._visited(bucket, learnt),
         )
-        return [program for program in (encode, sample, score, reference, update) if program.calls]
+        return [program for program in (encode, cast, sample, score, reference, update) if program.calls]
+
+    def _text_flops(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...], scored: int) -> float:
+        """Forward pass of all rows, each a prompt with these sets of (continuations, tokens)."""
+        return bucket.rows * text_flops(self._thinker.text, prompt=bucket.tokens, sets=sets, scored=scored)
+
+    def _visited(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...]) -> float:
+        if not self.backbone.packed_rows:
+            return 1.0
+        lengths = [bucket.tokens, *(length for count, length in sets for _ in range(count))]
+        segment_T = np.repeat(np.arange(PROMPT, PROMPT + len(lengths)), lengths)
+        place = Placement(self.backbone.mesh)
+        return visited_share(segment_T, shared_segment=PROMPT, vmem_mib=vmem_mib(place))
 
     def _state(self, phase: str, towers: dict[str, bool]) -> tuple[TrainState, Any]:
         settings = getattr(self.config, phase).optimizer
         optimizer = make_optimizer(settings, self.steps(phase))
         return self.backbone.abstract_state(trainable_names(**towers), optimizer, settings.dtype), optimizer
+
+    def _rollout_weights(self, recast: dict[str, Any]) -> dict[str, Any]:
+        shardings, dtype = self.backbone.decode_shardings, jnp.dtype(self.backbone.config.compute_dtype)
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name]) for name, leaf in recast.items()
+        }
 
     def _prompts(self, bucket: BatchShape) -> PromptRows:
         return self._placed(prompt_rows([], [bucket], self.backbone.config, []))
@@ -231,13 +285,13 @@ class RunPrograms:
             fast=Continuations(id_BGC=self._array(shape_BGC, np.int32), exists_BGC=self._array(shape_BGC, bool)),
         )
 
-    def _cache_bytes(self, bucket: BatchShape, completion_length: int) -> int:
+    def _cache_bytes(self, bucket: BatchShape, completion_length: int, rules: Rules = TRAIN_RULES) -> int:
         """Bytes a chip of keys and values of all layers: prompts once a row, completions once each."""
         text = self.backbone.config.text
         tokens = bucket.tokens + self.config.rl.num_generations * completion_length
         shape = (2 * text.num_hidden_layers, bucket.rows, tokens, text.num_key_value_heads, text.head_dim)
         axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-        sharding = jax.sharding.NamedSharding(self.backbone.mesh, spec(axes, TRAIN_RULES, activation=True))
+        sharding = jax.sharding.NamedSharding(self.backbone.mesh, spec(axes, rules, activation=True))
         return math.prod(sharding.shard_shape(shape)) * jnp.dtype(self.backbone.config.compute_dtype).itemsize
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -15,7 +15,7 @@ from mer_r1_jax.planning.compilation import Compiled
 from mer_r1_jax.planning.hlo import Work
 from mer_r1_jax.planning.programs import PlannedProgram, bytes_per_chip
 
-PARTS = ("parameters", "towers", "optimizer", "reference", "batch", "features", "experience")
+PARTS = ("parameters", "towers", "optimizer", "reference", "rollout", "batch", "features", "experience")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class ProgramSheet:
         seconds: lower bound of the time of one call, by resource: compute, memory, interconnect.
         asked: share of the work of all chips that the program asks for; the rest is done on several chips in common.
         estimate: seconds of one call by the compiler's own cycle model, without collectives and kernels.
+        utilisation: static MFU, the useful operations over what the chips could do in `estimate` and, at their peak,
+            in the kernels' time; collectives are taken to be hidden. 0 where useful operations are not stated.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ProgramSheet:
     seconds: dict[str, float]
     asked: float
     estimate: float
+    utilisation: float
 
     @property
     def total(self) -> int:
@@ -98,7 +101,13 @@ def program_sheet(
         seconds=lower_bounds(work, chip) if work else {},
         asked=compiled.traced_flops / (work.flops * chips) if work and work.flops else 0.0,
         estimate=work.cycles / chip.clock if work else 0.0,
+        utilisation=_utilisation(program.useful, work, chip, chips) if work else 0.0,
     )
+
+
+def _utilisation(useful: float, work: Work, chip: Chip, chips: int) -> float:
+    seconds = work.cycles / chip.clock + work.kernel_flops / chip.flops
+    return useful / (seconds * chip.flops * chips) if seconds else 0.0
 
 
 def lower_bounds(work: Work, chip: Chip) -> dict[str, float]:
@@ -123,6 +132,7 @@ class Sheet:
         epoch_steps: steps that one pass over a phase's records takes.
         missing: programs of these phases that were left out on purpose.
         advice: what would make it fit, one line each; empty when it fits.
+        alternatives: the RL update under other settings; empty where they were not tried.
         command: the command that makes this sheet.
     """
 
@@ -136,6 +146,7 @@ class Sheet:
     epoch_steps: dict[str, int]
     missing: tuple[str, ...]
     advice: tuple[str, ...]
+    alternatives: tuple[Any, ...]
     command: str
 
     @property
@@ -177,6 +188,10 @@ class Sheet:
             "step_seconds_lower_bound": {phase: self.step_seconds(phase) for phase in self.epoch_steps},
             "epoch_hours_lower_bound": {phase: self.epoch_hours(phase) for phase in self.epoch_steps},
             "programs": [_program_json(program) for program in self.programs],
+            "alternatives": [
+                {"remat": one.remat, "prompts": one.prompts, "update": _program_json(one.update)}
+                for one in self.alternatives
+            ],
             "command": self.command,
         }
 
@@ -201,6 +216,7 @@ def _program_json(program: ProgramSheet) -> dict[str, Any]:
         "seconds_lower_bound": program.seconds,
         "share_of_work_asked_for": program.asked,
         "seconds_compiler_estimate": program.estimate,
+        "static_mfu": program.utilisation,
     }
     if program.work:
         values["work_per_chip"] = dataclasses.asdict(program.work)

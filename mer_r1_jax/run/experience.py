@@ -81,14 +81,15 @@ class ExperienceMaker:
         rows = prompt_rows(prompts, self.buckets, self.setup.backbone.config, [visit.item.uid for visit in loaded])
         device = put(rows, mesh)
         features = programs.encode(leaves, device.batch)
-        completions = programs.sample(
-            leaves,
-            device,
-            features,
-            self._stream("rollout"),
-            np.int32(rollout_step),
-            generations=self.config.num_generations,
-        )
+        with programs.rollout_weights(leaves) as weights:
+            completions = programs.sample(
+                weights,
+                device,
+                features,
+                self._stream("rollout"),
+                np.int32(rollout_step),
+                generations=self.config.num_generations,
+            )
         host: Completions = local_rows(completions, mesh)
         clock.lap("timing_s/gen")
         truths = [visit.record.solution if visit.clips else None for visit in loaded]

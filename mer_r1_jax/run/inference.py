@@ -92,15 +92,18 @@ def answer(setup: Setup, leaves: Leaves, record: Record, modes: Sequence[str] = 
     bucket = dataclasses.replace(
         shape, rows=row_cut(setup.backbone.mesh), tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
     )
-    return prompt, [_read(setup, leaves, prompt, bucket, mode) for mode in modes]
+    with setup.programs.rollout_weights((leaves, {})) as weights:
+        return prompt, [_read(setup, leaves, weights, prompt, bucket, mode) for mode in modes]
 
 
-def _read(setup: Setup, leaves: Leaves, prompt: Prompt, bucket: BatchShape, mode: str) -> Reading:
+def _read(
+    setup: Setup, leaves: Leaves, weights: tuple[Leaves, Leaves], prompt: Prompt, bucket: BatchShape, mode: str
+) -> Reading:
     programs, scorer = setup.programs, setup.eval_scorer
     rows = put(prompt_rows([prompt], [bucket], setup.backbone.config, [0]), setup.backbone.mesh)
     features = programs.encode((leaves, {}), rows.batch)
     completions = programs.sample(
-        (leaves, {}),
+        weights,
         rows,
         features,
         jax.random.key(0),

@@ -19,7 +19,7 @@ from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
-from mer_r1_jax.parallel.rules import TRAIN_RULES, param_shardings, replicated
+from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, param_shardings, replicated
 from mer_r1_jax.training.state import Leaves, TrainState, flatten, init_state, merge, state_shardings
 
 # Schema field -> (part of the architecture, its field there).
@@ -59,7 +59,8 @@ class Backbone:
         mesh: where it lives.
         graphdef: the NNX structure, hashable.
         shapes: flat abstract parameters.
-        shardings: flat `NamedSharding`s of the same names.
+        shardings: flat `NamedSharding`s of the same names, in training.
+        decode_shardings: those of the text decoder in decoding.
         packed_rows: whether completions are scored in one row with their prompt.
     """
 
@@ -68,14 +69,20 @@ class Backbone:
     graphdef: Any
     shapes: Leaves
     shardings: Leaves
+    decode_shardings: Leaves
     packed_rows: bool = False
 
     @classmethod
     def create(cls, config: ThinkerConfig, mesh: Mesh, packed_rows: bool = False) -> Backbone:
-        """Lays the architecture out on a mesh without allocating anything."""
+        """Lays the architecture out on a mesh without allocating anything.
+
+        Raises:
+            ShardingError: a parameter that the mesh cannot cut as training, or as decoding, wants it.
+        """
         graphdef, shapes, axes = abstract_thinker(config)
         shardings = param_shardings(shapes, axes, mesh)
-        return cls(config, mesh, graphdef, flatten(shapes), flatten(shardings), packed_rows)
+        decoded = param_shardings({"text": shapes["text"]}, {"text": axes["text"]}, mesh, DECODE_RULES)
+        return cls(config, mesh, graphdef, flatten(shapes), flatten(shardings), flatten(decoded), packed_rows)
 
     def bind(self, *leaves: Leaves) -> Thinker:
         """The module around parameters given as sets of leaves; for use inside `jit`."""
@@ -98,9 +105,20 @@ class Backbone:
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
         )
 
-    def rules(self) -> Any:
-        """Context in which activations are constrained to this mesh."""
-        return axis_rules(TRAIN_RULES, self.mesh)
+    def rules(self, *, decode: bool = False) -> Any:
+        """Context in which activations are constrained to this mesh, as training or as decoding has them."""
+        return axis_rules(DECODE_RULES if decode else TRAIN_RULES, self.mesh)
+
+    @functools.cached_property
+    def recast(self) -> frozenset[str]:
+        """Names of the parameters that decoding wants in another dtype or another place than training."""
+
+        def differs(name: str, sharding: Any) -> bool:
+            shape = self.shapes[name]
+            placed = sharding.is_equivalent_to(self.shardings[name], len(shape.shape))
+            return shape.dtype != self.config.compute_dtype or not placed
+
+        return frozenset(name for name, sharding in self.decode_shardings.items() if differs(name, sharding))
 
 
 def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:

@@ -1,4 +1,4 @@
-"""The jitted programs of one RL step: encode, sample, score, refer, update. Each is a pure function of arrays.
+"""The jitted programs of one RL step: encode, cast, sample, score, refer, update. Each is a pure function of arrays.
 
 Frozen towers are encoded once and their features shared by every program; trainable ones are encoded again inside the
 update's gradient. A row holds a prompt once and all its completions.
@@ -6,9 +6,10 @@ update's gradient. A row holds a prompt once and all its completions.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -90,9 +91,43 @@ class RlPrograms:
         """The jitted program of `encode`. Arguments: leaves, vision clips, audio clips."""
         return self._jit(lambda model, vision, audio: model.encode_media(vision, audio))
 
+    @contextlib.contextmanager
+    def rollout_weights(self, leaves: tuple[Leaves, Leaves]) -> Iterator[tuple[Leaves, Leaves]]:
+        """The parameters as `sample` wants them, while it lasts: in the compute dtype, laid out for decoding.
+
+        What training holds like that already is passed on, so where nothing differs nothing is copied. The copies are
+        freed at the end; what still runs with them ends undisturbed.
+        """
+        cast = self.cast_program(self.recast(leaves)) if self.backbone.recast else {}
+        try:
+            yield self.with_cast(leaves, cast)
+        finally:
+            for leaf in cast.values():
+                leaf.delete()
+
+    @functools.cached_property
+    def cast_program(self) -> Callable[[Leaves], Leaves]:
+        """The jitted program of `rollout_weights`. Argument: the leaves that `recast` gives."""
+        backbone = self.backbone
+        shardings = {name: backbone.decode_shardings[name] for name in backbone.recast}
+
+        def cast(leaves: Leaves) -> Leaves:
+            return {name: leaf.astype(backbone.config.compute_dtype) for name, leaf in leaves.items()}
+
+        return jax.jit(cast, out_shardings=shardings)
+
+    def recast(self, leaves: tuple[Leaves, Leaves]) -> Leaves:
+        """Those of the parameters that decoding wants in another dtype or another place."""
+        return {name: leaf for part in leaves for name, leaf in part.items() if name in self.backbone.recast}
+
+    def with_cast(self, leaves: tuple[Leaves, Leaves], cast: Leaves) -> tuple[Leaves, Leaves]:
+        """The parameters with those of `cast` in their place."""
+        trainable, frozen = ({name: cast.get(name, leaf) for name, leaf in part.items()} for part in leaves)
+        return trainable, frozen
+
     def sample(
         self,
-        leaves: tuple[Leaves, Leaves],
+        weights: tuple[Leaves, Leaves],
         prompts: PromptRows,
         features_BRD: Array | None,
         key: Array,
@@ -102,16 +137,23 @@ class RlPrograms:
         sampling: SamplingConfig | None = None,
         forced_ids: tuple[int, ...] = (),
     ) -> Completions:
-        """Samples `generations` completions of every prompt; settings are the training rollout's unless given."""
+        """Samples `generations` completions of every prompt; settings are the training rollout's unless given.
+
+        Args:
+            weights: the parameters as `rollout_weights` gives them.
+            prompts, features_BRD: the prompts, and the media features of their rows.
+            key, rollout_step: the random bits follow from them and the prompts' identities.
+            generations, sampling, forced_ids: static; as of `rl.rollout.rollout`.
+        """
         return self.sample_program(generations, sampling or self.sampling, forced_ids)(
-            leaves, prompts, features_BRD, key, rollout_step
+            weights, prompts, features_BRD, key, rollout_step
         )
 
     @functools.cache  # noqa: B019 - one object a run; the cache lives as long as its programs should
     def sample_program(
         self, generations: int, sampling: SamplingConfig, forced_ids: tuple[int, ...] = ()
     ) -> Callable[..., Completions]:
-        """The jitted program of `sample`. Arguments: leaves, prompts, features_BRD, key, rollout_step."""
+        """The jitted program of `sample`. Arguments: weights, prompts, features_BRD, key, rollout_step."""
 
         def sample(model: Thinker, prompts: PromptRows, features_BRD, key, rollout_step):
             return rollout(
@@ -128,7 +170,7 @@ class RlPrograms:
                 forced_ids=forced_ids,
             )
 
-        return self._jit(sample)
+        return self._jit(sample, decode=True)
 
     @functools.cached_property
     def score(self) -> Callable[..., tuple[Array, Array]]:
@@ -170,11 +212,11 @@ class RlPrograms:
             packed=self.backbone.packed_rows,
         )
 
-    def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Jits a function of (model, *arrays) as one of (leaves, *arrays)."""
+    def _jit(self, function: Callable[..., Any], *, decode: bool = False) -> Callable[..., Any]:
+        """Jits a function of (model, *arrays) as one of (leaves, *arrays), under the rules of training or decoding."""
 
         def bound(leaves: tuple[Leaves, Leaves], *arrays: Any) -> Any:
-            with self.backbone.rules():
+            with self.backbone.rules(decode=decode):
                 return function(self.backbone.bind(*leaves), *arrays)
 
         return jax.jit(bound)

@@ -152,3 +152,12 @@ def test_the_platform_chooses():
     assert kernels() == 0 and kernels(implementation="xla") == 0 and kernels(implementation="pallas") > 0
     with pytest.raises(ValueError, match="value dtype bfloat16, expected float32"):
         attention(q, k, v.astype(jnp.bfloat16), segment, segment)
+
+
+def test_visited_share_of_a_packed_row():
+    """A prompt of two blocks and four completions of one: 3 tiles for the prompt and 3 for each, of 6 * 7 / 2."""
+    segment = np.repeat([1, 2, 3, 4, 5], [2048, 1024, 1024, 1024, 1024])
+    assert pallas_tpu.visited_share(segment, shared_segment=1, vmem_mib=64) == pytest.approx(15 / 21)
+    assert pallas_tpu.visited_share(segment[:2048], shared_segment=1, vmem_mib=64) == 1
+    # Nothing shared: the prompt's 3 tiles and one for each completion.
+    assert pallas_tpu.visited_share(segment, shared_segment=None, vmem_mib=64) == pytest.approx(7 / 21)

@@ -107,12 +107,49 @@ ENTRY %main (a: f32[64,128], b: f32[1,128]) -> f32[64,128] {{
             "all-gather",
             4 * 32768,
         ),
+        (
+            "%s = f32[256,128]{1,0:T(8,128)} all-gather(%a), replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}",
+            "all-gather",
+            4 * 32768,
+        ),
+        (
+            "%s = f32[256,128]{1,0:T(8,128)} all-gather(%a), replica_groups=mesh['x'=2,'y'=8] {'x','y':(4)2}",
+            "all-gather",
+            4 * 32768,
+        ),
     ],
 )
 def test_collectives_are_known_by_every_spelling(line, kind, size):
     (collective,) = work_of(ENTRY.format(line=line)).collectives
     assert (collective.kind, collective.bytes, collective.chips) == (kind, size, 4)
     assert collective.sent == size * 3 / 4
+
+
+def test_a_collective_fused_with_products_counts_once():
+    """The fusions that start it, carry it on and end it all hold it, under one channel."""
+    part = """%part{number} (w{number}: f32[64,128]) -> f32[256,128] {{
+  %w{number} = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  ROOT %g{number} = f32[256,128] all-gather(%w{number}), channel_id={channel}, replica_groups={{{{0,1,2,3}}}}
+}}
+
+"""
+    parts = "".join(part.format(number=number, channel=channel) for number, channel in ((1, 7), (2, 7), (3, 8)))
+    lines = [f"%f{number} = f32[256,128] fusion(%a), kind=kCustom, calls=%part{number}" for number in (1, 2, 3)]
+    text = ENTRY.format(line="LINES").replace("ROOT LINES", "\n  ".join(lines)).replace("ENTRY", parts + "ENTRY")
+    (collective,) = work_of(text).collectives
+    assert (collective.kind, collective.calls) == ("all-gather", 2)
+
+
+def test_a_collective_of_unknown_size_is_refused():
+    with pytest.raises(ValueError, match="%?s: cannot tell which chips"):
+        work_of(ENTRY.format(line="%s = f32[256,128] all-gather(%a), replica_groups=new_spelling"))
+
+
+def test_computations_of_other_cores_end_where_they_end():
+    """Gathers run on the sparse cores; their computations close with the name of the thread."""
+    text = LOOP.replace("bitcast(%cut)\n}", 'bitcast(%cut)\n}, execution_thread="sparsecore"')
+    assert text != LOOP
+    assert work_of(text) == work_of(LOOP)
 
 
 def test_an_update_in_place_writes_the_update_alone():
@@ -122,9 +159,48 @@ def test_an_update_in_place_writes_the_update_alone():
 
 def test_kernels_that_state_nothing_are_counted():
     silent = '%s = f32[64,128] custom-call(%a), custom_call_target="tpu_custom_call"'
-    stated = silent + ', backend_config={"cost_estimate": {"flops": 99, "transcendentals": 1}}'
-    assert (work_of(ENTRY.format(line=stated)).flops, work_of(ENTRY.format(line=stated)).silent_kernels) == (99, 0)
+    for estimate in ('{"flops": 99, "transcendentals": 1}', '{"bytes_accessed":"7","flops":"99"}'):
+        work = work_of(ENTRY.format(line=f'{silent}, backend_config={{"cost_estimate": {estimate}}}'))
+        assert (work.flops, work.kernel_flops, work.silent_kernels) == (99, 99, 0)
     assert (work_of(ENTRY.format(line=silent)).flops, work_of(ENTRY.format(line=silent)).silent_kernels) == (0, 1)
+
+
+def test_a_kernel_moves_what_it_states():
+    """It may be handed a whole stacked cache and read one layer of it."""
+    line = '%s = f32[64,128] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"cost_estimate": '
+    assert work_of(ENTRY.format(line=line + '{"bytes_accessed":"77","flops":"99"}}')).hbm_bytes == 77
+    assert work_of(ENTRY.format(line=line + '{"flops":"99"}}')).hbm_bytes == 2 * 4 * 64 * 128
+
+
+def test_an_argument_read_through_another_shape_is_read_whole():
+    """Weights reach a product through a fusion that holds nothing but a bitcast."""
+    reshaped = """%shape (q: f32[64,128]) -> f32[128,64] {
+  %q = f32[64,128]{1,0:T(8,128)} parameter(0)
+  ROOT %other = f32[128,64]{1,0:T(8,128)} bitcast(%q)
+}
+
+%product (w: f32[64,128]) -> f32[] {
+  %w = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %view = f32[128,64]{1,0:T(8,128)} fusion(%w), kind=kLoop, calls=%shape
+  ROOT %sum = f32[]{:T(128)} reduce(%view), dimensions={0,1}, to_apply=%add
+}
+
+"""
+    text = ENTRY.format(line="%s = f32[]{:T(128)} fusion(%a), kind=kOutput, calls=%product")
+    text = text.replace("ENTRY", reshaped + "ENTRY")
+    assert work_of(text).hbm_bytes == 4 * 64 * 128 + 4
+
+
+def test_attention_of_packed_rows_counts_the_tiles_it_visits():
+    estimate = 'custom_call_target="tpu_custom_call", backend_config={"cost_estimate": {"flops": 100}}'
+    names = {
+        "text_decoder/while/attention_backward": 25,
+        "vision_tower/attention_forward": 100,
+        "logprobs_forward": 100,
+    }
+    for name, flops in names.items():
+        line = f'%s = f32[64,128] custom-call(%a), metadata={{op_name="jit(f)/{name}/pallas_call"}}, {estimate}'
+        assert work_of(ENTRY.format(line=line), visited=0.25).kernel_flops == flops
 
 
 def test_holes_of_a_batched_product_are_no_work():

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from support.tiny_plan import tiny_config
 
-from mer_r1_jax.config.build import config_dict, from_mapping, load_config
+from mer_r1_jax.config.build import load_config
 from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.planning.alternatives import alternatives
 from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
 from mer_r1_jax.planning.hlo import work_of
 from mer_r1_jax.planning.markdown import markdown
@@ -22,29 +24,6 @@ from mer_r1_jax.planning.traced import traced_flops
 CONFIGS = Path(__file__).parents[2] / "experiments/configs"
 SLICE = "v5p:2x2x1"
 CHIPS_OF_SLICE = 4
-
-
-def tiny_config(**rl):
-    """One layer of everything, four chips, four prompts: a program that compiles in seconds."""
-    config = config_dict()
-    config.model.preset = "tiny"
-    config.model.text_layers = config.model.audio_layers = config.model.vision_layers = 2
-    config.media.max_frames = 4
-    config.media.video_min_pixels, config.media.video_max_pixels = 28 * 28, 56 * 56
-    config.media.max_aspect_ratio = 4.0
-    config.media.max_audio_seconds = 1.0
-    config.data.max_prompt_length = 64
-    config.data.prompt_buckets = (64,)
-    config.rl.max_steps = 8
-    config.rl.prompts_per_step = 4
-    config.rl.max_completion_length = 32
-    config.rl.max_fast_context = 16
-    config.rl.max_answer_words = 4
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
-    for name, value in rl.items():
-        setattr(config.rl, name, value)
-    return from_mapping(config)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +141,7 @@ def test_sheet_is_complete(sheet):
     kinds = {one["kind"] for one in program["work_per_chip"]["collectives"]}
     assert "all-gather" in kinds  # of parameters cut over fsdp
     assert values["epoch_steps"] == {"rl": -(-26_327 // 4)}
-    assert values["missing"] == ["encode", "sample", "score", "reference"]
+    assert values["missing"] == ["encode", "cast", "sample", "score", "reference"]
     assert values["epoch_hours_lower_bound"]["rl"] is None  # the update alone is no step
     assert "`update`" in markdown(sheet)
 
@@ -174,6 +153,23 @@ def test_hours_add_up_every_call_of_a_step(sheet):
     whole = dataclasses.replace(sheet, programs=tuple(programs), missing=())
     assert whole.step_seconds("rl") == 3.0 + 2 * 3.0
     assert whole.epoch_hours("rl") == pytest.approx(9.0 * -(-26_327 // 4) / 3600)
+
+
+def test_larger_batches_are_tried_until_one_does_not_fit(sheet):
+    """Under "dots" 16 prompts are taken not to fit."""
+    (update,) = sheet.programs
+    tried = []
+
+    def planned(config):
+        tried.append((config.model.remat, config.rl.prompts_per_step))
+        return dataclasses.replace(update, over=3 * GIB if config.model.remat == "dots" else 0)
+
+    found = tuple(alternatives(tiny_config(), planned))
+    assert tried == [("nothing", 4), ("nothing", 16), ("attention", 4), ("attention", 16), ("dots", 4)]
+    assert [one.update.fits for one in found] == [True, True, True, True, False]
+    page = markdown(dataclasses.replace(sheet, alternatives=found))
+    assert "| attention | 16 | yes |" in page
+    assert "| dots | 4 | no, over by 3.00 |" in page
 
 
 @pytest.mark.parametrize("topology", ["v5p:3x5", "h100:2x2"])

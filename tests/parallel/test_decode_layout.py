@@ -1,0 +1,138 @@
+"""Weights laid out for decoding: where they lie, how long they live, what they cost a token, and the same numbers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mer_r1_jax.config.schema import MeshConfig, RlConfig
+from mer_r1_jax.omni.batch import Batch, Tokens
+from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.omni.thinker import FeatureLayout, abstract_thinker
+from mer_r1_jax.parallel.mesh import make_mesh
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, ShardingError, param_shardings
+from mer_r1_jax.rl.rollout import start
+from mer_r1_jax.rl.sampling import SamplingConfig
+from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.rl import PromptRows, RlPrograms
+
+ROWS, TOKENS, GENERATIONS, LENGTH = 8, 6, 2, 10
+SAMPLING = SamplingConfig(max_completion_length=LENGTH, eos_ids=(3,), temperature=0.8)
+MESHES = [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=2), dict(data=1, fsdp=8, tensor=1)]
+
+
+def programs_on(mesh, devices=None, compute_dtype="float32"):
+    config = ThinkerConfig.tiny(initializer_range=0.1, compute_dtype=compute_dtype)
+    backbone = Backbone.create(config, make_mesh(MeshConfig(**mesh), devices))
+    return RlPrograms(backbone, RlConfig(), SAMPLING)
+
+
+@functools.cache
+def host_leaves():
+    return jax.device_get(programs_on({}, jax.devices()[:1]).backbone.init(0))
+
+
+def leaves_on(backbone):
+    return {name: jax.device_put(leaf, backbone.shardings[name]) for name, leaf in host_leaves().items()}, {}
+
+
+def prompt_rows():
+    rng = np.random.default_rng(0)
+    shape = (ROWS, TOKENS)
+    tokens = Tokens(
+        id_BT=rng.integers(5, 400, shape).astype(np.int32),
+        segment_BT=np.ones(shape, np.int32),
+        position_3BT=np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (3, *shape)).copy(),
+        source_BT2=np.full((*shape, 2), -1, np.int32),
+    )
+    return PromptRows(
+        batch=Batch(tokens=tokens, vision=None, audio=None),
+        next_position_B=np.full(ROWS, TOKENS, np.int32),
+        uid_B=np.arange(ROWS, dtype=np.uint32),
+    )
+
+
+def test_no_weight_is_cut_along_the_model_width():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    _, shapes, axes = abstract_thinker(ThinkerConfig.qwen2_5_omni_7b())
+    layers = param_shardings({"text": shapes["text"]}, {"text": axes["text"]}, mesh, DECODE_RULES)["text"]["layers"]
+    assert layers["mlp"]["down"]["kernel"].spec == PartitionSpec(None, ("tensor", "fsdp"), None)
+    assert layers["mlp"]["up"]["kernel"].spec == PartitionSpec(None, None, ("tensor", "fsdp"))
+    assert layers["attn"]["q"]["kernel"].spec == PartitionSpec(None, None, "tensor", None)
+    assert {axis for axes in DECODE_RULES.values() for axis in axes} == {"data", "fsdp", "tensor"}
+    assert DECODE_RULES.keys() <= TRAIN_RULES.keys()
+
+
+def test_what_decoding_cannot_cut_is_refused_by_name():
+    config = ThinkerConfig.tiny()
+    narrow = dataclasses.replace(config, text=dataclasses.replace(config.text, intermediate_size=36))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    Backbone.create(config, mesh)
+    with pytest.raises(ShardingError) as caught:
+        Backbone.create(narrow, mesh)
+    assert "text/layers/mlp/up/kernel: dimension 'mlp' of size 36 is not a multiple of 8" in str(caught.value)
+
+
+def test_weights_are_cast_once_and_freed():
+    programs = programs_on(dict(data=2, fsdp=2, tensor=2), compute_dtype="bfloat16")
+    backbone = programs.backbone
+    leaves = leaves_on(backbone)
+    with programs.rollout_weights(leaves) as (weights, _):
+        assert weights.keys() == leaves[0].keys()
+        for name, leaf in weights.items():
+            if name.startswith("text/"):
+                assert leaf.dtype == jnp.bfloat16
+                assert leaf.sharding.is_equivalent_to(backbone.decode_shardings[name], leaf.ndim), name
+            else:
+                assert leaf is leaves[0][name], "towers are not decoded with"
+        copies = [leaf for name, leaf in weights.items() if leaf is not leaves[0][name]]
+    assert copies and all(leaf.is_deleted() for leaf in copies)
+    assert not any(leaf.is_deleted() for leaf in leaves[0].values())
+
+
+def test_nothing_is_copied_where_training_holds_the_weights_like_that():
+    for mesh, devices in (({}, jax.devices()[:1]), (dict(data=8), None)):
+        programs = programs_on(mesh, devices)
+        leaves = leaves_on(programs.backbone)
+        with programs.rollout_weights(leaves) as (weights, _):
+            assert all(weights[name] is leaf for name, leaf in leaves[0].items())
+        assert not any(leaf.is_deleted() for leaf in leaves[0].values())
+
+
+@functools.cache
+def decoded(mesh):
+    """Sampled completions, the uniform numbers they were drawn with, and logits of fixed tokens, on a mesh."""
+    devices = None if mesh else jax.devices()[:1]
+    programs = programs_on(dict(mesh), devices)
+    backbone = programs.backbone
+    rows = put(prompt_rows(), backbone.mesh)
+
+    @jax.jit
+    def fixed(weights, rows):
+        with backbone.rules(decode=True):
+            model, tokens = backbone.bind(*weights), rows.batch.tokens
+            settings = dict(next_position_B=rows.next_position_B, prompt_uid_B=rows.uid_B, key=jax.random.key(1))
+            more = dict(rollout_step=0, generations=GENERATIONS, config=SAMPLING)
+            state = start(model, tokens, None, FeatureLayout(), **settings, **more)
+            token_BG = jnp.broadcast_to(tokens.id_BT[:, :1], (ROWS, GENERATIONS))
+            h_BGD, _ = model.decode(token_BG, token_BG * 0 + TOKENS, 0, state.prompt_cache, state.cache)
+            return model.logits(h_BGD), state.uniform_BGC
+
+    with programs.rollout_weights(leaves_on(backbone)) as weights:
+        sampled = programs.sample(weights, rows, None, jax.random.key(1), np.int32(0), generations=GENERATIONS)
+        return jax.device_get((sampled, *fixed(weights, rows)))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_layouts_differ_by_rounding_and_not_in_their_random_bits(mesh):
+    expected, logits, uniform = decoded(())
+    sampled, own_logits, own_uniform = decoded(tuple(mesh.items()))
+    np.testing.assert_array_equal(own_uniform, uniform)
+    np.testing.assert_allclose(own_logits, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    np.testing.assert_array_equal(sampled.id_BGC, expected.id_BGC)
+    np.testing.assert_allclose(sampled.logprob_BGC, expected.logprob_BGC, rtol=0, atol=1e-5)

@@ -1,0 +1,36 @@
+"""The TPU compiler's flags: ours are added, the user's stay."""
+
+import os
+
+import pytest
+
+import mer_r1_jax.planning  # noqa: F401 - importing it sets them
+from mer_r1_jax.cli import parse_flags
+from mer_r1_jax.parallel.tpu_flags import FLAGS, VARIABLE, set_tpu_flags
+
+OURS = [f"--{name}={value}" for name, value in FLAGS.items()]
+
+
+def test_flags_are_added_once():
+    environment = {}
+    set_tpu_flags(environment)
+    set_tpu_flags(environment)
+    assert environment[VARIABLE].split() == OURS
+
+
+def test_what_the_user_set_stays():
+    name = next(iter(FLAGS))
+    environment = {VARIABLE: f"--xla_jf_dump_to=there --{name}=7"}
+    set_tpu_flags(environment)
+    words = environment[VARIABLE].split()
+    assert words[:2] == ["--xla_jf_dump_to=there", f"--{name}=7"]
+    assert sum(name in word for word in words) == 1
+
+
+def test_commands_and_plans_set_them(monkeypatch):
+    """Before anything can load the compiler: a plan when it is imported, a command before it reads its own flags."""
+    assert set(OURS) <= set(os.environ[VARIABLE].split())
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(SystemExit):
+        parse_flags(["train.py", "--no_such_flag"])
+    assert os.environ[VARIABLE].split() == OURS

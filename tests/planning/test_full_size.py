@@ -1,0 +1,68 @@
+"""The 7B run on 16 chips of v5p, its RL update and its rollout compiled by the real TPU compiler: they fit, and why.
+
+The shipped configuration at its full shapes; layers are scanned, so fewer of them would hardly compile faster.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from mer_r1_jax.config.build import load_config
+from mer_r1_jax.planning.plan import plan
+
+CONFIG = Path(__file__).parents[2] / "experiments/configs/omni_7b.py"
+SLICE, CHIPS = "v5p:2x2x4", 16
+LAYERS = 28
+PARAMETERS = 7_615_616_512  # of the language model, as Qwen publishes it
+TABLE = 152_064 * 3_584  # values of the embedding, and of the unembedding
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def sheet(tmp_path_factory):
+    """The plan of both programs."""
+    return plan(load_config(str(CONFIG)), SLICE, cache_dir=tmp_path_factory.mktemp("cache"), only=["update", "sample"])
+
+
+@pytest.fixture(scope="module")
+def programs(sheet):
+    return {program.name: program for program in sheet.programs}
+
+
+def test_both_programs_fit(sheet, programs):
+    assert sorted(programs) == ["sample", "update"]
+    assert sheet.fits
+    assert sheet.advice == ()
+    assert programs["update"].held["parameters"] == pytest.approx(4 * PARAMETERS / CHIPS, rel=1e-3)
+    assert programs["update"].held["reference"] == programs["update"].held["parameters"]
+    assert programs["update"].held["optimizer"] == pytest.approx(8 * PARAMETERS / CHIPS, rel=1e-3)
+
+
+def test_the_update_does_its_work_once(programs):
+    """Nothing but cheap operations is computed again, all chips share the work, and the estimate says it is dense."""
+    update = programs["update"]
+    assert (update.work.silent_kernels, update.work.open_loops) == (0, 0)
+    assert update.asked == pytest.approx(1, abs=0.05)
+    assert update.utilisation >= 0.6
+
+
+def test_no_loop_gathers_the_unembedding_or_a_stack_of_layers(programs):
+    """Forward and backward gather a layer's weights once each; the tables are gathered and reduced outside of loops."""
+    for one in programs["update"].work.collectives:
+        assert one.bytes <= 2 * TABLE
+        if one.bytes == 2 * TABLE:
+            assert one.calls <= 2
+        elif one.bytes >= MIB:
+            assert one.calls <= 2 * 3 * LAYERS  # at most three weights of a layer have the same size
+
+
+def test_decoding_moves_weights_and_cache_and_little_else(programs):
+    sample = programs["sample"]
+    tokens = load_config(str(CONFIG)).rl.max_completion_length
+    assert sample.work.open_loops == 1
+    # The embedding is looked up, not read.
+    needed = sample.held["rollout"] - 2 * TABLE + sample.cache
+    assert needed <= sample.work.hbm_bytes / tokens <= 1.15 * needed
+    # Only prefill gathers weights; a token's own collectives are activations.
+    for one in sample.work.collectives:
+        assert one.calls < tokens or one.bytes < MIB

@@ -1,0 +1,97 @@
+"""What a plan hands to its programs lies on the mesh as a run's arguments do, on 2 x 2 x 2 devices.
+
+Where an argument lies decides a program's collectives and its memory, and the results of one program are the next one's
+arguments: the run's are real, made by running it.
+"""
+
+import jax
+import numpy as np
+import pytest
+from support.small_run import small_setup, visits_of
+
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.planning.programs import RunPrograms
+from mer_r1_jax.planning.workload import Workload
+from mer_r1_jax.run.experience import ExperienceMaker
+from mer_r1_jax.run.rl import RlPhase
+from mer_r1_jax.run.sft import SftPhase
+
+NUMBERS = [0, 1, None, 3]  # one clip broke
+NAMES = ["sft_step", "encode", "cast", "sample", "score", "reference", "update"]
+
+
+@pytest.fixture(scope="module")
+def cut(small_folder, compiled):
+    """The small run's setup on eight devices."""
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    return small_setup(small_folder, jax.devices(), media={"decode_workers": 0}, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def planned(cut):
+    slow, fast = SftPhase(cut).lengths
+    records = {"sft_records": len(cut.data.sft), "rl_records": len(cut.data.rl)}
+    run = RunPrograms(cut.config, jax.devices(), Workload(slow_target=slow, fast_target=fast, **records))
+    programs = [program for phase in run.phases() for program in run.of_phase(phase, run.buckets(phase)[-1])]
+    return {program.name: program.args for program in programs}
+
+
+@pytest.fixture(scope="module")
+def called(cut):
+    """The arguments of a step of each phase by the plan's names; rollout and scoring run for real."""
+    calls = {}
+
+    def recorded(name, function):
+        def call(*args):
+            calls[name] = args
+            return function(*args)
+
+        return call
+
+    sft = SftPhase(cut)
+    state = _state(cut, sft)
+    batch, _ = sft.batch(visits_of(cut, cut.data.sft, NUMBERS))
+    calls["sft_step"] = (state, put(batch, cut.backbone.mesh))
+
+    rl, programs = RlPhase(cut), cut.programs
+    state = _state(cut, rl)
+    policy = (state.trainable, state.frozen)
+    sampler = programs.sample_program
+    watched = {
+        "encode_program": recorded("encode", programs.encode_program),
+        "cast_program": recorded("cast", programs.cast_program),
+        "sample_program": lambda *settings: recorded("sample", sampler(*settings)),
+        "score": recorded("score", programs.score),
+        "logprobs": recorded("reference", programs.logprobs),
+    }
+    programs.__dict__.update(watched)  # before what its class computes
+    maker = ExperienceMaker(cut, rl.buckets, encode_inside=False)
+    rollout = maker.make(policy, policy, visits_of(cut, cut.data.rl, NUMBERS), 0)
+    calls["update"] = (state, rollout.experience, np.float32(0.04))
+    return calls
+
+
+def _state(setup, phase):
+    leaves = setup.backbone.init(seed=0)
+    return setup.new_state(leaves, phase.is_trainable, phase.optimizer, phase.config.optimizer.dtype)
+
+
+def test_every_program_is_watched(planned, called):
+    assert sorted(planned) == sorted(called) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_lie_where_the_run_puts_them(planned, called, name):
+    wanted = jax.tree_util.tree_leaves_with_path(planned[name])
+    wrong = []
+    for (path, leaf), real in zip(wanted, jax.tree.leaves(called[name]), strict=True):
+        assert (leaf.shape, leaf.dtype) == (real.shape, real.dtype)
+        if isinstance(real, np.ndarray | np.generic):  # a number or a table from the host goes to every device
+            placed = leaf.sharding.is_fully_replicated
+            where = "on the host"
+        else:
+            placed = leaf.sharding.is_equivalent_to(real.sharding, real.ndim)
+            where = getattr(real.sharding, "spec", real.sharding)
+        if not placed:
+            wrong.append(f"{jax.tree_util.keystr(path)}: planned {leaf.sharding.spec}, in a run {where}")
+    assert not wrong, "\n".join(wrong)
