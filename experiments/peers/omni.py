@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from peers.timing import WHOLE, Laps, Stopwatch
 
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.data.pipeline import Item
@@ -23,6 +22,7 @@ from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.rl import RlPrograms, beta_at
 from mer_r1_jax.training.state import make_optimizer, merge, trainable_names
+from peers.timing import WHOLE, Laps, Stopwatch
 
 SAMPLE, SCORE, REFERENCE, UPDATE = "sample", "score", "reference", "update"
 PARTS = (SAMPLE, SCORE, REFERENCE, UPDATE)

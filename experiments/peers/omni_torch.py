@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from peers.omni import REFERENCE, SAMPLE, SCORE, UPDATE, OmniJob
-from peers.timing import Laps, Stopwatch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from mer_r1_jax.evaluation.agreement import processor_tensors
 from mer_r1_jax.rl.advantage import EPSILON
+from peers.omni import REFERENCE, SAMPLE, SCORE, UPDATE, OmniJob
+from peers.timing import Laps, Stopwatch
 
 FLOOR = 1e-10  # of a summed probability
 Tensors = dict[str, torch.Tensor]
@@ -51,7 +51,7 @@ class OmniPeer:
 
     def step(self) -> Laps:
         """One whole step; leaves its metrics in `metrics`."""
-        job, rl, script = self.job, self.rl, self.job.script
+        job, script = self.job, self.job.script
         watch = Stopwatch()
         rows = self.rows()
         self.sampled_ids(rows)

@@ -129,6 +129,4 @@ def video_pixels(frames: int, media: MediaConfig) -> float:
 
 def image_size(height: int, width: int, factor: int, media: MediaConfig) -> tuple[int, int]:
     """Returns the (height, width) an image is resized to."""
-    return smart_resize(
-        height, width, factor, media.image_min_pixels, media.image_max_pixels, media.max_aspect_ratio
-    )
+    return smart_resize(height, width, factor, media.image_min_pixels, media.image_max_pixels, media.max_aspect_ratio)

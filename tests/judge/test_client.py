@@ -156,7 +156,9 @@ def test_the_same_question_at_once_is_asked_once(tmp_path):
 def test_too_many_failures_abort_the_rest(tmp_path):
     with JudgeServer(fault_of=lambda body: "500") as server:
         with client_of(server, tmp_path, max_retries=0, max_failed_frac=0.2, concurrency=2) as client:
-            with pytest.raises(JudgeAbortedError, match=r"([34]) of \1 questions .*\(\1 server_error\).*max_failed_frac = 0.2"):
+            with pytest.raises(
+                JudgeAbortedError, match=r"([34]) of \1 questions .*\(\1 server_error\).*max_failed_frac = 0.2"
+            ):
                 client.ask_many(conversations(100), prompt_version="v1", max_tokens=5)
         # The third failure is one too many; the fourth question may have been on its way.
         assert len(server.requests) <= 4
