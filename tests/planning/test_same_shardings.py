@@ -86,9 +86,9 @@ def test_arguments_lie_where_the_run_puts_them(planned, called, name):
     wrong = []
     for (path, leaf), real in zip(wanted, jax.tree.leaves(called[name]), strict=True):
         assert (leaf.shape, leaf.dtype) == (real.shape, real.dtype)
-        if isinstance(real, np.ndarray | np.generic):  # a number or a table from the host goes to every device
-            placed = leaf.sharding.is_fully_replicated
-            where = "on the host"
+        if isinstance(real, np.ndarray | np.generic) or len(real.sharding.device_set) == 1:
+            # A number, a key or a table that nothing has put on the mesh: jit hands it to every device.
+            placed, where = leaf.sharding.is_fully_replicated, "on one device"
         else:
             placed = leaf.sharding.is_equivalent_to(real.sharding, real.ndim)
             where = getattr(real.sharding, "spec", real.sharding)
