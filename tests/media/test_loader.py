@@ -12,7 +12,7 @@ from support.media_files import numbered_pictures, write_sound, write_video
 from support.prompts import TinyRecord, noise_samples, tiny_thinker
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.decode import read_audio, read_video
+from mer_r1_jax.media.decode import read_audio_track, read_video
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.mel import log_mel
@@ -65,7 +65,7 @@ def test_clips_are_those_of_the_decoder(folder):
     video = read_video(folder / "both.mp4", MEDIA, 28)
     np.testing.assert_array_equal(clips.videos[0].frames, video.frames)
     assert clips.videos[0].second_per_grid == np.float32(2 / video.sampled_fps)
-    samples = read_audio(folder / "voice.wav", MEDIA)
+    samples = read_audio_track(folder / "voice.wav", MEDIA).samples
     np.testing.assert_array_equal(clips.audios[1].mel, log_mel(samples, N_MELS))
     assert clips.audios[1].seconds == pytest.approx(0.7)
     assert clips.images[0].grid == (1, 4, 4)
