@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Tokens
+from mer_r1_jax.omni.layers import constrain
 from mer_r1_jax.rl.sampling import SamplingConfig, sample, uniforms
 
 # Why a completion ended.
@@ -249,7 +250,9 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
     """Samples one token for every completion still running and writes it at index `step`."""
     index, sampled = state.step, state.sampled
     uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
-    token_BG, logprob_BG, sampling_logprob_BG = sample(model.logits(h_BGD), uniform_BG, config)
+    # A row's logits come together once, over the axes that cut the vocabulary: drawing takes a dozen sums over them.
+    logits_BGN = constrain(model.logits(h_BGD), ("batch", "group", None))
+    token_BG, logprob_BG, sampling_logprob_BG = sample(logits_BGN, uniform_BG, config)
     running_BG = running(state)
     ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(config.eos_ids, jnp.int32))
 
