@@ -251,7 +251,9 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
     index, sampled = state.step, state.sampled
     uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
     # A row's logits come together once, over the axes that cut the vocabulary: drawing takes a dozen sums over them.
-    logits_BGN = constrain(model.logits(h_BGD), ("batch", "group", None))
+    # Both places are named, or the compiler would bring the unembedding together instead.
+    logits_BGN = constrain(model.logits(h_BGD), ("batch", "group", "vocab"))
+    logits_BGN = constrain(logits_BGN, ("batch", "group", None))
     token_BG, logprob_BG, sampling_logprob_BG = sample(logits_BGN, uniform_BG, config)
     running_BG = running(state)
     ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(config.eos_ids, jnp.int32))
