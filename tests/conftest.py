@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 EMULATED_DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +18,10 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# On a busy machine any example can take longer than hypothesis' 200 ms.
+settings.register_profile("any_machine", deadline=None)
+settings.load_profile("any_machine")
 
 
 def pytest_sessionstart(session):

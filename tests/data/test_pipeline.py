@@ -53,7 +53,7 @@ def test_the_order_is_the_one_runs_already_made():
     assert ids(stream.next()) == EPOCH_1
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     count=st.integers(1, 23),
     data=st.data(),

@@ -373,7 +373,7 @@ COLUMN = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.dictionaries(COLUMN, JSON, max_size=5) | JSON, min_size=1, max_size=3))
 def test_no_line_whatever_raises_anything_but_named_problems(rows):
     import tempfile

@@ -169,7 +169,7 @@ def test_lengths_must_agree():
 samples = st.lists(st.sampled_from(["happy", "sad", "angry", "disgusted", "serious", "neutral", "xyzzy"]), max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(samples, samples), min_size=1, max_size=5))
 def test_scores_are_bounded_and_ignore_order(pairs):
     predictions, truths = zip(*pairs, strict=True)

@@ -66,7 +66,7 @@ def test_word_penalty_counts_words_beyond_the_truth():
 words = st.lists(st.sampled_from(sorted(WHEELS.base_words)) | st.sampled_from(["neutral", "", "xyzzy"]), max_size=6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(words, words)
 def test_reward_bounds_and_symmetry(predicted, truth):
     got = answer_rewards(predicted, truth, WHEELS)

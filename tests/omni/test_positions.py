@@ -67,7 +67,7 @@ def prompts(draw) -> tuple[PromptMaker, bool]:
     return maker, interleaved
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(prompts())
 def test_positions_are_those_of_transformers(drawn):
     maker, interleaved = drawn
@@ -78,7 +78,7 @@ def test_positions_are_those_of_transformers(drawn):
     assert next_position == expected[:, -1].max() + 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 9), st.sampled_from((2, 4, 6)), st.floats(0.03125, 6, width=32), st.integers(3, 1200))
 def test_interleaving_covers_both_streams_once_and_in_order(pairs, side, seconds, frames):
     counts = {"video": vision_token_count((pairs, side, side)), "audio": audio_token_count(frames)}

@@ -76,7 +76,7 @@ def torch_zscore(x, scale):
     invalid=arrays(np.bool_, (B, G)),
     scale=st.sampled_from(["group", "batch", "none"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_group_normalisation_equals_trl(x, invalid, scale):
     z = np.asarray(zscore(x, ~invalid, scale))
     expected = torch_zscore(np.where(invalid, np.nan, x), scale)
@@ -112,7 +112,7 @@ def test_the_list_of_arms_is_complete_and_says_what_each_needs():
     scale=st.floats(0.2, 20),
     which=st.sampled_from(["recall_BG", "precision_BG"]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_ad_ignores_shifts_and_positive_scalings_of_one_reward(recall, shift, scale, which):
     """Up to the 1e-4 beside the standard deviation, whose share the tolerance states."""
     spread = recall.std(-1, ddof=1)
@@ -160,7 +160,7 @@ def test_correlations_of_the_two_normalisations(sigma_r, sigma_p, rho):
 
 
 @given(rewards_2BG=arrays(np.float32, (2, B, G), elements=st.floats(0, 1, width=16)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_in_every_group_the_noisier_reward_owns_rd_and_neither_owns_ad(rewards_2BG):
     """The formulas with a group's own spreads and correlation, the way they act in training."""
     recall_BG, precision_BG = rewards_2BG

@@ -104,7 +104,7 @@ def own_loss(tensors, config, beta, totals):
     beta=st.sampled_from([0.0, 0.04, 0.5]),
     on_policy=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_policy_loss_and_gradient_equal_trl(seed, loss_type, level, epsilons, delta, beta, on_policy):
     tensors = batch(seed)
     if on_policy:

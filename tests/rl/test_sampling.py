@@ -42,7 +42,7 @@ def test_draws_follow_the_distribution_exactly():
     top_p=st.sampled_from([1.0, 0.9, 0.3]),
     min_p=st.sampled_from([0.0, 0.05, 0.5]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_filters_agree_with_transformers(seed, temperature, top_k, top_p, min_p):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(4, N)).astype(np.float32) * 3

@@ -56,7 +56,7 @@ def test_targets_that_would_break_the_format_are_refused(tags, reasoning, answer
 
 
 @given(text=st.text(max_size=40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_text_of_ids_is_the_tokenizers_own_decoding(text):
     tags = AnswerTags(tiny_tokenizer())
     ids = tiny_tokenizer().encode(text)

@@ -55,7 +55,7 @@ def of_arm(arm, rewards, **config):
     scale=st.sampled_from(["group", "batch", "none"]),
     table=st.sampled_from(["mer_r1", "sfcc_word"]),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_answers_give_finite_advantages_that_sum_to_nothing(rows, same, truths, scale, table):
     rewards, _ = scored([*rows, [same] * G], truths, table)
     rewards = dataclasses.replace(rewards, plus_BG=np.array(rewards.plus_BG), minus_BG=np.array(rewards.minus_BG))

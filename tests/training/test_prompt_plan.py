@@ -94,7 +94,7 @@ def test_places_of_broken_clips_stay_empty(small, wide_config, records):
     assert not rows.batch.tokens.segment_BT[1:].any() and not rows.batch.vision.pairs_BV[1:].any()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     height=st.integers(1, 4000),
     width=st.integers(1, 4000),
