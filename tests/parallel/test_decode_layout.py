@@ -150,17 +150,22 @@ def test_the_token_loop_gathers_no_weight_and_copies_no_cache():
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
         for name, leaf in backbone.shapes.items()
     }
-    program = programs.sample_program(GENERATIONS, SAMPLING)
+    sampling = dataclasses.replace(SAMPLING, max_completion_length=64)  # so that a cache is larger than a row's logits
+    program = programs.sample_program(GENERATIONS, sampling)
     arguments = ((weights, {}), rows, None, jax.random.key(1), np.int32(0))
     text = backbone.config.text
     inside = token_loop(program.lower(*arguments).compile().as_text())
     activations = ROWS * GENERATIONS * text.hidden_size * 4  # of all rows: what comes together before a layer
-    gathered = {one.name: size_of(one) for one in inside if one.opcode.startswith("all-gather")}
-    assert gathered and max(gathered.values()) <= activations
+    logits = ROWS // 4 * GENERATIONS * text.vocab_size * 4  # of a chip's own rows: what comes together to be drawn from
+    gathered = [size_of(one) for one in inside if one.opcode.startswith("all-gather")]
+    assert gathered.count(logits) == 1
+    assert max(size for size in gathered if size != logits) <= activations
     weight = min(4 * math.prod(leaf.shape[1:]) for name, leaf in backbone.shapes.items() if "text/layers/mlp/" in name)
-    assert weight > activations
+    unembedding = 4 * text.hidden_size * text.vocab_size // 2
+    assert weight > activations and weight != logits and unembedding > logits
     cut = dict(rows=ROWS // 4, heads=text.num_key_value_heads // 2)
-    cache = 4 * text.num_hidden_layers * math.prod(cut.values()) * GENERATIONS * LENGTH * text.head_dim
+    cache = 4 * text.num_hidden_layers * math.prod(cut.values()) * GENERATIONS * 64 * text.head_dim
+    assert cache > logits
     copied = [one.type for one in inside if one.opcode == "copy" and size_of(one) >= cache]
     assert not copied
 
