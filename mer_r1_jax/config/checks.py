@@ -129,6 +129,8 @@ def _check_sampling(config: RunConfig) -> list[str]:
         problems.append(f"rl.top_p: got {rl.top_p}, expected more than 0 and at most 1 (1 = off)")
     if not 0 <= rl.min_p < 1:
         problems.append(f"rl.min_p: got {rl.min_p}, expected at least 0 (off) and less than 1")
+    if rl.decode_chunk < 0:
+        problems.append(f"rl.decode_chunk: got {rl.decode_chunk}, expected a number of tokens, or 0 (off)")
     if rl.top_k < 0:
         problems.append(f"rl.top_k: got {rl.top_k}, expected 0 (off) or more")
     for name in ("epsilon", "epsilon_high", "beta", "calibration_weight", "format_weight", "word_penalty"):

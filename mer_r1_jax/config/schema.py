@@ -139,6 +139,7 @@ class RlConfig:
     top_p: float = 1.0  # nucleus; training wants 1
     top_k: int = 0  # 0 = off
     min_p: float = 0.0  # 0 = off
+    decode_chunk: int = 0  # tokens decoded before completions that ended make room; 0 = all in one loop (ours)
     beta: float = 0.04  # KL weight at the start (verl: kl_loss_coef; TRL's default is 0)
     beta_decay: float = 0.75  # beta(t) = beta * (1 - beta_decay * min(1, t / (0.5 * max_steps)))
     epsilon: float = 0.2  # lower clip (verl: clip_ratio_low)

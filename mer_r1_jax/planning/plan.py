@@ -16,7 +16,7 @@ from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.sheet import ProgramSheet, Sheet, program_sheet
 from mer_r1_jax.planning.workload import Workload
 
-PROGRAMS = ("sft_step", "encode", "cast", "sample", "score", "reference", "update")
+PROGRAMS = ("sft_step", "encode", "cast", "sample", "decode", "score", "reference", "update")
 
 
 def plan(

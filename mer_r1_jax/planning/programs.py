@@ -45,7 +45,7 @@ class PlannedProgram:
     """One jitted program of a run and what it is called with.
 
     Attributes:
-        name: sft_step, encode, cast, sample, score, reference, update.
+        name: sft_step, encode, cast, sample, decode (chunks after the first), score, reference, update.
         phase: sft or rl.
         function: the jitted function.
         args: abstract arguments.
@@ -186,14 +186,9 @@ class RunPrograms:
         weights = self._rollout_weights(recast)
         seeds = (self._scalar(jax.random.key(0)), self._scalar(np.int32(0)))
         sample_args = (programs.with_cast(leaves, weights), rows, features, *seeds)
-        sample = planned(
-            "sample",
-            sampler,
-            sample_args,
-            cache_bytes=self._cache_bytes(bucket, config.max_completion_length, DECODE_RULES),
-            longest_loop=config.max_completion_length,
-        )
-        sample.held["rollout"] = weights  # freed before the next program
+        rollout = self._rollout(sampler, sample_args, planned, per_rollout, bucket)
+        for program in rollout:
+            program.held["rollout"] = weights  # freed before the next program
         completions = self._placed(jax.eval_shape(sampler, *sample_args))
         exists_BGC = self._placed(jax.eval_shape(lambda c: c.exists_BGC, completions), "exists_BGC")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=exists_BGC)
@@ -239,7 +234,27 @@ class RunPrograms:
             useful=TRAINED * (self._text_flops(bucket, learnt, scored=scored) + (media if encode_inside else 0)),
             visited=self._visited(bucket, learnt),
         )
-        return [program for program in (encode, cast, sample, score, reference, update) if program.calls]
+        return [program for program in (encode, cast, *rollout, score, reference, update) if program.calls]
+
+    def _rollout(
+        self, whole: Any, args: tuple[Any, ...], planned: Any, calls: float, bucket: BatchShape
+    ) -> list[PlannedProgram]:
+        """Sampling in one program, or its first chunk and the others, at the size a batch begins with."""
+        config = self.config.rl
+        length, chunk = config.max_completion_length, config.decode_chunk
+        cache_bytes = self._cache_bytes(bucket, length, DECODE_RULES)
+        if not 0 < chunk < length:
+            return [planned("sample", whole, args, cache_bytes=cache_bytes, longest_loop=length)]
+        chunked = self.programs.chunked_rollout(config.num_generations, self.programs.sampling, ())
+        first = planned("sample", chunked.start_program, args, longest_loop=chunk)
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(first.function, *args)[0],
+            chunked.state_shardings,
+        )
+        advance = chunked.advance_program(chunked.sizes(bucket.rows))
+        others = -(-length // chunk) - 1  # at most: chunks end when every completion has
+        return [first, planned("decode", advance, (args[0], state), longest_loop=chunk, calls=calls * others)]
 
     def _text_flops(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...], scored: int) -> float:
         """Forward pass of all rows, each a prompt with these sets of (continuations, tokens)."""

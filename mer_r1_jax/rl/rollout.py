@@ -56,6 +56,18 @@ class Completions:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What has been sampled so far: as `Completions`, without a forced prefix."""
+
+    id_BGC: Array
+    logprob_BGC: Array
+    sampling_logprob_BGC: Array
+    length_BG: Array
+    stop_BG: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutState:
     """Everything a decode loop carries from token to token; donate it when the loop is cut into several calls.
 
@@ -65,11 +77,7 @@ class RolloutState:
     """
 
     step: Array
-    id_BGC: Array
-    logprob_BGC: Array
-    sampling_logprob_BGC: Array
-    length_BG: Array
-    stop_BG: Array
+    sampled: Sampled
     cache: Any
     prompt_cache: Any
     uniform_BGC: Array
@@ -121,7 +129,7 @@ def rollout(
         config=config,
         forced_ids=forced_ids,
     )
-    return finish(advance(model, state, config, config.max_completion_length), forced_ids)
+    return finish(advance(model, state, config, config.max_completion_length).sampled, forced_ids)
 
 
 def start(
@@ -150,11 +158,13 @@ def start(
     shape_BG = shape_BGC[:2]
     state = RolloutState(
         step=jnp.zeros((), jnp.int32),
-        id_BGC=jnp.zeros(shape_BGC, jnp.int32),
-        logprob_BGC=jnp.zeros(shape_BGC, jnp.float32),
-        sampling_logprob_BGC=jnp.zeros(shape_BGC, jnp.float32),
-        length_BG=jnp.zeros(shape_BG, jnp.int32),
-        stop_BG=jnp.where(present_B[:, None], jnp.full(shape_BG, STOP_LENGTH), STOP_ABSENT).astype(jnp.int32),
+        sampled=Sampled(
+            id_BGC=jnp.zeros(shape_BGC, jnp.int32),
+            logprob_BGC=jnp.zeros(shape_BGC, jnp.float32),
+            sampling_logprob_BGC=jnp.zeros(shape_BGC, jnp.float32),
+            length_BG=jnp.zeros(shape_BG, jnp.int32),
+            stop_BG=jnp.where(present_B[:, None], jnp.full(shape_BG, STOP_LENGTH), STOP_ABSENT).astype(jnp.int32),
+        ),
         cache=model.init_cache(rows, generations, length, prompt_cache.k_LBTKh.dtype),
         prompt_cache=prompt_cache,
         uniform_BGC=uniforms(key, rollout_step, prompt_uid_B, generations, length),
@@ -171,11 +181,11 @@ def advance(model, state: RolloutState, config: SamplingConfig, steps: int) -> R
     last = jnp.minimum(state.step + steps, config.max_completion_length)
 
     def unfinished(state: RolloutState):
-        return (state.step < last) & jnp.any(_running(state))
+        return (state.step < last) & jnp.any(running(state))
 
     def step(state: RolloutState) -> RolloutState:
         slot = state.step - 1
-        token_BG = jax.lax.dynamic_index_in_dim(state.id_BGC, slot, axis=-1, keepdims=False)
+        token_BG = jax.lax.dynamic_index_in_dim(state.sampled.id_BGC, slot, axis=-1, keepdims=False)
         position_BG = jnp.broadcast_to((state.position_B + slot)[:, None], token_BG.shape)
         h_BGD, cache = model.decode(token_BG, position_BG, slot, state.prompt_cache, state.cache)
         return _append(model, dataclasses.replace(state, cache=cache), h_BGD, config)
@@ -183,20 +193,20 @@ def advance(model, state: RolloutState, config: SamplingConfig, steps: int) -> R
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def finish(state: RolloutState, forced_ids: tuple[int, ...] = ()) -> Completions:
-    """The completions of a state in which every completion has ended."""
+def finish(sampled: Sampled, forced_ids: tuple[int, ...] = ()) -> Completions:
+    """The completions, once every one of them has ended."""
     forced = len(forced_ids)
-    rows, generations, length = state.id_BGC.shape
+    rows, generations, length = sampled.id_BGC.shape
     forced_BGC = jnp.broadcast_to(jnp.asarray(forced_ids, jnp.int32), (rows, generations, forced))
     after = [(0, 0), (0, 0), (forced, 0)]
-    absent_BG = state.stop_BG == STOP_ABSENT
+    absent_BG = sampled.stop_BG == STOP_ABSENT
     return Completions(
-        id_BGC=jnp.concatenate([forced_BGC, state.id_BGC], axis=-1),
-        length_BG=jnp.where(absent_BG, 0, state.length_BG + forced),
-        mask_BGC=jnp.pad(jnp.arange(length) < state.length_BG[..., None], after),
-        stop_BG=state.stop_BG,
-        logprob_BGC=jnp.pad(state.logprob_BGC, after),
-        sampling_logprob_BGC=jnp.pad(state.sampling_logprob_BGC, after),
+        id_BGC=jnp.concatenate([forced_BGC, sampled.id_BGC], axis=-1),
+        length_BG=jnp.where(absent_BG, 0, sampled.length_BG + forced),
+        mask_BGC=jnp.pad(jnp.arange(length) < sampled.length_BG[..., None], after),
+        stop_BG=sampled.stop_BG,
+        logprob_BGC=jnp.pad(sampled.logprob_BGC, after),
+        sampling_logprob_BGC=jnp.pad(sampled.sampling_logprob_BGC, after),
     )
 
 
@@ -230,29 +240,28 @@ def hidden_at(h_BTD: Array, index_B: Array) -> Array:
     return jnp.take_along_axis(h_BTD, index_B[:, None, None], axis=1)[:, 0]
 
 
-def _running(state: RolloutState) -> Array:
+def running(state: RolloutState) -> Array:
     """bool [B, G], completions that have not ended: the cap is the only reason left and not reached yet."""
-    return (state.stop_BG == STOP_LENGTH) & (state.length_BG == state.step)
+    return (state.sampled.stop_BG == STOP_LENGTH) & (state.sampled.length_BG == state.step)
 
 
 def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) -> RolloutState:
     """Samples one token for every completion still running and writes it at index `step`."""
-    index = state.step
+    index, sampled = state.step, state.sampled
     uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
     token_BG, logprob_BG, sampling_logprob_BG = sample(model.logits(h_BGD), uniform_BG, config)
-    running_BG = _running(state)
+    running_BG = running(state)
     ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(config.eos_ids, jnp.int32))
 
     def write(values_BGC, new_BG):
         new_BG = jnp.where(running_BG, new_BG, 0).astype(values_BGC.dtype)
         return jax.lax.dynamic_update_index_in_dim(values_BGC, new_BG, index, axis=-1)
 
-    return dataclasses.replace(
-        state,
-        step=index + 1,
-        id_BGC=write(state.id_BGC, token_BG),
-        logprob_BGC=write(state.logprob_BGC, logprob_BG),
-        sampling_logprob_BGC=write(state.sampling_logprob_BGC, sampling_logprob_BG),
-        length_BG=state.length_BG + running_BG,
-        stop_BG=jnp.where(ended_BG, STOP_EOS, state.stop_BG),
+    sampled = Sampled(
+        id_BGC=write(sampled.id_BGC, token_BG),
+        logprob_BGC=write(sampled.logprob_BGC, logprob_BG),
+        sampling_logprob_BGC=write(sampled.sampling_logprob_BGC, sampling_logprob_BG),
+        length_BG=sampled.length_BG + running_BG,
+        stop_BG=jnp.where(ended_BG, STOP_EOS, sampled.stop_BG),
     )
+    return dataclasses.replace(state, step=index + 1, sampled=sampled)

@@ -237,9 +237,17 @@ class _Road:
         if self.rl:
             added = f"{config.rl.num_generations} x {config.rl.max_completion_length} completion tokens"
             lines += describe(self.rl.buckets, "RL", added)
+            if 0 < config.rl.decode_chunk < config.rl.max_completion_length:
+                lines.append(f"RL rollouts, {config.rl.decode_chunk} tokens at once: {self._decoded_sizes()}")
         if self.setup.data.eval:
             lines += describe(eval_buckets(self.setup), "evaluation", f"{eval_length(config)} completion tokens")
         return lines
+
+    def _decoded_sizes(self) -> str:
+        rows, generations = self.rl.buckets[0].rows * self.setup.share.count, self.config.rl.num_generations
+        programs = self.setup.programs
+        sizes = programs.chunked_rollout(generations, programs.sampling).sizes(rows)
+        return ", then ".join(f"{size.rows} x {size.generations}" for size in sizes) + " completions a device"
 
     def _conclude(self) -> None:
         table = Table("held-out clips", "precision", "recall", "F1", "words", "tokens", "distinct answers")

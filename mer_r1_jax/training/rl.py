@@ -24,6 +24,7 @@ from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.rl.rollout import Completions, rollout
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.chunked import ChunkedRollout
 from mer_r1_jax.training.sft import accumulate
 from mer_r1_jax.training.state import Leaves, TrainState, apply_gradients
 
@@ -145,9 +146,17 @@ class RlPrograms:
             key, rollout_step: the random bits follow from them and the prompts' identities.
             generations, sampling, forced_ids: static; as of `rl.rollout.rollout`.
         """
-        return self.sample_program(generations, sampling or self.sampling, forced_ids)(
-            weights, prompts, features_BRD, key, rollout_step
-        )
+        sampling = sampling or self.sampling
+        chunked = 0 < self.config.decode_chunk < sampling.max_completion_length
+        program = (self.chunked_rollout if chunked else self.sample_program)(generations, sampling, forced_ids)
+        return program(weights, prompts, features_BRD, key, rollout_step)
+
+    @functools.cache  # noqa: B019 - as `sample_program`
+    def chunked_rollout(
+        self, generations: int, sampling: SamplingConfig, forced_ids: tuple[int, ...] = ()
+    ) -> ChunkedRollout:
+        """`sample` in chunks of `rl.decode_chunk` tokens. Arguments as those of `sample_program`."""
+        return ChunkedRollout(self.backbone, sampling, generations, forced_ids, self.config.decode_chunk)
 
     @functools.cache  # noqa: B019 - one object a run; the cache lives as long as its programs should
     def sample_program(

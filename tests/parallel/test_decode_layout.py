@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from support.loops import loops, token_loop
 
 from mer_r1_jax.config.schema import MeshConfig, RlConfig
 from mer_r1_jax.omni.batch import Batch, Tokens
@@ -16,6 +18,7 @@ from mer_r1_jax.omni.thinker import FeatureLayout, abstract_thinker
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, ShardingError, param_shardings
+from mer_r1_jax.planning.hlo import COLLECTIVES, parse
 from mer_r1_jax.rl.rollout import start
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
@@ -136,3 +139,54 @@ def test_layouts_differ_by_rounding_and_not_in_their_random_bits(mesh):
     np.testing.assert_allclose(own_logits, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
     np.testing.assert_array_equal(sampled.id_BGC, expected.id_BGC)
     np.testing.assert_allclose(sampled.logprob_BGC, expected.logprob_BGC, rtol=0, atol=1e-5)
+
+
+def test_the_token_loop_gathers_no_weight_and_copies_no_cache():
+    programs = programs_on(MESHES[1])
+    backbone = programs.backbone
+    rows = put(prompt_rows(), backbone.mesh)
+    shardings = backbone.shardings | backbone.decode_shardings
+    weights = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+        for name, leaf in backbone.shapes.items()
+    }
+    program = programs.sample_program(GENERATIONS, SAMPLING)
+    arguments = ((weights, {}), rows, None, jax.random.key(1), np.int32(0))
+    text = backbone.config.text
+    inside = token_loop(program.lower(*arguments).compile().as_text())
+    activations = ROWS * GENERATIONS * text.hidden_size * 4  # of all rows: what comes together before a layer
+    gathered = {one.name: size_of(one) for one in inside if one.opcode.startswith("all-gather")}
+    assert gathered and max(gathered.values()) <= activations
+    weight = min(4 * math.prod(leaf.shape[1:]) for name, leaf in backbone.shapes.items() if "text/layers/mlp/" in name)
+    assert weight > activations
+    cut = dict(rows=ROWS // 4, heads=text.num_key_value_heads // 2)
+    cache = 4 * text.num_hidden_layers * math.prod(cut.values()) * GENERATIONS * LENGTH * text.head_dim
+    copied = [one.type for one in inside if one.opcode == "copy" and size_of(one) >= cache]
+    assert not copied
+
+
+def test_the_loss_loop_does_not_gather_the_unembedding():
+    config = ThinkerConfig.tiny(vocab_size=16384)
+    backbone = Backbone.create(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+
+    def loss(leaves, h_ND, token_N):
+        with backbone.rules():
+            scores = backbone.bind(leaves).gather_logprobs(h_ND, token_N, implementation="xla")
+        return scores.logprob.sum()
+
+    leaves = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=backbone.shardings[name])
+        for name, leaf in backbone.shapes.items()
+    }
+    arguments = (leaves, jnp.zeros((64, config.text.hidden_size)), jnp.zeros(64, jnp.int32))
+    text = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text()
+    share = 4 * config.text.hidden_size * config.text.vocab_size // 2  # of a chip, gathered over fsdp
+    assert any(size_of(one) >= share for one in parse(text)[0][parse(text)[1]].values() if "all-gather" in one.opcode)
+    inside = [one for loop in loops(text) for one in loop]
+    assert inside
+    moved = [one for one in inside if one.opcode.removesuffix("-start") in COLLECTIVES]
+    assert all(size_of(one) < share // 8 for one in moved)
+
+
+def size_of(instruction):
+    return sum(array.bytes for array in instruction.arrays)

@@ -179,7 +179,7 @@ def test_a_rollout_cut_into_calls_equals_one_call_and_stops_early():
     state = begin(params)
     for _ in range(3):
         state = go_on(params, state)
-    completions = jax.tree.map(np.asarray, finish(state))
+    completions = jax.tree.map(np.asarray, finish(state.sampled))
     jax.tree.map(np.testing.assert_array_equal, completions, rolled())
     short = setting(eos_ids=tuple(range(3, policy()[0].text.vocab_size)), banned_ids=())
     ended = jax.jit(lambda params, state: advance(bound(params), state, short, LENGTH))(params, begin(params))
