@@ -1,8 +1,10 @@
 """The 7B run on 16 chips of v5p, its RL update and its rollout compiled by the real TPU compiler: they fit, and why.
 
-The shipped configuration at its full shapes; layers are scanned, so fewer of them would hardly compile faster.
+The shipped configuration; layers are scanned, so fewer of them would hardly compile faster. The update takes the shape
+that performance is stated for, 64 rows of 4096 tokens.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -19,20 +21,32 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def sheet(tmp_path_factory):
-    """The plan of both programs."""
-    return plan(load_config(str(CONFIG)), SLICE, cache_dir=tmp_path_factory.mktemp("cache"), only=["update", "sample"])
+def config():
+    """The shipped configuration."""
+    return load_config(str(CONFIG))
 
 
 @pytest.fixture(scope="module")
-def programs(sheet):
-    return {program.name: program for program in sheet.programs}
+def sheets(config, tmp_path_factory):
+    """The plans of both programs by name."""
+    cache = tmp_path_factory.mktemp("cache")
+    large = dataclasses.replace(config.rl, prompts_per_step=64, max_completion_length=512)
+    return {
+        "update": plan(dataclasses.replace(config, rl=large), SLICE, cache_dir=cache, only=["update"]),
+        "sample": plan(config, SLICE, cache_dir=cache, only=["sample"]),
+    }
 
 
-def test_both_programs_fit(sheet, programs):
-    assert sorted(programs) == ["sample", "update"]
-    assert sheet.fits
-    assert sheet.advice == ()
+@pytest.fixture(scope="module")
+def programs(sheets):
+    return {name: sheet.programs[0] for name, sheet in sheets.items()}
+
+
+def test_both_programs_fit(sheets, programs):
+    for name, sheet in sheets.items():
+        assert [program.name for program in sheet.programs] == [name]
+        assert sheet.fits
+        assert sheet.advice == ()
     assert programs["update"].held["parameters"] == pytest.approx(4 * PARAMETERS / CHIPS, rel=1e-3)
     assert programs["update"].held["reference"] == programs["update"].held["parameters"]
     assert programs["update"].held["optimizer"] == pytest.approx(8 * PARAMETERS / CHIPS, rel=1e-3)
@@ -43,7 +57,7 @@ def test_the_update_does_its_work_once(programs):
     update = programs["update"]
     assert (update.work.silent_kernels, update.work.open_loops) == (0, 0)
     assert update.asked == pytest.approx(1, abs=0.05)
-    assert update.utilisation >= 0.6
+    assert update.utilisation >= 0.65
 
 
 def test_no_loop_gathers_the_unembedding_or_a_stack_of_layers(programs):
@@ -56,9 +70,8 @@ def test_no_loop_gathers_the_unembedding_or_a_stack_of_layers(programs):
             assert one.calls <= 2 * 3 * LAYERS  # at most three weights of a layer have the same size
 
 
-def test_decoding_moves_weights_and_cache_and_little_else(programs):
-    sample = programs["sample"]
-    tokens = load_config(str(CONFIG)).rl.max_completion_length
+def test_decoding_moves_weights_and_cache_and_little_else(config, programs):
+    sample, tokens = programs["sample"], config.rl.max_completion_length
     assert sample.work.open_loops == 1
     # The embedding is looked up, not read.
     needed = sample.held["rollout"] - 2 * TABLE + sample.cache
