@@ -95,6 +95,7 @@ def _omni(settings: Settings, folder: pathlib.Path) -> Section:
     config = importlib.import_module("configs.synthetic").get_config()
     # A schedule would only make the two sides' learning rates harder to compare.
     config.rl.optimizer.lr_scheduler_type, config.rl.optimizer.warmup_ratio = "constant", 0.0
+    config.model.remat = "everything"  # neither side recomputes activations
     job = synthetic_job(config, folder)
     side = OmniSide(job)
     side.export(folder / "export")
@@ -122,7 +123,7 @@ def _omni(settings: Settings, folder: pathlib.Path) -> Section:
     ]
     lengths = [len(prompt.ids) for prompt in job.prompts]
     work = (
-        f"The configuration `experiments/configs/synthetic.py` with random weights: {len(job.records)} real clips, "
+        f"The configuration `experiments/configs/synthetic.py` with random weights and `model.remat=everything`: {len(job.records)} real clips, "
         f"{rl.num_generations} completions each, prompts of {min(lengths)} to {max(lengths)} tokens with pictures and "
         f"voice, {rl.max_completion_length} tokens sampled per completion on both sides. Both then learn from the same "
         f"given completions ({job.tokens} tokens), because random weights write no answers to score. Ours is what "
