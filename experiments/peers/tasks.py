@@ -95,6 +95,7 @@ def _omni(settings: Settings, folder: pathlib.Path) -> Section:
     config = importlib.import_module("configs.synthetic").get_config()
     # A schedule would only make the two sides' learning rates harder to compare.
     config.rl.optimizer.lr_scheduler_type, config.rl.optimizer.warmup_ratio = "constant", 0.0
+    config.model.remat = "everything"  # neither side recomputes activations
     job = synthetic_job(config, folder)
     side = OmniSide(job)
     side.export(folder / "export")
@@ -122,10 +123,11 @@ def _omni(settings: Settings, folder: pathlib.Path) -> Section:
     ]
     lengths = [len(prompt.ids) for prompt in job.prompts]
     work = (
-        f"The configuration `experiments/configs/synthetic.py` with random weights: {len(job.records)} real clips, "
-        f"{rl.num_generations} completions each, prompts of {min(lengths)} to {max(lengths)} tokens with pictures and "
-        f"voice, {rl.max_completion_length} tokens sampled per completion on both sides. Both then learn from the same "
-        f"given completions ({job.tokens} tokens), because random weights write no answers to score. Ours is what "
+        f"The configuration `experiments/configs/synthetic.py` with random weights and `model.remat=everything`: "
+        f"{len(job.records)} real clips, {rl.num_generations} completions each, prompts of {min(lengths)} to "
+        f"{max(lengths)} tokens with pictures and voice, {rl.max_completion_length} tokens sampled per "
+        f"completion on both sides. Both then learn from the same given completions ({job.tokens} tokens), because "
+        "random weights write no answers to score. Ours is what "
         "`experiments/train.py` calls. Theirs is a plain torch loop around transformers' Thinker: every sample is a "
         "row with clips of its own, encoded again in generation, both confidence passes, reference and update. Clips "
         "are decoded beforehand on both sides."
