@@ -174,7 +174,8 @@ class OmniSide:
         features = self._programs.encode(leaves, rows.batch)
         generations = setup.config.rl.num_generations
         sample = super(ScriptedPrograms, self._programs).sample
-        completions = sample(leaves, rows, features, jax.random.key(0), np.int32(0), generations=generations)
+        with self._programs.rollout_weights(leaves) as weights:
+            completions = sample(weights, rows, features, jax.random.key(0), np.int32(0), generations=generations)
         return np.where(completions.mask_BGC, completions.id_BGC, -1)
 
     def step(self) -> Laps:

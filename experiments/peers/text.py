@@ -197,7 +197,8 @@ class TextSide:
     def _sample(self, rows: PromptRows, leaves, generations: int):
         self._rollouts += 1
         key = jax.random.key(0)
-        return self.programs.sample(leaves, rows, None, key, np.int32(self._rollouts), generations=generations)
+        with self.programs.rollout_weights(leaves) as weights:
+            return self.programs.sample(weights, rows, None, key, np.int32(self._rollouts), generations=generations)
 
     def _rows(self, prompts: Sequence[str]) -> PromptRows:
         return self._rows_of_ids(np.asarray(self.tokenizer(list(prompts))["input_ids"], np.int32))
