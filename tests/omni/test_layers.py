@@ -141,9 +141,9 @@ def test_constrain_places_activations_by_the_rules():
     assert place(x) is x  # no rules, no constraint
     with axis_rules(rules, mesh):
         assert jax.jit(lambda x: place(x))(x).sharding.spec == PartitionSpec("data", None, "tensor")
-        # "batch" has taken the data axis, so "mlp" stays whole.
+        # "batch" has taken the data axis, so "mlp" is cut over the other alone.
         clash = jax.jit(lambda x: constrain(x, ("batch", "length", "mlp")))(x).sharding
-        assert clash.shard_shape(x.shape) == (2, 3, 8)
+        assert clash.shard_shape(x.shape) == (2, 3, 2)
         with pytest.raises(ValueError, match="'batch' has size 3, which the 2 devices"):
             constrain(jnp.zeros((3, 3, 8)), ("batch", "length", "heads"))
     assert place(x) is x

@@ -6,7 +6,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 from mer_r1_jax.rl.rollout import STOP_ABSENT, STOP_EOS, STOP_LENGTH, Completions
 from mer_r1_jax.rl.tags import AnswerTags
 
-LENGTH = 40  # tokens of a completion
+LENGTH = 64  # tokens of a completion; the longest answers of these tests take fewer
 
 
 def completions_of(rows):
