@@ -11,9 +11,9 @@ from mer_r1_jax.planning.advice import advise
 from mer_r1_jax.planning.alternatives import alternatives
 from mer_r1_jax.planning.chips import chip_of, topology_devices
 from mer_r1_jax.planning.compilation import compile_program, versions
-from mer_r1_jax.planning.hlo import work_of
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.sheet import ProgramSheet, Sheet, program_sheet
+from mer_r1_jax.planning.work import work_of
 from mer_r1_jax.planning.workload import Workload
 
 PROGRAMS = ("sft_step", "encode", "cast", "sample", "decode", "score", "reference", "update")

@@ -12,8 +12,8 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.planning.chips import Chip
 from mer_r1_jax.planning.compilation import Compiled
-from mer_r1_jax.planning.hlo import Work
 from mer_r1_jax.planning.programs import PlannedProgram, bytes_per_chip
+from mer_r1_jax.planning.work import Work
 
 PARTS = ("parameters", "towers", "optimizer", "reference", "rollout", "batch", "features", "experience")
 

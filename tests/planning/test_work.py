@@ -2,7 +2,7 @@
 
 import pytest
 
-from mer_r1_jax.planning.hlo import work_of
+from mer_r1_jax.planning.work import work_of
 
 LOOP = """HloModule jit_f, is_scheduled=true
 

@@ -1,0 +1,310 @@
+"""What an optimised program does, read off its text: operations, memory traffic and collectives, loops counted in full.
+
+The compiler's own `cost_analysis` counts the body of a loop once. Here every computation is weighted by how often it
+runs: a loop by its trip count, a loop whose end depends on data by a number the caller gives.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from mer_r1_jax.planning.hlo import COLLECTIVES, Computation, Instruction, parse
+from mer_r1_jax.planning.products import product_flops
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
+_ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_STATED_BYTES = re.compile(r'"cost_estimate":\s*\{[^}]*"bytes_accessed":\s*"?(\d+)')
+_ROW_ATTENTION = re.compile(r'op_name="[^"]*text_decoder[^"]*/attention_(forward|backward)/')
+# replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9, ]+)\}")
+_ORDERED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
+
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
+_FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "add-dependency", "domain"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All collectives of one kind and size.
+
+    Attributes:
+        kind: one of COLLECTIVES.
+        bytes: of the whole array on one chip, before a reduce-scatter or after an all-gather.
+        chips: that take part in one.
+        calls: how often it runs.
+    """
+
+    kind: str
+    bytes: int
+    chips: int
+    calls: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes one chip has to send in all its calls, by the cheapest known algorithm."""
+        passes = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
+        share = 1.0 if self.kind == "collective-permute" else (self.chips - 1) / max(self.chips, 1)
+        return self.calls * passes * self.bytes * share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one chip does in one call of a program.
+
+    Attributes:
+        flops: of matrix products and convolutions, and of kernels that state theirs.
+        kernel_flops: of these kernels alone.
+        hbm_bytes: read from and written to HBM; of slices only what is taken.
+        cycles: the compiler's own estimate for what is neither a collective nor a kernel.
+        collectives: largest first.
+        silent_kernels: calls of kernels that state no operations, which `flops` therefore lacks.
+        open_loops: loops whose end depends on data.
+    """
+
+    flops: float
+    kernel_flops: float
+    hbm_bytes: float
+    cycles: int
+    collectives: tuple[Collective, ...]
+    silent_kernels: int
+    open_loops: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes one chip has to send to others."""
+        return sum(collective.sent for collective in self.collectives)
+
+
+def work_of(text: str, longest_loop: int = 1, visited: float = 1.0) -> Work:
+    """Reads a program.
+
+    Args:
+        text: of the optimised module (`compiled.as_text()`).
+        longest_loop: trips of a loop whose end depends on data.
+        visited: share of the tiles of the decoder's attention that its kernels visit, of those they state.
+    """
+    return _Reader(text, longest_loop, visited).work()
+
+
+class _Reader:
+    """One program while it is read."""
+
+    def __init__(self, text: str, longest_loop: int, visited: float = 1.0):
+        self.computations, self.entry = parse(text)
+        self.longest_loop, self.visited = longest_loop, visited
+        self.flops = self.kernel_flops = self.bytes = 0.0
+        self.collectives: collections.Counter[tuple[str, int, int]] = collections.Counter()
+        self.silent_kernels = self.open_loops = self.cycles = 0
+
+    def work(self) -> Work:
+        self._visit(self.entry, 1, in_hbm=True)
+        found = [
+            Collective(kind=kind, bytes=size, chips=chips, calls=calls)
+            for (kind, size, chips), calls in self.collectives.items()
+        ]
+        return Work(
+            flops=self.flops,
+            kernel_flops=self.kernel_flops,
+            hbm_bytes=self.bytes,
+            cycles=self.cycles,
+            collectives=tuple(sorted(found, key=lambda one: -one.sent)),
+            silent_kernels=self.silent_kernels,
+            open_loops=self.open_loops,
+        )
+
+    def _visit(self, name: str, times: int, in_hbm: bool, channels: set[str] | None = None) -> None:
+        """Adds up one computation; inside a fusion nothing touches HBM but its arguments and results.
+
+        `channels` are those of the collectives already counted: one that is fused with the products it hides behind
+        stands in the fusion that starts it, in those that carry it on and in the one that ends it.
+        """
+        computation = self.computations[name]
+        channels = set() if in_hbm or channels is None else channels
+        for instruction in computation.values():
+            opcode = instruction.opcode
+            if opcode == "while":
+                trips, known = self._trips(instruction)
+                self.open_loops += not known
+                self._visit(_attribute(instruction, "body"), times * trips, in_hbm)
+                continue
+            if opcode in ("convolution", "dot"):
+                self.flops += times * product_flops(instruction, computation)
+            elif opcode == "custom-call":
+                self._kernel(instruction, times)
+            if in_hbm and (estimate := _CYCLES.search(instruction.attributes)):
+                self.cycles += times * (int(estimate.group(1)) if int(estimate.group(1)) < _UNKNOWN_CYCLES else 0)
+            if in_hbm and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+                self.bytes += times * self._traffic(instruction, computation)
+            if channel := _CHANNEL.search(instruction.attributes):
+                if channel.group(1) in channels:
+                    continue
+                channels.add(channel.group(1))
+            if self._collective(instruction, computation, times):
+                continue
+            inside = in_hbm and opcode in ("call", "conditional")
+            if opcode in ("fusion", "call", "conditional", "async-start"):
+                for called in instruction.called:
+                    if called in self.computations:
+                        self._visit(called, times, inside, channels)
+
+    def _trips(self, loop: Instruction) -> tuple[int, bool]:
+        """How often a loop runs, and whether the text says so."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known.group(1)), True
+        condition = self.computations[_attribute(loop, "condition")]
+        root = next(one for one in condition.values() if one.is_root)
+        if root.opcode == "fusion":
+            inner = next(one for one in self.computations[root.called[0]].values() if one.is_root)
+            compares = inner.opcode == "compare"
+        else:
+            compares = root.opcode == "compare"
+        limits = [int(one.inside) for one in condition.values() if one.opcode == "constant" and one.inside.isdigit()]
+        if compares and len(limits) == 1:
+            return limits[0], True
+        return self.longest_loop, False
+
+    def _kernel(self, call: Instruction, times: int) -> None:
+        if "tpu_custom_call" not in call.attributes:
+            return
+        estimate = _ESTIMATE.search(call.attributes)
+        if estimate and int(estimate.group(1)):
+            share = self.visited if _ROW_ATTENTION.search(call.attributes) else 1.0
+            self.flops += times * share * int(estimate.group(1))
+            self.kernel_flops += times * share * int(estimate.group(1))
+        else:
+            self.silent_kernels += times
+
+    def _collective(self, instruction: Instruction, computation: Computation, times: int) -> bool:
+        """Counts a collective; a fusion named after one is the compiler's way to write a reduce-scatter."""
+        kind = instruction.opcode.removesuffix("-start")
+        if instruction.opcode == "fusion" and instruction.called[0].startswith("all-reduce-scatter"):
+            inner = self.computations[instruction.called[0]].values()
+            reduce = next((one for one in inner if one.opcode.startswith("all-reduce")), None)
+            if reduce is None:
+                return False
+            size = sum(array.bytes for array in reduce.arrays)
+            self.collectives["reduce-scatter", size, _group_size(reduce)] += times
+            return True
+        if kind not in COLLECTIVES or instruction.opcode.endswith("-done"):
+            return False
+        chips = _group_size(instruction)
+        operands = sum(self._operand_bytes(instruction, computation))
+        size = operands * chips if kind == "all-gather" else operands
+        self.collectives[kind, size, chips] += times
+        return True
+
+    def _operand_bytes(self, instruction: Instruction, computation: Computation) -> Iterator[int]:
+        for name in instruction.operands:
+            if name in computation:
+                yield sum(array.bytes for array in computation[name].arrays)
+
+    def _traffic(self, instruction: Instruction, computation: Computation) -> float:
+        """HBM bytes one instruction reads and writes."""
+        result = [array.bytes for array in instruction.arrays if array.in_hbm]
+        if instruction.opcode in _SLICES:
+            return 2 * sum(result)
+        if instruction.opcode == "custom-call" and (stated := _STATED_BYTES.search(instruction.attributes)):
+            return float(stated.group(1))  # a kernel may read a part of an operand, or read it again and again
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * sum(array.bytes for array in computation[instruction.operands[1]].arrays)
+        if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
+            # The tuple names the operand too: behind the result of a copy, before that of a collective.
+            place = 0 if instruction.opcode == "copy-start" else 1
+            result = [array.bytes for array in instruction.arrays[place : place + 1] if array.in_hbm]
+        if instruction.opcode in ("fusion", "async-start") and instruction.called:
+            inner = self.computations[instruction.called[0]]
+            parameters = [one for one in inner.values() if one.opcode == "parameter"]
+            parameters.sort(key=_parameter_number)
+            read = sum(
+                self._read(inner, parameter)
+                for parameter, name in zip(parameters, instruction.operands, strict=False)
+                if _in_hbm(computation, name)
+            )
+            return read + self._written(inner, instruction)
+        read = sum(
+            sum(array.bytes for array in computation[name].arrays if array.in_hbm)
+            for name in instruction.operands
+            if name in computation
+        )
+        return read + sum(result)
+
+    def _read(self, computation: Computation, value: Instruction) -> float:
+        """Bytes a fused computation takes of one of its arguments: all of it, or what its slices take."""
+        whole = sum(array.bytes for array in value.arrays)
+        taken = 0.0
+        for user in computation.values():
+            if value.name not in user.operands:
+                continue
+            if user.opcode in _SLICES and user.operands[0] == value.name:
+                taken += sum(array.bytes for array in user.arrays)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+                continue
+            elif user.opcode == "bitcast" or self._is_bitcast(user):
+                taken += whole if user.is_root else self._read(computation, user)
+            elif user.opcode == "fusion":
+                inner = self.computations[user.called[0]]
+                numbers = [place for place, name in enumerate(user.operands) if name == value.name]
+                inner_values = [one for one in inner.values() if one.opcode == "parameter"]
+                taken += sum(self._read(inner, one) for one in inner_values if _parameter_number(one) in numbers)
+            else:
+                return whole
+        return min(whole, taken)
+
+    def _is_bitcast(self, instruction: Instruction) -> bool:
+        """Whether it is a fusion that only gives its one argument another shape."""
+        if instruction.opcode != "fusion":
+            return False
+        inner = self.computations[instruction.called[0]].values()
+        return all(one.opcode in ("parameter", "bitcast") for one in inner)
+
+    def _written(self, inner: Computation, fusion: Instruction) -> float:
+        """Bytes a fusion writes: its results, of an updated slice only the update."""
+        root = next(one for one in inner.values() if one.is_root)
+        roots = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        written = 0.0
+        for value, array in zip(roots, fusion.arrays, strict=False):
+            while value.opcode == "bitcast" and value.operands[0] in inner:
+                value = inner[value.operands[0]]
+            if not array.in_hbm:
+                continue
+            if value.opcode == "dynamic-update-slice":
+                written += sum(one.bytes for one in inner[value.operands[1]].arrays)
+            else:
+                written += array.bytes
+        return written
+
+
+def _in_hbm(computation: Computation, name: str) -> bool:
+    return name in computation and any(array.in_hbm for array in computation[name].arrays)
+
+
+def _attribute(instruction: Instruction, name: str) -> str:
+    return re.search(rf"\b{name}=%?([\w.<>-]+)", instruction.attributes).group(1)
+
+
+def _parameter_number(instruction: Instruction) -> int:
+    return int(instruction.inside)
+
+
+def _group_size(instruction: Instruction) -> int:
+    """Chips that take part in one collective."""
+    attributes = instruction.attributes
+    if instruction.opcode.startswith("collective-permute"):
+        return 2
+    if match := _LISTED_GROUPS.search(attributes):
+        return match.group(1).count(",") + 1
+    if match := _ORDERED_GROUPS.search(attributes):
+        return int(match.group(1))
+    if match := _MESH_GROUPS.search(attributes):
+        sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(match.group(1))}
+        return math.prod(int(part) if part else sizes[name] for name, _, part in _MESH_AXIS.findall(match.group(2)))
+    raise ValueError(f"{instruction.name}: cannot tell which chips take part in it: {attributes[:200]}")
