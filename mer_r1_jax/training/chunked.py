@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mer_r1_jax.kernels.placement import Placement, device
 from mer_r1_jax.omni.batch import Array
 from mer_r1_jax.omni.text import Cache, PromptCache
-from mer_r1_jax.omni.thinker import FeatureLayout
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.rules import DECODE_RULES, replicated
 from mer_r1_jax.rl import compaction
@@ -77,11 +76,8 @@ class ChunkedRollout:
                 model = self.backbone.bind(*weights)
                 state = start(
                     model,
-                    prompts.batch.tokens,
-                    features_BRD,
-                    FeatureLayout.of_batch(prompts.batch),
-                    next_position_B=prompts.next_position_B,
-                    prompt_uid_B=prompts.uid_B,
+                    features=features_BRD,
+                    **prompts.of_rollout,
                     key=key,
                     rollout_step=rollout_step,
                     generations=self.generations,

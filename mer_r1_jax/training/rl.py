@@ -44,6 +44,16 @@ class PromptRows:
     next_position_B: Array
     uid_B: Array
 
+    @property
+    def of_rollout(self) -> dict[str, Any]:
+        """What `rl.rollout.rollout` and `start` take of prompts, by the names of their arguments."""
+        return {
+            "tokens": self.batch.tokens,
+            "layout": FeatureLayout.of_batch(self.batch),
+            "next_position_B": self.next_position_B,
+            "prompt_uid_B": self.uid_B,
+        }
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,11 +177,8 @@ class RlPrograms:
         def sample(model: Thinker, prompts: PromptRows, features_BRD, key, rollout_step):
             return rollout(
                 model,
-                prompts.batch.tokens,
-                features_BRD,
-                FeatureLayout.of_batch(prompts.batch),
-                next_position_B=prompts.next_position_B,
-                prompt_uid_B=prompts.uid_B,
+                features=features_BRD,
+                **prompts.of_rollout,
                 key=key,
                 rollout_step=rollout_step,
                 generations=generations,

@@ -287,7 +287,8 @@ def test_a_folder_whose_name_begins_like_the_root_is_outside(write, tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root2").mkdir()
     os.symlink(tmp_path / "root2", tmp_path / "root" / "x")
-    fault(write({**GOOD, "videos": ["x/a.mp4"]}), media_root=tmp_path / "root")
+    problem = fault(write({**GOOD, "videos": ["x/a.mp4"]}), media_root=tmp_path / "root")
+    assert problem.field == "videos[0]" and str(tmp_path / "root2" / "a.mp4") in problem.got
 
 
 def test_every_fault_is_collected_and_the_list_is_capped(write):
