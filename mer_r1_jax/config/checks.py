@@ -46,7 +46,7 @@ AT_LEAST_ONE = (
     "train.max_nonfinite_steps",
 )
 
-
+# Fields that name places on the machine a run is made on.
 PATHS = (
     "model.path",
     "model.tokenizer_path",

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import MeshConfig, RunConfig
 from mer_r1_jax.parallel.mesh import mesh_sizes
@@ -22,13 +23,6 @@ from mer_r1_jax.training.state import Leaves, Params, merge
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
 RUN_MARKER = "checkpoints"  # folder that a run has and an export has not
 
-_PATHS = {  # fields that name places on the machine a run was made on
-    "model": ("path", "tokenizer_path"),
-    "data": ("sft_path", "rl_path", "eval_path", "media_root", "cache_dir", "synthetic_dir"),
-    "emotion": ("wheel_dir",),
-    "train": ("output_dir",),
-}
-
 
 class PolicyError(ValueError):
     """A folder that holds no policy; the message says what was expected there."""
@@ -37,8 +31,9 @@ class PolicyError(ValueError):
 def write_settings(directory: pathlib.Path, config: RunConfig) -> None:
     """Puts a run's configuration beside its export, without the run's paths; it says that the export is complete."""
     values = dataclasses.asdict(config)
-    for section, fields in _PATHS.items():
-        values[section] |= dict.fromkeys(fields, "")
+    for dotted in PATHS:
+        section, _, field = dotted.partition(".")
+        values[section][field] = ""
     durable.write_json(directory / SETTINGS_FILE, values)
 
 
