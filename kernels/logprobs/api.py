@@ -18,7 +18,7 @@ from mer_r1_jax.kernels.logprobs.tiles import Tiles, tiles_for
 
 IMPLEMENTATIONS = ("pallas", "xla", "direct")
 DIRECT_VOCAB = 65536  # off TPU, vocabularies up to here are scored from whole logits
-CHUNK = 1024  # rows whose whole logits `direct` holds at once
+CHUNK_BYTES = 2**23  # logits that `direct` holds at once: on CPUs, what passes from one core's cache to the next step
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,7 @@ def gather_logprobs(
     vocab_first: bool = False,
     entropy_gradient: bool = True,
     partition: Partition | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     implementation: str | None = None,
     device_kind: str | None = None,
     tiles: Tiles | None = None,
@@ -71,7 +71,7 @@ def gather_logprobs(
         vocab_first: see unembedding.
         entropy_gradient: whether a gradient flows through the entropy.
         partition: how the arrays are cut over a mesh; None on one device.
-        chunk: rows whose whole logits `direct` holds at once.
+        chunk: rows whose whole logits `direct` holds at once on a device; None chooses by their size.
         implementation: one of IMPLEMENTATIONS; None chooses.
         device_kind: the device to choose for (jax's name); None takes the partition's mesh or the default device.
         tiles: of the Pallas kernels; None chooses.
@@ -101,8 +101,8 @@ def gather_logprobs(
             candidate_ids_ZY,
             temperature=temperature,
             vocab_first=vocab_first,
-            entropy_gradient=entropy_gradient,
-            chunk=chunk,
+            partition=partition,
+            chunk=chunk or max(1, CHUNK_BYTES // (4 * V)),
         )
     else:
         plan = Plan(
@@ -119,8 +119,8 @@ def gather_logprobs(
         logprob, entropy, set_logprob = jax.tree.map(lambda a: a.reshape(*leading, *a.shape[1:]), results)
         if token is None:
             logprob = entropy = None
-        elif not entropy_gradient:
-            entropy = jax.lax.stop_gradient(entropy)
+    if entropy is not None and not entropy_gradient:
+        entropy = jax.lax.stop_gradient(entropy)
     if mask is not None:
         logprob = logprob if logprob is None else jnp.where(mask, logprob, 0.0)
         entropy = entropy if entropy is None else jnp.where(mask, entropy, 0.0)

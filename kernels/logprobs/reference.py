@@ -18,14 +18,11 @@ def logits(h: jax.Array, unembedding: jax.Array, *, vocab_first: bool) -> jax.Ar
     return jnp.einsum("...D,DV->...V", h, kernel_DV, preferred_element_type=jnp.float32)
 
 
-def token_scores(logits_MV: jax.Array, token_M: jax.Array, *, entropy_gradient: bool) -> tuple[jax.Array, jax.Array]:
+def token_scores(logits_MV: jax.Array, token_M: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log-probability of one token and entropy of each row's softmax, float32 [M] in nats."""
     lse_M = jax.nn.logsumexp(logits_MV, axis=-1)
     logprob_M = jnp.take_along_axis(logits_MV, token_M[:, None], axis=-1)[:, 0] - lse_M
-    held_MV = logits_MV if entropy_gradient else jax.lax.stop_gradient(logits_MV)
-    held_lse_M = lse_M if entropy_gradient else jax.lax.stop_gradient(lse_M)
-    entropy_M = held_lse_M - jnp.sum(jnp.exp(held_MV - held_lse_M[:, None]) * held_MV, axis=-1)
-    return logprob_M, entropy_M
+    return logprob_M, lse_M - jnp.sum(jnp.exp(logits_MV - lse_M[:, None]) * logits_MV, axis=-1)
 
 
 def set_scores(logits_MV: jax.Array, set_MK: jax.Array, candidate_ids_ZY: jax.Array) -> jax.Array:

@@ -29,7 +29,6 @@ from mer_r1_jax.omni.batch import Array
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
 
-CHUNK = 256  # anchors whose logits are held at once
 NO_SET = -1  # the word has no candidates on this wheel, or may not be used
 
 # Why a completion or a word has no confidence; counted under these names.
@@ -181,7 +180,7 @@ def anchor_hidden(h_BGCD: Array, index_BGW: Array) -> Array:
     return jnp.take_along_axis(h_BGCD, index_BGW[..., None], axis=2)
 
 
-def set_logprobs(model, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk: int = CHUNK) -> Array:
+def set_logprobs(model, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk: int | None = None) -> Array:
     """log of the probability that the next token is one of a candidate set's, untempered and over the whole vocabulary.
 
     Args:
@@ -189,7 +188,7 @@ def set_logprobs(model, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk
         h: hidden states [..., D].
         sets: int32 [..., Q], candidate set of each wheel, NO_SET for none.
         candidate_ids_ZY: int32, token ids of each set, -1 where a set has fewer.
-        chunk: hidden states whose logits are held at once where whole logits are computed.
+        chunk: hidden states whose logits are held at once where whole logits are computed; None chooses.
 
     Returns:
         float32 [..., Q] in nats, never below log(1e-10); that value too where there is no set.
@@ -198,7 +197,13 @@ def set_logprobs(model, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk
 
 
 def confidences(
-    model, slow_h_BGCD: Array, fast_h_BGCD: Array, anchors: Anchors, candidate_ids_ZY: Array, *, chunk: int = CHUNK
+    model,
+    slow_h_BGCD: Array,
+    fast_h_BGCD: Array,
+    anchors: Anchors,
+    candidate_ids_ZY: Array,
+    *,
+    chunk: int | None = None,
 ) -> tuple[Array, Array]:
     """Slow and fast confidence of every word on every wheel, through one call: same code path, dtype and block shape.
 
@@ -210,7 +215,7 @@ def confidences(
         fast_h_BGCD: hidden states that predict the fast contexts' tokens, from the same packed forward pass.
         anchors: the words.
         candidate_ids_ZY: int32, token ids of each candidate set, -1 where a set has fewer.
-        chunk: hidden states whose logits are held at once.
+        chunk: as in `set_logprobs`.
 
     Returns:
         slow and fast, float32 [B, G, W, Q] in nats; without meaning where `anchors.set_BGWQ` is NO_SET.

@@ -12,7 +12,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mer_r1_jax.kernels.logprobs.api import CHUNK
 from mer_r1_jax.omni.batch import Array
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -102,7 +101,9 @@ def loss_mask(mask_BGC: Array, truncated_BG: Array, mask_truncated_completions: 
     return mask_BGC & ~truncated_BG[..., None]
 
 
-def token_logprobs(model, h: Array, ids: Array, *, temperature: float, chunk: int = CHUNK) -> tuple[Array, Array]:
+def token_logprobs(
+    model, h: Array, ids: Array, *, temperature: float, chunk: int | None = None
+) -> tuple[Array, Array]:
     """Log-probability of each token and entropy of the distribution it is scored under, softmax(logits / temperature).
 
     The logits of all tokens are never held at once; `mer_r1_jax.kernels.logprobs` says how.
@@ -112,7 +113,7 @@ def token_logprobs(model, h: Array, ids: Array, *, temperature: float, chunk: in
         h: hidden states [..., D] that predict the tokens.
         ids: int32 [...].
         temperature: above 0; the sampling temperature.
-        chunk: tokens whose logits are held at once where whole logits are computed.
+        chunk: tokens whose logits are held at once where whole logits are computed; None chooses.
 
     Returns:
         log-probabilities float32 [...] and entropies float32 [...] in nats; no gradient flows through the entropies,

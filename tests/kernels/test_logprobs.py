@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def by(case, **settings):
 def by_reference(case):
     def score(x, w):
         logits = reference.logits(x, w, vocab_first=False) / TEMPERATURE
-        tokens = reference.token_scores(logits, case["token"], entropy_gradient=True)
+        tokens = reference.token_scores(logits, case["token"])
         return *tokens, reference.set_scores(logits, case["sets"], jnp.asarray(case["ids"]))
 
     return score
@@ -89,6 +90,7 @@ def assert_close(got, want, limit):
 
 
 PALLAS = dict(implementation="pallas", tiles=TILES, interpret=True)
+CHUNKED = dict(implementation="direct", chunk=16)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,9 @@ PALLAS = dict(implementation="pallas", tiles=TILES, interpret=True)
         ((32, 128, 512), True, PALLAS),
         ((61, 256, 700), True, dict(implementation="xla")),
         ((7, 100, 5001), False, dict(implementation="xla")),
-        ((61, 100, 700), True, dict(implementation="direct", chunk=16)),
+        ((61, 100, 700), True, dict(implementation="direct")),
+        ((61, 100, 700), True, CHUNKED),
+        ((61, 100, 700), False, CHUNKED),
     ],
 )
 def test_every_implementation_agrees_with_the_reference(shape, vocab_first, settings):
@@ -129,7 +133,9 @@ def test_two_cores_share_the_backward_kernel_without_a_race():
     assert_close(got, scored(arrays, by_reference(arrays)), FLOAT32)
 
 
-@pytest.mark.parametrize("settings", [PALLAS, dict(implementation="xla")], ids=["pallas", "xla"])
+@pytest.mark.parametrize(
+    "settings", [PALLAS, dict(implementation="xla"), CHUNKED], ids=["pallas", "xla", "direct"]
+)
 def test_a_vocabulary_cut_over_devices_gives_the_same(settings):
     """Rows over data and fsdp, vocabulary over tensor, the stored unembedding's width over fsdp; the rows are odd."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
@@ -143,6 +149,23 @@ def test_a_vocabulary_cut_over_devices_gives_the_same(settings):
         return by(arrays, partition=partition, **settings)(x, jax.lax.with_sharding_constraint(w, stored))
 
     assert_close(scored(arrays, score), scored(arrays, by_reference(arrays)), FLOAT32)
+
+
+def test_every_device_scores_its_own_rows_only():
+    """Of whole logits too, which the compiler cuts into chunks of all rows if it is left to choose."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    partition = Partition(mesh=mesh, rows=("data",))
+    arrays = case(512, 128, 600)
+
+    def loss(x, w):
+        return gather_logprobs(x, w, arrays["token"], partition=partition, **CHUNKED).logprob.sum()
+
+    row, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    step = jax.jit(jax.grad(loss, (0, 1)), in_shardings=(row, whole))
+    text = step.lower(arrays["x"], arrays["w"]).compile().as_text()
+    rows = {int(rows) for rows in re.findall(r"f32\[(\d+),600\]", text)}
+    trips = {int(trips) for trips in re.findall(r'"known_trip_count":{"n":"(\d+)"}', text)}
+    assert rows == {128, 16} and trips == {512 // 8 // 16} and "all-gather" not in text  # 128: the unembedding's width
 
 
 @pytest.mark.parametrize("settings", [PALLAS, dict(implementation="xla"), dict(implementation="direct")])
