@@ -89,13 +89,19 @@ def shared_prompt_attention(
         out_BGCHh in the dtype of the queries.
     """
     B, G, C, H, h = query_BGCHh.shape
-    K, T = prompt_key_BTKh.shape[2], prompt_key_BTKh.shape[1]
+    K = prompt_key_BTKh.shape[2]
     query_BGCKQh = query_BGCHh.reshape(B, G, C, K, H // K, h)
     prompt_BKGQCT = jnp.einsum("BGCKQh,BTKh->BKGQCT", query_BGCKQh, prompt_key_BTKh, preferred_element_type=jnp.float32)
     own_BKGQCS = jnp.einsum("BGCKQh,BGSKh->BKGQCS", query_BGCKQh, own_key_BGSKh, preferred_element_type=jnp.float32)
     prompt_BKGQCT = jnp.where(prompt_mask_BT[:, None, None, None, None], prompt_BKGQCT * scale, MASKED)
     own_BKGQCS = jnp.where(own_mask_BGCS[:, None, :, None], own_BKGQCS * scale, MASKED)
-    weight = jax.nn.softmax(jnp.concatenate([prompt_BKGQCT, own_BKGQCS], axis=-1), axis=-1).astype(query_BGCHh.dtype)
-    out_BGCKQh = jnp.einsum("BKGQCT,BTKh->BGCKQh", weight[..., :T], prompt_value_BTKh)
-    out_BGCKQh += jnp.einsum("BKGQCS,BGSKh->BGCKQh", weight[..., T:], own_value_BGSKh)
+    # One softmax in two parts: put side by side, the scores would be copied there and back.
+    top = jnp.maximum(prompt_BKGQCT.max(axis=-1, keepdims=True), own_BKGQCS.max(axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    prompt_BKGQCT, own_BKGQCS = jnp.exp(prompt_BKGQCT - top), jnp.exp(own_BKGQCS - top)
+    total_BKGQC = prompt_BKGQCT.sum(axis=-1) + own_BKGQCS.sum(axis=-1)
+    out_BGCKQh = jnp.einsum("BKGQCT,BTKh->BGCKQh", prompt_BKGQCT.astype(query_BGCHh.dtype), prompt_value_BTKh)
+    out_BGCKQh += jnp.einsum("BKGQCS,BGSKh->BGCKQh", own_BKGQCS.astype(query_BGCHh.dtype), own_value_BGSKh)
+    out_BGCKQh /= jnp.transpose(total_BKGQC, (0, 2, 4, 1, 3))[..., None]
+    out_BGCKQh = out_BGCKQh.astype(query_BGCHh.dtype)
     return out_BGCKQh.reshape(B, G, C, H, h)

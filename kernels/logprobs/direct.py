@@ -2,9 +2,9 @@
 
 A chunk of rows at a time, small enough that its logits stay in a CPU's cache, and computed again for the gradient: that
 takes less time than to bring all of them from memory. By hand, because the derived gradient costs several more passes
-over the logits, and brings the larger factor of the unembedding's gradient into another order instead of the smaller
-one. Of the mesh, the axes that cut rows are dealt with here (left to the compiler, a loop over chunks makes every device
-score all rows); those that cut the vocabulary are not.
+over the logits, and brings the larger factor of the unembedding's gradient into another order instead of the smaller.
+Of the mesh, the axes that cut rows are dealt with here: left to the compiler, a loop over chunks makes every device
+score all rows. Those that cut the vocabulary are the compiler's.
 
 Letters besides the reference's: N all rows of a device, M rows of a chunk.
 """

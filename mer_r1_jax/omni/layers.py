@@ -17,10 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mer_r1_jax.kernels.attention.reference import INPUTS, RESIDUALS
 from mer_r1_jax.kernels.placement import Placement
+
+# Name under which the results of products with weights can be kept by a remat policy.
+DOTS = "dots"
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -168,7 +172,7 @@ class Linear(nnx.Module):
             self.bias = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _project(self.equation, x, self.kernel[...].astype(self.dtype))
+        y = checkpoint_name(_project(self.equation, x, self.kernel[...].astype(self.dtype)), DOTS)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -309,9 +313,5 @@ def _kept(remat: str) -> Callable:
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(RESIDUALS)
     # Rotated and laid out for the kernel, queries need not be rotated again: only their products' results are dropped.
-    around = policies.save_only_these_names(RESIDUALS, INPUTS)
-    return {
-        "nothing": policies.nothing_saveable,
-        "attention": attention,
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, around),
-    }[remat]
+    dots = policies.save_only_these_names(RESIDUALS, INPUTS, DOTS)
+    return {"nothing": policies.nothing_saveable, "attention": attention, "dots": dots}[remat]

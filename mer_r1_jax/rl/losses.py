@@ -101,9 +101,7 @@ def loss_mask(mask_BGC: Array, truncated_BG: Array, mask_truncated_completions: 
     return mask_BGC & ~truncated_BG[..., None]
 
 
-def token_logprobs(
-    model, h: Array, ids: Array, *, temperature: float, chunk: int | None = None
-) -> tuple[Array, Array]:
+def token_logprobs(model, h: Array, ids: Array, *, temperature: float, chunk: int | None = None) -> tuple[Array, Array]:
     """Log-probability of each token and entropy of the distribution it is scored under, softmax(logits / temperature).
 
     The logits of all tokens are never held at once; `mer_r1_jax.kernels.logprobs` says how.

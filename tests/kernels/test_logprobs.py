@@ -133,9 +133,7 @@ def test_two_cores_share_the_backward_kernel_without_a_race():
     assert_close(got, scored(arrays, by_reference(arrays)), FLOAT32)
 
 
-@pytest.mark.parametrize(
-    "settings", [PALLAS, dict(implementation="xla"), CHUNKED], ids=["pallas", "xla", "direct"]
-)
+@pytest.mark.parametrize("settings", [PALLAS, dict(implementation="xla"), CHUNKED], ids=["pallas", "xla", "direct"])
 def test_a_vocabulary_cut_over_devices_gives_the_same(settings):
     """Rows over data and fsdp, vocabulary over tensor, the stored unembedding's width over fsdp; the rows are odd."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
