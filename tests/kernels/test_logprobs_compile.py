@@ -60,3 +60,32 @@ def test_on_v5p_cut_over_four_chips():
     # Besides the kernels' own: the gathered half of the unembedding, and its gradient before it is scattered.
     half = 2 * D * (V // 2)
     assert compiled.memory_analysis().temp_size_in_bytes <= 2 * half + NAIVE_TEMP / 50
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+def test_candidate_sets_of_a_few_anchors_compile_with_their_gradient(chip):
+    """As the confidences ask for them; no logits of the anchors exist as a whole."""
+    slice_ = topology(chip)
+    kind, anchors, wheels, words = slice_.devices[0].device_kind, 1024, 5, 300
+
+    def run(h, w, sets, ids):
+        def confidence(h, w):
+            settings = dict(device_kind=kind, implementation="pallas", candidate_ids_ZY=ids)
+            return gather_logprobs(h, w, sets=sets, **settings).sets
+
+        results, pull = jax.vjp(confidence, h, w)
+        return results, pull(results)
+
+    shapes = (
+        jax.ShapeDtypeStruct((anchors, D), jnp.bfloat16),
+        jax.ShapeDtypeStruct((D, V), jnp.bfloat16),
+        jax.ShapeDtypeStruct((anchors, wheels), jnp.int32),
+        jax.ShapeDtypeStruct((words, 8), jnp.int32),
+    )
+    compiled = compile_for(run, shapes, slice_)
+    if chip == "v5e":  # on v5p the table is gathered by its sparse cores, which as_text() cannot print
+        text = compiled.as_text()
+        assert text.count("tpu_custom_call") >= 2  # forward and backward
+        assert not re.search(rf"(f32|bf16)\[{anchors},{V}\]", text)
+    table = 2 * 384 * V  # which token is in which set, 300 sets in whole tiles of 128
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * table + 2**27
