@@ -7,13 +7,14 @@ there is one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Tokens
-from mer_r1_jax.omni.layers import constrain
+from mer_r1_jax.omni.layers import active_mesh, constrain, mesh_axes
 from mer_r1_jax.rl.sampling import SamplingConfig, sample, uniforms
 
 # Why a completion ended.
@@ -250,11 +251,7 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
     """Samples one token for every completion still running and writes it at index `step`."""
     index, sampled = state.step, state.sampled
     uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
-    # A row's logits come together once, over the axes that cut the vocabulary: drawing takes a dozen sums over them.
-    # Both places are named, or the compiler would bring the unembedding together instead.
-    logits_BGN = constrain(model.logits(h_BGD), ("batch", "group", "vocab"))
-    logits_BGN = constrain(logits_BGN, ("batch", "group", None))
-    token_BG, logprob_BG, sampling_logprob_BG = sample(logits_BGN, uniform_BG, config)
+    token_BG, logprob_BG, sampling_logprob_BG = _drawn(model.logits(h_BGD), uniform_BG, config)
     running_BG = running(state)
     ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(config.eos_ids, jnp.int32))
 
@@ -270,3 +267,25 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
         stop_BG=jnp.where(ended_BG, STOP_EOS, sampled.stop_BG),
     )
     return dataclasses.replace(state, step=index + 1, sampled=sampled)
+
+
+def _drawn(logits_BGN: Array, uniform_BG: Array, config: SamplingConfig) -> tuple[Array, Array, Array]:
+    """As `sample`; on a mesh a token's logits come together once, because drawing takes a dozen sums over them.
+
+    Devices that hold parts of the vocabulary for the same S completions exchange them so that each draws for its share
+    of those; where they do not divide, each draws for all of them. Every place is named, or the compiler would bring
+    the unembedding together instead.
+    """
+    logits_BGN = constrain(logits_BGN, ("batch", "group", "vocab"))
+    shape_BG = uniform_BG.shape
+    if _cut("drawn") <= _cut("batch") or math.prod(shape_BG) % _cut("drawn"):
+        return sample(constrain(logits_BGN, ("batch", "group", None)), uniform_BG, config)
+    logits_SN = constrain(logits_BGN.reshape(-1, logits_BGN.shape[-1]), ("drawn", None))
+    drawn_S = sample(logits_SN, constrain(uniform_BG.reshape(-1), ("drawn",)), config)
+    return tuple(constrain(one_S.reshape(shape_BG), ("batch", "group")) for one_S in drawn_S)
+
+
+def _cut(name: str) -> int:
+    """Parts a logical axis is cut into under the active `axis_rules`; 1 when there are none."""
+    mesh = active_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in mesh_axes(name))
