@@ -251,7 +251,7 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
     """Samples one token for every completion still running and writes it at index `step`."""
     index, sampled = state.step, state.sampled
     uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
-    token_BG, logprob_BG, sampling_logprob_BG = _drawn(model.logits(h_BGD), uniform_BG, config)
+    token_BG, logprob_BG, sampling_logprob_BG = _drawn(model, h_BGD, uniform_BG, config)
     running_BG = running(state)
     ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(config.eos_ids, jnp.int32))
 
@@ -269,19 +269,20 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
     return dataclasses.replace(state, step=index + 1, sampled=sampled)
 
 
-def _drawn(logits_BGN: Array, uniform_BG: Array, config: SamplingConfig) -> tuple[Array, Array, Array]:
-    """As `sample`; on a mesh a token's logits come together once, because drawing takes a dozen sums over them.
+def _drawn(model, h_BGD: Array, uniform_BG: Array, config: SamplingConfig) -> tuple[Array, Array, Array]:
+    """The next token of every completion from its hidden state: what `sample` gives, each [B, G].
 
-    Devices that hold parts of the vocabulary for the same S completions exchange them so that each draws for its share
-    of those; where they do not divide, each draws for all of them. Every place is named, or the compiler would bring
-    the unembedding together instead.
+    Drawing takes a dozen sums over the vocabulary, so on a mesh a token's logits come together once. Devices that hold
+    parts of the vocabulary for the same completions exchange them, so that each draws for its share of those; where
+    they do not divide, each draws for all of them. S counts completions, row by row. Every place is named, or the
+    compiler would bring the unembedding together instead.
     """
-    logits_BGN = constrain(logits_BGN, ("batch", "group", "vocab"))
     shape_BG = uniform_BG.shape
-    if _cut("drawn") <= _cut("batch") or math.prod(shape_BG) % _cut("drawn"):
-        return sample(constrain(logits_BGN, ("batch", "group", None)), uniform_BG, config)
-    logits_SN = constrain(logits_BGN.reshape(-1, logits_BGN.shape[-1]), ("drawn", None))
-    drawn_S = sample(logits_SN, constrain(uniform_BG.reshape(-1), ("drawn",)), config)
+    logits_SN = constrain(model.logits(h_BGD.reshape(-1, h_BGD.shape[-1])), ("batch", "vocab"))
+    shared = _cut("drawn") > _cut("batch") and logits_SN.shape[0] % _cut("drawn") == 0
+    place = "drawn" if shared else "batch"
+    logits_SN = constrain(logits_SN, (place, None))
+    drawn_S = sample(logits_SN, constrain(uniform_BG.reshape(-1), (place,)), config)
     return tuple(constrain(one_S.reshape(shape_BG), ("batch", "group")) for one_S in drawn_S)
 
 
