@@ -46,6 +46,7 @@ DECODE_RULES: Rules = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor", "fsdp"),
     "vocab": ("tensor",),
+    "drawn": ("data", "fsdp", "tensor"),  # completions while their next token is drawn: those of `batch`, and of `vocab`
 }
 
 

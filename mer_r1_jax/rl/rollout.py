@@ -7,13 +7,14 @@ there is one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Tokens
-from mer_r1_jax.omni.layers import constrain
+from mer_r1_jax.omni.layers import active_mesh, constrain, mesh_axes
 from mer_r1_jax.rl.sampling import SamplingConfig, sample, uniforms
 
 # Why a completion ended.
@@ -250,11 +251,7 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
     """Samples one token for every completion still running and writes it at index `step`."""
     index, sampled = state.step, state.sampled
     uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
-    # A row's logits come together once, over the axes that cut the vocabulary: drawing takes a dozen sums over them.
-    # Both places are named, or the compiler would bring the unembedding together instead.
-    logits_BGN = constrain(model.logits(h_BGD), ("batch", "group", "vocab"))
-    logits_BGN = constrain(logits_BGN, ("batch", "group", None))
-    token_BG, logprob_BG, sampling_logprob_BG = sample(logits_BGN, uniform_BG, config)
+    token_BG, logprob_BG, sampling_logprob_BG = _drawn(model, h_BGD, uniform_BG, config)
     running_BG = running(state)
     ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(config.eos_ids, jnp.int32))
 
@@ -270,3 +267,26 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
         stop_BG=jnp.where(ended_BG, STOP_EOS, sampled.stop_BG),
     )
     return dataclasses.replace(state, step=index + 1, sampled=sampled)
+
+
+def _drawn(model, h_BGD: Array, uniform_BG: Array, config: SamplingConfig) -> tuple[Array, Array, Array]:
+    """The next token of every completion from its hidden state: what `sample` gives, each [B, G].
+
+    Drawing takes a dozen sums over the vocabulary, so on a mesh a token's logits come together once. Devices that hold
+    parts of the vocabulary for the same completions exchange them, so that each draws for its share of those; where
+    they do not divide, each draws for all of them. S counts completions, row by row. Every place is named, or the
+    compiler would bring the unembedding together instead.
+    """
+    shape_BG = uniform_BG.shape
+    logits_SN = constrain(model.logits(h_BGD.reshape(-1, h_BGD.shape[-1])), ("batch", "vocab"))
+    shared = _cut("drawn") > _cut("batch") and logits_SN.shape[0] % _cut("drawn") == 0
+    place = "drawn" if shared else "batch"
+    logits_SN = constrain(logits_SN, (place, None))
+    drawn_S = sample(logits_SN, constrain(uniform_BG.reshape(-1), (place,)), config)
+    return tuple(constrain(one_S.reshape(shape_BG), ("batch", "group")) for one_S in drawn_S)
+
+
+def _cut(name: str) -> int:
+    """Parts a logical axis is cut into under the active `axis_rules`; 1 when there are none."""
+    mesh = active_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in mesh_axes(name))
