@@ -46,7 +46,8 @@ DECODE_RULES: Rules = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor", "fsdp"),
     "vocab": ("tensor",),
-    "drawn": ("data", "fsdp", "tensor"),  # completions while their next token is drawn: those of `batch`, and of `vocab`
+    # Completions while their next token is drawn: cut like `batch`, and over what cuts `vocab` besides.
+    "drawn": ("data", "fsdp", "tensor"),
 }
 
 
