@@ -191,6 +191,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     bucket: BucketServer
     protocol_version = "HTTP/1.1"  # connections are kept
+    disable_nagle_algorithm = True  # which would hold every second packet for 40 ms
 
     def _serve(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
