@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -125,7 +126,8 @@ class _Road:
         self._evaluate(leaves, "rl" if self.rl else "sft", self.sft_steps + final_step)
         self._export(leaves)
         if processes.is_first():
-            make_report(self.folder.path, media_root=self.config.data.media_root or None)
+            data = self.config.data
+            make_report(self.folder.path, media_root=data.media_root or os.path.dirname(data.eval_path) or None)
             self._conclude()
         return 0
 

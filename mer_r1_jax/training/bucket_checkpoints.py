@@ -6,7 +6,7 @@
 
 A bucket has no renames, and needs none: each save has a name of its own, so nothing that counts is ever written over,
 and the manifest replaces the one before in one step. A kill at any moment leaves the earlier steps as they were, and
-objects that no manifest names, which the next start removes. Sizes and checksums of the objects are those that the
+objects that no manifest names, which the run's next start removes. Sizes and checksums of the objects are those that the
 bucket computes itself; comparing them reads no array.
 """
 
@@ -66,9 +66,10 @@ class BucketCheckpoints:
         self.max_to_keep = max_to_keep
         self.layout_version = layout_version
         self._before_commit = before_commit
-        if processes.is_first():
-            self._remove_leftovers(_Steps(self.directory))
-        processes.barrier("opening the checkpoints")
+
+    def clear(self) -> None:
+        """Removes what interrupted saves have left; only for the start that owns the run."""
+        self._remove_leftovers(_Steps(self.directory))
 
     def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
         """Saves one step and removes those beyond `max_to_keep`, and those above `step`, as `Checkpoints.save`.

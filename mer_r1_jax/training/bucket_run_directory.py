@@ -67,9 +67,11 @@ class BucketRunDirectory(RunDirectory):
 
     def open_checkpoints(self, name: str, max_to_keep: int) -> BucketCheckpoints:
         """Checkpoints in the bucket, below this folder's address."""
-        return BucketCheckpoints(
-            f"{self.copy.address}/{name}", max_to_keep=max_to_keep, before_commit=self.copy.check_owner
-        )
+        address = f"{self.copy.address}/{name}"
+        checkpoints = BucketCheckpoints(address, max_to_keep=max_to_keep, before_commit=self.copy.check_owner)
+        if self.owns:
+            checkpoints.clear()
+        return checkpoints
 
     def publish(self) -> None:
         """Gives the bucket what is new: everything from the process that owns the run, its log from another."""

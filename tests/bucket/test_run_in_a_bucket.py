@@ -1,6 +1,7 @@
 """The training command with its output in a bucket: killed, gone on with on another host, the same as left alone."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,14 +11,14 @@ from support.run_contents import contents, differences
 from support.small_fixtures import compiled, small_folder  # noqa: F401
 
 from mer_r1_jax.bucket.copies import fetch_folder
+from mer_r1_jax.run.policy import PolicyError, load_policy, saved_config
 from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.checkpoints import HOST_STATE, Checkpoints
-from mer_r1_jax.training.metrics import read_metrics
-from mer_r1_jax.training.signals import EXIT_SAVED
+from mer_r1_jax.training.checkpoints import HOST_STATE, CheckpointError, Checkpoints
 
-STEPS = ("--config.sft.max_steps=3", "--config.rl.max_steps=2", "--config.train.save_steps=1")
+SETTINGS = ("--config.sft.max_steps=0", "--config.rl.max_steps=3", "--config.train.save_steps=1")
+NOT_EVALUATED = "--config.data.eval_path="
 RUN = "gs://bucket/runs/small"
-LAST = 5  # steps of both phases
+LAST = 3
 CHECKPOINTS = "mer_r1_jax.training.bucket_checkpoints:BucketCheckpoints"
 
 
@@ -25,7 +26,7 @@ CHECKPOINTS = "mer_r1_jax.training.bucket_checkpoints:BucketCheckpoints"
 def alone(small_folder, compiled, tmp_path_factory):  # noqa: F811
     """The folder of the same run on a disk, left alone."""
     output = tmp_path_factory.mktemp("alone") / "runs"
-    assert train(small_folder, output, compiled, *STEPS).returncode == 0
+    assert train(small_folder, output, compiled, *SETTINGS, NOT_EVALUATED).returncode == 0
     return output / "small"
 
 
@@ -35,41 +36,61 @@ def start(server, small_folder, compiled, tmp_path):  # noqa: F811
 
     def start(host, *arguments, **interrupt):
         places = ("--config.train.output_dir=gs://bucket/runs", f"--config.train.local_dir={tmp_path / host}")
-        return train(small_folder, tmp_path / f"{host}-log", compiled, *STEPS, *places, *arguments, **interrupt)
+        return train(small_folder, tmp_path / f"{host}-log", compiled, *SETTINGS, NOT_EVALUATED, *places, *arguments, **interrupt)
 
     return start
 
 
-def test_killed_on_one_host_and_gone_on_with_on_others_ends_as_left_alone(bucket, start, alone, tmp_path):
-    killed = [
-        start("first", place=f"before {CHECKPOINTS}._commit 2"),  # arrays are there, and do not count
-        start("second", place=f"before {CHECKPOINTS}._collect_garbage 3"),
-        start("second", place="after mer_r1_jax.training.bucket_checkpoints:save_arrays 1"),
-    ]
-    assert [ended.returncode for ended in killed] == [-9] * 3, killed[-1].stderr[-3000:]
-    stopped = start("third", place="after mer_r1_jax.training.metrics:MetricsWriter.sync 1", signal_name="SIGTERM")
-    assert stopped.returncode == EXIT_SAVED, stopped.stderr[-3000:]
-    ended = start("fourth")
+def test_killed_on_one_host_and_gone_on_with_on_another_ends_as_left_alone(bucket, start, alone, tmp_path):
+    killed = start("first", place=f"before {CHECKPOINTS}._commit 3")  # arrays are there, and do not count
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    assert BucketCheckpoints(f"{RUN}/checkpoints").valid_steps() == [1]  # the first save is the reference
+    ended = start("second")
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "going on after rl step 1" in ended.stderr
 
     fetched = tmp_path / "fetched"
     fetch_folder(RUN, fetched)
-    (fetched / "env.json").unlink()
-    moved = {path.name: path.rename(tmp_path / path.name) for path in (fetched / "checkpoints", fetched / "reference")}
-    assert sorted(int(path.name) for path in moved["checkpoints"].iterdir()) == [4, 5]
+    assert sorted(int(path.name) for path in (fetched / "checkpoints").iterdir()) == [2, 3]
+    shutil.rmtree(fetched / "checkpoints")
     (fetched / "checkpoints").mkdir()
     expected = {name: value for name, value in contents(alone).items() if not name.startswith("checkpoint")}
-    assert differences(expected, contents(fetched)) == [] and len(expected) > 10
+    assert differences(expected, contents(fetched)) == []
+    assert {name.split(":")[0] for name in expected} == {"export", "completions", "metrics"}
     assert_same_state(alone, LAST)
-    assert [path.name for path in sorted(fetched.glob("logs/*"))] == [f"attempt_{number}" for number in range(1, 6)]
-    assert (fetched / "report.html").is_file() and not list((tmp_path / "fourth").rglob("*.safetensors.partial"))
+    assert sorted(path.name for path in fetched.glob("logs/*")) == ["attempt_1", "attempt_2"]
+    assert (fetched / "report.html").is_file() and not list((tmp_path / "second").rglob("*.partial"))
+
+
+def test_policy_of_a_run_in_a_bucket_is_that_of_the_same_run_on_a_disk(bucket, alone):
+    put_folder(bucket, "runs/small", alone)
+    restored = Checkpoints(alone / "checkpoints").restore(shapes_of(alone, LAST), step=LAST)
+    BucketCheckpoints(f"{RUN}/checkpoints").save(LAST, restored.arrays, restored.host)
+    (config, params, _), (_, expected, _) = load_policy(RUN), load_policy(alone)
+    assert saved_config(RUN) == saved_config(alone) and config.text.hidden_size == 32
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    with pytest.raises(CheckpointError, match=r"gs://bucket/runs/small/checkpoints holds no valid checkpoint"):
+        for name in [name for name in bucket.objects if name.endswith("manifest.json")]:
+            del bucket.objects[name]
+        load_policy(RUN)
+    with pytest.raises(PolicyError, match=r"gs://bucket/nothing/config.json: no run's configuration"):
+        load_policy("gs://bucket/nothing")
+
+
+def put_folder(bucket, name, folder):
+    for path in folder.rglob("*"):
+        if path.is_file() and "checkpoints" not in path.parts:
+            bucket.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def shapes_of(run, step):
+    described = json.loads((run / "checkpoints" / str(step) / HOST_STATE).read_text())["arrays"]
+    return {name: jax.ShapeDtypeStruct(spec["shape"], spec["dtype"]) for name, spec in described.items()}
 
 
 def assert_same_state(alone, step):
-    described = json.loads((alone / "checkpoints" / str(step) / HOST_STATE).read_text())["arrays"]
-    shapes = {name: jax.ShapeDtypeStruct(spec["shape"], spec["dtype"]) for name, spec in described.items()}
-    expected = Checkpoints(alone / "checkpoints").restore(shapes, step=step)
-    found = BucketCheckpoints(f"{RUN}/checkpoints").restore(shapes, step=step)
+    expected = Checkpoints(alone / "checkpoints").restore(shapes_of(alone, step), step=step)
+    found = BucketCheckpoints(f"{RUN}/checkpoints").restore(shapes_of(alone, step), step=step)
     assert found.host == expected.host
     for name, array in expected.arrays.items():
         np.testing.assert_array_equal(np.asarray(found.arrays[name]), np.asarray(array), err_msg=name)

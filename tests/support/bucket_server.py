@@ -46,7 +46,7 @@ class BucketServer:
 
     Attributes:
         objects: name -> Stored. Tests may look at them, and change them as somebody else would.
-        requests: method and object name of every request so far.
+        requests: method and object name of every request so far; READ for a GET of the content.
         refuse: asked before each request with its method and object name; a status it gives is the answer.
     """
 
@@ -96,7 +96,7 @@ class BucketServer:
             name = unquote(found[2]) if found.re is _OBJECT else query.get("name", "")
             if method == "POST" and query.get("uploadType") == "multipart":
                 name, body = _parts_of(body)
-            self.requests.append((method, name))
+            self.requests.append(("READ" if query.get("alt") == "media" else method, name))
             if status := self.refuse(method, name):
                 raise Refusal(status, "refused by the test")
             if found.re is _LISTING:
