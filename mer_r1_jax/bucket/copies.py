@@ -56,9 +56,8 @@ def fetch_folder(address: str, folder: Path) -> None:
     gone = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in found]
     for path in gone:
         path.unlink(missing_ok=True)
-    fetch_all(
-        {f"{root}/{name}": stored for name, stored in found.items()}, {f"{root}/{name}": folder / name for name in found}
-    )
+    objects = {f"{root}/{name}": stored for name, stored in found.items()}
+    fetch_all(objects, {f"{root}/{name}": folder / name for name in found})
 
 
 def fetch_all(objects: Mapping[str, Stored], files: Mapping[str, Path]) -> int:

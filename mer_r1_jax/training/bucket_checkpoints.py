@@ -6,8 +6,8 @@
 
 A bucket has no renames, and needs none: each save has a name of its own, so nothing that counts is ever written over,
 and the manifest replaces the one before in one step. A kill at any moment leaves the earlier steps as they were, and
-objects that no manifest names, which the run's next start removes. Sizes and checksums of the objects are those that the
-bucket computes itself; comparing them reads no array.
+objects that no manifest names, which the run's next start removes. Sizes and checksums of the objects are those that
+the bucket computes itself; comparing them reads no array.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class _Steps:
     def __init__(self, directory: str):
         self._directory = directory
         self._objects = storage.listing(directory)
-        self._manifests: dict[int, Any] = {}
+        self._manifests: dict[int, dict[str, Any] | str] = {}
 
     def committed(self) -> list[int]:
         """Steps with a manifest, ascending."""
@@ -190,28 +190,19 @@ class _Steps:
     def valid(self) -> list[int]:
         return [step for step in self.committed() if self.problem_of(step) is None]
 
-    def manifest(self, step: int) -> Any:
-        """The content of a manifest; None when it is no JSON."""
+    def manifest(self, step: int) -> dict[str, Any] | str:
+        """The content of a manifest; when it is none of ours, or harmed, why, in words."""
         if step not in self._manifests:
-            try:
-                self._manifests[step] = json.loads(storage.read(f"{self._directory}/{step}/{MANIFEST}") or b"")
-            except ValueError:
-                self._manifests[step] = None
+            self._manifests[step] = _checked(storage.read(f"{self._directory}/{step}/{MANIFEST}") or b"", step)
         return self._manifests[step]
 
     def problem_of(self, step: int) -> str | None:
         """Why a step is not valid, in words; None when it is."""
         if f"{step}/{MANIFEST}" not in self._objects:
             return f"it has no {MANIFEST}, so it does not exist or was never finished"
-        try:
-            manifest = self.manifest(step)
-            content = {key: manifest[key] for key in ("step", "save", "objects")}
-            if manifest["sha256"] != hash_of_json(content):
-                return f"{MANIFEST} does not match its own hash"
-        except (TypeError, KeyError):
-            return f"{MANIFEST} cannot be read as a manifest"
-        if content["step"] != step:
-            return f"{MANIFEST} belongs to step {content['step']}"
+        content = self.manifest(step)
+        if isinstance(content, str):
+            return content
         for relative, expected in content["objects"].items():
             stored = self._objects.get(f"{step}/{content['save']}/{relative}")
             if stored is None:
@@ -225,19 +216,38 @@ class _Steps:
         return None
 
     def leftovers(self) -> list[str]:
-        """Objects of saves that no manifest names: interrupted, replaced or given up."""
-        named = {step: (self.manifest(step) or {}).get("save") for step in self.committed()}
+        """Objects of saves that no manifest names: interrupted, replaced or given up.
+
+        Where the manifest is harmed, nobody knows which those are.
+        """
+        manifests = {step: self.manifest(step) for step in self.committed()}
         found = []
         for name in self._objects:
             step, _, rest = name.partition("/")
             save = rest.partition("/")[0]
-            if step.isascii() and step.isdigit() and _SAVE.fullmatch(save) and named.get(int(step)) != save:
+            if not (step.isascii() and step.isdigit() and _SAVE.fullmatch(save)):
+                continue
+            manifest = manifests.get(int(step), {})
+            if not isinstance(manifest, str) and manifest.get("save") != save:
                 found.append(name)
         return found
 
 
 def _new_name() -> str:
     return f"save-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+
+
+def _checked(text: bytes, step: int) -> dict[str, Any] | str:
+    """The content of a manifest, or what is wrong with it."""
+    try:
+        manifest = json.loads(text)
+        content = {key: manifest[key] for key in ("step", "save", "objects")}
+        harmed = manifest["sha256"] != hash_of_json(content)
+    except (ValueError, TypeError, KeyError):
+        return f"{MANIFEST} cannot be read as a manifest"
+    if harmed:
+        return f"{MANIFEST} does not match its own hash"
+    return content if content["step"] == step else f"{MANIFEST} belongs to step {content['step']}"
 
 
 def _described(stored: Stored) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""A bucket on this machine, which the real client libraries are led to."""
+"""A bucket on this machine, which the real client libraries are led to, and the parts of the small run."""
 
 import pytest
 from support.bucket_server import BucketServer
+from support.small_fixtures import compiled, small, small_folder  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from support.small_fixtures import compiled, small, small_folder  # noqa: F401
 from support.small_run import small_setup
 
 from mer_r1_jax.bucket.copies import fetch_file, fetch_folder
@@ -76,7 +75,7 @@ def test_what_is_not_there_or_may_not_be_read_is_named(bucket, tmp_path, fetch):
         fetch("gs://bucket/a", tmp_path / "x")
 
 
-def test_a_run_reads_records_clips_and_tokenizer_from_a_bucket(bucket, small_folder, tmp_path):  # noqa: F811
+def test_a_run_reads_records_clips_and_tokenizer_from_a_bucket(bucket, small_folder, tmp_path):
     for name in ("clips", "tokenizer"):
         put_folder(bucket, f"world/{name}", small_folder / name)
     for name in ("sft", "rl", "eval"):
@@ -100,7 +99,7 @@ def test_a_run_reads_records_clips_and_tokenizer_from_a_bucket(bucket, small_fol
         again.source.load(again.data.sft[0])
 
 
-def test_media_root_in_a_bucket_serves_records_on_a_disk(bucket, small_folder, tmp_path):  # noqa: F811
+def test_media_root_in_a_bucket_serves_records_on_a_disk(bucket, small_folder, tmp_path):
     put_folder(bucket, "media/clips", small_folder / "clips")
     for name in ("sft", "rl", "eval"):
         shutil.copy(small_folder / f"{name}.jsonl", tmp_path)
@@ -114,7 +113,7 @@ def test_media_root_in_a_bucket_serves_records_on_a_disk(bucket, small_folder, t
     assert setup.source.load(setup.data.rl[0]).prompt.text
 
 
-def test_weights_from_a_bucket_are_those_on_the_disk(bucket, small, tmp_path):  # noqa: F811
+def test_weights_from_a_bucket_are_those_on_the_disk(bucket, small, tmp_path):
     params = merge(small.backbone.init(seed=0))
     export_model(tmp_path / "hf", small.backbone.config, params, source=small.tokenizer_path)
     put_folder(bucket, "hf", tmp_path / "hf")

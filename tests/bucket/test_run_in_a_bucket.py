@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from support.killing import train
 from support.run_contents import contents, differences
-from support.small_fixtures import compiled, small_folder  # noqa: F401
 
 from mer_r1_jax.bucket.copies import fetch_folder
 from mer_r1_jax.run.policy import PolicyError, load_policy, saved_config
@@ -23,7 +22,7 @@ CHECKPOINTS = "mer_r1_jax.training.bucket_checkpoints:BucketCheckpoints"
 
 
 @pytest.fixture(scope="module")
-def alone(small_folder, compiled, tmp_path_factory):  # noqa: F811
+def alone(small_folder, compiled, tmp_path_factory):
     """The folder of the same run on a disk, left alone."""
     output = tmp_path_factory.mktemp("alone") / "runs"
     assert train(small_folder, output, compiled, *SETTINGS, NOT_EVALUATED).returncode == 0
@@ -31,12 +30,13 @@ def alone(small_folder, compiled, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture
-def start(server, small_folder, compiled, tmp_path):  # noqa: F811
+def start(server, small_folder, compiled, tmp_path):
     """Starts the run on a host, which has a disk of its own."""
 
     def start(host, *arguments, **interrupt):
         places = ("--config.train.output_dir=gs://bucket/runs", f"--config.train.local_dir={tmp_path / host}")
-        return train(small_folder, tmp_path / f"{host}-log", compiled, *SETTINGS, NOT_EVALUATED, *places, *arguments, **interrupt)
+        flags = (*SETTINGS, NOT_EVALUATED, *places, *arguments)
+        return train(small_folder, tmp_path / f"{host}-log", compiled, *flags, **interrupt)
 
     return start
 

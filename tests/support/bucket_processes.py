@@ -37,9 +37,8 @@ def main(address: str, base: str) -> None:
             checkpoints.save(step, {"w": array}, {"step": step})
         abstract = {"w": jax.ShapeDtypeStruct(WHOLE.shape, WHOLE.dtype, sharding=sharding)}
         restored = checkpoints.restore(abstract)
-        same = [
-            bool(np.array_equal(shard.data, 2 * WHOLE[shard.index])) for shard in restored.arrays["w"].addressable_shards
-        ]
+        shards = restored.arrays["w"].addressable_shards
+        same = [bool(np.array_equal(shard.data, 2 * WHOLE[shard.index])) for shard in shards]
     print(json.dumps({"step": restored.step, "host": restored.host, "same": same}), flush=True)
 
 
