@@ -16,7 +16,7 @@ from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.hf.load import load_params
 
-_RUN = flags.DEFINE_string("run", None, "Folder of a run, <output_dir>/<run_name>.")
+_RUN = flags.DEFINE_string("run", None, "Folder of a run, <output_dir>/<run_name>; may be gs://.")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory of a Thinker or of a full Omni model.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
 _BASE = flags.DEFINE_string(

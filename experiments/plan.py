@@ -17,6 +17,7 @@ from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.planning.markdown import markdown
 from mer_r1_jax.planning.plan import PROGRAMS, plan
+from mer_r1_jax.run.inputs import FOLDERS, require_files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Slices as Cloud TPU spells them, such as v5p:2x2x4.")
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.rl.prompts_per_step=32")
     with explained():
         config = from_mapping(_CONFIG.value)
+        require_files(config, FOLDERS)
         fits = True
         for topology in _TOPOLOGY.value:
             sheet = plan(

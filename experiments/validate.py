@@ -32,6 +32,7 @@ from mer_r1_jax.media.prompt import PromptBuilder
 from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.rl.tags import AnswerTags
+from mer_r1_jax.run.inputs import require_files
 from mer_r1_jax.training.backbone import thinker_config
 
 _DATA = flags.DEFINE_list("data", [], "JSON-lines files; empty = those of --config.")
@@ -72,6 +73,7 @@ def _config() -> RunConfig:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, media_root=_MEDIA_ROOT.value))
     if _WHEELS.value:
         config = dataclasses.replace(config, emotion=dataclasses.replace(config.emotion, wheel_dir=_WHEELS.value))
+    require_files(config)
     return config
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # One training run on a TPU VM slice, from this machine. NOT RUN SO FAR: no slice was at hand.
 #   experiments/launch/tpu_vm.sh create | setup | train [flags of experiments/train.py] | log | stop | delete
-# The settings below come from the environment; a bucket is mounted on every host at /mnt/run (README.md).
+# The settings below come from the environment. Data and runs lie in a bucket, gs://... (README.md).
 set -eu
 name=${TPU_NAME:?name of the TPU VM} zone=${ZONE:?its zone}
 type=${ACCELERATOR_TYPE:-v5p-32} version=${RUNTIME_VERSION:-v2-alpha-tpuv5}
-repository=${REPOSITORY:-} bucket=${BUCKET:-}
+repository=${REPOSITORY:-}
 
 on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
@@ -16,13 +16,11 @@ case $action in
         gcloud compute tpus tpu-vm create "$name" --zone="$zone" --accelerator-type="$type" --version="$version" ${SPOT:+--spot}
         ;;
     setup)
-        : "${repository:?address git clones the program from}" "${bucket:?name of the bucket}"
+        : "${repository:?address git clones the program from}"
         on_all_hosts "set -e
             test -d mer-r1-jax || git clone $repository mer-r1-jax
             cd mer-r1-jax && python3 -m venv .venv
-            .venv/bin/python -m pip install -q -c requirements.txt -e '.[tpu]'
-            sudo mkdir -p /mnt/run && sudo chown \$USER /mnt/run
-            mountpoint -q /mnt/run || gcsfuse --implicit-dirs $bucket /mnt/run"
+            .venv/bin/python -m pip install -q -c requirements.txt -e '.[tpu,gcs]'"
         ;;
     train)
         flags=$(printf ' %q' "$@")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mer_r1_jax.bucket.storage import is_bucket, problem_of
 from mer_r1_jax.config.schema import MAX_ASPECT_RATIO, OptimizerConfig, RunConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -58,7 +59,11 @@ PATHS = (
     "data.synthetic_dir",
     "emotion.wheel_dir",
     "train.output_dir",
+    "train.local_dir",
 )
+
+# Those of them that must be on a disk of the host: they are written to file by file.
+ON_DISK = ("data.cache_dir", "data.synthetic_dir", "train.local_dir")
 
 
 def lookup(config: Any, dotted: str) -> Any:
@@ -80,12 +85,7 @@ def check_values(config: RunConfig) -> list[str]:
         for dotted in AT_LEAST_ONE
         if lookup(config, dotted) < 1
     ]
-    problems += [
-        f"{dotted}: got {lookup(config, dotted)!r}, expected a path of a file system; mount the bucket at the same "
-        "place on every host (experiments/launch/README.md) and name that place"
-        for dotted in PATHS
-        if "://" in lookup(config, dotted)
-    ]
+    problems += _check_paths(config)
     problems += _check_batches(config)
     problems += _check_sampling(config)
     problems += _check_rewards(config)
@@ -95,6 +95,24 @@ def check_values(config: RunConfig) -> list[str]:
     unknown = [name for name in config.train.report_to if name != "tensorboard"]
     if unknown:
         problems.append(f"train.report_to: got {unknown}, expected a subset of: tensorboard")
+    return problems
+
+
+def _check_paths(config: RunConfig) -> list[str]:
+    problems = []
+    for dotted in PATHS:
+        path = lookup(config, dotted)
+        if "://" not in path:
+            continue
+        if dotted in ON_DISK:
+            problems.append(f"{dotted}: got {path!r}, expected a folder on a disk of every host, not one in a bucket")
+        elif not is_bucket(path):
+            problems.append(
+                f"{dotted}: got {path!r}, expected a path of a file system or gs://<bucket>/<path>; mount other "
+                "storage at the same place on every host (experiments/launch/README.md) and name that place"
+            )
+        elif problem := problem_of(path):
+            problems.append(f"{dotted}: got {path!r}, {problem}")
     return problems
 
 

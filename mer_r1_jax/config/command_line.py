@@ -13,6 +13,7 @@ from mer_r1_jax.config.names import advice, field_names
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
+IN_BUCKET = ("run",)  # flags, besides those of the configuration, that may name a place in a bucket
 _MISSING = re.compile(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.")  # absl of a required flag
 
 
@@ -23,6 +24,7 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
         ConfigError: a flag, an override's field or value, or a config file that cannot be used.
     """
     check_overrides(arguments)
+    check_places(arguments)
     for path in _config_files(arguments):
         if not path.partition(":")[0].endswith(".py"):
             raise ConfigError(f"--config={path}: expected a .py file with get_config()")
@@ -47,6 +49,33 @@ def check_overrides(arguments: Sequence[str]) -> None:
             problems.append(f"--config.{match.group(1)}: {advice(match.group(1))}")
     if problems:
         raise ConfigError("the command line cannot be used:\n  " + "\n  ".join(problems))
+
+
+def check_places(arguments: Sequence[str]) -> None:
+    """Refuses `gs://` addresses in flags that need files.
+
+    Raises:
+        ConfigError: naming every one, and what to do.
+    """
+    problems, flag = [], ""
+    for word in _flags_only(arguments):
+        value = word
+        if word.startswith("-"):  # otherwise the value of the flag before it
+            flag, _, value = word.lstrip("-").partition("=")
+        if flag in IN_BUCKET or flag.startswith("config."):
+            continue
+        problems += [
+            f"--{flag}: got {part!r}, expected a path of a file system"
+            for part in value.split(",")
+            if part.startswith("gs://")
+        ]
+    if problems:
+        raise ConfigError(
+            "the command line cannot be used:\n  "
+            + "\n  ".join(problems)
+            + "\nCopy it with `gcloud storage cp -r`, or, where it is a run, write its policy with "
+            "`experiments/export.py --run=gs://... --out=FOLDER`, and name the folder."
+        )
 
 
 def _flags_only(arguments: Sequence[str]) -> Sequence[str]:

@@ -16,7 +16,7 @@ MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take 
 class ModelConfig:
     """Which backbone, and in which precision."""
 
-    path: str = ""  # Hugging Face directory to load weights, tokenizer and processor files from; "" = random weights
+    path: str = ""  # Hugging Face directory (or gs://) of weights, tokenizer, processor files; "" = random weights
     preset: str = "7b"  # architecture when `path` is empty: tiny | 3b | 7b
     tokenizer_path: str = ""  # tokenizer and processor files when `path` is empty; "" = `path`
     text_hidden_size: int = 0  # width of the language model, for `preset`s without a `path`; 0 = the preset's
@@ -190,7 +190,8 @@ class MeshConfig:
 class TrainConfig:
     """The run: where it writes, what it keeps, when it stops."""
 
-    output_dir: str = "runs"  # runs are written to <output_dir>/<run_name>
+    output_dir: str = "runs"  # runs are written to <output_dir>/<run_name>; may be gs://
+    local_dir: str = ""  # copies of what lies at gs:// paths are kept here, on each host; "" = ~/.cache/mer-r1-jax
     run_name: str = ""  # "" = the config's name
     seed: int = 0  # every random choice of the run follows from it
     save_steps: int = 100  # steps between checkpoints

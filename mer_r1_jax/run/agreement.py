@@ -14,7 +14,7 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import DataSets
 
-MAY_DIFFER = ("data.cache_dir", "media.decode_workers")  # what a host may have of its own
+MAY_DIFFER = ("data.cache_dir", "media.decode_workers", "train.local_dir")  # what a host may have of its own
 MAX_LISTED = 12
 _ABSENT = object()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.emotion.candidates import CandidateTable
@@ -92,7 +93,7 @@ def _held_out(path: str, config: RunConfig | None) -> tuple[str, str]:
     """Where the embedded world's held-out clips are: of the configuration, the run, or the run an export lies in."""
     folders = (pathlib.Path(path), pathlib.Path(path).resolve().parent.parent)
     for found in (config, *(saved_config(folder) for folder in folders if (folder / RUN_MARKER).is_dir())):
-        if found is None:
+        if found is None or is_bucket(found.data.eval_path) or is_bucket(found.data.media_root):
             continue
         if found.data.eval_path:
             return found.data.eval_path, found.data.media_root

@@ -11,6 +11,7 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.probes import Prober
+from mer_r1_jax.run.inputs import require_files
 from mer_r1_jax.run.policy import RUN_MARKER, PolicyError, open_model, saved_config
 from mer_r1_jax.run.road import load_prompts, make_evaluator
 from mer_r1_jax.run.setup import Setup
@@ -80,6 +81,7 @@ def _evaluated_config(path: pathlib.Path) -> RunConfig:
     for folder in (path, path.resolve().parent.parent):
         if (folder / RUN_MARKER).is_dir():
             config = saved_config(folder)
+            require_files(config, ("data.eval_path", "data.media_root"))
             world = config.data.synthetic_dir
             file = config.data.eval_path or (world and str(pathlib.Path(world) / "eval.jsonl"))
             if file:

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from mer_r1_jax.bucket import storage
+from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
@@ -17,6 +19,7 @@ from mer_r1_jax.config.schema import MeshConfig, RunConfig
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training import durable
+from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import Leaves, Params, merge
 
@@ -38,7 +41,7 @@ def write_settings(directory: pathlib.Path, config: RunConfig) -> None:
 
 
 def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]:
-    """The newest valid checkpoint of a run.
+    """The newest valid checkpoint of a run, which may lie at a `gs://` address.
 
     Returns:
         (architecture, nested parameters, folder of the tokenizer and processor files).
@@ -46,23 +49,23 @@ def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]
     Raises:
         PolicyError, CheckpointError: nothing there to load.
     """
-    run_dir = pathlib.Path(run_dir)
     setup = make_setup(_without_data(_run_config(run_dir), None))
     leaves = checkpoint_leaves(setup, run_dir)
     setup.source.close()
     return setup.backbone.config, merge(leaves), setup.tokenizer_path
 
 
-def checkpoint_leaves(setup: Setup, run_dir: pathlib.Path) -> Leaves:
+def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> Leaves:
     """All parameters of a run's newest valid checkpoint.
 
     Raises:
         CheckpointError: there is none.
     """
-
-    restored = Checkpoints(run_dir / "checkpoints").restore(lambda step, host: setup.abstract_state_of(host["phase"]))
+    where = _join(run_dir, RUN_MARKER)
+    checkpoints = BucketCheckpoints(where) if is_bucket(where) else Checkpoints(where)
+    restored = checkpoints.restore(lambda step, host: setup.abstract_state_of(host["phase"]))
     if restored is None:
-        raise CheckpointError(f"{run_dir / 'checkpoints'} holds no valid checkpoint: let the run save one first")
+        raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
     return restored.arrays.trainable | restored.arrays.frozen
 
 
@@ -94,11 +97,13 @@ def open_model(
 
 
 def saved_config(path: str | pathlib.Path) -> RunConfig | None:
-    """The configuration of a run's folder or beside an export; None where there is none.
+    """The configuration of a run's folder (or `gs://` address) or beside an export; None where there is none.
 
     Raises:
         PolicyError, ConfigError: there is one that cannot be read.
     """
+    if is_bucket(path):
+        return _run_config(path)
     path = pathlib.Path(path)
     if (path / RUN_MARKER).is_dir():
         return _run_config(path)
@@ -106,13 +111,18 @@ def saved_config(path: str | pathlib.Path) -> RunConfig | None:
     return _read_config(settings) if settings.is_file() else None
 
 
-def _run_config(run_dir: pathlib.Path) -> RunConfig:
-    return _read_config(run_dir / "config.json")
+def _run_config(run_dir: str | pathlib.Path) -> RunConfig:
+    return _read_config(_join(run_dir, "config.json"))
 
 
-def _read_config(file: pathlib.Path) -> RunConfig:
+def _join(run_dir: str | pathlib.Path, name: str) -> str:
+    return f"{str(run_dir).rstrip('/')}/{name}"
+
+
+def _read_config(file: str | pathlib.Path) -> RunConfig:
     try:
-        return from_mapping(json.loads(file.read_text()))
+        content = storage.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
+        return from_mapping(json.loads(content or b""))
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

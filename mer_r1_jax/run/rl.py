@@ -17,7 +17,7 @@ from mer_r1_jax.run.experience import ExperienceMaker, Rollout
 from mer_r1_jax.run.session import Session, StepLog
 from mer_r1_jax.run.setup import Setup, tower_flags
 from mer_r1_jax.run.sft import total_steps
-from mer_r1_jax.training.checkpoints import Checkpoints, Restored
+from mer_r1_jax.training.checkpoints import Restored
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.rl import beta_at
 from mer_r1_jax.training.signals import StopRequested
@@ -140,7 +140,7 @@ class RlPhase:
         """The frozen copy of the trainable leaves the phase started from, kept on disk once for later attempts."""
         if not self.config.beta:
             return None
-        kept = Checkpoints(session.folder.path / "reference", max_to_keep=1)
+        kept = session.folder.open_checkpoints("reference", max_to_keep=1)
         if fresh:
             # A copy, because the state's own buffers are donated to the first update.
             reference = jax.tree.map(lambda leaf: leaf.copy(), state.trainable)

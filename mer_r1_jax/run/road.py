@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mer_r1_jax.bucket import storage
+from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
@@ -30,12 +33,13 @@ from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.whole import on_first
 from mer_r1_jax.run.agreement import check_config, check_data
-from mer_r1_jax.run.policy import SETTINGS_FILE, write_settings
+from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
 from mer_r1_jax.run.session import Session, agreed_stop
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.sft import SftPhase, describe
-from mer_r1_jax.training.checkpoints import Checkpoints, Restored
+from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
+from mer_r1_jax.training.checkpoints import Restored
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.run_directory import RunDirectory
@@ -56,14 +60,15 @@ def run(config: RunConfig) -> int:
     """
     console = Console(stderr=True, quiet=not processes.is_first())
     check_config(config)
-    path = pathlib.Path(config.train.output_dir) / (config.train.run_name or config.name)
+    if is_bucket(config.train.output_dir):
+        storage.require()
     setup = make_setup(config, _clip_progress(console))
     if not (setup.data.sft or setup.data.rl or setup.data.eval):
         raise ConfigError(
             "there is nothing to do: sft.max_steps and rl.max_steps are 0 and data.eval_path is empty; set one of them"
         )
     check_data(setup.data)
-    with _open_folder(path, setup, config) as folder, StopSignals() as stop:
+    with _open_folder(setup, config) as folder, StopSignals() as stop:
         try:
             return _Road(setup, folder, stop, console).walk()
         except StopRequested:
@@ -74,15 +79,22 @@ def run(config: RunConfig) -> int:
             setup.close()
 
 
-def _open_folder(path: pathlib.Path, setup: Setup, config: RunConfig) -> RunDirectory:
+def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
     """Opens the run's folder on the first process, whose lock and log it is, and joins it on the others."""
+    train, name = config.train, config.train.run_name or config.name
+    if is_bucket(train.output_dir):
+        place = f"{train.output_dir.rstrip('/')}/{name}", train.local_dir
+        open_folder, join = BucketRunDirectory.open_in_bucket, BucketRunDirectory.join_in_bucket
+    else:
+        place = (pathlib.Path(train.output_dir) / name,)
+        open_folder, join = RunDirectory.open, RunDirectory.join
     folder = None
     if processes.is_first():
-        resume = config.train.resume_from_checkpoint == "auto"
+        resume = train.resume_from_checkpoint == "auto"
         fingerprints = setup.data.fingerprints()
-        folder = RunDirectory.open(path, dataclasses.asdict(config), fingerprints=fingerprints, resume=resume)
+        folder = open_folder(*place, dataclasses.asdict(config), fingerprints=fingerprints, resume=resume)
     opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
-    return folder or RunDirectory.join(path, *opened, process=processes.index())
+    return folder or join(*place, *opened, process=processes.index())
 
 
 class _Road:
@@ -98,7 +110,7 @@ class _Road:
 
     def walk(self) -> int:
         """Does what is not done yet; see `run`."""
-        checkpoints = Checkpoints(self.folder.checkpoints, max_to_keep=self.config.train.save_total_limit)
+        checkpoints = self.folder.open_checkpoints(RUN_MARKER, self.config.train.save_total_limit)
         restored = checkpoints.restore(self._abstract)
         if processes.is_first():
             self._introduce(restored)
@@ -114,7 +126,8 @@ class _Road:
         self._evaluate(leaves, "rl" if self.rl else "sft", self.sft_steps + final_step)
         self._export(leaves)
         if processes.is_first():
-            make_report(self.folder.path, media_root=self.config.data.media_root or None)
+            data = self.config.data
+            make_report(self.folder.path, media_root=data.media_root or os.path.dirname(data.eval_path) or None)
             self._conclude()
         return 0
 

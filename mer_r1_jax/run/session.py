@@ -17,6 +17,7 @@ from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.training.checkpoints import Checkpoints, Restored
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.run_directory import RunDirectory
@@ -60,7 +61,7 @@ class Session:
 
     setup: Setup
     folder: RunDirectory
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | BucketCheckpoints
     metrics: MetricsWriter | NoMetrics
     stop: StopSignals
     sft_steps: int
@@ -114,6 +115,7 @@ class Session:
     def save(self, phase: str, step: int, state: Any, data: ClipPrefetcher, counters: Mapping[str, Any]) -> None:
         """Saves a checkpoint of `step` steps done in `phase`."""
         self.metrics.sync()  # a checkpoint must not outlive its metrics
+        self.folder.publish()
         first = self.sft_steps if phase == "rl" else 0
         host = {"phase": phase, "step": step, "data": data.state(), "counters": dict(counters)}
         self.checkpoints.save(first + step, state, host)

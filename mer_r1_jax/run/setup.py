@@ -29,6 +29,7 @@ from mer_r1_jax.rl.reward_funcs import RewardFunctions, extra_columns
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
+from mer_r1_jax.run.inputs import fetch_clips, with_local_inputs
 from mer_r1_jax.training.backbone import Backbone, thinker_config
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.rl import RlPrograms
@@ -67,7 +68,7 @@ class Setup:
     """The parts of a run that do not change while it goes on.
 
     Attributes:
-        config: the configuration, with the paths of the embedded world filled in.
+        config: the configuration, with the paths of the embedded world, and of copies from a bucket, filled in.
         tokenizer, tags: the tokenizer and the answer tags under it.
         tokenizer_path: folder of the tokenizer and processor files, copied into exports.
         backbone: structure and shardings.
@@ -167,9 +168,11 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
     """
     if config.rl.arm not in ARMS:
         raise ConfigError(f"rl.arm: got {config.rl.arm!r}, expected one of {', '.join(ARMS)}")
-    config = with_embedded_world(config, progress)
+    named = config
+    config = with_embedded_world(with_local_inputs(config), progress)
     wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
     data = _read(config, wheels)
+    fetch_clips(named, (*data.sft, *data.rl, *data.eval))
     tokenizer_path = pathlib.Path(config.model.tokenizer_path or config.model.path)
     tokenizer = load_tokenizer(tokenizer_path)
     mesh = make_mesh(config.mesh, devices)

@@ -14,39 +14,30 @@ they were. Saving is synchronous: a failure surfaces in the call that caused it.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
+from typing import Any
 
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.training import durable
+from mer_r1_jax.training.stored_arrays import (
+    CheckpointError,
+    Restored,
+    hash_of_json,
+    host_content,
+    named_leaves,
+    restore_arrays,
+    save_arrays,
+)
 
 MANIFEST, HOST_STATE, ARRAYS = "manifest.json", "host.json", "arrays"
 _SAVING, _REPLACED, _DELETING = ".saving-", ".replaced-", ".deleting-"
 
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, is damaged, or does not fit the run; the message says which and what to do."""
-
-
-class Restored(NamedTuple):
-    """What `Checkpoints.restore` gives back: the step, the arrays in the caller's tree, the host state."""
-
-    step: int
-    arrays: Any
-    host: dict[str, Any]
 
 
 class Checkpoints:
@@ -90,21 +81,16 @@ class Checkpoints:
         """
         if step < 0:
             raise CheckpointError(f"step {step} cannot be saved: steps count from 0")
-        named = _named_leaves(arrays)
-        described = {name: dataclasses.asdict(_describe(name, leaf)) for name, leaf in named.items()}
-        _check_host(host)
+        named = named_leaves(arrays)
+        state = host_content(self.layout_version, named, host)
         building = self.directory / f"{_SAVING}{step}"
         try:
             if processes.is_first():
                 shutil.rmtree(building, ignore_errors=True)
                 building.mkdir()
             processes.barrier("beginning a checkpoint")
-            stored = {name: leaf for name, leaf in named.items() if leaf.size}  # Orbax stores no empty arrays
-            if stored:
-                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                    checkpointer.save(building / ARRAYS, args=ocp.args.PyTreeSave(stored))
+            save_arrays(building / ARRAYS, named)
             if processes.is_first():
-                state = {"layout_version": self.layout_version, "arrays": described, "host": host}
                 durable.write_json(building / HOST_STATE, state)
                 _write_manifest(building, step)
                 self._commit(building, step)
@@ -135,7 +121,11 @@ class Checkpoints:
             CheckpointError: listing every mismatch, or why `step` is not valid.
         """
         valid = processes.from_first("the checkpoint to go on from", lambda: self._newest_valid(step))
-        return None if valid is None else self._load(self.directory / str(valid), valid, abstract_arrays)
+        if valid is None:
+            return None
+        folder = self.directory / str(valid)
+        state = json.loads((folder / HOST_STATE).read_text())
+        return restore_arrays(folder, valid, state, self.layout_version, folder / ARRAYS, abstract_arrays)
 
     def _newest_valid(self, step: int | None) -> int | None:
         for candidate in [step] if step is not None else self._step_folders(warn=True):
@@ -164,22 +154,6 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The newest of `valid_steps`, or None."""
         return max(self.valid_steps(), default=None)
-
-    def _load(self, folder: Path, step: int, abstract_arrays: Any) -> Restored:
-        state = json.loads((folder / HOST_STATE).read_text())
-        if state["layout_version"] != self.layout_version:
-            raise CheckpointError(
-                f"checkpoint {folder} has layout version {state['layout_version']}, this program writes and reads "
-                f"version {self.layout_version}: resume with the program version that made it, or start a new run"
-            )
-        if callable(abstract_arrays):
-            abstract_arrays = abstract_arrays(step, state["host"])
-        wanted = _named_leaves(abstract_arrays)
-        _check_matches(folder, state["arrays"], wanted)
-        stored = {name: leaf for name, leaf in wanted.items() if np.prod(leaf.shape, dtype=np.int64)}
-        loaded = _load_arrays(folder / ARRAYS, stored) if stored else {}
-        leaves = [loaded[name] if name in loaded else _empty(leaf) for name, leaf in wanted.items()]
-        return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract_arrays), leaves), state["host"])
 
     def _commit(self, building: Path, step: int) -> None:
         """Puts a finished folder in its place. A kill between the two renames is mended by `_clear_leftovers`."""
@@ -222,86 +196,6 @@ class Checkpoints:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _ArraySpec:
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _describe(name: str, leaf: Any) -> _ArraySpec:
-    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-        raise CheckpointError(
-            f"{name or 'the root'} is a {type(leaf).__name__}, but a checkpoint holds arrays: "
-            "make it one, or put it into the host state"
-        )
-    return _ArraySpec(tuple(int(size) for size in leaf.shape), str(leaf.dtype))
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves under readable, unique names such as `optimizer.0.mu.text.embed`, in the order of the tree."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise CheckpointError(
-            "two arrays of the tree get the same name: keys must not contain dots that make them alike"
-        )
-    return named
-
-
-def _check_matches(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    problems = [f"{name}: in the checkpoint, not in the run" for name in saved if name not in wanted]
-    for name, leaf in wanted.items():
-        spec = _describe(name, leaf)
-        if name not in saved:
-            problems.append(f"{name}: in the run, not in the checkpoint")
-        elif (tuple(saved[name]["shape"]), saved[name]["dtype"]) != (spec.shape, spec.dtype):
-            was = f"{saved[name]['dtype']}{list(saved[name]['shape'])}"
-            problems.append(f"{name}: {was} in the checkpoint, {spec.dtype}{list(spec.shape)} in the run")
-    if problems:
-        raise CheckpointError(
-            f"checkpoint {folder} does not fit the run, {len(problems)} mismatches:\n  "
-            + "\n  ".join(problems)
-            + "\nResume with the configuration it was made with, or start a run of another name."
-        )
-
-
-def _load_arrays(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Reads arrays by name, each onto the sharding of its abstract leaf (numpy when it has none)."""
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    targets, arguments = {}, {}
-    for name, leaf in wanted.items():
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is None and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            sharding = default
-        targets[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        arguments[name] = (
-            ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-            if sharding is None
-            else ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=sharding, global_shape=leaf.shape, strict=True)
-        )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=targets, restore_args=arguments))
-
-
-def _empty(leaf: Any) -> Any:
-    sharding = getattr(leaf, "sharding", None)
-    empty = np.zeros(leaf.shape, leaf.dtype)
-    return empty if sharding is None else jax.device_put(empty, sharding)
-
-
-def _check_host(host: dict[str, Any]) -> None:
-    try:
-        back = json.loads(json.dumps(host, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the host state cannot be written as JSON: {error}") from error
-    if back != host:
-        changed = sorted(key for key in host if back.get(str(key)) != host[key])
-        raise CheckpointError(
-            f"the host state would not come back from JSON as it is, at {changed}: "
-            "use string keys, and lists in place of tuples"
-        )
-
-
 def _write_manifest(folder: Path, step: int) -> None:
     """Syncs every file below `folder` to disk, then writes their sizes and hashes, then syncs that."""
     files = {}
@@ -313,11 +207,7 @@ def _write_manifest(folder: Path, step: int) -> None:
         if path.is_dir():
             durable.sync_folder(path)
     content = {"step": step, "files": files}
-    durable.write_json(folder / MANIFEST, content | {"sha256": _hash_of_json(content)})
-
-
-def _hash_of_json(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    durable.write_json(folder / MANIFEST, content | {"sha256": hash_of_json(content)})
 
 
 def _problem_of(folder: Path, step: int, read_files: bool) -> str | None:
@@ -330,7 +220,7 @@ def _problem_of(folder: Path, step: int, read_files: bool) -> str | None:
     try:
         manifest = json.loads(path.read_text())
         content = {"step": manifest["step"], "files": manifest["files"]}
-        if manifest["sha256"] != _hash_of_json(content):
+        if manifest["sha256"] != hash_of_json(content):
             return f"{MANIFEST} does not match its own hash"
     except (ValueError, TypeError, KeyError):  # UnicodeDecodeError is a ValueError
         return f"{MANIFEST} cannot be read as a manifest"

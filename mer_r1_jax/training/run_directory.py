@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.training import durable
+from mer_r1_jax.training.checkpoints import Checkpoints
 
 PROGRAM = "mer_r1_jax"
 LIBRARIES = (
@@ -38,7 +39,8 @@ LIBRARIES = (
 MAY_CHANGE = (
     "train.output_dir", "train.run_name", "train.save_steps", "train.save_total_limit", "train.logging_steps",
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
-    "train.export", "data.cache_dir", "media.decode_workers", "rl.reward_timeout", "rl.max_faulty_rollouts",
+    "train.export", "train.local_dir", "data.cache_dir", "media.decode_workers", "rl.reward_timeout",
+    "rl.max_faulty_rollouts",
 )  # fmt: skip
 _LOCK = ".lock"
 _ABSENT = object()
@@ -57,6 +59,7 @@ class RunDirectory:
         path: the folder.
         attempt: how often the command was started on it, this time included; from 1.
         resumed: whether an earlier attempt had begun.
+        log_file: what this process says is written here as well.
     """
 
     _held: set[Path] = set()  # locked by this process: record locks do not refuse their own process
@@ -66,6 +69,7 @@ class RunDirectory:
         self._lock_file = lock_file
         self.attempt = 0
         self.resumed = False
+        self.log_file: Path | None = None
         self._log_handler: logging.Handler | None = None
 
     config_file = property(lambda self: self.path / "config.json")
@@ -131,10 +135,17 @@ class RunDirectory:
         if not run.attempt_logs.is_dir():
             raise RunDirectoryError(
                 f"process {process} does not see {run.attempt_logs}, which process 0 has made: expected "
-                "train.output_dir on a file system that every host of the run has mounted at the same place"
+                "train.output_dir on a file system that every host of the run has mounted at the same place, or gs://"
             )
         run._log_to(f"log_{process}.txt")
         return run
+
+    def open_checkpoints(self, name: str, max_to_keep: int) -> Checkpoints:
+        """The checkpoints in a folder of the run's."""
+        return Checkpoints(self.path / name, max_to_keep=max_to_keep)
+
+    def publish(self) -> None:
+        """Puts what was written so far where the run's folder is kept: here, where it lies already."""
 
     def close(self) -> None:
         """Releases the lock and the log file. Closing twice does no harm."""
@@ -191,9 +202,24 @@ class RunDirectory:
         self._log_to("log.txt")
 
     def _log_to(self, name: str) -> None:
-        self._log_handler = logging.FileHandler(self.attempt_logs / name)
+        self.log_file = self.attempt_logs / name
+        self._log_handler = logging.FileHandler(self.log_file)
         self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._log_handler)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process of this host, this one included, has the folder open."""
+    if path in RunDirectory._held:
+        return True
+    try:
+        with open(path / _LOCK, "r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def config_differences(was: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str] = ()) -> list[str]:

@@ -10,6 +10,8 @@ from support.small_run import REPOSITORY
 
 from mer_r1_jax.cli import EXIT_ERROR
 from mer_r1_jax.config.build import config_dict, from_mapping
+from mer_r1_jax.config.checks import ON_DISK, PATHS
+from mer_r1_jax.config.command_line import check_places
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import field_names
 from mer_r1_jax.parallel.processes import EXIT_PEER_LOST
@@ -38,7 +40,7 @@ def test_jobset_runs_the_training_command_with_fields_that_exist(job):
     for override in overrides:
         name, _, value = override.removeprefix("--config.").partition("=")
         assert name in field_names(), override
-        assert value.startswith(mounts) or name == "train.run_name", override
+        assert value.startswith((*mounts, "gs://")) or name == "train.run_name", override
 
 
 def test_jobset_starts_one_process_for_each_host_of_its_slice(job):
@@ -85,10 +87,36 @@ def test_worker_starts_again_only_after_another_host_was_lost(tmp_path, statuses
     assert ended.returncode == statuses[starts - 1] and calls == ["experiments/train.py --config=x.py --y=a b"] * starts
 
 
-@pytest.mark.parametrize("field", ["data.sft_path", "model.path", "train.output_dir"])
-def test_bucket_addresses_are_refused_with_what_to_do(field):
+def config_with(field, value):
     config = config_dict()
     section, _, name = field.partition(".")
-    config[section][name] = "gs://bucket/folder"
-    with pytest.raises(ConfigError, match=f"{field}: got 'gs://bucket/folder', expected a path.*mount the bucket"):
-        from_mapping(config)
+    config[section][name] = value
+    return from_mapping(config)
+
+
+@pytest.mark.parametrize("field", sorted(set(PATHS) - set(ON_DISK)))
+def test_bucket_addresses_are_taken_and_other_storage_is_refused_with_what_to_do(field):
+    assert config_with(field, "gs://bucket/folder")
+    with pytest.raises(ConfigError, match=f"{field}: got 's3://bucket/folder', expected a path.*or gs://.*mount"):
+        config_with(field, "s3://bucket/folder")
+    for address in ("gs://", "gs:///folder", "gs://bucket//folder", "gs://bucket/../folder", "gs://Bucket/folder"):
+        with pytest.raises(ConfigError, match=f"{field}: got '{address}', expected gs://<bucket>/<path>"):
+            config_with(field, address)
+
+
+@pytest.mark.parametrize("field", ON_DISK)
+def test_what_must_be_on_a_disk_is_refused_in_a_bucket(field):
+    with pytest.raises(ConfigError, match=f"{field}: got 'gs://bucket/folder', expected a folder on a disk"):
+        config_with(field, "gs://bucket/folder")
+
+
+@pytest.mark.parametrize("words", [["--model=gs://b/run"], ["--model", "gs://b/run"], ["--also=x,gs://b/run"]])
+def test_flags_that_need_files_refuse_addresses_with_what_to_do(words):
+    name = words[0].lstrip("-").partition("=")[0]
+    with pytest.raises(ConfigError, match=f"--{name}: got 'gs://b/run', expected a path.*\n.*gcloud storage cp"):
+        check_places(["evaluate.py", *words])
+
+
+def test_flags_that_may_name_a_bucket_are_left_alone():
+    check_places(["x.py", "--run=gs://b/run", "--run", "gs://b/run", "--config.data.sft_path=gs://b/x", "--out=y"])
+    check_places(["x.py", "--config.data.sft_path", "gs://b/x"])

@@ -1,0 +1,1 @@
+"""Paths in a Cloud Storage bucket: objects, and local copies of what has to be a file."""

@@ -1,0 +1,194 @@
+"""Objects in Cloud Storage, through gcsfs: the few operations that this program stands on.
+
+An object appears whole or not at all, and a write replaces it in one step; there are no folders, no renames and no
+locks. Credentials are Google's application default credentials, found by the library. Environment variables that lead
+the library to another server (STORAGE_EMULATOR_HOST) are its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SCHEME = "gs://"
+EXTRA = "pip install 'mer-r1-jax[gcs]'"
+AT_ONCE = 16  # transfers
+_ADDRESS = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](?:/(?P<name>.*))?")
+_READ_BYTES = 1 << 24
+
+
+class BucketError(RuntimeError):
+    """A bucket could not be used; the message says which address, what was tried, and what to look at."""
+
+
+class Stored(NamedTuple):
+    """What a bucket says of an object.
+
+    Attributes:
+        bytes: size.
+        crc32c: of the content, in base 64, as Cloud Storage computed it.
+        md5: likewise; None for an object that was composed of parts.
+        generation: changes with every write of the name.
+    """
+
+    bytes: int
+    crc32c: str
+    md5: str | None
+    generation: int
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is an address in a bucket."""
+    return str(path).startswith(SCHEME)
+
+
+def problem_of(address: str) -> str | None:
+    """What is wrong with the form of an address, in words; None when nothing is."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        return "expected gs://<bucket>/<path>"
+    parts = (match["name"] or "").removesuffix("/").split("/")
+    if any(part in (".", "..") for part in parts) or ("" in parts and parts != [""]):
+        return "expected gs://<bucket>/<path> without empty parts, '.' and '..'"
+    return None
+
+
+def require() -> None:
+    """Loads the library.
+
+    Raises:
+        BucketError: it is not installed.
+    """
+    _files()
+
+
+def listing(folder: str) -> dict[str, Stored]:
+    """Every object below an address, by its name relative to it."""
+    root = folder.removeprefix(SCHEME).rstrip("/") + "/"
+    with _explained(folder, "listed"):
+        found = _files().find(root, detail=True, withdirs=False)
+    return {
+        name[len(root) :]: _stored(about)
+        for name, about in sorted(found.items())
+        if name.startswith(root) and not name.endswith("/")
+    }
+
+
+def stat(address: str) -> Stored | None:
+    """What a bucket says of an object; None when there is none."""
+    with _explained(address, "looked up"):
+        try:
+            about = _files().info(address)
+        except FileNotFoundError:
+            return None
+        return _stored(about) if about["type"] == "file" else None
+
+
+def read(address: str) -> bytes | None:
+    """The content of an object; None when there is none."""
+    with _explained(address, "read"):
+        try:
+            return _files().cat_file(address)
+        except FileNotFoundError:
+            return None
+
+
+def write(address: str, data: bytes) -> None:
+    """Writes an object, or replaces it, in one step."""
+    with _explained(address, "written"):
+        _files().pipe_file(address, data)
+
+
+def upload(file: Path, address: str) -> None:
+    """Writes an object from a file, which may grow meanwhile if it is small enough to be read at once."""
+    if file.stat().st_size <= _READ_BYTES:
+        write(address, file.read_bytes())
+        return
+    with _explained(address, "written"):
+        _files().put_file(str(file), address)
+
+
+def download(address: str, file: Path, expected: Stored) -> None:
+    """Puts an object's content into a new file.
+
+    Raises:
+        BucketError: also when it does not have the size and the checksum that the bucket states.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(address, "read"):
+        _files().get_file(address, str(file))
+    size = file.stat().st_size
+    if size != expected.bytes or _crc32c(file) != expected.crc32c:
+        raise BucketError(
+            f"{address}: got {size} bytes that are not the {expected.bytes} bytes with CRC32C {expected.crc32c} that "
+            "the bucket states; it was changed while it was read, or broke on its way: start again"
+        )
+
+
+def remove(addresses: Iterable[str]) -> None:
+    """Removes objects; those that are not there any more do no harm."""
+
+    def one(address: str) -> None:
+        with _explained(address, "removed"), contextlib.suppress(FileNotFoundError):
+            _files().rm_file(address)
+
+    at_once(one, addresses)
+
+
+def at_once(action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Does something with every item, some at a time; gives the results in order, or raises the first error."""
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE, thread_name_prefix="bucket") as pool:
+        futures = [pool.submit(action, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@functools.cache
+def _files() -> Any:
+    """gcsfs's file system. Listings are never kept, as others write too; Orbax's own instance must not either."""
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401
+    except ImportError as error:
+        raise BucketError(f"a gs:// path needs the library gcsfs, which is not installed: {EXTRA}") from error
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    with _explained(SCHEME, "opened"):
+        return fsspec.filesystem("gs")
+
+
+@contextlib.contextmanager
+def _explained(address: str, tried: str) -> Iterator[None]:
+    try:
+        yield
+    except BucketError:
+        raise
+    except Exception as error:  # of gcsfs, aiohttp and google-auth, which have no class in common
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise BucketError(
+            f"{address} cannot be {tried}: {type(error).__name__} {reason[:300]}; check that the bucket exists, that "
+            "this host reaches it, and that its service account (or GOOGLE_APPLICATION_CREDENTIALS) may use it"
+        ) from error
+
+
+def _stored(about: dict[str, Any]) -> Stored:
+    return Stored(int(about["size"]), about["crc32c"], about.get("md5Hash"), int(about["generation"]))
+
+
+def _crc32c(file: Path) -> str:
+    import google_crc32c  # comes with gcsfs
+
+    checksum = google_crc32c.Checksum()
+    with open(file, "rb") as stream:
+        while data := stream.read(_READ_BYTES):
+            checksum.update(data)
+    return base64.b64encode(checksum.digest()).decode()
