@@ -46,7 +46,7 @@ DECODE_RULES: Rules = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor", "fsdp"),
     "vocab": ("tensor",),
-    "drawn": ("data", "fsdp", "tensor"),  # completions while their next token is drawn: those of `batch`, and of `vocab`
+    "drawn": ("data", "fsdp", "tensor"),  # completions while their next token is drawn: axes of `batch` and of `vocab`
 }
 
 
