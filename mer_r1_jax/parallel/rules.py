@@ -46,8 +46,7 @@ DECODE_RULES: Rules = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor", "fsdp"),
     "vocab": ("tensor",),
-    # Completions while their next token is drawn: cut like `batch`, and over what cuts `vocab` besides.
-    "drawn": ("data", "fsdp", "tensor"),
+    "drawn": ("data", "fsdp", "tensor"),  # completions while their next token is drawn: axes of `batch` and of `vocab`
 }
 
 

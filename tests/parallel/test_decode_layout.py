@@ -157,9 +157,7 @@ def test_the_token_loop_gathers_no_weight_and_copies_no_cache():
     text = backbone.config.text
     inside = token_loop(program.lower(*arguments).compile().as_text())
     activations = ROWS * GENERATIONS * text.hidden_size * 4  # of all rows: what comes together before a layer
-    logits = (
-        ROWS // 4 * GENERATIONS * text.vocab_size // 2 * 4
-    )  # of a chip: for its rows, of its part of the vocabulary
+    logits = ROWS // 4 * GENERATIONS * text.vocab_size // 2 * 4  # of a chip's rows and vocabulary
     exchanged = [size_of(one) for one in inside if one.opcode.startswith("all-to-all")]
     assert exchanged == [logits]
     assert max(size_of(one) for one in inside if one.opcode.startswith("all-gather")) <= activations

@@ -105,7 +105,7 @@ def test_same_tokens_give_the_same_losses_and_gradients_in_one_process(pair, alo
 
 
 def test_rollouts_and_updates_measure_the_same_in_one_process(pair, alone):
-    # A model this young writes no answer that could be rewarded: test_sharded_steps.py compares updates that move.
+    # A model this young writes no answer that could be rewarded: test_several_steps.py compares updates that move.
     several, one = lines_of(pair[0])["rl", 1], lines_of(alone)["rl", 1]
     for name in ("entropy", "sampling/sampling_logp_difference/mean", "completions/mean_length", "completions/count"):
         np.testing.assert_allclose(one[name], several[name], rtol=RL_RELATIVE, err_msg=name)

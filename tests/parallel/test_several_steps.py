@@ -1,0 +1,58 @@
+"""Rollouts and an RL update of two processes of two devices, on fixed prompts, against one device of one process."""
+
+import jax
+import numpy as np
+import pytest
+from support.several import end_of, start_processes
+from support.several_steps import LENGTHS, TOKENS, results, small_backbone
+from support.small_run import REPOSITORY
+
+from mer_r1_jax.config.schema import MeshConfig
+
+LIMIT = 400  # seconds, on a busy machine
+pytestmark = pytest.mark.timeout(2 * LIMIT)
+# Sums over devices are added in another order: float32 rounding of gradients, relative to the largest of a leaf.
+RELATIVE = 5e-5
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one device finds, in one loop over tokens."""
+    return results(small_backbone(MeshConfig(), jax.devices()[:1]), chunks=(0,))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What two processes find between which weights, vocabulary and rows are cut, and cuts of a row lie in one."""
+    file = tmp_path_factory.mktemp("pair") / "found.npz"
+    words = [str(REPOSITORY / "tests/support/several_steps.py"), "1", "2", "2", str(file)]
+    ended = [end_of(process, LIMIT) for process in start_processes(words, count=2, devices=2)]
+    assert [status for status, _, _ in ended] == [0, 0], "".join(told[-4000:] for _, _, told in ended)
+    with np.load(file) as found:
+        return dict(found)
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_two_processes_sample_the_tokens_of_one_in_one_loop_or_in_chunks(alone, pair, chunk):
+    for name in ("id_BGC", "length_BG", "mask_BGC", "stop_BG"):
+        np.testing.assert_array_equal(pair[f"{name} {chunk}"], alone[f"{name} 0"], err_msg=name)
+    for name in ("logprob_BGC", "sampling_logprob_BGC"):
+        np.testing.assert_allclose(pair[f"{name} {chunk}"], alone[f"{name} 0"], rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_the_completions_end_at_different_chunks(alone):
+    lengths = alone["length_BG 0"][np.asarray(LENGTHS) > 0]
+    assert lengths.min() < 3 and lengths.max() == TOKENS and len(np.unique(-(-lengths // 3))) == TOKENS // 3
+
+
+def test_two_processes_make_the_loss_and_the_gradients_of_one(alone, pair):
+    metrics = [name for name in alone if name.startswith("metric ")]
+    gradients = [name for name in alone if name.startswith("gradient ")]
+    assert {"metric loss", "metric grad_norm", "metric kl", "metric entropy"} <= set(metrics) and len(gradients) > 10
+    assert abs(alone["metric loss"]) > 1e-3 and alone["metric kl"] > 1e-3
+    for name in metrics:
+        np.testing.assert_allclose(pair[name], alone[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    for name in gradients:
+        scale = np.abs(alone[name]).max()
+        assert scale > 1e-6, name
+        np.testing.assert_allclose(pair[name], alone[name], rtol=0, atol=RELATIVE * scale, err_msg=name)
