@@ -1,4 +1,4 @@
-"""Rollouts and an RL update on fixed tokens, in one process or several: `python several_steps.py DATA FSDP TENSOR FILE`.
+"""Rollouts and an RL update on fixed tokens, in one process or several: several_steps.py DATA FSDP TENSOR FILE.
 
 Started as a process of several (JAX_COORDINATOR_ADDRESS and so on); the first one writes what came of it to FILE.
 """
