@@ -3,7 +3,7 @@
 The same work on the same weights, on the same cores, in turns within one process: generation, policy update and whole
 GRPO step of a text model beside transformers and TRL; one MER-R1 step on clips beside a plain torch loop around
 transformers' Thinker. Prints a table; --out also writes it into a page of Markdown, between two marker lines. Takes
-about ten minutes and needs torch and trl (pip install -e '.[test]').
+about five minutes and needs torch and trl (pip install -e '.[test]').
 
 Exit code 0 when every gate is met, 1 when one is not, 2 when nothing could be measured.
 """
