@@ -90,6 +90,8 @@ def _token_forward(settings: _Settings, x_ND, w, token_N):
 
 def _token_backward(settings: _Settings, residuals, gradients):
     x_ND, w, token_N, entropy_N, lse_N = residuals
+    # Or the compiler would see that the logits of a single chunk are those it had, and keep them.
+    x_ND, w = jax.lax.optimization_barrier((x_ND, w))
     on_logprob_N, on_entropy_N = gradients
     # The logits' gradient in terms of one number of each kind a row: see one_pass.
     constant_N = -on_logprob_N - on_entropy_N * (entropy_N - lse_N)
