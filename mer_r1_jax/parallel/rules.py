@@ -30,6 +30,7 @@ TRAIN_RULES: Rules = {
     "vision_mlp": ("tensor",),
     "merged": ("tensor",),
     "vocab": ("tensor",),
+    "drawn": ("data", "fsdp", "tensor"),  # completions while their next token is drawn: axes of `batch` and of `vocab`
 }
 
 # Decoding reads every weight once a token, so none may have to be gathered: nothing is cut along the model width. Rows
@@ -46,7 +47,7 @@ DECODE_RULES: Rules = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor", "fsdp"),
     "vocab": ("tensor",),
-    "drawn": ("data", "fsdp", "tensor"),  # completions while their next token is drawn: axes of `batch` and of `vocab`
+    "drawn": ("data", "fsdp", "tensor"),
 }
 
 
