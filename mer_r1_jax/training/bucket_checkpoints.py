@@ -29,6 +29,8 @@ from mer_r1_jax.training.checkpoints import ARRAYS, HOST_STATE, MANIFEST
 from mer_r1_jax.training.stored_arrays import (
     CheckpointError,
     Restored,
+    check_settings,
+    check_step,
     hash_of_json,
     host_content,
     named_leaves,
@@ -58,10 +60,7 @@ class BucketCheckpoints:
         layout_version: int = 1,
         before_commit: Callable[[], None] = lambda: None,
     ):
-        if max_to_keep < 1:
-            raise ValueError(
-                f"max_to_keep is {max_to_keep}, but at least one checkpoint must be kept: set it to 1 or more"
-            )
+        check_settings(max_to_keep)
         self.directory = address.rstrip("/")
         self.max_to_keep = max_to_keep
         self.layout_version = layout_version
@@ -77,8 +76,7 @@ class BucketCheckpoints:
         Raises:
             CheckpointError: nothing was saved; the earlier steps are as they were.
         """
-        if step < 0:
-            raise CheckpointError(f"step {step} cannot be saved: steps count from 0")
+        check_step(step)
         named = named_leaves(arrays)
         state = host_content(self.layout_version, named, host)
         name = processes.from_first("the name of a checkpoint", _new_name)

@@ -27,6 +27,8 @@ from mer_r1_jax.training import durable
 from mer_r1_jax.training.stored_arrays import (
     CheckpointError,
     Restored,
+    check_settings,
+    check_step,
     hash_of_json,
     host_content,
     named_leaves,
@@ -53,10 +55,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, max_to_keep: int = 2, layout_version: int = 1):
-        if max_to_keep < 1:
-            raise ValueError(
-                f"max_to_keep is {max_to_keep}, but at least one checkpoint must be kept: set it to 1 or more"
-            )
+        check_settings(max_to_keep)
         self.directory = Path(directory).absolute()
         self.max_to_keep = max_to_keep
         self.layout_version = layout_version
@@ -79,8 +78,7 @@ class Checkpoints:
         Raises:
             CheckpointError: nothing was saved; the earlier steps are as they were.
         """
-        if step < 0:
-            raise CheckpointError(f"step {step} cannot be saved: steps count from 0")
+        check_step(step)
         named = named_leaves(arrays)
         state = host_content(self.layout_version, named, host)
         building = self.directory / f"{_SAVING}{step}"
