@@ -1,0 +1,17 @@
+"""Names of the places where tests kill, break or slow down a run.
+
+A place is a line of the code, `faults.here("rl_saved")`. In a product run the call does nothing. A test replaces `here`
+(tests/support/interrupt.py does so in a process of its own), so it depends on the place's name only and survives when
+functions are moved or renamed.
+"""
+
+from __future__ import annotations
+
+
+def here(place: str, detail: object = "") -> None:
+    """Marks a place; does nothing.
+
+    Args:
+        place: the place's name, a noun or verb in snake_case, unique in the package.
+        detail: what tells visits apart, such as a file's name or a step.
+    """
