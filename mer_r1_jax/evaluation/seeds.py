@@ -121,16 +121,22 @@ class Resampled:
 
 
 def _draws(scores_RSC: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """float64 [rows, resamples]: each row's mean over the drawn seeds and clips, the same draws for all rows."""
+    """float64 [rows, resamples]: each row's mean over the drawn seeds and clips, the same draws for all rows.
+
+    Equal scores get equal means to the last bit, so that a paired difference of equal rows is exactly zero. A matrix
+    product does not promise that: BLAS adds up its last rows in another order than the others, depending on the
+    processor. So scores that occur twice are multiplied once, and seeds are added one after another.
+    """
     rows, seeds, clips = scores_RSC.shape
     rng = np.random.default_rng(seed)
     drawn_seeds = rng.integers(seeds, size=(resamples, seeds))
     weight_DS = (drawn_seeds[:, :, None] == np.arange(seeds)).mean(axis=1)
+    distinct_UC, place = np.unique(scores_RSC.reshape(rows * seeds, clips), axis=0, return_inverse=True)
     means = []
     at_once = max(1, _CLIP_DRAWS_AT_ONCE // clips)
     for start in range(0, resamples, at_once):
         count = min(at_once, resamples - start)
         weight_DC = rng.multinomial(clips, np.full(clips, 1 / clips), size=count) / clips
-        mean_RSD = scores_RSC.reshape(rows * seeds, clips) @ weight_DC.T
-        means.append(np.einsum("rsd,ds->rd", mean_RSD.reshape(rows, seeds, count), weight_DS[start : start + count]))
+        mean_RSD = (distinct_UC @ weight_DC.T)[place].reshape(rows, seeds, count)
+        means.append(sum(mean_RSD[:, s] * weight_DS[start : start + count, s] for s in range(seeds)))
     return np.concatenate(means, axis=1)

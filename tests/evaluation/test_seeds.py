@@ -49,6 +49,22 @@ def test_differences_are_paired_by_clip_and_seed():
     assert (same.points, same.low, same.high) == (0, 0, 0) and not same.is_clear
 
 
+@pytest.mark.parametrize("clips", [7, 50, 321])
+def test_equal_rows_are_equal_to_the_last_bit_wherever_they_stand(clips):
+    """Whatever order the processor's BLAS adds up in: it differs between a matrix's first rows and its last ones."""
+    rng = np.random.default_rng(clips)
+    one, seed_shared = rng.random((3, clips)), rng.random((3, clips))
+    seed_shared[1] = one[1]  # one seed in common is paired as well
+    rows = {f"{number}": one.copy() for number in range(9)} | {"other": seed_shared}
+    draws = Resampled(rows, resamples=501)
+    for number in range(9):
+        same = draws.difference(f"{number}", "0")
+        assert (same.points, same.low, same.high) == (0, 0, 0)
+        assert draws.order(["0", f"{number}"]).share == 0  # a tie is no order
+    only_shared = Resampled({"a": one[1:2], "b": seed_shared[1:2], "c": one[:1]}, resamples=501)
+    assert (only_shared.difference("b", "a").low, only_shared.difference("b", "a").high) == (0, 0)
+
+
 def test_order_is_counted_over_draws_and_seeds():
     # b beats a in the first seed and loses in the second: of four draws of two seeds one has b ahead, two are ties.
     order = Resampled({"a": flat(0.5, 0.5), "b": flat(0.6, 0.4), "c": flat(0.9, 0.9)}).order(["a", "b", "c"])
