@@ -1,8 +1,11 @@
-# Two commands: `make train` (the whole road on the embedded world) and `make test`. Both make .venv first.
+# Two commands: `make train` (the whole road on the embedded world) and `make test`. Each makes its environment first.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests have an environment of their own: PyTorch, an oracle of theirs, must never be importable where a run is made.
+TEST_VENV := .venv-test
+TEST_BIN := $(TEST_VENV)/bin
 CONFIG ?= experiments/configs/synthetic.py
 # Further flags of experiments/train.py, for instance ARGS=--config.rl.num_generations=8
 ARGS ?=
@@ -17,37 +20,42 @@ train: $(BIN)/.installed
 smoke: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG):smoke $(ARGS)
 
-test: $(BIN)/.installed-test $(TRANSFORMERS4)/.installed
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(TEST_BIN)/.installed $(TRANSFORMERS4)/.installed
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TEST_BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Sheets of docs/plans: minutes of compiling each, without a TPU. One of them: make plan PLANS=omni_3b.py:v5e:4x4
 PLANS ?= omni_3b.py:v5e:4x4 omni_3b.py:v5p:2x2x4 omni_7b.py:v5p:2x2x4 omni_7b.py:v6e:4x4 omni_7b.py:v5e:16x16
 
-plan: $(BIN)/.installed-test
+plan: $(BIN)/.installed-plan
 	set -e; for plan in $(PLANS); do \
 		$(BIN)/python experiments/plan.py --config=experiments/configs/$$plan --topology=$${plan#*:} $(ARGS) \
 			|| test $$? = 1; \
 	done
 
-$(BIN)/python:
+$(BIN)/python $(TEST_BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "mer-r1-jax needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D:/bin=)
 
 $(BIN)/.installed: $(BIN)/python setup.cfg requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e .
 	touch $@
 
-$(BIN)/.installed-test: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[test]'
+# The TPU compiler, without PyTorch.
+$(BIN)/.installed-plan: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[plan]'
 	touch $@
 
-$(TRANSFORMERS4)/.installed: $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRANSFORMERS4) --upgrade \
+$(TEST_BIN)/.installed: $(TEST_BIN)/python setup.cfg requirements.txt
+	$(TEST_BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(TEST_BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[test]'
+	touch $@
+
+$(TRANSFORMERS4)/.installed: $(TEST_BIN)/python
+	$(TEST_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRANSFORMERS4) --upgrade \
 		transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0 \
 		requests urllib3 charset-normalizer certifi idna
 	touch $@
 
 clean:
-	rm -rf $(VENV) .compat build *.egg-info
+	rm -rf $(VENV) $(TEST_VENV) .compat build *.egg-info
