@@ -12,6 +12,7 @@ def here(place: str, detail: object = "") -> None:
     """Marks a place; does nothing.
 
     Args:
-        place: the place's name, a noun or verb in snake_case, unique in the package.
+        place: the place's name, in snake_case. Another place has another name, unless both are the same moment, such as
+            the end of a save on a disk and in a bucket.
         detail: what tells visits apart, such as a file's name or a step.
     """

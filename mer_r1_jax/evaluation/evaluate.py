@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
@@ -217,6 +218,7 @@ class Evaluator:
         truths: list[Any],
         mode: str,
     ) -> list[AnswerOf]:
+        faults.here("evaluation_scores", mode)
         host = local_rows(completions, self.programs.backbone.mesh)
         groups = self.scorer.groups(host, truths, require_format=mode == "slow")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)

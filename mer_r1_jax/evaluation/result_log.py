@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
+from mer_r1_jax import faults
 from mer_r1_jax.config.build import difference
 
 VERSION = 1  # of the lines' form
@@ -93,6 +94,7 @@ class ResultLog:
                 self.rows[key] = row
                 added.append(row)
         self._write(added)
+        faults.here("answers_appended", self.path)
 
     def done(self, key: Hashable) -> bool:
         """Whether there is a result, not a failure."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
@@ -97,6 +98,7 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
 
 def write(directory: pathlib.Path, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pathlib.Path:
     """Writes `<benchmark>_<step>.samples.jsonl`, then `<benchmark>_<step>.json`: scores never lack rows."""
+    faults.here("evaluation_files")
     stem = f"{summary['benchmark']}_{summary['step']:05d}"
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     durable.write_atomically(directory / f"{stem}.samples.jsonl", lambda file: file.write(text.encode()))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.cache import ClipCache
 from mer_r1_jax.media.clips import AudioInput, Clips
@@ -121,6 +122,7 @@ class ClipLoader:
 
     def _entry(self, path: Path, kind: str) -> Entry:
         """Takes a file's entry from the cache, or decodes the file."""
+        faults.here("decode", path)
         check_present(path)
         if self.cache is None:
             return self._decode(path, kind)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mer_r1_jax import faults
 from mer_r1_jax.emotion.answers import ParsedAnswer, parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import Rewards as AnswerRewards
@@ -87,6 +88,7 @@ class AnswerScorer:
 
     def answer(self, ids_C: np.ndarray, length: int, truncated: bool, truth: Sequence[str]) -> ScoredAnswer:
         """Reads one completion and scores it against the truth's words."""
+        faults.here("answer_scored")
         text = self.tags.completion_text(ids_C, length)
         parsed = parse_answer(text)
         rewards = answer_rewards(parsed.words, truth, self.wheels, word_penalty=self._word_penalty)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.evaluation.evaluate import AnswerOf
 from mer_r1_jax.evaluation.mme.folder import NAME
@@ -95,6 +96,7 @@ def record_of(item: Item) -> Record:
 
 def answer_row(answer: AnswerOf) -> dict[str, Any]:
     """An answer as it is kept."""
+    faults.here("answer_row")
     scored = answer.answer
     return {"text": scored.text, "tokens": scored.length, "truncated": scored.truncated}
 

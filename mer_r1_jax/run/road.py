@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mer_r1_jax import faults
 from mer_r1_jax.bucket import storage
 from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.config.errors import ConfigError
@@ -126,6 +127,7 @@ class _Road:
         self._evaluate(leaves, "rl" if self.rl else "sft", self.sft_steps + final_step)
         self._export(leaves)
         if processes.is_first():
+            faults.here("report")
             data = self.config.data
             make_report(self.folder.path, media_root=data.media_root or os.path.dirname(data.eval_path) or None)
             self._conclude()
@@ -207,6 +209,7 @@ class _Road:
             source=self.setup.tokenizer_path,
             overwrite=True,
         )
+        faults.here("exported")
         write_settings(self.folder.export, self.config)
 
     def _introduce(self, restored: Restored | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from mer_r1_jax import faults
 from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
 from mer_r1_jax.data.quarantine import Quarantine
@@ -167,8 +168,10 @@ class StepLog:
             metrics: over all processes, on host or device.
             tokens: of this process's rows.
         """
+        faults.here("update_dispatched", f"{self._phase} {step}")
         self.flush()
         self._pending = (step, dict(metrics), tokens)
+        faults.here("update_noted", f"{self._phase} {step}")
 
     def restart_clock(self) -> None:
         """Leaves what was done since the last step (a checkpoint, an evaluation) out of the next one's time."""

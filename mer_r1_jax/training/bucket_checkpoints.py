@@ -22,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from mer_r1_jax import faults
 from mer_r1_jax.bucket import storage
 from mer_r1_jax.bucket.storage import Stored
 from mer_r1_jax.parallel import processes
@@ -134,6 +135,7 @@ class BucketCheckpoints:
 
     def _commit(self, step: int, name: str) -> None:
         """Writes the manifest: from then on the step counts, whatever it held before."""
+        faults.here("checkpoint_commit", name)
         objects = {
             relative: _described(stored)
             for relative, stored in storage.listing(f"{self.directory}/{step}/{name}").items()
@@ -144,6 +146,7 @@ class BucketCheckpoints:
 
     def _collect_garbage(self, newest: int) -> None:
         """Removes steps that are too old or above `newest`, which was just saved. A failure costs room, not the run."""
+        faults.here("checkpoint_saved", newest)
         try:
             steps = _Steps(self.directory)
             committed = steps.committed()

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax import faults
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.stored_arrays import (
@@ -155,6 +156,7 @@ class Checkpoints:
 
     def _commit(self, building: Path, step: int) -> None:
         """Puts a finished folder in its place. A kill between the two renames is mended by `_clear_leftovers`."""
+        faults.here("checkpoint_commit", building.name)
         final, replaced = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
         if final.exists():
             final.rename(replaced)
@@ -164,6 +166,7 @@ class Checkpoints:
 
     def _collect_garbage(self, newest: int) -> None:
         """Removes our own steps that are too old or above `newest`, which was just saved and therefore stays."""
+        faults.here("checkpoint_saved", newest)
         ours = [step for step in self._step_folders() if (self.directory / str(step) / MANIFEST).is_file()]
         abandoned = [step for step in ours if step > newest]
         if abandoned:
@@ -196,6 +199,7 @@ class Checkpoints:
 
 def _write_manifest(folder: Path, step: int) -> None:
     """Syncs every file below `folder` to disk, then writes their sizes and hashes, then syncs that."""
+    faults.here("checkpoint_manifest", folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         durable.sync_file(path)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mer_r1_jax import faults
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Calls `write` on a new file beside `path`, syncs it and renames it to `path`. OSError leaves `path` as it was."""
@@ -23,6 +25,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+    faults.here("file_written", path)
 
 
 def write_json(path: Path, content: Any) -> None:

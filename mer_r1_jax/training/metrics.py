@@ -24,6 +24,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
+from mer_r1_jax import faults
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.run_directory import RunDirectory
 
@@ -84,11 +85,13 @@ class MetricsWriter:
         self._attempt(
             "the table of completions", lambda: durable.write_atomically(path, lambda file: pq.write_table(table, file))
         )
+        faults.here("completions_written", path)
 
     def sync(self) -> None:
         """Waits until every line is on disk. To be called before a checkpoint, which must not outlive its metrics."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        faults.here("metrics_synced")
 
     def close(self) -> None:
         """Syncs and closes. Closing twice does no harm."""

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mer_r1_jax import faults
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.omni.batch import Array, Batch
 from mer_r1_jax.omni.thinker import FeatureLayout, Thinker
@@ -159,7 +160,9 @@ class RlPrograms:
         sampling = sampling or self.sampling
         chunked = 0 < self.config.decode_chunk < sampling.max_completion_length
         program = (self.chunked_rollout if chunked else self.sample_program)(generations, sampling, forced_ids)
-        return program(weights, prompts, features_BRD, key, rollout_step)
+        completions = program(weights, prompts, features_BRD, key, rollout_step)
+        faults.here("sampled", generations)
+        return completions
 
     @functools.cache  # noqa: B019 - as `sample_program`
     def chunked_rollout(

@@ -22,7 +22,7 @@ from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.training.state import merge
 
 # Each set has three clips and a batch two rows: the third batch is the first half of the second set.
-KILLED_AT = "after mer_r1_jax.evaluation.result_log:ResultLog.append 3"
+KILLED_AT = "answers_appended 3"
 BROKEN = ("ch_sims", clip_name("ch_sims", 2))
 
 

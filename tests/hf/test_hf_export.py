@@ -20,8 +20,8 @@ from support.omni_dir import EXTRA_TENSORS, make_omni_directory
 from support.thinker_logits import logits_of, logits_of_directory, mixed_inputs
 from support.transformers4 import VERSION, transformers4_path
 
+from mer_r1_jax import faults
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.hf import export as export_module
 from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.export import export_model
@@ -306,14 +306,13 @@ def test_an_existing_target_is_only_replaced_when_asked_and_when_it_is_an_export
 def test_a_failure_half_way_leaves_nothing(small, tmp_path, monkeypatch):
     calls = []
 
-    def failing(leaf, layer):
-        calls.append(layer)
-        if len(calls) == 50:
+    def failing(place, detail=""):
+        calls.append(place)
+        if calls.count("export_tensor") == 50:
             assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
             raise OSError("no space left on device")
-        return np.asarray(leaf if layer is None else leaf[layer])
 
-    monkeypatch.setattr(export_module, "_fetch", failing)
+    monkeypatch.setattr(faults, "here", failing)
     with pytest.raises(OSError, match="no space left"):
         export_model(tmp_path / "out", *small)
     assert list(tmp_path.iterdir()) == []

@@ -66,7 +66,7 @@ def keys_of(path):
 def test_a_policy_killed_while_it_answers_goes_on_with_the_rest(standin, tmp_path, model, compiled):
     flags = (f"--model={model}", "--mode=both", "--tasks=SA,ML-ER")
     out = tmp_path / "out"
-    code, _, err = ended(start(standin, out, *flags, cache=compiled, place="before mer_r1_jax.run.mme:answer_row 6"))
+    code, _, err = ended(start(standin, out, *flags, cache=compiled, place="answer_row 6"))
     assert code == -signal.SIGKILL, err
     answered = (out / "predictions.jsonl").read_bytes()
     assert len(keys_of(out / "predictions.jsonl")) == 5  # of eight, in batches of four items and two modes

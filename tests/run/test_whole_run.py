@@ -41,10 +41,10 @@ def disturbed(small_folder, compiled):
     output = small_folder / "disturbed"
     attempts = []
     for name, place, signal_name in (
-        ("SIGTERM in SFT", "before mer_r1_jax.run.session:StepLog.add 6", "SIGTERM"),
+        ("SIGTERM in SFT", "update_dispatched 6", "SIGTERM"),
         ("SIGKILL in sft_saved", PLACES["sft_saved"], "SIGKILL"),
         ("SIGKILL in reward", PLACES["reward"], "SIGKILL"),
-        ("SIGTERM in evaluation", "before mer_r1_jax.evaluation.evaluate:Evaluator._score 1", "SIGTERM"),
+        ("SIGTERM in evaluation", "evaluation_scores 1", "SIGTERM"),
         ("SIGKILL in rl_update", PLACES["rl_update"], "SIGKILL"),
         ("SIGKILL in export", PLACES["export"], "SIGKILL"),
     ):

@@ -8,27 +8,27 @@ from pathlib import Path
 from support.small_run import CONFIG_FILE, REPOSITORY, command, environment
 
 INTERRUPT = REPOSITORY / "tests/support/interrupt.py"
-# In the order a run meets them, so that every attempt gets a little further. Their form is told in interrupt.py; calls
+# In the order a run meets them, so that every attempt gets a little further. Their form is told in interrupt.py; visits
 # are counted from the start of an attempt, which goes on from the newest checkpoint.
 PLACES = {
-    "decode": "before mer_r1_jax.media.loader:ClipLoader._entry 9",
-    "sft_update": "after mer_r1_jax.run.session:StepLog.add 11",
-    "sft_save": "before mer_r1_jax.training.checkpoints:_write_manifest 1",
-    "sft_saved": "before mer_r1_jax.training.checkpoints:Checkpoints._collect_garbage 3",
-    "first_evaluation": "before mer_r1_jax.evaluation.evaluate:Evaluator._score 3",
-    "reference": "before mer_r1_jax.training.checkpoints:Checkpoints._commit 1 .saving-0",
-    "rollout": "after mer_r1_jax.training.rl:RlPrograms.sample 1",
-    "reward": "before mer_r1_jax.rl.scoring:AnswerScorer.answer 21",
-    "completions": "after mer_r1_jax.training.metrics:MetricsWriter.write_completions 3",
-    "evaluation_files": "after mer_r1_jax.training.durable:write_atomically 1 .samples.jsonl",
-    "rl_save": "after mer_r1_jax.training.metrics:MetricsWriter.sync 1",
-    "rl_saved": "before mer_r1_jax.training.checkpoints:Checkpoints._collect_garbage 2",
-    "rl_update": "after mer_r1_jax.run.session:StepLog.add 1",
-    "rl_last_save": "before mer_r1_jax.training.checkpoints:_write_manifest 1",
-    "last_evaluation": "before mer_r1_jax.evaluation.summary:write 1",
-    "export": "after mer_r1_jax.omni.hf.export:write_tensor_file 1",
-    "exported": "before mer_r1_jax.run.road:write_settings 1",
-    "report": "before mer_r1_jax.run.road:make_report 1",
+    "decode": "decode 9",
+    "sft_update": "update_noted 11",
+    "sft_save": "checkpoint_manifest 1",
+    "sft_saved": "checkpoint_saved 3",
+    "first_evaluation": "evaluation_scores 3",
+    "reference": "checkpoint_commit 1 .saving-0",
+    "rollout": "sampled 1",
+    "reward": "answer_scored 21",
+    "completions": "completions_written 3",
+    "evaluation_files": "file_written 1 .samples.jsonl",
+    "rl_save": "metrics_synced 1",
+    "rl_saved": "checkpoint_saved 2",
+    "rl_update": "update_noted 1",
+    "rl_last_save": "checkpoint_manifest 1",
+    "last_evaluation": "evaluation_files 1",
+    "export": "tensors_written 1",
+    "exported": "exported 1",
+    "report": "report 1",
 }
 
 

@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 
+from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.records import read_records
 from mer_r1_jax.data.synthetic import make
@@ -131,16 +132,14 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
 def test_an_interrupted_data_set_is_completed(world, tmp_path, monkeypatch):
     finished = _hashes(world.root)
     drawn = []
-    original = make._render_task
 
-    def stops_early(task, *arguments):
-        if drawn:
+    def stops_early(place, detail=""):
+        if place == "render_task" and len(drawn) == 1:
             raise KeyboardInterrupt
-        drawn.append(task)
-        return original(task, *arguments)
+        drawn.append(place)
 
     monkeypatch.setattr(make, "CLIPS_PER_TASK", 8)
-    monkeypatch.setattr(make, "_render_task", stops_early)
+    monkeypatch.setattr(faults, "here", stops_early)
     with pytest.raises(KeyboardInterrupt):
         make_world(tmp_path, workers=0, **COUNTS)
     monkeypatch.undo()

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from mer_r1_jax import faults
 from mer_r1_jax.data.synthetic import text
 from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
@@ -205,6 +206,7 @@ def _run_tasks(tasks, arguments, workers: int) -> Iterator[int]:
 def _render_task(task, root: str, seed: int, config: WorldConfig) -> int:
     from mer_r1_jax.data.synthetic.render import render_scene, write_clip
 
+    faults.here("render_task")
     lexicon = load_lexicon()
     for split, index in task:
         scene = draw_scene(seed, split, index, lexicon, config)

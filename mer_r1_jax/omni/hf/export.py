@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mer_r1_jax import faults
 from mer_r1_jax.omni.config import DTYPES, ThinkerConfig
 from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.config import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
@@ -225,6 +226,7 @@ def _compare(one: Any, other: Any, prefix: str = "") -> Iterable[tuple[str, Any,
 
 def _chunks(tensor: TensorSpec, source: Source) -> Iterable[memoryview]:
     """The bytes of one stored tensor, cast to the spec's dtype a bounded number of rows at a time."""
+    faults.here("export_tensor", tensor.name)
     entry, leaf = source
     dtype = NUMPY_DTYPES[tensor.dtype]
     rows = entry.to_stored(_fetch(leaf, entry.layer))

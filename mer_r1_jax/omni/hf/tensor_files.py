@@ -16,6 +16,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from mer_r1_jax import faults
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 COPY_BYTES = 1 << 24  # bytes moved at once when a tensor is copied from file to file
@@ -208,6 +210,7 @@ def write_tensor_file(
                 raise WeightError(f"{path}: {tensor.name} has {written} bytes, expected {tensor.nbytes}")
         file.flush()
         os.fsync(file.fileno())
+    faults.here("tensors_written", path)
 
 
 def write_index(directory: Path, shards: dict[str, Sequence[TensorSpec]]) -> None:
