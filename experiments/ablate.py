@@ -26,10 +26,12 @@ _ARMS = flags.DEFINE_list("arms", ["baseline", "rd", "ad", "mer_r1"], "arms that
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds every arm is run with (train.seed)")
 _CONTROLS = flags.DEFINE_list("controls", [], "; ".join(f"{name}: {what}" for name, what in CONTROLS.items()))
 _CONTROL_SFT_STEPS = flags.DEFINE_integer(
-    "control_sft_steps", 0, "steps of the control sft: what RL costs, in SFT steps"
+    "control_sft_steps", 0, "steps of the control sft: what RL costs, in SFT steps", 0, 1_000_000_000
 )
-_CONTROL_SFT_LEARNING_RATE = flags.DEFINE_float("control_sft_learning_rate", 0.0, "its peak; 0 = that of SFT")
-_PARALLEL = flags.DEFINE_integer("parallel", 1, "runs at once, each on its share of the cores; only on CPUs")
+_CONTROL_SFT_LEARNING_RATE = flags.DEFINE_float(
+    "control_sft_learning_rate", 0.0, "its peak; 0 = that of SFT", 0.0, 10.0
+)
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "runs at once, each on its share of the cores; only on CPUs", 1, 1024)
 _OUT = flags.DEFINE_string("out", None, "folder of the runs and the tables")
 flags.mark_flags_as_required(["config", "out"])
 

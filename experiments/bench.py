@@ -19,7 +19,10 @@ _TASKS = flags.DEFINE_list("tasks", ["text", "omni"], "What to measure: text, om
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Repetitions of each side.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "Threads (and cores) of each side.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer(
-    "devices", 2, "Devices our side cuts its threads into; training on a CPU has one unless XLA_FLAGS says otherwise."
+    "devices",
+    2,
+    "Devices our side cuts its threads into; training on a CPU has one unless XLA_FLAGS says otherwise.",
+    lower_bound=1,
 )
 _OUT = flags.DEFINE_string("out", "", "Page to write the tables into, such as docs/performance.md.")
 _NEEDED = ("torch", "trl", "datasets")

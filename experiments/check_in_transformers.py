@@ -19,13 +19,27 @@ SETTINGS = ("cases", "eos_ids", "suppressed_ids", "max_new_tokens", "use_audio_i
 OURS = ("completion_ids", "logits", "id", "answer", "truncated", "overruled")
 
 
+def _limit(text: str) -> float:
+    limit = float(text)
+    if not 0 < limit < float("inf"):  # NaN is no limit: nothing is beyond it
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected more than 0 and finite")
+    return limit
+
+
+def _threads(text: str) -> int:
+    threads = int(text)
+    if not 0 <= threads <= 4096:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0 to 4096")
+    return threads
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", help=".npz file of experiments/export_check.py")
     parser.add_argument("export", help="Hugging Face directory")
     parser.add_argument("--out", help="JSON file to write the result to")
-    parser.add_argument("--limit", type=float, default=LOGIT_LIMIT, help="largest difference of a logit")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = its own choice")
+    parser.add_argument("--limit", type=_limit, default=LOGIT_LIMIT, help="largest difference of a logit")
+    parser.add_argument("--threads", type=_threads, default=0, help="threads of torch; 0 = its own choice")
     options = parser.parse_args()
     try:
         import torch

@@ -39,12 +39,12 @@ _EXTRACTOR_URL = flags.DEFINE_string("extractor_url", "", "the extractor's endpo
 _EXTRACTOR_MODEL = flags.DEFINE_string("extractor_model", "", "its model's name; empty = the judge's")
 _EXTRACTOR_ENV = flags.DEFINE_string("extractor_key_env", "", "its key's environment variable; empty = the judge's")
 _IMAGES = flags.DEFINE_bool("images", True, "show the judge frames")
-_CONCURRENCY = flags.DEFINE_integer("concurrency", 4, "questions to the judge at once")
-_TIMEOUT = flags.DEFINE_float("timeout", 120.0, "seconds one request may take")
-_RETRIES = flags.DEFINE_integer("max_retries", 5, "further attempts at a request that fails in a way that may pass")
+_CONCURRENCY = flags.DEFINE_integer("concurrency", 4, "questions to the judge at once", 1, 1024)
+_TIMEOUT = flags.DEFINE_float("timeout", 120.0, "seconds one request may take", 0.1, 86_400.0)
+_RETRIES = flags.DEFINE_integer("max_retries", 5, "further attempts at a request that may succeed then", 0, 100)
 _REASKS = flags.DEFINE_integer("reasks", 2, "further attempts at a reply that cannot be read", lower_bound=0)
 _FAILED = flags.DEFINE_float("max_failed_frac", 0.1, "share of the questions that may fail before it stops", 0.0, 1.0)
-_BUDGET = flags.DEFINE_integer("token_budget", 0, "tokens extractor and judge may spend, each; 0 = no limit")
+_BUDGET = flags.DEFINE_integer("token_budget", 0, "tokens extractor and judge may spend, each; 0: no limit", 0)
 _TOKENS_FIELD = flags.DEFINE_string("max_tokens_field", "max_tokens", "what the endpoint calls its answer's limit")
 
 EXIT_INTERRUPTED = 130

@@ -26,7 +26,9 @@ _EXPORT = flags.DEFINE_string("export", None, "a run's export, or another Huggin
 _DATA = flags.DEFINE_string("data", "", "JSON lines of held-out clips; empty = those of the export's run")
 _MEDIA_ROOT = flags.DEFINE_string("media_root", "", "folder of the media paths; empty = the run's or --data's own")
 _CLIPS = flags.DEFINE_integer("clips", 20, "first so many clips", lower_bound=1)
-_LEAST_DISTINCT = flags.DEFINE_integer("least_distinct", 0, "fewest distinct answers; fewer show too little")
+_LEAST_DISTINCT = flags.DEFINE_integer(
+    "least_distinct", 0, "fewest distinct answers; fewer show too little", lower_bound=0
+)
 _CASES = flags.DEFINE_string("cases", "export_check.npz", "file of the cases to write")
 _ALSO = flags.DEFINE_list("also", [], "folders with another transformers to check with as well")
 _OUT = flags.DEFINE_string("out", "", "JSON file to write the results to")

@@ -10,13 +10,14 @@ import sys
 from absl import app, flags
 from tqdm import tqdm
 
+from mer_r1_jax.cli import parse_flags
 from mer_r1_jax.data.synthetic.make import WorldError, make_world
 
 _OUT = flags.DEFINE_string("out", "synthetic_data", "Folder of the data set.")
 _SFT = flags.DEFINE_integer("sft_clips", 4000, "Clips for supervised fine-tuning.", lower_bound=0)
 _RL = flags.DEFINE_integer("rl_clips", 2000, "Clips for reinforcement learning.", lower_bound=0)
 _EVAL = flags.DEFINE_integer("eval_clips", 320, "Held-out clips.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Every random choice follows from it.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Every random choice follows from it.", 0, (1 << 31) - 1)
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that draw and encode.", lower_bound=0)
 _WHEELS = flags.DEFINE_string("wheel_dir", "", "Folder with emotion wheels; empty = the ones shipped.")
 
@@ -51,4 +52,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse_flags))

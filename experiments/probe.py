@@ -31,10 +31,10 @@ _MODEL = flags.DEFINE_list("model", [], "swap: runs' folders, exports or Hugging
 _WHAT = flags.DEFINE_list("what", list(PARTS), "swap: " + ", ".join(PARTS))
 _DATA = flags.DEFINE_string("data", "", "swap: JSON lines of held-out clips; empty = those of the run")
 _MEDIA_ROOT = flags.DEFINE_string("media_root", "", "swap: folder of the media paths; empty = the run's or --data's")
-_LIMIT = flags.DEFINE_integer("limit", 0, "swap: first so many clips; 0 = as many as the run evaluated")
+_LIMIT = flags.DEFINE_integer("limit", 0, "swap: first so many clips; 0 = as many as the run evaluated", 0)
 _BEFORE = flags.DEFINE_list("before", [], "compare: samples files, one a seed")
 _AFTER = flags.DEFINE_list("after", [], "compare: samples files, one a seed")
-_SEED = flags.DEFINE_integer("seed", 0, "of the partners and of the intervals")
+_SEED = flags.DEFINE_integer("seed", 0, "of the partners and of the intervals", 0, (1 << 31) - 1)
 _OUT = flags.DEFINE_string("out", "", "JSON file to write the results to")
 
 

@@ -8,13 +8,13 @@ import importlib.util
 import json
 import pathlib
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
+from mer_r1_jax.config.bounds import field_types, plain_type, shown_value
 from mer_r1_jax.config.checks import check_values
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import KNOWN_ELSEWHERE, advice
@@ -41,6 +41,15 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
     if problems:
         raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return config
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """The same configuration, for whoever made it of the schema's classes by hand.
+
+    Raises:
+        ConfigError: for every wrong type and impossible value.
+    """
+    return from_mapping(dataclasses.asdict(config))
 
 
 def load_config(path: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -127,7 +136,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
         problems.append(f"{prefix.rstrip('.') or 'config'}: got {values!r}, expected a section with fields")
         return cls()
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     arguments = {}
     for name, value in values.items():
         if name not in hints:
@@ -151,14 +160,17 @@ def _unknown(dotted: str, name: str, known: Iterable[str]) -> str:
 
 
 def _coerce(hint: Any, value: Any, dotted: str, problems: list[str]) -> Any:
-    if isinstance(hint, types.GenericAlias) and typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if isinstance(value, (list, tuple)) and all(type(x) in (item, int if item is float else item) for x in value):
-            return tuple(item(x) for x in value)
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is hint:
-        return value
-    expected = getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.GenericAlias) else str(hint)
-    problems.append(f"{dotted}: got {value!r} ({type(value).__name__}), expected {expected}")
+    """The value as its field's type has it: whole numbers become floats there, lists tuples, and True is no number."""
+    plain = plain_type(hint)
+    several = typing.get_origin(plain) is tuple
+    item = typing.get_args(plain)[0] if several else plain
+    items = (value if isinstance(value, (list, tuple)) else [None]) if several else [value]
+    try:
+        if all(type(one) is item or (item is float and type(one) is int) for one in items):
+            made = tuple(item(one) for one in items)
+            return made if several else made[0]
+    except OverflowError:  # an integer beyond all floats
+        pass
+    expected = str(plain) if several else plain.__name__
+    problems.append(f"{dotted}: got {shown_value(value)} ({type(value).__name__}), expected {expected}")
     return value

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from mer_r1_jax.config.bounds import Number, shown_value
 from mer_r1_jax.config.build import config_file
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import advice, field_names
@@ -14,6 +15,7 @@ from mer_r1_jax.config.names import advice, field_names
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
 IN_BUCKET = ("run",)  # flags, besides those of the configuration, that may name a place in a bucket
+MOST = 1_000_000_000_000  # of a number whose flag names no highest value
 _MISSING = re.compile(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.")  # absl of a required flag
 
 
@@ -30,10 +32,33 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
             raise ConfigError(f"--config={path}: expected a .py file with get_config()")
         config_file(path)
     try:
-        return flags.FLAGS(arguments)
+        rest = flags.FLAGS(arguments)
     except flags.Error as error:
         problem = "; ".join(_MISSING.sub(r"--\1 is missing", str(error)).splitlines())
         raise ConfigError(f"the command line cannot be used: {problem}; --help lists the flags") from error
+    check_numbers()
+    return rest
+
+
+def check_numbers() -> None:
+    """Holds the numbers of the command's own flags to their bounds; absl lets NaN through its own.
+
+    Raises:
+        ConfigError: naming every flag, what it got and what it expects.
+    """
+    problems = []
+    for module, listed in flags.FLAGS.flags_by_module_dict().items():
+        # Fields of the configuration are checked with it, and absl looks after what is its own.
+        own = [flag for flag in listed if not module.startswith("absl.") and "." not in flag.name]
+        for flag in own:
+            if flag.value is None or not isinstance(flag.value, int | float) or isinstance(flag.value, bool):
+                continue
+            least, most = getattr(flag.parser, "lower_bound", None), getattr(flag.parser, "upper_bound", None)
+            bound = Number(-MOST if least is None else least, MOST if most is None else most)
+            if wrong := bound.problem(flag.value):
+                problems.append(f"--{flag.name}: got {shown_value(flag.value)}, {wrong}")
+    if problems:
+        raise ConfigError("the command line cannot be used:\n  " + "\n  ".join(problems))
 
 
 def check_overrides(arguments: Sequence[str]) -> None:

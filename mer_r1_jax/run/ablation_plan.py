@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax.config.bounds import Seed, bounds_of, shown_value
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import ModelConfig, RlConfig, RunConfig
@@ -149,8 +151,13 @@ def make_plan(
         for name in controls
         if name not in CONTROLS
     ]
-    problems += [f"--seeds: got {seed!r}, expected whole numbers from 0" for seed in seeds if not str(seed).isdecimal()]
-    for flag, values in (("arms", arms), ("seeds", [str(seed) for seed in seeds]), ("controls", controls)):
+    (seed_bound,) = bounds_of(Seed)
+    problems += [
+        f"--seeds: got {shown_value(seed)}, expected whole numbers: {wrong}"
+        for seed in seeds
+        if (wrong := seed_bound.problem(_whole_number(seed)))
+    ]
+    for flag, values in (("arms", arms), ("seeds", [_whole_number(seed) for seed in seeds]), ("controls", controls)):
         if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
             problems.append(f"--{flag}: {', '.join(twice)} stands there twice")
         if not values and flag != "controls":
@@ -161,8 +168,8 @@ def make_plan(
             f"--control_sft_steps: got {control_sft_steps}, but the control sft needs the steps of SFT that cost as "
             "much as the RL of an arm; the seconds of both stand in the table of a finished ablation"
         )
-    if control_sft_learning_rate < 0:
-        problems.append(f"--control_sft_learning_rate: got {control_sft_learning_rate}, expected 0 (SFT's) or more")
+    if not 0 <= control_sft_learning_rate <= 10:  # as of the flag; NaN is refused too
+        problems.append(f"--control_sft_learning_rate: got {control_sft_learning_rate}, expected 0 (SFT's) to 10")
     if problems:
         raise ConfigError("the ablation cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return Plan(
@@ -176,6 +183,12 @@ def make_plan(
         if "sft" in controls
         else 0.0,
     )
+
+
+def _whole_number(seed: str | int) -> float:
+    """The number that a seed's text stands for; NaN where it stands for none."""
+    text = str(seed)
+    return int(text) if text.isdecimal() and len(text) <= 20 else math.nan
 
 
 def _config_problems(config: RunConfig) -> list[str]:

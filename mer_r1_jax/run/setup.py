@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RlConfig, RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash, read_records
@@ -166,6 +167,7 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
     Raises:
         ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
     """
+    config = checked(config)
     if config.rl.arm not in ARMS:
         raise ConfigError(f"rl.arm: got {config.rl.arm!r}, expected one of {', '.join(ARMS)}")
     named = config
