@@ -2,7 +2,8 @@
 
 Every record and clip is checked, and every fault listed with file and line. With `--model`, or a `--config` that names
 a tokenizer, prompts and targets are measured against the caps too; with `--config` alone the data files are those it
-names. Ends with status 0 when the data can be used, 1 when it has errors, 2 when it could not be checked.
+names. Ends with status 0 when the data can be used, 1 when it has errors, 2 when it could not be checked, be it by a
+fault of this program.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import dataclasses
 import json
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 from tqdm import tqdm
 
-from mer_r1_jax.cli import explained, parse_flags
+from mer_r1_jax.cli import EXIT_ERROR, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.data.report import print_report
 from mer_r1_jax.data.synthetic.make import WorldPaths
-from mer_r1_jax.data.validation import Checks, DataFile, validate
+from mer_r1_jax.data.validation import Checks, DataFile, Report, validate
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import PromptBuilder
@@ -40,26 +42,53 @@ _MEDIA_ROOT = flags.DEFINE_string("media_root", "", "Folder the media paths are 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration; its caps apply.", lock_config=True)
 _MODEL = flags.DEFINE_string("model", "", "Hugging Face directory whose tokenizer measures prompts and targets.")
 _WHEELS = flags.DEFINE_string("wheel_dir", "", "Folder with emotion wheels; empty = as configured.")
+_EXTRA = flags.DEFINE_list("extra_columns", [], "Columns that only reward functions read; empty = as configured.")
 _DECODE = flags.DEFINE_boolean("decode", True, "Decode every clip; without it prompts are not measured either.")
 _JSON = flags.DEFINE_string("json", "", "Write the whole report to this file as JSON.")
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; data files are given as --data=FILE,FILE")
+    """Checks the data; status 1 says that it has errors, so nothing else may end with it."""
+    try:
+        return _check(argv)
+    except Exception:
+        traceback.print_exc()
+        print(
+            "error: the data could not be checked; this is a fault of this program: please report it", file=sys.stderr
+        )
+        return EXIT_ERROR
+
+
+def _check(argv: list[str]) -> int:
     with explained(), contextlib.ExitStack() as stack:
+        if len(argv) > 1:
+            raise ConfigError(f"unexpected arguments {argv[1:]}; data files are given as --data=FILE,FILE")
         config = _with_synthetic_world(_config())
         files = _files(config)
         checks = _checks(config, stack)
         bar = stack.enter_context(tqdm(unit="record", desc="checked"))
         report = validate(
-            files, config.data.media_root, checks, question=config.data.question, progress=lambda: bar.update()
+            files,
+            config.data.media_root,
+            checks,
+            question=config.data.question,
+            extra_columns=config.data.extra_columns,
+            progress=lambda: bar.update(),
         )
         bar.close()
-        if _JSON.value:
-            pathlib.Path(_JSON.value).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         print_report(report, Console())
+        if _JSON.value:
+            _write(report, pathlib.Path(_JSON.value))
         return 1 if report.errors else 0
+
+
+def _write(report: Report, file: pathlib.Path) -> None:
+    try:
+        file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--json={file}: got {error.strerror or error}; expected a file to write; to mend it, name another"
+        ) from error
 
 
 def _config() -> RunConfig:
@@ -71,6 +100,9 @@ def _config() -> RunConfig:
         )
     if _MEDIA_ROOT.value:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, media_root=_MEDIA_ROOT.value))
+    if _EXTRA.value:
+        data = dataclasses.replace(config.data, extra_columns=tuple(_EXTRA.value))
+        config = dataclasses.replace(config, data=data)
     if _WHEELS.value:
         config = dataclasses.replace(config, emotion=dataclasses.replace(config.emotion, wheel_dir=_WHEELS.value))
     require_files(config)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
-from mer_r1_jax.data.problems import Problem, shown
+from mer_r1_jax.data.plain_text import PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG, check_text
+from mer_r1_jax.data.problems import LineProblems, Problem, shown
+from mer_r1_jax.data.turns import Chat, read_chat
+from mer_r1_jax.emotion.answers import split_label
+from mer_r1_jax.json_lines import JsonLineError, kind_of, parse_value, unfit_values
 
 ALIASES = {
     "id": (),
-    "messages": ("conversations",),
+    "messages": ("conversations", "prompt"),
     "question": ("problem", "query"),
+    "system": (),
     "videos": ("video",),
     "audios": ("audio",),
     "images": ("image",),
@@ -24,16 +28,11 @@ ALIASES = {
     "solution": (),
     "reasoning": (),
 }
+NAMES = {alias: column for column, aliases in ALIASES.items() for alias in (column, *aliases)}
 MEDIA = {"videos": "<video>", "audios": "<audio>", "images": "<image>"}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-ROLES = ("system", "user", "assistant")
 
-_PLACEHOLDER = re.compile(r"<(?:video|audio|image)>")
-_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,64}\|>")
-_STRUCTURE_TAG = re.compile(r"</?(?:subtitle|think|answer)>")
 _TARGET = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TARGET_FORM = "<think>reasoning</think> and <answer>emotion words</answer>, each once, in this order, nothing else"
-_SIMILAR = 0.82  # difflib ratio from which an unknown column counts as a mistyped one
 
 
 class LineReader:
@@ -44,96 +43,120 @@ class LineReader:
         media_root: folder the media paths are relative to.
         question: asked where the line brings none.
         require: what the record must bring, of `target` and `solution`.
+
+    Attributes:
+        known: the columns of the line that are ours, under our own names.
+        extra: its further columns.
     """
 
     def __init__(self, file: str, line: int, media_root: str | os.PathLike, question: str, require: Sequence[str]):
         self.file, self.line = file, line
         self.media_root, self.question, self.require = media_root, question, require
-        self.problems: list[Problem] = []
-        self._id = ""
+        self.known: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}
+        self._problems = LineProblems(file, line)
+        self._names: dict[str, str] = {}  # our name of a column -> the line's
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong with the line."""
+        return self._problems.found
 
     def read(self, text: str) -> dict[str, Any] | None:
         """Columns of the record in `text`, or None when there is any problem."""
         row = self._parse(text)
         if row is None:
             return None
-        row, extra = self._canonical(row)
-        self._id = self._record_id(row)
+        self._sort_columns(row)
+        row = self.known
+        record_id = self._problems.record_id = self._record_id(row)
         media = {column: self._media(column, row) for column in MEDIA}
         subtitle = self._text("subtitle", row)
         solution = self._solution(row)
-        messages, target = self._messages(row)
-        target = self._slow_target(row, target, solution)
-        if "audios" not in row and messages:
+        read = read_chat(row, self._names, self.question, self._problems)
+        chat = read or Chat()
+        media = self._with_parts(media, chat)
+        target = self._slow_target(row, chat.target, solution)
+        if "audios" not in row and not any(media["audios"]) and chat.messages:
             # R1-Omni's files write `<audio>` for the sound track of the video they name.
-            if _count(messages, "<audio>") == len(media["videos"]):
+            if _count(chat.messages, "<audio>") == len(media["videos"]):
                 media["audios"] = media["videos"]
-        self._check_placeholders(messages, media)
-        self._check_presence(row, media, subtitle, solution, target)
+        self._check_placeholders(chat.messages, media)
+        if read is not None:  # a chat that cannot be read may hold the media
+            self._check_presence(row, media, subtitle, solution, target)
         if self.problems:
             return None
         if not solution and target is not None:
-            answer = target.split("<answer>")[1].removesuffix("</answer>")
-            solution = tuple(word.strip() for word in answer.split(",") if word.strip())
+            solution = tuple(split_label(target.split("<answer>")[1].removesuffix("</answer>")))
         return {
-            "id": self._id,
-            "messages": tuple(messages),
+            "id": record_id,
+            "messages": tuple(chat.messages),
             **media,
             "subtitle": subtitle,
             "solution": solution,
             "target": target,
-            "extra": extra,
+            "extra": self.extra,
         }
 
     def _fail(self, field: str, got: str, expected: str, mend: str) -> None:
-        self.problems.append(
-            Problem(
-                file=self.file, line=self.line, field=field, got=got, expected=expected, mend=mend, record_id=self._id
-            )
-        )
+        self._problems.add(field, got, expected, mend)
 
     def _parse(self, text: str) -> dict[str, Any] | None:
         try:
-            row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        except json.JSONDecodeError as error:
-            mend = "put exactly one object on the line, strings in double quotes, no trailing comma"
-            self._fail("", f"malformed JSON at column {error.colno} ({error.msg})", "one JSON object per line", mend)
-            return None
-        except (_BadJson, RecursionError) as error:
-            self._fail("", str(error), "plain JSON with each key once", "correct the line")
-            return None
-        if not isinstance(row, dict):
-            self._fail("", f"{_kind(row)} {shown(row)}", "a JSON object", 'write {"id": ..., "videos": [...], ...}')
-            return None
-        return row
+            row = parse_value(text)
+        except JsonLineError as error:
+            faults = [error.fault]
+        else:
+            if not isinstance(row, dict):
+                got, mend = f"{kind_of(row)} {shown(row)}", 'write {"id": ..., "videos": [...], ...}'
+                self._fail("", got, "a JSON object", mend)
+                return None
+            faults = unfit_values(row)
+        for fault in faults:
+            self._fail(fault.field, fault.got, fault.expected, fault.mend)
+        return None if faults else row
 
-    def _canonical(self, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _sort_columns(self, row: dict[str, Any]) -> None:
         """Splits a line into known columns under their own names and further ones; null means absent."""
-        known: dict[str, Any] = {}
-        names = {alias: column for column, aliases in ALIASES.items() for alias in (column, *aliases)}
-        for name, column in names.items():
+        for name, column in NAMES.items():
             if row.get(name) is None:
                 continue
-            if column in known:
-                given = [n for n, c in names.items() if c == column and row.get(n) is not None]
-                self._fail(name, f"both {' and '.join(given)}", f"one of them; both mean `{column}`", "drop one")
+            if name == "prompt" and isinstance(row[name], str):
+                column = "question"  # TRL's `prompt` is a text or a chat
+            if column in self.known:
+                given = f"both {self._names[column]} and {name}"
+                self._fail(name, given, f"one of them; both mean `{column}`", "drop one")
                 continue
-            known[column] = _from_sharegpt(row[name]) if name == "conversations" else row[name]
-        extra = {name: value for name, value in row.items() if name not in names}
-        for name in extra:
-            close = difflib.get_close_matches(name, [n for n in names if len(n) > 4], n=1, cutoff=_SIMILAR)
-            if close and names[close[0]] not in known:
-                self._fail(
-                    name, "an unknown column", f"`{close[0]}`, which it resembles", "correct or rename the column"
-                )
-        return known, extra
+            self.known[column], self._names[column] = row[name], name
+        self.extra = {name: value for name, value in row.items() if name not in NAMES}
+
+    def _with_parts(self, media: dict[str, tuple[str, ...]], chat: Chat) -> dict[str, tuple[str, ...]]:
+        """The media of the columns, or those that stand in the content as parts; both may be given if they agree."""
+        merged = dict(media)
+        for column, paths in chat.media.items():
+            named = tuple(path for path in paths if path is not None)
+            if not named:
+                continue  # the columns say which; that there are as many is checked with the placeholders
+            if len(named) < len(paths):
+                got = f"{len(named)} of {len(paths)} parts that name their file"
+                self._fail("messages", got, f"all or none, with the paths in `{column}`", "name the file in every part")
+            elif media[column] and media[column] != named:
+                got = f"{shown(list(named))} in the content and {shown(list(media[column]))} in `{column}`"
+                self._fail(column, got, "the same files in the same order", f"drop `{column}`, or correct it")
+            else:
+                self._check_paths("messages", named)
+                merged[column] = named
+        return merged
 
     def _record_id(self, row: dict[str, Any]) -> str:
         value = row.get("id", f"{Path(self.file).stem}:{self.line}")
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
             self._fail(
-                "id", f"{_kind(value)} {shown(value)}", "a text that is not empty, or a whole number", "correct it"
+                "id", f"{kind_of(value)} {shown(value)}", "a text that is not empty, or a whole number", "correct it"
             )
+            return ""
+        if any(unicodedata.category(character) == "Cc" for character in str(value)):
+            self._fail("id", f"control characters in {shown(value)}", "an id in plain text", "correct it")
             return ""
         return str(value)
 
@@ -141,18 +164,21 @@ class LineReader:
         value = row.get(column, ())
         paths = [value] if isinstance(value, str) else value
         if not isinstance(paths, list | tuple):
-            self._fail(column, f"{_kind(value)} {shown(value)}", "a list of paths", f'write "{column}": ["clip.mp4"]')
+            self._fail(column, f"{kind_of(value)} {shown(value)}", "a list of paths", f'write "{column}": ["clip.mp4"]')
             return ()
+        self._check_paths(column, paths)
+        return tuple(path for path in paths if isinstance(path, str))
+
+    def _check_paths(self, column: str, paths: Sequence[Any]) -> None:
         for place, path in enumerate(paths):
-            field = f"{column}[{place}]"
+            field = f"{column}[{place}]" if column in MEDIA else column
             if not isinstance(path, str):
-                self._fail(field, f"{_kind(path)} {shown(path)}", "a path", f'write "{column}": ["clip.mp4"]')
+                self._fail(field, f"{kind_of(path)} {shown(path)}", "a path", f'write "{column}": ["clip.mp4"]')
                 continue
             try:
                 resolve_media(self.media_root, path)
             except MediaPathError as error:
                 self._fail(field, error.got, error.expected, error.mend)
-        return tuple(path for path in paths if isinstance(path, str))
 
     def _text(self, column: str, row: dict[str, Any]) -> str | None:
         """A free text without placeholders, special tokens or tags; None when absent or blank."""
@@ -160,20 +186,10 @@ class LineReader:
         if value is None:
             return None
         if not isinstance(value, str):
-            self._fail(column, f"{_kind(value)} {shown(value)}", "a text", f'write "{column}": "..." or leave it out')
+            self._fail(column, f"{kind_of(value)} {shown(value)}", "a text", f'write "{column}": "..." or leave it out')
             return None
-        self._check_text(column, value, _PLACEHOLDER, _SPECIAL_TOKEN, _STRUCTURE_TAG)
+        check_text(self._problems, column, value, PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG)
         return value.strip() or None
-
-    def _check_text(self, field: str, text: str, *forbidden: re.Pattern) -> None:
-        for pattern in forbidden:
-            found = pattern.search(text)
-            if found:
-                kind = {_PLACEHOLDER: "a media placeholder", _SPECIAL_TOKEN: "a special token"}.get(pattern, "a tag")
-                mend = f"take {found.group()} out of the text; the model would read it as structure, not as words"
-                self._fail(field, f"{found.group()} in {shown(text)}", f"a text without {kind}", mend)
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            self._fail(field, "half of a surrogate pair", "valid Unicode text", "correct the \\u escapes")
 
     def _solution(self, row: dict[str, Any]) -> tuple[str, ...]:
         value = row.get("solution")
@@ -181,76 +197,31 @@ class LineReader:
             return ()
         example = 'write "solution": ["happy", "relieved"] or "happy, relieved"'
         problems_before = len(self.problems)
-        words = value.split(",") if isinstance(value, str) else value
+        if isinstance(value, str):
+            check_text(self._problems, "solution", value, PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG)
+            if len(self.problems) > problems_before:
+                return ()
+        words = split_label(value) if isinstance(value, str) else value
         if not isinstance(words, list):
-            self._fail("solution", f"{_kind(value)} {shown(value)}", "a list of words or a comma text", example)
+            self._fail("solution", f"{kind_of(value)} {shown(value)}", "a list of words or a comma text", example)
             return ()
+        clean: list[str] = []
         for place, word in enumerate(words):
             field = f"solution[{place}]"
             if not isinstance(word, str):
-                self._fail(field, f"{_kind(word)} {shown(word)}", "an emotion word", example)
-            elif "," in word and isinstance(value, list):
-                self._fail(field, shown(word), "one emotion word or phrase, no comma", example)
-            else:
-                self._check_text(field, word, _PLACEHOLDER, _SPECIAL_TOKEN, _STRUCTURE_TAG)
-        clean = tuple(word.strip() for word in words if isinstance(word, str) and word.strip())
+                self._fail(field, f"{kind_of(word)} {shown(word)}", "an emotion word", example)
+                continue
+            before = len(self.problems)
+            check_text(self._problems, field, word, PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG)
+            found = split_label(word) if isinstance(value, list) else [word]
+            if len(found) > 1 and len(self.problems) == before:
+                self._fail(field, shown(word), "one emotion word or phrase, no comma or other separator", example)
+            clean.extend(found)
         if not clean and len(self.problems) == problems_before:
             self._fail(
                 "solution", shown(value), "at least one emotion word", 'write "neutral", or leave the column out'
             )
-        return clean
-
-    def _messages(self, row: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
-        """Turns up to the last user turn, and the content of an assistant turn after it."""
-        if "messages" in row and "question" in row:
-            self._fail("question", "both `messages` and `question`", "one of them", "drop `question`")
-            return [], None
-        if "messages" not in row:
-            question = row.get("question", self.question)
-            if not isinstance(question, str) or not question.strip():
-                expected = "a text that is not empty"
-                self._fail(
-                    "question", f"{_kind(question)} {shown(question)}", expected, "write the question, or leave it out"
-                )
-                return [], None
-            self._check_text("question", question, _SPECIAL_TOKEN)
-            return [{"role": "user", "content": question}], None
-        turns = row["messages"]
-        if not isinstance(turns, list) or not turns:
-            example = 'write "messages": [{"role": "user", "content": "..."}]'
-            self._fail("messages", f"{_kind(turns)} {shown(turns)}", "a list of turns that is not empty", example)
-            return [], None
-        if not all([self._turn_is_good(f"messages[{place}]", turn) for place, turn in enumerate(turns)]):
-            return [], None
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-        target = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
-        self._check_order([message["role"] for message in messages])
-        return messages, target
-
-    def _turn_is_good(self, field: str, turn: Any) -> bool:
-        example = '{"role": "user", "content": "..."}'
-        if not isinstance(turn, dict):
-            self._fail(field, f"{_kind(turn)} {shown(turn)}", f"a turn like {example}", "correct the turn")
-            return False
-        role, content = turn.get("role"), turn.get("content")
-        if role not in ROLES:
-            self._fail(f"{field}.role", shown(role), f"one of {', '.join(ROLES)}", f"write the turn as {example}")
-            return False
-        if not isinstance(content, str) or not content.strip():
-            mend = "write plain text; media belong in `videos`, `audios`, `images`, with placeholders in the text"
-            self._fail(f"{field}.content", f"{_kind(content)} {shown(content)}", "a text that is not empty", mend)
-            return False
-        forbidden = [_SPECIAL_TOKEN] if role == "user" else [_SPECIAL_TOKEN, _PLACEHOLDER]
-        self._check_text(f"{field}.content", content, *forbidden)
-        return True
-
-    def _check_order(self, roles: list[str]) -> None:
-        turns = roles[1:] if roles[:1] == ["system"] else roles
-        if len(turns) % 2 == 0 or any(role != ("user", "assistant")[n % 2] for n, role in enumerate(turns)):
-            expected = "a system turn or none, then user and assistant turns in alternation, beginning with user"
-            self._fail(
-                "messages", f"the roles {', '.join(roles) or 'of an assistant alone'}", expected, "reorder the turns"
-            )
+        return tuple(clean)
 
     def _slow_target(self, row: dict[str, Any], turn: str | None, solution: tuple[str, ...]) -> str | None:
         """The canonical slow target, from the assistant turn or from `reasoning` and `solution`."""
@@ -261,7 +232,7 @@ class LineReader:
         if turn is not None:
             found = _TARGET.fullmatch(turn)
             blocks = [block.strip() for block in found.groups()] if found else []
-            if not found or not all(blocks) or any(_STRUCTURE_TAG.search(block) for block in blocks):
+            if not found or not all(blocks) or any(STRUCTURE_TAG.search(block) for block in blocks):
                 mend = "write the blocks, or give plain labels in `solution` instead of an assistant turn"
                 self._fail("messages[-1].content", shown(turn), _TARGET_FORM, mend)
                 return None
@@ -299,38 +270,5 @@ class LineReader:
             self._fail("solution", "nothing", "emotion words", 'add "solution": ["happy", "relieved"]')
 
 
-class _BadJson(ValueError):
-    """Valid for Python's json module, but not what a data file may contain."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _BadJson(f"the key {next(name for name in names if names.count(name) > 1)!r} twice in one object")
-    return row
-
-
-def _no_constant(name: str) -> None:
-    raise _BadJson(f"the number {name}, which JSON does not know")
-
-
-def _from_sharegpt(turns: Any) -> Any:
-    """ShareGPT turns as chat turns; what has another form is left for the checks that follow."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return turns
-    return [
-        {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
-        if "from" in turn
-        else turn
-        for turn in turns
-    ]
-
-
 def _count(messages: list[dict[str, str]], placeholder: str) -> int:
     return sum(message["content"].count(placeholder) for message in messages if message["role"] == "user")
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "a boolean", str: "the text", list: "the list", dict: "the object", type(None): "null"}
-    return names.get(type(value), "the number")

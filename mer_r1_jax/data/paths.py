@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from mer_r1_jax.json_lines import cut
+
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # what Linux file systems take, of one name and of a whole path
 _URL = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.-]+:|//)")
 
 
@@ -31,28 +35,42 @@ def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
         relative: path as a record gives it.
 
     Raises:
-        MediaPathError: for an empty, absolute or home-relative path, a URL, a path with `..` or a control character,
-            and for one whose symbolic links lead out of the media root.
+        MediaPathError: for an empty, absolute or home-relative path, a URL, a path with `..`, a control character or
+            more bytes than a file system takes, and for one whose symbolic links lead out of the media root.
     """
     expected = f"a path relative to the media root {str(media_root)!r}"
     if not relative.strip():
         raise MediaPathError("an empty path", expected, "name the file or leave the column out")
-    if any(ord(character) < 32 for character in relative):
-        raise MediaPathError(f"control characters in {relative!r}", expected, "rename the file")
+    if any(unicodedata.category(character) == "Cc" for character in relative):
+        raise MediaPathError(f"control characters in {cut(relative)}", expected, "rename the file")
+    _check_encoding(relative, expected)
     if _URL.match(relative) and not PureWindowsPath(relative).drive:
-        raise MediaPathError(f"the URL {relative!r}", expected, "download the file and give its path")
+        raise MediaPathError(f"the URL {cut(relative)}", expected, "download the file and give its path")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).drive or relative.startswith(("\\", "~")):
         raise MediaPathError(
-            f"the absolute path {relative!r}", expected, "set media_root to the folder and shorten the path"
+            f"the absolute path {cut(relative)}", expected, "set media_root to the folder and shorten the path"
         )
     if ".." in re.split(r"[/\\]", relative):
-        raise MediaPathError(f"'..' in {relative!r}", expected, "set media_root to a folder that holds all clips")
+        raise MediaPathError(f"'..' in {cut(relative)}", expected, "set media_root to a folder that holds all clips")
     root = os.path.realpath(media_root)
     resolved = os.path.realpath(os.path.join(root, relative))
     if resolved == root or os.path.commonpath([root, resolved]) != root:
         raise MediaPathError(
-            f"{relative!r}, which leads to {resolved!r}",
+            f"{cut(relative)}, which leads to {resolved!r}",
             f"a file inside the media root {root!r}",
             "copy the file into the media root; a symbolic link may not leave it",
         )
     return Path(resolved)
+
+
+def _check_encoding(relative: str, expected: str) -> None:
+    """Refuses what no file system can hold, before it is asked."""
+    try:
+        raw = os.fsencode(relative)
+    except UnicodeEncodeError:
+        raise MediaPathError(f"half of a surrogate pair in {cut(relative)}", expected, "correct the name") from None
+    longest = max(len(name) for name in raw.split(b"/"))
+    if len(raw) > MAX_PATH_BYTES or longest > MAX_NAME_BYTES:
+        got = f"{cut(relative)}, a path of {len(raw)} bytes with a name of {longest}"
+        limits = f"{expected}, of at most {MAX_PATH_BYTES} bytes and {MAX_NAME_BYTES} a name"
+        raise MediaPathError(got, limits, "check that the column holds file names and nothing else")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.json_lines import cut
+
 MAX_LISTED = 20  # problems an error message spells out; the total is always stated
 MAX_SHOWN = 80  # characters of an offending value a message shows
 
@@ -39,9 +42,39 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.field}" if self.field else self.where
-        if not self.expected:
-            return f"{place}: {self.got}"
-        return f"{place}: got {self.got}; expected {self.expected}; to mend it, {self.mend}"
+        text = f"got {self.got}; expected {self.expected}; to mend it, {self.mend}" if self.expected else self.got
+        return printable(f"{place}: {text}")
+
+
+class LineProblems:
+    """The problems of one line, collected by all who read a part of it.
+
+    Args:
+        file, line: where the line stands.
+
+    Attributes:
+        record_id: the record's id as soon as it is known.
+        found: the problems, in the order they were added.
+    """
+
+    def __init__(self, file: str, line: int):
+        self.file, self.line = file, line
+        self.record_id = ""
+        self.found: list[Problem] = []
+
+    def add(self, field: str, got: str, expected: str, mend: str) -> None:
+        """Adds a problem of the line."""
+        self.found.append(
+            Problem(
+                file=self.file,
+                line=self.line,
+                field=field,
+                got=got,
+                expected=expected,
+                mend=mend,
+                record_id=self.record_id,
+            )
+        )
 
 
 class RecordError(ValueError):
@@ -63,5 +96,4 @@ class RecordError(ValueError):
 
 def shown(value: object) -> str:
     """A value as a message shows it: its repr, cut to `MAX_SHOWN` characters."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+    return cut(value, MAX_SHOWN)

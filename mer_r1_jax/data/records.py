@@ -1,8 +1,9 @@
 """Records: one JSON object per line, checked completely before anything is compiled or decoded.
 
-Columns (aliases in brackets): `id`, `messages` [`conversations` in ShareGPT form] or `question` [`problem`, `query`],
-`videos` [`video`], `audios` [`audio`], `images` [`image`], `subtitle`, `solution` (a list of emotion words or one comma
-text), `reasoning`. Further columns are kept in `Record.extra` and reach rewards.
+Columns (aliases in brackets): `id`, `messages` [`conversations` in ShareGPT form, `prompt`] or `question` [`problem`,
+`query`, `prompt`], `system`, `videos` [`video`], `audios` [`audio`], `images` [`image`], `subtitle`, `solution` (a list
+of emotion words or one text), `reasoning`. Further columns are kept in `Record.extra` and reach rewards; one that looks
+like a path, a label or a chat stops the file unless it is named as known.
 
 A closing assistant turn, or `reasoning` together with `solution`, is the demonstration of a slow answer.
 """
@@ -15,11 +16,13 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mer_r1_jax.config.schema import DataConfig
-from mer_r1_jax.data.columns import LineReader
+from mer_r1_jax.data.columns import NAMES, LineReader
+from mer_r1_jax.data.foreign_columns import ForeignColumns
 from mer_r1_jax.data.problems import Problem, RecordError, shown
+from mer_r1_jax.json_lines import Fault, numbered_lines
 
 REQUIRABLE = ("target", "solution")
 
@@ -59,6 +62,11 @@ class Record:
         return f"{self.file}:{self.line}"
 
     @property
+    def has_media(self) -> bool:
+        """Whether there is anything to see or hear."""
+        return bool(self.videos or self.audios or self.images)
+
+    @property
     def target_reasoning(self) -> str | None:
         """What stands in the target's think block."""
         return None if self.target is None else self.target.split("</think>")[0].removeprefix("<think>")
@@ -80,6 +88,7 @@ def read_records(
     *,
     question: str = DataConfig.question,
     require: Sequence[str] = (),
+    extra_columns: Sequence[str] = (),
 ) -> list[Record]:
     """Reads and checks JSON-lines files.
 
@@ -88,51 +97,93 @@ def read_records(
         media_root: folder the media paths are relative to; "" means each file's own folder.
         question: asked where a record brings neither `messages` nor `question`.
         require: what every record must bring: `target` (for SFT), `solution` (for RL and evaluation).
+        extra_columns: columns that are not for the model, though they may look like it (`data.extra_columns`).
 
     Raises:
-        RecordError: with every fault of every file: unreadable file, malformed JSON, missing, mistyped or wrongly typed
-            columns, placeholder counts, placeholders or special tokens in text, duplicate ids, paths outside the root.
+        RecordError: with every fault of every file: unreadable file or one of another kind, malformed JSON, missing,
+            mistyped or wrongly typed columns, columns that look as if they were to be read and are not, a file without
+            media, placeholder counts, placeholders or special tokens in text, duplicate ids, paths outside the root.
     """
-    records, problems = scan_records(path, media_root, question=question, require=require)
+    records, problems = scan_records(path, media_root, question=question, require=require, extra_columns=extra_columns)
     if problems:
         raise RecordError(problems)
     return records
 
 
-def scan_records(
+def scan_records(path: str | os.PathLike | Sequence[str | os.PathLike], *args, **options) -> tuple[list, list[Problem]]:
+    """As `read_records`, but returns the good records and the problems of the others instead of raising."""
+    scan = scan_files(path, *args, **options)
+    return scan.records, scan.problems
+
+
+class Scan(NamedTuple):
+    """What is in data files.
+
+    Attributes:
+        records: the good records.
+        problems: what is wrong with the others, and with whole files.
+        unread: column -> records that have it, of those that are not read and not named in `extra_columns`.
+    """
+
+    records: list[Record]
+    problems: list[Problem]
+    unread: dict[str, int]
+
+
+def scan_files(
     path: str | os.PathLike | Sequence[str | os.PathLike],
     media_root: str | os.PathLike = "",
     *,
     question: str = DataConfig.question,
     require: Sequence[str] = (),
-) -> tuple[list[Record], list[Problem]]:
-    """As `read_records`, but returns the good records and the problems of the others instead of raising."""
+    extra_columns: Sequence[str] = (),
+) -> Scan:
+    """As `read_records`, but returns all that was found instead of raising."""
     unknown = set(require) - set(REQUIRABLE)
     if unknown:
         raise ValueError(f"require: got {sorted(unknown)}; expected any of {', '.join(REQUIRABLE)}")
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
-    records: list[Record] = []
-    problems: list[Problem] = []
+    scan = Scan([], [], {})
     first_seen: dict[str, str] = {}
     for file in map(Path, paths):
-        before = len(records) + len(problems)
-        for number, text in _lines(file, problems):
-            reader = LineReader(str(file), number, media_root or file.parent, question, require)
-            columns = reader.read(text)
-            problems.extend(reader.problems)
-            if columns is None:
-                continue
-            record = Record(file=str(file), line=number, **columns)
-            if record.id in first_seen:
-                problems.append(_duplicate(record, first_seen[record.id]))
-                continue
-            first_seen[record.id] = record.where
-            records.append(record)
-        if before == len(records) + len(problems):
-            problems.append(
-                _whole_file(file, "no records", "one JSON object per line", "check that the file is complete")
-            )
-    return records, problems
+        if read := [name for name in extra_columns if name in NAMES]:
+            got = f"{', '.join(read)}, which the records are read from"
+            mend = "take it out of the setting, or rename the column"
+            scan.problems.append(_whole_file(file, got, "names of further columns", mend, "data.extra_columns"))
+        _scan_file(file, scan, first_seen, extra_columns, (media_root or file.parent, question, require))
+    return scan
+
+
+def _scan_file(file: Path, scan: Scan, first_seen: dict[str, str], extra_columns: Sequence[str], how: tuple) -> None:
+    """Adds the records and problems of one file."""
+    faults: list[Fault] = []
+    foreign = ForeignColumns(NAMES, extra_columns)
+    first_record, first_problem = len(scan.records), len(scan.problems)
+    for number, text in numbered_lines(file, faults):
+        reader = LineReader(str(file), number, *how)
+        columns = reader.read(text)
+        scan.problems.extend(reader.problems)
+        foreign.add(number, reader.extra, reader.known)
+        if columns is None:
+            continue
+        record = Record(file=str(file), line=number, **columns)
+        if record.id in first_seen:
+            scan.problems.append(_duplicate(record, first_seen[record.id]))
+            continue
+        first_seen[record.id] = record.where
+        scan.records.append(record)
+    scan.problems.extend(_of_file(file, fault) for fault in faults)
+    scan.problems.extend(foreign.problems(str(file)))
+    for name, count in foreign.unread.items():
+        scan.unread[name] = scan.unread.get(name, 0) + count
+    records = scan.records[first_record:]
+    if len(scan.problems) == first_problem and not records:
+        mend = "check that the file is complete"
+        scan.problems.append(_whole_file(file, "no records", "one JSON object per line", mend))
+    if records and not foreign.suspected and not any(record.has_media for record in records):
+        subtitles = sum(record.subtitle is not None for record in records)
+        scan.problems.extend(filter(None, [foreign.without_media(str(file), subtitles)]))
+    scan.problems[first_problem:] = sorted(scan.problems[first_problem:], key=lambda problem: problem.line)
 
 
 def dataset_hash(records: Iterable[Record]) -> str:
@@ -140,43 +191,19 @@ def dataset_hash(records: Iterable[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
         text = json.dumps(record.content(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        # A lone surrogate is legal in JSON but not in UTF-8.
+        # Records that no file was read for may hold half a surrogate pair.
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
 
-def _lines(file: Path, problems: list[Problem]) -> Iterable[tuple[int, str]]:
-    """Yields (line number, text) of the lines that are not blank; adds problems for what cannot be read."""
-    try:
-        stream = open(file, "rb")
-    except OSError as error:
-        mend = "check the path; a data set is a JSON-lines file, not a folder"
-        problems.append(_whole_file(file, f"{error.strerror or error}", "a readable JSON-lines file", mend))
-        return
-    with stream:
-        for number, raw in enumerate(stream, start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            try:
-                text = raw.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                got = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-                problems.append(
-                    Problem(
-                        file=str(file), line=number, field="", got=got, expected="UTF-8", mend="save the file as UTF-8"
-                    )
-                )
-                continue
-            if number == 1 and text.startswith("["):
-                mend = "write one object per line, e.g. `jq -c '.[]' data.json > data.jsonl`"
-                problems.append(_whole_file(file, "a JSON array", "one JSON object per line", mend))
-                return
-            if text:
-                yield number, text
+def _of_file(file: Path, fault: Fault) -> Problem:
+    return Problem(
+        file=str(file), line=fault.line, field=fault.field, got=fault.got, expected=fault.expected, mend=fault.mend
+    )
 
 
-def _whole_file(file: Path, got: str, expected: str, mend: str) -> Problem:
-    return Problem(file=str(file), line=0, field="", got=got, expected=expected, mend=mend)
+def _whole_file(file: Path, got: str, expected: str, mend: str, field: str = "") -> Problem:
+    return Problem(file=str(file), line=0, field=field, got=got, expected=expected, mend=mend)
 
 
 def _duplicate(record: Record, first: str) -> Problem:

@@ -9,7 +9,9 @@ from rich.table import Table
 
 from mer_r1_jax.data.problems import Problem
 from mer_r1_jax.data.validation import Report
+from mer_r1_jax.foreign_text import printable
 
+MAX_NAMED = 20  # further columns, or words on no wheel, that are named; the JSON report has all
 MAX_LISTED = 50  # problems of a kind that are listed; the JSON report has all
 
 
@@ -18,6 +20,9 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_counts_table(report))
     if report.unchecked:
         console.print(f"not checked: {', '.join(report.unchecked)}", highlight=False)
+    for file in report.files:
+        _print_left_over("columns not read", file.file, file.unread_columns, console)
+        _print_left_over("words on no wheel", file.file, file.unknown_words, console)
     _print_problems("warning", report.warnings, console)
     _print_problems("error", report.errors, console)
     verdict = f"{len(report.errors)} error(s), {len(report.warnings)} warning(s)"
@@ -42,6 +47,15 @@ def _counts_table(report: Report) -> Table:
 
 def _spread(values: dict[str, float] | None) -> str:
     return "" if values is None else " / ".join(f"{values[name]:.4g}" for name in ("min", "mean", "max"))
+
+
+def _print_left_over(what: str, file: str, counts: dict[str, int], console: Console) -> None:
+    if not counts:
+        return
+    named = [f"{printable(name, 60)} ({count})" for name, count in list(counts.items())[:MAX_NAMED]]
+    more = [f"and {len(counts) - MAX_NAMED} more"] * (len(counts) > MAX_NAMED)
+    text = f"{what} in {printable(file)}: {', '.join(named + more)}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_problems(kind: str, problems: Sequence[Problem], console: Console) -> None:

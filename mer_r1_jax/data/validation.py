@@ -18,7 +18,7 @@ from typing import Any
 from mer_r1_jax.config.schema import DataConfig
 from mer_r1_jax.data.paths import resolve_media
 from mer_r1_jax.data.problems import Problem
-from mer_r1_jax.data.records import Record, scan_records
+from mer_r1_jax.data.records import Record, scan_files
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.media.clips import Clips
 from mer_r1_jax.media.errors import MediaError, PromptError
@@ -69,11 +69,15 @@ class FileReport:
         file: its path.
         counts: name -> how many, in a fixed order.
         lengths: name -> {"min", "mean", "max"} over the records, for those that were measured.
+        unread_columns: further column -> records that have it, of those not named in `data.extra_columns`.
+        unknown_words: word of a solution that is on no wheel -> how often it stands there.
     """
 
     file: str
     counts: dict[str, int]
     lengths: dict[str, dict[str, float]]
+    unread_columns: dict[str, int] = dataclasses.field(default_factory=dict)
+    unknown_words: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,7 @@ class _Findings:
     problems: list[Problem]
     counts: collections.Counter
     lengths: dict[str, float]
+    unknown_words: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
 def validate(
@@ -122,6 +127,7 @@ def validate(
     checks: Checks | None = None,
     *,
     question: str = DataConfig.question,
+    extra_columns: Sequence[str] = (),
     progress: Callable[[], None] = lambda: None,
 ) -> Report:
     """Checks data files.
@@ -131,6 +137,7 @@ def validate(
         media_root: folder the media paths are relative to; "" means each file's own folder.
         checks: what to check beyond the records.
         question: asked where a record brings none.
+        extra_columns: columns that only reward functions read (`data.extra_columns`).
         progress: called once for every record that is done.
     """
     checks = checks or Checks()
@@ -138,7 +145,8 @@ def validate(
     reports = []
     clips_of: dict[str, set[Path]] = {}
     for file in files:
-        records, faults = scan_records(file.path, media_root, question=question, require=file.require)
+        how = {"question": question, "require": file.require, "extra_columns": extra_columns}
+        records, faults, unread = scan_files(file.path, media_root, **how)
         problems.extend(faults)
         findings = []
         for found in _check_all(records, checks):
@@ -147,7 +155,8 @@ def validate(
         problems.extend(problem for found in findings for problem in found.problems)
         problems.extend(_check_file(file.path, records, findings, checks))
         problems.extend(_shared_clips(file.path, records, media_root, clips_of))
-        reports.append(_report(file.path, records, faults, findings))
+        report = _report(file.path, records, faults, findings)
+        reports.append(dataclasses.replace(report, unread_columns=unread))
     order = {file.path: place for place, file in enumerate(files)}
     problems.sort(key=lambda problem: (order[problem.file], problem.line))
     return Report(files=tuple(reports), problems=tuple(problems), unchecked=_unchecked(checks))
@@ -171,12 +180,16 @@ def _check_all(records: Sequence[Record], checks: Checks) -> Iterator[_Findings]
 
 def _check_record(record: Record, checks: Checks) -> _Findings:
     found = _Findings(problems=[], counts=collections.Counter(), lengths={})
-    if checks.load is not None:
-        _check_clips(record, checks, found)
-    if checks.target_length is not None and record.target is not None:
-        _check_target(record, checks, found)
-    if checks.wheels is not None and record.solution:
-        _check_solution(record, checks.wheels, found)
+    try:
+        if checks.load is not None:
+            _check_clips(record, checks, found)
+        if checks.target_length is not None and record.target is not None:
+            _check_target(record, checks, found)
+        if checks.wheels is not None and record.solution:
+            _check_solution(record, checks.wheels, found)
+    except Exception as error:
+        error.add_note(f"while checking {record.where}")  # a fault of ours, but the line says how to meet it again
+        raise
     return found
 
 
@@ -231,6 +244,7 @@ def _check_solution(record: Record, wheels: Wheels, found: _Findings) -> None:
     unknown = [word for word in record.solution if not wheels.is_known(word)]
     found.counts["words"] += len(record.solution)
     found.counts["unknown_words"] += len(unknown)
+    found.unknown_words.update(unknown)
     found.lengths["solution_words"] = len(record.solution)
     if len(unknown) == len(record.solution):
         found.counts["unscorable"] += 1
@@ -247,6 +261,13 @@ def _check_file(
     if unscorable and unscorable == sum(bool(record.solution) for record in records):
         expected, mend = "answers with words on an emotion wheel", "check the language and the column of the labels"
         yield _whole_file(file, "solution", f"{unscorable} unscorable answers of {unscorable}", expected, mend, "error")
+    if records and not any(record.has_media for record in records):
+        got, expected = (
+            f"no clip, sound or picture in any of the {len(records)} records",
+            "`videos`, `audios` or `images`",
+        )
+        mend = "name the files; now the subtitles are all that is seen"
+        yield _whole_file(file, "videos", got, expected, mend, "warning")
     mute = sum(bool(record.videos) and not record.audios for record in records)
     if mute and mute == len(records):
         got, expected = f"no `audios` in any of the {mute} records with videos", "the voice beside the picture"
@@ -304,7 +325,8 @@ def _report(
         name: {"min": min(many), "mean": statistics.fmean(many), "max": max(many)}
         for name, many in sorted(values.items())
     }
-    return FileReport(file=file, counts=counts, lengths=lengths)
+    words = sum((found.unknown_words for found in findings), collections.Counter())
+    return FileReport(file=file, counts=counts, lengths=lengths, unknown_words=dict(words.most_common()))
 
 
 def _broken_files(record: Record, load: Callable[[Record], Clips]) -> list[tuple[str, MediaError]]:

@@ -4,6 +4,9 @@
 (zeroQiaoba/AffectGPT, toolkit/utils), quirks included: only quotes and ASCII commas separate, so "happy; sad",
 "happy/sad", "happy and sad", a newline or a Chinese comma leave one unknown word, and other punctuation stays ("happy."
 is unknown).
+
+A *label* that somebody wrote into a data file is not an answer under that rule, so `split_label` reads it more widely:
+there a word that is lost is lost from the truth.
 """
 
 from __future__ import annotations
@@ -11,13 +14,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+
+from mer_r1_jax.json_lines import cut
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 _WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _EXTRACTOR_PREFIXES = ("输入", "输出", "翻译", "让我们来翻译一下", "output", "Output", "input", "Input")
+
+# of labels, after NFKC
+_BRACKETS = ("[]", "()", "{}", "【】", "「」", "『』", "《》", "〈〉", "〔〕", "<>")
+_QUOTES = "'\"`´‘’‚‛“”„‟«»＂＇"
+_STOPS = ".。…!?:;~"
+_AROUND = " \t\r\n"
+_LABEL_SEPARATOR = re.compile(r"[,;/|\\\n\r\t、،؛・。]+|[.!?]\s+")
+# between a closing and an opening quote or bracket
+_QUOTES_APART = re.compile(rf"(?<=[{_QUOTES}])\s+(?=[{_QUOTES}])|(?<=[\])}}】」』》〉〕>])\s*(?=[\[({{【「『《〈〔<])")
+_NUMBERED = re.compile(r"(?:^|(?<=[\s,;\[(]))\(?\d{1,2}\s*[.)、:](?:\s+|(?=[^\W\d]))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +92,43 @@ def split_words(answer: str | Sequence[str] | None) -> list[str]:
     if isinstance(answer, (list, tuple)) and all(isinstance(word, str) for word in answer):
         return list(answer)
     if not isinstance(answer, str):
-        raise TypeError(f"got {answer!r}; expected text with words between commas, or a list of words")
+        raise TypeError(f"got {cut(answer)}; expected text with words between commas, or a list of words")
     answer = answer.removeprefix("[").removesuffix("]")
     return [word.strip() for word in re.split("['\",]", answer) if word.strip()]
+
+
+def split_label(text: str) -> list[str]:
+    """The emotion words of a label, in whatever form it was written down.
+
+    The official splitter's brackets, quotes and commas, and besides: separators of other scripts and full width, `;`,
+    `/`, `|` and line breaks; quotes with nothing but white space between them, as NumPy prints lists; numbers or dashes
+    before the words; quotes, brackets and stops around them, and an "and" before the last. An apostrophe inside a word
+    stays, and so does every word: what is on no wheel is for the caller to count.
+    """
+    # NFKC makes full-width letters and punctuation plain; format characters (zero width, direction) are never meant.
+    plain = unicodedata.normalize("NFKC", re.sub("[\u2460-\u2473]", ",", text))  # circled numbers
+    plain = "".join(character for character in plain if unicodedata.category(character) != "Cf")
+    pieces = _LABEL_SEPARATOR.split(_QUOTES_APART.sub(",", _NUMBERED.sub(",", plain.strip(_AROUND))))
+    words = [word for word in (_bare(piece) for piece in pieces) if word]
+    return [re.sub(r"^(?:and|&)\s+", "", word) for word in words] if len(words) > 1 else words
+
+
+def _bare(piece: str) -> str:
+    """A word without what stands around it; a bracket stays where its partner is inside the word."""
+    word = piece.strip()
+    while word:
+        shorter = word.strip(_QUOTES + " \t-*•·").rstrip(_STOPS)
+        for opening, closing in _BRACKETS:
+            if closing not in shorter[1:]:
+                shorter = shorter.removeprefix(opening)
+            if opening not in shorter[:-1]:
+                shorter = shorter.removesuffix(closing)
+            if shorter.startswith(opening) and shorter.endswith(closing):
+                shorter = shorter[1:-1]
+        if shorter == word:
+            break
+        word = shorter
+    return word
 
 
 def distinct_words(words: Iterable[str]) -> tuple[str, ...]:

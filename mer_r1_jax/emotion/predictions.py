@@ -12,6 +12,8 @@ from typing import Any
 
 from mer_r1_jax.emotion import answers, metrics
 from mer_r1_jax.emotion.wheels import Wheels
+from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.json_lines import Fault, JsonLineError, cut, numbered_lines, parse_value, unfit_values
 
 METRICS = ("set_f1", "hit", "waf")
 _MOST_SHOWN = 20  # mistakes listed in one error
@@ -40,7 +42,8 @@ def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = 
         clean_up: predictions are an extractor LLM's raw text, to be cleaned as the official pipeline does.
 
     Raises:
-        PredictionError: unknown metric, missing or empty file, lines that are not as described, an id twice.
+        PredictionError: unknown metric, missing or empty file, one that is no JSON lines in UTF-8, lines that are not
+            as described, an id twice.
     """
     if metric not in METRICS:
         raise PredictionError(f"unknown metric {metric!r}: expected one of {', '.join(METRICS)}")
@@ -49,26 +52,25 @@ def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = 
         raise PredictionError(f"{path}: no such file; expected JSON lines with id, prediction and truth")
     read_prediction, read_truth = _READERS[metric]
     columns, mistakes, seen = Predictions([], [], []), [], {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = _record(line)
-                name = str(record["id"])
-                if name in seen:
-                    raise ValueError(f"id {name!r} is on line {seen[name]} already; every sample is scored once")
-                prediction = record["prediction"]
-                if clean_up and isinstance(prediction, str):
-                    prediction = answers.clean_extractor_text(prediction)
-                row = read_prediction(prediction), read_truth(record["truth"])
-            except (ValueError, TypeError) as error:
-                mistakes.append(f"{path}:{number}: {error}")
-                continue
-            seen[name] = number
-            columns.ids.append(name)
-            columns.predictions.append(row[0])
-            columns.truths.append(row[1])
+    faults: list[Fault] = []
+    for number, line in numbered_lines(path, faults):
+        try:
+            record = _record(line)
+            name = str(record["id"])
+            if name in seen:
+                raise ValueError(f"id {name!r} is on line {seen[name]} already; every sample is scored once")
+            prediction = record["prediction"]
+            if clean_up and isinstance(prediction, str):
+                prediction = answers.clean_extractor_text(prediction)
+            row = read_prediction(prediction), read_truth(record["truth"])
+        except (ValueError, TypeError) as error:
+            mistakes.append(f"{path}:{number}: {printable(error)}")
+            continue
+        seen[name] = number
+        columns.ids.append(name)
+        columns.predictions.append(row[0])
+        columns.truths.append(row[1])
+    mistakes.extend(f"{path}:{fault.line}: {fault}" if fault.line else f"{path}: {fault}" for fault in faults)
     if mistakes:
         more = len(mistakes) - _MOST_SHOWN
         raise PredictionError("\n".join(mistakes[:_MOST_SHOWN] + [f"... and {more} more"] * (more > 0)))
@@ -112,16 +114,34 @@ def score_predictions(columns: Predictions, metric: str, wheels: Wheels) -> dict
     return {key: _number(value) for key, value in result.items()}
 
 
+def write_scores(result: dict[str, Any], file: pathlib.Path) -> None:
+    """Writes scores as JSON, making the folder.
+
+    Raises:
+        PredictionError: the file cannot be written.
+    """
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        got = f"{file}: got {error.strerror or error}"
+        raise PredictionError(f"{got}; expected a file that can be written; to mend it, name another") from error
+
+
 def _record(line: str) -> dict:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}; expected an object with id, prediction and truth on one line") from error
+        record = parse_value(line, nan=True)
+    except JsonLineError as error:
+        expected = "an object with id, prediction and truth on one line"
+        raise ValueError(f"not JSON: {error.fault.got}; expected {expected}") from error
     if not isinstance(record, dict):
         raise ValueError(f"got a {type(record).__name__}; expected an object with id, prediction and truth")
+    for fault in unfit_values(record):
+        raise ValueError(str(fault))
     missing = [name for name in ("id", "prediction", "truth") if name not in record]
     if missing:
-        raise ValueError(f"no {', '.join(missing)}; found {', '.join(record) or 'nothing'}")
+        raise ValueError(f"no {', '.join(missing)}; found {printable(', '.join(record), 200) or 'nothing'}")
     return record
 
 
@@ -131,7 +151,7 @@ def _words(cell: Any) -> list[str]:
 
 def _label(cell: Any) -> str:
     if not isinstance(cell, str):
-        raise TypeError(f"truth is {cell!r}; expected one emotion word for hit")
+        raise TypeError(f"truth is {cut(cell)}; expected one emotion word for hit")
     return cell
 
 
@@ -139,13 +159,13 @@ def _sentiment(cell: Any) -> str:
     if cell is None:
         return ""
     if not isinstance(cell, str):
-        raise TypeError(f"prediction is {cell!r}; expected positive, negative or neutral for waf")
+        raise TypeError(f"prediction is {cut(cell)}; expected positive, negative or neutral for waf")
     return cell
 
 
 def _real(cell: Any) -> float:
     if isinstance(cell, bool) or not isinstance(cell, (int, float)) or not math.isfinite(cell):
-        raise TypeError(f"truth is {cell!r}; expected a finite number for waf")
+        raise TypeError(f"truth is {cut(cell)}; expected a finite number for waf")
     return float(cell)
 
 

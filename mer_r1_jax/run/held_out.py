@@ -72,7 +72,14 @@ def open_held_out(
         data, media_root = config.data.eval_path, media_root or config.data.media_root
         limit = limit or config.eval.limit
     setup, leaves = open_model(path, {"data.media_root": media_root, **(overrides or {})})
-    records = read_records(data, media_root, question=setup.config.data.question, require=("solution",))
+    settings = setup.config.data
+    records = read_records(
+        data,
+        media_root,
+        question=settings.question,
+        require=("solution",),
+        extra_columns=settings.extra_columns,
+    )
     return HeldOut(setup, leaves, tuple(records[: limit or None]))
 
 

@@ -261,7 +261,15 @@ def _read(config: RunConfig, wheels: Wheels) -> DataSets:
             raise ConfigError(
                 f"data.{field} is empty, but this run needs it: name a JSON-lines file, or skip the phase"
             )
-        return tuple(read_records(path, config.data.media_root, question=config.data.question, require=require))
+        return tuple(
+            read_records(
+                path,
+                config.data.media_root,
+                question=config.data.question,
+                require=require,
+                extra_columns=config.data.extra_columns,
+            )
+        )
 
     sft = read(config.data.sft_path, "sft_path", config.sft.max_steps != 0, ("target", "solution"))
     rl = read(config.data.rl_path, "rl_path", config.rl.max_steps != 0, ("solution",))
