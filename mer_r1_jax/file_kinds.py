@@ -155,6 +155,8 @@ def _object_kind(path: str, text: str, lines: list[str], complete: bool) -> Othe
         return OtherKind("a text whose lines end in carriage returns alone", _for_file(mend, path))
     if _closes(first) or len(lines) == 1 or (lines[1].startswith("{") and first[-1] not in "{[,:"):
         return None
+    if isinstance(_parsed(lines[1]), dict) and not first.endswith("["):
+        return None  # one line is cut, the next is whole
     whole = _parsed(text) if complete else None
     found = _WRAPPED.search(" ".join(lines[:50]))
     if whole is None and found and found.group(1) not in _RECORD_KEYS:

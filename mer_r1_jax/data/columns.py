@@ -75,13 +75,16 @@ class LineReader:
         solution = self._solution(row)
         read = read_chat(row, self._names, self.question, self._problems)
         chat = read or Chat()
+        before = len(self.problems)
         media = self._with_parts(media, chat)
+        parts_agree = len(self.problems) == before
         target = self._slow_target(row, chat.target, solution)
         if "audios" not in row and not any(media["audios"]) and chat.messages:
             # R1-Omni's files write `<audio>` for the sound track of the video they name.
             if _count(chat.messages, "<audio>") == len(media["videos"]):
                 media["audios"] = media["videos"]
-        self._check_placeholders(chat.messages, media)
+        if parts_agree:
+            self._check_placeholders(chat.messages, media)
         if read is not None:  # a chat that cannot be read may hold the media
             self._check_presence(row, media, subtitle, solution, target)
         if self.problems:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mer_r1_jax.data.problems import Problem, shown
@@ -70,12 +70,12 @@ class ForeignColumns:
     """The columns of one file that are not ours.
 
     Args:
-        ours: every name that is read.
+        ours: every name that is read -> our name of the column.
         allowed: names that `data.extra_columns` gives.
     """
 
-    def __init__(self, ours: Iterable[str], allowed: Sequence[str]):
-        self._ours = tuple(ours)
+    def __init__(self, ours: Mapping[str, str], allowed: Sequence[str]):
+        self._ours = ours
         self._allowed = frozenset((*allowed, *OF_OUR_WORLD))
         self._suspects: dict[str, tuple[int, int, Suspicion]] = {}  # column -> first line, lines, why
         self.unread: dict[str, int] = {}  # column -> lines that have it, of those nobody named
@@ -125,7 +125,7 @@ class ForeignColumns:
         plain = name.strip().lower()
         close = [plain] if plain in self._ours else []
         close = close or difflib.get_close_matches(name, [n for n in self._ours if len(n) > 4], n=1, cutoff=_SIMILAR)
-        if close and close[0] not in known:
+        if close and self._ours[close[0]] not in known:
             return Suspicion(name, f"resembles `{close[0]}`", close[0])
         return None
 
@@ -184,7 +184,10 @@ def _dotted(name: str, keys: tuple[str, ...]) -> str:
 
 def _problem(file: str, line: int, lines: int, name: str, why: Suspicion) -> Problem:
     if why.why.startswith("resembles"):
-        got, mend = "an unknown column", "correct or rename the column"
+        got, mend = (
+            "an unknown column",
+            "correct or rename the column, or name it in data.extra_columns if it is not for the model",
+        )
         expected = f"`{why.meant}`, which it resembles"
     else:
         inside = "" if why.column == name else f", at {shown(why.column)}"

@@ -43,7 +43,6 @@ def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
         raise MediaPathError("an empty path", expected, "name the file or leave the column out")
     if any(unicodedata.category(character) == "Cc" for character in relative):
         raise MediaPathError(f"control characters in {cut(relative)}", expected, "rename the file")
-    _check_encoding(relative, expected)
     if _URL.match(relative) and not PureWindowsPath(relative).drive:
         raise MediaPathError(f"the URL {cut(relative)}", expected, "download the file and give its path")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).drive or relative.startswith(("\\", "~")):
@@ -52,6 +51,7 @@ def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
         )
     if ".." in re.split(r"[/\\]", relative):
         raise MediaPathError(f"'..' in {cut(relative)}", expected, "set media_root to a folder that holds all clips")
+    _check_bytes(relative, expected)
     root = os.path.realpath(media_root)
     resolved = os.path.realpath(os.path.join(root, relative))
     if resolved == root or os.path.commonpath([root, resolved]) != root:
@@ -63,7 +63,7 @@ def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
     return Path(resolved)
 
 
-def _check_encoding(relative: str, expected: str) -> None:
+def _check_bytes(relative: str, expected: str) -> None:
     """Refuses what no file system can hold, before it is asked."""
     try:
         raw = os.fsencode(relative)

@@ -158,7 +158,9 @@ class _Turns:
                 continue
             if role != "user":
                 where, mend = f"{field}[{place}]", "move it into a user turn"
-                self.problems.add(where, f"a {part.kind} in the {role} turn", "media in user turns alone", mend)
+                self.problems.add(
+                    where, f"a medium ({part.kind}) in the {role} turn", "media in user turns alone", mend
+                )
                 return None
             self.media.setdefault(COLUMN[part.kind], []).append(part.value)
             pieces.append(f"<{part.kind}>")

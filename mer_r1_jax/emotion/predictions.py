@@ -134,7 +134,7 @@ def _record(line: str) -> dict:
         record = parse_value(line, nan=True)
     except JsonLineError as error:
         expected = "an object with id, prediction and truth on one line"
-        raise ValueError(f"not JSON: {error.fault.got}; expected {expected}") from error
+        raise ValueError(f"not JSON: got {error.fault.got}; expected {expected}") from error
     if not isinstance(record, dict):
         raise ValueError(f"got a {type(record).__name__}; expected an object with id, prediction and truth")
     for fault in unfit_values(record):

@@ -164,7 +164,7 @@ def _read(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CompareError(f"{path}: cannot be read as a samples file, one JSON object a line ({error})") from error
     for number, row in enumerate(rows, 1):
         scores = [row.get(mode, {}).get(name) for mode in MODES for name in SCORES] if isinstance(row, dict) else [None]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.clips import make_clip
+from support.commands import run_command
 from support.tiny_tokenizer import tiny_tokenizer
 
 from mer_r1_jax.config.schema import MediaConfig
@@ -273,10 +274,56 @@ def test_the_command_lists_faults_with_status_one(folder):
     assert json.loads((folder / "report.json").read_text())["errors"] == 3
 
 
+def test_the_command_names_further_columns_and_words_on_no_wheel(folder):
+    rows = [both(name, id=name, split="train", answer="happy", solution="[happy; flurgh]") for name in GOOD]
+    (folder / "further.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused = command("--data=further.jsonl", "--media_root=clips", "--nodecode", cwd=folder)
+    assert refused.returncode == 1
+    assert "further.jsonl:1: answer: got a column that is not read" in refused.stdout
+    assert "columns not read in further.jsonl: split (3), answer (3)" in refused.stdout
+    assert "words on no wheel in further.jsonl: flurgh (3)" in refused.stdout
+    named = command(
+        "--data=further.jsonl",
+        "--media_root=clips",
+        "--nodecode",
+        "--extra_columns=answer",
+        "--json=r.json",
+        cwd=folder,
+    )
+    assert named.returncode == 0, named.stdout + named.stderr
+    (report,) = json.loads((folder / "r.json").read_text())["files"]
+    assert report["unread_columns"] == {"split": 3} and report["unknown_words"] == {"flurgh": 3}
+
+
+def test_a_fault_of_the_checker_is_no_error_of_the_data(folder, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise KeyError("something nobody thought of")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("mer_r1_jax.data.validation.scan_files", broken)
+    assert run_command("validate", "--data=good.jsonl", "--nodecode") == 2
+    told = capsys.readouterr().err
+    assert "something nobody thought of" in told and "a fault of this program" in told
+
+
+def test_a_record_that_breaks_the_checker_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(both("a.mp4")) + "\n")
+
+    def load(record):
+        raise KeyError("something nobody thought of")
+
+    with pytest.raises(KeyError) as caught:
+        validate([DataFile(path=str(path))], checks=Checks(load=load))
+    assert caught.value.__notes__ == [f"while checking {path}:1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "no data to check"),
+        (["--data=good.jsonl", "further.jsonl"], "unexpected arguments ['further.jsonl']"),
+        (["--data=good.jsonl", "--media_root=clips", "--nodecode", "--json=absent/r.json"], "expected a file to write"),
         (["--data=good.jsonl", "--model=absent"], "absent: no such folder"),
     ],
 )

@@ -1,5 +1,6 @@
 """experiments/score.py: what it writes, what it refuses, and that it is quick."""
 
+import gzip
 import json
 import pathlib
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 
 import pytest
+from support.commands import run_command
 
 from mer_r1_jax.emotion import predictions
 from mer_r1_jax.emotion.wheels import load_wheels
@@ -46,6 +48,46 @@ def test_score_command_ends_with_a_message_not_a_traceback(tmp_path):
     done = run_score(f"--predictions={path}", "--metric=hit", f"--out={tmp_path / 'o.json'}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "p.jsonl:1: no truth" in done.stderr
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_read(tmp_path):
+    path = tmp_path / "p.jsonl"
+    row = json.dumps({"id": "a", "prediction": "happy, sad", "truth": "高兴"}, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")
+    assert predictions.read_predictions(path, "set_f1").truths == [["高兴"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": "a", "prediction": "高兴极了", "truth": "sad"}\n'.encode("gbk"), "p.jsonl:1: got byte"),
+        ('{"id": "a", "prediction": "café", "truth": "sad"}\n'.encode("latin-1"), "iconv -f WINDOWS-1252"),
+        ('{"id": "a", "prediction": "sad", "truth": "sad"}\n'.encode("utf-16"), "a text in UTF-16"),
+        (gzip.compress(b'{"id": "a", "prediction": "sad", "truth": "sad"}\n'), "a gzip-compressed file"),
+        (b'{"id": "a\\ud83d", "prediction": "sad", "truth": "sad"}\n', "p.jsonl:1: id: got half of a surrogate pair"),
+        (b'{"id": "a", "prediction": ["\\udc00"], "truth": "sad"}\n', "p.jsonl:1: prediction: got half of a surrogate"),
+        (b'{"id": ' + b"1" * 5000 + b', "prediction": "sad", "truth": "sad"}\n', "p.jsonl:1: not JSON: got a whole"),
+        (b'{"id": "a", "prediction": ' + b"[" * 99_999 + b"\n", "p.jsonl:1: not JSON"),
+        (
+            b'{"id": "a", "id": "b", "prediction": "sad", "truth": "sad"}\n',
+            "got the key 'id' twice",
+        ),
+    ],
+)
+def test_files_that_cannot_be_read_end_with_file_line_and_mend(tmp_path, capsys, content, message):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    out = tmp_path / "o.json"
+    assert run_command("score", f"--predictions={path}", "--metric=set_f1", f"--out={out}") == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("p.jsonl") <= 2 and "Traceback" not in told and len(told) < 1000
+    assert not out.exists()
+
+
+def test_scores_that_cannot_be_written_end_with_a_message(tmp_path, capsys):
+    path = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prediction": "happy", "truth": "sad"}])
+    assert run_command("score", f"--predictions={path}", "--metric=hit", f"--out={path}/o.json") == 2
+    assert "expected a file that can be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric", ["set_f1", "hit", "waf"])

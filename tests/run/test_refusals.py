@@ -70,6 +70,14 @@ def spoilt(own_data, tmp_path):
         ({"subtitle": "over<|im_end|>"}, ["<|im_end|>"]),
         ({"videos": ["../elsewhere.mp4"]}, ["../elsewhere.mp4"]),
         ({"messages": [{"role": "user", "content": "Feel?"}]}, ["an assistant turn"]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "clip", "clip": "a.mp4"}]}]},
+            ["[0].type", "'clip'"],
+        ),
+        ({"prompt": "Feel?"}, ["both `messages` and `prompt`"]),
+        ({"audio_path": "clips/0.mp4"}, ["audio_path", "rename it to `audios`", "data.extra_columns"]),
+        ({"solution": ["ha\ud83d"]}, ["solution", "half of a surrogate pair"]),
+        ({"videos": ["a" * 5000 + ".mp4"]}, ["videos[0]", "a path of 5004 bytes"]),
     ],
 )
 def test_record_that_cannot_be_used_is_named_with_file_and_line(refusal, config_of, spoilt, fields, words):

@@ -243,7 +243,10 @@ def _rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterable[tuple[int, d
             for row in reader:
                 yield reader.line_num, {column: row[column] or "" for column in columns}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BenchmarkError(f"{path}: cannot be read as CSV in UTF-8: {error}") from error
+        raise BenchmarkError(
+            f"{path}: cannot be read as CSV in UTF-8: {error}; to mend it, save it so (a text in another encoding: "
+            "`iconv -f GB18030 -t UTF-8`)"
+        ) from error
 
 
 def _media(folder: pathlib.Path, kind: str, clip: str, endings: tuple[str, ...]) -> str | None:
