@@ -256,6 +256,9 @@ def _too_long(path, seconds: str, media: MediaConfig) -> MediaError:
 def _video_stream(path, container):
     """Returns the video track to read, whose pictures are of a size that can be."""
     stream = video_track(path, container)
+    if "webp" in container.format.name and not stream.codec_context.width:
+        found, mend = "an animated WebP, which FFmpeg cannot decode", "Make an mp4 of it."
+        raise MediaError(path, "several_pictures", found, "a video", mend)
     _check_size(path, stream.codec_context.width, stream.codec_context.height)
     return stream
 

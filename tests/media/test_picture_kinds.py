@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.decode import read_image
+from mer_r1_jax.media.decode import read_image, read_video
 from mer_r1_jax.media.entry import IMAGE, decode_file
 from mer_r1_jax.media.errors import MediaError
 
@@ -132,6 +132,15 @@ def test_several_pictures_in_one_file_are_refused_by_name(tmp_path, ending, kind
     with pytest.raises(MediaError, match=f"a {kind} file of 3 pictures.*; expected one picture. Save .* PNG") as caught:
         decode_file(str(path), IMAGE, MEDIA, 28, 128)
     assert caught.value.reason == "several_pictures"
+
+
+def test_an_animated_webp_among_the_videos_is_refused_by_name_and_a_gif_is_one(tmp_path):
+    pictures = [Image.new("RGB", (SIDE, SIDE), (20 * n, 0, 0)) for n in range(8)]
+    for ending in ("webp", "gif"):
+        pictures[0].save(tmp_path / f"wave.{ending}", save_all=True, append_images=pictures[1:], duration=100)
+    with pytest.raises(MediaError, match="an animated WebP.*; expected a video. Make an mp4"):
+        read_video(tmp_path / "wave.webp", MEDIA)
+    assert read_video(tmp_path / "wave.gif", MEDIA).duration == pytest.approx(0.8)
 
 
 def test_a_single_picture_in_those_formats_is_read(tmp_path):
