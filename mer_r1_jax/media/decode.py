@@ -20,16 +20,14 @@ from PIL import Image, UnidentifiedImageError
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.media.frames import FRAME_FACTOR, frame_count, frame_indices, image_size, video_size
+from mer_r1_jax.media.fitting import check_size, fitter
+from mer_r1_jax.media.frames import FRAME_FACTOR, frame_count, frame_indices, image_size
 from mer_r1_jax.media.identity import other_spelling
-from mer_r1_jax.media.orientation import Size, shown_size, turn_of
 from mer_r1_jax.media.pictures import upright_rgb
-from mer_r1_jax.media.resize import resize
 from mer_r1_jax.media.sound import check_rate, decode_sound, seconds_held
-from mer_r1_jax.media.timing import Clock, FrameTimes, frame_times, last_frame_seconds
+from mer_r1_jax.media.timing import Clock, FrameTimes, times_of
 from mer_r1_jax.media.tracks import clip_start, sound_track, video_track
 
-MAX_SIDE = 8192  # pixels; a larger picture is a broken header or not a clip of a person
 MAX_FRAME_RATE = 1000.0
 THREADED_PIXELS = 512 * 512  # pictures above this size are decoded with several threads
 
@@ -166,7 +164,7 @@ def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
     check_present(path)
     try:
         with Image.open(path) as picture:
-            _check_size(path, *picture.size)
+            check_size(path, *picture.size)
             picture = upright_rgb(path, picture)
             height, width = image_size(picture.height, picture.width, factor, media)
             return np.asarray(picture.resize((width, height)))
@@ -226,17 +224,6 @@ def check_present(path: str | Path) -> None:
         raise MediaError(path, "empty", "an empty file", "a media file", "Copy or make it again.")
 
 
-def _check_size(path: str | Path, width: int, height: int) -> None:
-    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise MediaError(
-            path,
-            "bad_size",
-            f"pictures of {width}x{height} pixels",
-            f"1 to {MAX_SIDE} pixels a side",
-            "Scale the clip down.",
-        )
-
-
 def _length(container, media: MediaConfig) -> str:
     """Words for the seconds of a clip whose packets are more than allowed: the header's, if it says so too."""
     stated = (container.duration or 0) / av.time_base
@@ -259,7 +246,7 @@ def _video_stream(path, container):
     if "webp" in container.format.name and not stream.codec_context.width:
         found, mend = "an animated WebP, which FFmpeg cannot decode", "Make an mp4 of it."
         raise MediaError(path, "several_pictures", found, "a video", mend)
-    _check_size(path, stream.codec_context.width, stream.codec_context.height)
+    check_size(path, stream.codec_context.width, stream.codec_context.height)
     return stream
 
 
@@ -270,7 +257,7 @@ def _count_frames(path, media: MediaConfig) -> FrameTimes:
         begin = clip_start(path, container)
         packets, total, end = _packet_times(path, container, stream, media)
         stated = float(stream.average_rate or stream.guessed_rate or 0)
-        times = _times(packets, total, stated, begin)
+        times = times_of(packets, total, stated, begin)
         if times is None or not 0 < times.rate <= MAX_FRAME_RATE:
             raise MediaError(
                 path,
@@ -319,17 +306,6 @@ def _packet_times(path, container, stream, media: MediaConfig) -> tuple[list[tup
     return packets, total, end
 
 
-def _times(packets: list[tuple[float, float]], total: int, stated: float, begin: float | None) -> FrameTimes | None:
-    """Returns the frames in time from those of their packets, or from the header's rate where packets have none."""
-    if packets and len(packets) == total:
-        starts, ends = map(list, zip(*packets, strict=True))
-        last = last_frame_seconds(starts, ends)
-        times = frame_times(starts, last, stated, min(starts) if begin is None else begin)
-        if times is not None:
-            return times
-    return FrameTimes(total, stated) if stated else None
-
-
 def _reaches_end(stream, end: int, rate: float) -> bool:
     """Whether the last packet ends where the header says the track does; `end` counts the stream's time base."""
     if stream.duration is None or stream.time_base is None:
@@ -355,7 +331,7 @@ def _sample(
     with _opened(path) as container:
         stream = _video_stream(path, container)
         begin = clip_start(path, container)
-        fit = _fitter(path, stream, len(indices), media, factor)
+        fit = fitter(path, stream, len(indices), media, factor)
         if stream.codec_context.width * stream.codec_context.height > THREADED_PIXELS:
             stream.thread_type = "AUTO"
         for frame in container.decode(stream):
@@ -367,26 +343,4 @@ def _sample(
     if decoded >= times.total:
         return pictures, times
     shown = [(start, start) for start in starts] if starts == sorted(starts) else []
-    return [], _times(shown, decoded, times.rate, begin) or dataclasses.replace(times, total=decoded, shown=None)
-
-
-def _fitter(path, stream, count: int, media: MediaConfig, factor: int | None) -> Callable[[av.VideoFrame], np.ndarray]:
-    """Returns a function from a frame to the picture that is shown, of the size the first one asks for.
-
-    `factor` None leaves it as large as it is; pixels that are not square are made so either way.
-    """
-
-    size: list[Size] = []
-
-    def fit(frame: av.VideoFrame) -> np.ndarray:
-        turn = turn_of(path, frame)
-        if not size:
-            height, width = shown_size((frame.height, frame.width), stream.sample_aspect_ratio, turn)
-            _check_size(path, width, height)
-            try:
-                size.append(video_size(height, width, count, factor, media) if factor else (height, width))
-            except ValueError as error:
-                raise MediaError(path, "bad_size", str(error), "a usual picture format", "Crop the clip.") from error
-        return resize(turn.apply(frame.to_ndarray(format="rgb24")), *size[0])
-
-    return fit
+    return [], times_of(shown, decoded, times.rate, begin) or dataclasses.replace(times, total=decoded, shown=None)

@@ -104,3 +104,14 @@ def last_frame_seconds(starts: list[float], ends: list[float]) -> float:
     lengths = np.asarray(ends)[order] - np.asarray(starts)[order]
     span = starts[order[-1]] - starts[order[0]]
     return float(lengths[-1]) if abs(lengths[:-1].sum() - span) <= 0.05 * span else 0.0
+
+
+def times_of(packets: list[tuple[float, float]], total: int, stated: float, begin: float | None) -> FrameTimes | None:
+    """Returns the frames in time from those of their packets, or from the header's rate where packets have none."""
+    if packets and len(packets) == total:
+        starts, ends = map(list, zip(*packets, strict=True))
+        last = last_frame_seconds(starts, ends)
+        times = frame_times(starts, last, stated, min(starts) if begin is None else begin)
+        if times is not None:
+            return times
+    return FrameTimes(total, stated) if stated else None
