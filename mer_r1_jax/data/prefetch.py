@@ -23,7 +23,8 @@ from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.pool import ATTEMPTS
 from mer_r1_jax.parallel import processes
 
-METRICS = ("data/skipped", "data/silent_audio", "data/audio_cut", "data/decode_ms")
+COUNTED = ("silent_audio", "audio_cut", "audio_filled", "mute_audio", "cancelled_audio")  # of `media.clips.Clips`
+METRICS = ("data/skipped", *(f"data/{name}" for name in COUNTED), "data/decode_ms")
 
 
 class StalledLoadError(RuntimeError):
@@ -124,7 +125,7 @@ class ClipPrefetcher:
         return loaded
 
     def metrics(self) -> dict[str, float]:
-        """Counts of the last step, over all processes: rows skipped, clips with stand-in silence, audio cut, mean
+        """Counts of the last step, over all processes: rows skipped, what `COUNTED` names of the clips' sound, mean
         decoding time (ms)."""
         return dict(self._metrics)
 
@@ -208,22 +209,18 @@ def stall_limit(media: MediaConfig, records: Iterable[Record]) -> float:
     return (1 + files) * ATTEMPTS * (START_SECONDS + media.decode_timeout)
 
 
-def _counts_of(visit: LoadedItem) -> tuple[int, int, int, float]:
-    """Of one row: whether it is skipped, its silent and its cut audio tracks, milliseconds of its load."""
+def _counts_of(visit: LoadedItem) -> tuple[float, ...]:
+    """Of one row: whether it is skipped, what `COUNTED` names, milliseconds of its load."""
     clips = visit.clips
-    return clips is None, getattr(clips, "silent_audio", 0), getattr(clips, "audio_cut", 0), visit.decode_ms
+    return clips is None, *(getattr(clips, name, 0) for name in COUNTED), visit.decode_ms
 
 
-def _count(rows: list[tuple[int, int, int, float]]) -> dict[str, float]:
+def _count(rows: list[tuple[float, ...]]) -> dict[str, float]:
     """Metrics of one step's rows."""
-    skipped, silent_audio, audio_cut, decode_ms = zip(*rows, strict=True)
+    *counts, decode_ms = zip(*rows, strict=True)
     times = [milliseconds for milliseconds in decode_ms if milliseconds]
-    return {
-        "data/skipped": float(sum(skipped)),
-        "data/silent_audio": float(sum(silent_audio)),
-        "data/audio_cut": float(sum(audio_cut)),
-        "data/decode_ms": sum(times) / len(times) if times else 0.0,
-    }
+    sums = {name: float(sum(values)) for name, values in zip(METRICS, counts, strict=False)}
+    return sums | {"data/decode_ms": sum(times) / len(times) if times else 0.0}
 
 
 class _Load:

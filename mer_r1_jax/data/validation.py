@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.config.schema import DataConfig
-from mer_r1_jax.data.paths import resolve_media
 from mer_r1_jax.data.problems import Problem
 from mer_r1_jax.data.records import Record, scan_files
 from mer_r1_jax.emotion.wheels import Wheels
-from mer_r1_jax.media.clips import Clips
+from mer_r1_jax.media.clips import Clips, sound_remarks
 from mer_r1_jax.media.errors import MediaError, PromptError
+from mer_r1_jax.media.identity import FileKey, file_key
 from mer_r1_jax.media.prompt import Prompt
 
 MEDIA_COLUMNS = ("videos", "audios", "images")
@@ -143,7 +143,7 @@ def validate(
     checks = checks or Checks()
     problems: list[Problem] = []
     reports = []
-    clips_of: dict[str, set[Path]] = {}
+    clips_of: dict[str, dict[FileKey, str]] = {}
     for file in files:
         how = {"question": question, "require": file.require, "extra_columns": extra_columns}
         records, faults, unread = scan_files(file.path, media_root, **how)
@@ -208,9 +208,16 @@ def _check_clips(record: Record, checks: Checks, found: _Findings) -> None:
         found.lengths["decode_ms"] = 1e3 * (time.monotonic() - began)
     found.counts["silent_audio"] += clips.silent_audio
     found.counts["audio_cut"] += clips.audio_cut
+    found.counts["mute_audio"] += clips.mute_audio
+    found.counts["cancelled_audio"] += clips.cancelled_audio
+    found.counts["audio_filled"] += clips.audio_filled > 0
+    if clips.audio_filled:
+        found.lengths["audio_filled_seconds"] = clips.audio_filled
     if clips.silent_audio:
         got, expected = f"{clips.silent_audio} clip(s) without sound", "an audio track"
         mend = "add one; as media.missing_audio says, it will be replaced by silence or left out"
+        found.problems.append(_problem(record, "audios", got, expected, mend, "warning"))
+    for got, expected, mend in sound_remarks(clips):
         found.problems.append(_problem(record, "audios", got, expected, mend, "warning"))
     if checks.build is None:
         return
@@ -276,16 +283,24 @@ def _check_file(
 
 
 def _shared_clips(
-    file: str, records: Sequence[Record], media_root: str | os.PathLike, clips_of: dict[str, set[Path]]
+    file: str, records: Sequence[Record], media_root: str | os.PathLike, clips_of: dict[str, dict[FileKey, str]]
 ) -> Iterator[Problem]:
-    """Clips another file has too: held-out clips must not be training clips."""
-    root = media_root or Path(file).parent
-    clips = {
-        resolve_media(root, path) for record in records for column in MEDIA_COLUMNS for path in getattr(record, column)
-    }
+    """Clips another file has too, for held-out clips must not be training clips; and clips under two names."""
+    root = Path(media_root or Path(file).parent)
+    spellings: dict[FileKey, set[str]] = collections.defaultdict(set)
+    for record in records:
+        for column in MEDIA_COLUMNS:
+            for path in getattr(record, column):
+                spellings[file_key(root / path)].add(path)
+    twice = [sorted(names) for names in spellings.values() if len(names) > 1]
+    if twice:
+        got = f"{len(twice)} file(s) under more than one name, e.g. {' and '.join(map(repr, min(twice)[:2]))}"
+        mend = "write each file's name in one way; they are taken for one clip, whatever they are called"
+        yield _whole_file(file, "", got, "one name for a file", mend, "warning")
+    clips = {key: min(names) for key, names in spellings.items()}
     for other, theirs in clips_of.items():
-        if shared := clips & theirs:
-            got = f"{len(shared)} clip(s) that {other} has too, e.g. {min(shared)}"
+        if shared := clips.keys() & theirs.keys():
+            got = f"{len(shared)} clip(s) that {other} has too, e.g. {root / min(clips[key] for key in shared)}"
             mend = "take them out of one of the files if one is for evaluation"
             yield _whole_file(file, "", got, "clips that were not seen in training", mend, "warning")
     clips_of[file] = clips
@@ -308,6 +323,9 @@ def _report(
                 "broken",
                 "silent_audio",
                 "audio_cut",
+                "audio_filled",
+                "mute_audio",
+                "cancelled_audio",
                 "bad_prompt",
                 "bad_target",
                 "words",

@@ -17,6 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.media.decode import read_video
+from mer_r1_jax.media.errors import MediaError
+
+MOST_SHOWN_SECONDS = 3600.0  # longer clips are not opened for a report
 SLOW, FAST, RECALL, PRECISION, NEUTRAL = "#1f5fbf", "#d9730d", "#2a8c5f", "#8a4fbf", "#475569"
 GRID, _TEXT, MUTED = "#e2e8f0", "#1e293b", "#94a3b8"
 _BEHIND_LABEL = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
@@ -145,34 +150,18 @@ def frame_strip(path: str | Path, frames: int = 4, height: int = 84) -> tuple[st
     Raises:
         ValueError: the file holds no frame that decodes; the message says why, without the folder.
     """
+    media = MediaConfig(min_frames=frames, max_frames=frames, max_clip_seconds=MOST_SHOWN_SECONDS)
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            seconds = float((container.duration or 0) / av.time_base)
-            expected = stream.frames or round(seconds * float(stream.average_rate or 0)) or frames
-            wanted = [round(position) for position in np.linspace(0, expected - 1, frames)]
-            pictures = _decoded(container, stream, wanted)
-    except (OSError, IndexError, av.error.FFmpegError) as error:
+        video = read_video(path, media)  # as the model sees it: upright, the track that counts, its true times
+    except MediaError as error:
+        raise ValueError(f"{Path(path).name} cannot be shown: {error.found}") from error
+    except (OSError, av.error.FFmpegError) as error:
         raise ValueError(f"{Path(path).name} cannot be shown: {type(error).__name__}") from error
-    if not pictures:
-        raise ValueError(f"{Path(path).name} cannot be shown: it has no frames")
+    pictures = [Image.fromarray(frame) for frame in video.frames]
     width = max(1, round(pictures[0].width * height / pictures[0].height))
     strip = Image.new("RGB", (len(pictures) * width + 2 * (len(pictures) - 1), height), "white")
     for number, picture in enumerate(pictures):
         strip.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (number * (width + 2), 0))
     out = io.BytesIO()
     strip.save(out, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode(), seconds
-
-
-def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, wanted: Sequence[int]
-) -> list[Image.Image]:
-    """The frames of those numbers, decoded up to the last of them and no more held than asked for."""
-    pictures = []
-    for number, frame in enumerate(container.decode(stream)):
-        if number in wanted:
-            pictures.append(frame.to_image())
-        if number >= wanted[-1]:
-            break
-    return pictures
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode(), video.duration

@@ -92,6 +92,9 @@ _COUNTED = {
     "data/skipped": "prompts left out, with weight zero, for a clip that broke",
     "data/silent_audio": "prompts whose clip had no sound and was given silence",
     "data/audio_cut": "prompts whose sound was cut at media.max_audio_seconds",
+    "data/audio_filled": "seconds of sound that clips leave out, at a late start or in gaps, filled with silence",
+    "data/mute_audio": "prompts whose sound track holds nothing but silence",
+    "data/cancelled_audio": "prompts whose sound is lost when its channels are averaged: they cancel out",
 }
 _RUNNING_TOTALS = {"skipped_steps"}  # the others count one step each
 

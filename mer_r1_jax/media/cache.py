@@ -19,7 +19,7 @@ import soxr
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, CorruptEntryError, Entry
 
-CODE_VERSION = 3  # raise when decoding, resizing or the mel spectrogram changes
+CODE_VERSION = 4  # raise when decoding, resizing or the mel spectrogram changes
 _FRAMES = ("fps", "min_frames", "max_frames")
 _VIDEO_PIXELS = ("video_min_pixels", "video_max_pixels", "video_total_pixels", "max_aspect_ratio")
 SETTINGS = {  # the settings that shape what a kind of entry holds

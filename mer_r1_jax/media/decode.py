@@ -1,7 +1,8 @@
 """Reading video frames, audio samples and images from files with PyAV and Pillow, within bounds set before decoding.
 
 Everything that goes wrong with a file ends in one `MediaError`. Memory is bounded: only sampled frames are kept, and a
-clip whose header promises too much (seconds, pixels, frame or sample rate) is refused before a frame is decoded.
+clip whose track holds too much (seconds, pixels, frame or sample rate) is refused before a frame is decoded. What a
+track holds is told by its packets; headers, which often promise something else, are asked only where packets are mute.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from PIL import Image, UnidentifiedImageError
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.media.frames import FRAME_FACTOR, frame_count, frame_indices, image_size, video_size
-from mer_r1_jax.media.resize import resize
+from mer_r1_jax.media.fitting import check_size, fitter
+from mer_r1_jax.media.frames import FRAME_FACTOR, frame_count, frame_indices, image_size
+from mer_r1_jax.media.identity import other_spelling
+from mer_r1_jax.media.pictures import upright_rgb
+from mer_r1_jax.media.sound import check_rate, decode_sound, seconds_held
+from mer_r1_jax.media.timing import Clock, FrameTimes, times_of
+from mer_r1_jax.media.tracks import clip_start, sound_track, video_track
 
-MAX_SIDE = 8192  # pixels; a larger picture is a broken header or not a clip of a person
 MAX_FRAME_RATE = 1000.0
-SAMPLE_RATES = (1_000, 384_000)
-MAX_CHANNELS = 64
 THREADED_PIXELS = 512 * 512  # pictures above this size are decoded with several threads
 
 MIN_DECODED = 0.5  # fewer frames than this share of the packets means a damaged video
-
-Size = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +56,16 @@ class AudioTrack:
     Attributes:
         samples: float32[samples], mono, at the configured sampling rate.
         cut: whether the track went on after `max_audio_seconds`.
+        filled: seconds of silence put in for a late start and for gaps.
+        silent: whether the track holds nothing but silence.
+        cancelled: whether its channels hold sound that their mean does not: one is the other upside down.
     """
 
     samples: np.ndarray
     cut: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _VideoHeader:
-    """What is known of a video after its packets were counted, without decoding."""
-
-    total: int
-    rate: float
+    filled: float = 0.0
+    silent: bool = False
+    cancelled: bool = False
 
 
 def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) -> VideoFrames:
@@ -81,7 +80,7 @@ def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) 
         MediaError: for anything wrong with the file.
     """
 
-    def evenly(header: _VideoHeader) -> np.ndarray:
+    def evenly(header: FrameTimes) -> np.ndarray:
         return frame_indices(header.total, frame_count(header.total, header.rate, media))
 
     return _read(path, media, factor, evenly)
@@ -97,7 +96,7 @@ def read_stills(path: str | Path, media: MediaConfig) -> VideoFrames:
         MediaError: for anything wrong with the file.
     """
 
-    def from_start(header: _VideoHeader) -> np.ndarray:
+    def from_start(header: FrameTimes) -> np.ndarray:
         every = max(1, int(header.rate / media.fps))
         return np.arange(0, header.total, every)[: media.max_frames]
 
@@ -105,22 +104,22 @@ def read_stills(path: str | Path, media: MediaConfig) -> VideoFrames:
 
 
 def _read(
-    path: str | Path, media: MediaConfig, factor: int | None, choose: Callable[[_VideoHeader], np.ndarray]
+    path: str | Path, media: MediaConfig, factor: int | None, choose: Callable[[FrameTimes], np.ndarray]
 ) -> VideoFrames:
-    """Decodes the frames whose indices `choose` gives, in order."""
+    """Decodes the frames whose indices `choose` gives, in order; indices as if frames were evenly spread."""
     header = _count_frames(path, media)
     pictures, decoded = _sample(path, header, choose(header), media, factor)
-    if not pictures and decoded >= header.total * MIN_DECODED:
+    if not pictures and decoded.total >= header.total * MIN_DECODED:
         # Fields, and frames that are never shown, are packets too: what decodes is what the video has.
-        header = dataclasses.replace(header, total=decoded)
+        header = decoded
         pictures, decoded = _sample(path, header, choose(header), media, factor)
     if not pictures:
-        found, expected = f"{decoded} frames that decode", f"the {header.total} that are stored"
+        found, expected = f"{decoded.total} frames that decode", f"the {header.total} that are stored"
         raise MediaError(path, "truncated", found, expected, "Encode the video again.")
     return VideoFrames(
         frames=np.stack(pictures),
-        sampled_fps=len(pictures) / header.total * header.rate,
-        duration=header.total / header.rate,
+        sampled_fps=float(len(pictures) / header.total * header.rate),
+        duration=float(header.duration),
     )
 
 
@@ -131,23 +130,15 @@ def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
         MediaError: for anything wrong with the file, reason "no_audio" when it has no audio track.
     """
     with _opened(path) as container:
-        if not container.streams.audio:
-            raise MediaError(
-                path, "no_audio", "no audio track", "one", "Add one, or set media.missing_audio to skip or silence."
-            )
-        stream = container.streams.audio[0]
-        _check_decodable(path, stream, "audio")
-        _check_duration(path, container, stream, media)
-        rate, channels = stream.rate or 0, stream.codec_context.channels
-        if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1] or not 1 <= channels <= MAX_CHANNELS:
-            raise MediaError(
-                path,
-                "bad_rate",
-                f"an audio track of {channels} channels at {rate} Hz",
-                f"1 to {MAX_CHANNELS} channels at {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]} Hz",
-                "Re-encode the audio.",
-            )
-        samples = _decode_audio(path, container, stream, media.max_audio_seconds)
+        stream = sound_track(path, container)
+        held = seconds_held(container, stream, media.max_clip_seconds)
+        if held > media.max_clip_seconds:
+            raise _too_long(path, _length(container, media), media)
+    with _opened(path) as container:
+        stream = sound_track(path, container)
+        check_rate(path, stream.rate or 0, stream.codec_context.channels)
+        sound = decode_sound(path, container, stream, media.max_audio_seconds, clip_start(path, container))
+    samples, rate = sound.samples, sound.rate
     if not np.isfinite(samples).all():
         raise MediaError(path, "not_finite", "audio samples that are NaN or infinite", "finite ones", "Re-encode it.")
     if rate != media.sampling_rate:
@@ -155,7 +146,13 @@ def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
         samples = soxr.resample(samples, rate, media.sampling_rate, quality="HQ")[:wanted]
         samples = np.pad(samples, (0, wanted - samples.size))
     most = int(media.max_audio_seconds * media.sampling_rate)
-    return AudioTrack(samples[:most].astype(np.float32, copy=False), cut=samples.size > most)
+    return AudioTrack(
+        samples[:most].astype(np.float32, copy=False),
+        cut=samples.size > most,
+        filled=sound.filled,
+        silent=sound.silent,
+        cancelled=sound.cancelled,
+    )
 
 
 def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
@@ -167,14 +164,8 @@ def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
     check_present(path)
     try:
         with Image.open(path) as picture:
-            _check_size(path, *picture.size)
-            if picture.mode == "P" and "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-            if picture.mode == "RGBA":
-                white = Image.new("RGB", picture.size, (255, 255, 255))
-                white.paste(picture, mask=picture.getchannel("A"))
-                picture = white
-            picture = picture.convert("RGB")
+            check_size(path, *picture.size)
+            picture = upright_rgb(path, picture)
             height, width = image_size(picture.height, picture.width, factor, media)
             return np.asarray(picture.resize((width, height)))
     except MediaError:
@@ -225,37 +216,18 @@ def check_present(path: str | Path) -> None:
     """Raises MediaError unless there is a file with something in it."""
     path = Path(path)
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise MediaError(path, "missing", found, "a media file", "Check the path and data.media_root.")
+        found, mend = "a folder" if path.is_dir() else "no such file", "Check the path and data.media_root."
+        if not path.is_dir() and (other := other_spelling(path)):
+            mend = f"Beside it lies {other!r}, which differs in letter case or Unicode form only: name that one."
+        raise MediaError(path, "missing", found, "a media file", mend)
     if path.stat().st_size == 0:
         raise MediaError(path, "empty", "an empty file", "a media file", "Copy or make it again.")
 
 
-def _check_size(path: str | Path, width: int, height: int) -> None:
-    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise MediaError(
-            path,
-            "bad_size",
-            f"pictures of {width}x{height} pixels",
-            f"1 to {MAX_SIDE} pixels a side",
-            "Scale the clip down.",
-        )
-
-
-def _check_decodable(path, stream, kind: str) -> None:
-    if stream.codec_context is None:
-        raise MediaError(
-            path, "unknown_codec", f"a {kind} track in a codec FFmpeg does not know", "a usual one", "Re-encode it."
-        )
-
-
-def _check_duration(path, container, stream, media: MediaConfig) -> None:
-    """Refuses a clip whose header says it is too long."""
-    seconds = [container.duration / av.time_base] if container.duration else []
-    if stream.duration and stream.time_base:
-        seconds.append(float(stream.duration * stream.time_base))
-    if seconds and max(seconds) > media.max_clip_seconds:
-        raise _too_long(path, f"{max(seconds):.1f}", media)
+def _length(container, media: MediaConfig) -> str:
+    """Words for the seconds of a clip whose packets are more than allowed: the header's, if it says so too."""
+    stated = (container.duration or 0) / av.time_base
+    return f"{stated:.1f}" if stated > media.max_clip_seconds else f"more than {media.max_clip_seconds:g}"
 
 
 def _too_long(path, seconds: str, media: MediaConfig) -> MediaError:
@@ -269,39 +241,35 @@ def _too_long(path, seconds: str, media: MediaConfig) -> MediaError:
 
 
 def _video_stream(path, container):
-    """Returns the first video stream that is not cover art."""
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not streams:
-        raise MediaError(path, "no_video", "no video track", "one", "List the file under `audios` if it is audio only.")
-    stream = streams[0]
-    _check_decodable(path, stream, "video")
-    _check_size(path, stream.codec_context.width, stream.codec_context.height)
+    """Returns the video track to read, whose pictures are of a size that can be."""
+    stream = video_track(path, container)
+    if "webp" in container.format.name and not stream.codec_context.width:
+        found, mend = "an animated WebP, which FFmpeg cannot decode", "Make an mp4 of it."
+        raise MediaError(path, "several_pictures", found, "a video", mend)
+    check_size(path, stream.codec_context.width, stream.codec_context.height)
     return stream
 
 
-def _count_frames(path, media: MediaConfig) -> _VideoHeader:
-    """Counts the video's packets, which are its frames, without decoding."""
+def _count_frames(path, media: MediaConfig) -> FrameTimes:
+    """Counts the video's packets, which are its frames, and notes their times, without decoding."""
     with _opened(path) as container:
         stream = _video_stream(path, container)
-        _check_duration(path, container, stream, media)
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if not 0 < rate <= MAX_FRAME_RATE:
+        begin = clip_start(path, container)
+        packets, total, end = _packet_times(path, container, stream, media)
+        stated = float(stream.average_rate or stream.guessed_rate or 0)
+        times = times_of(packets, total, stated, begin)
+        if times is None or not 0 < times.rate <= MAX_FRAME_RATE:
             raise MediaError(
                 path,
-                "bad_rate",
-                f"{rate:g} frames/s",
-                f"more than 0, at most {MAX_FRAME_RATE:g}",
-                "Re-encode the video.",
+                "bad_rate" if total >= FRAME_FACTOR else "no_frames",
+                f"{total} video frame(s) at {stated if times is None else times.rate:g} frames/s",
+                f"at least {FRAME_FACTOR}, at more than 0 and at most {MAX_FRAME_RATE:g} frames/s",
+                "Re-encode the video; list stills under `images`.",
             )
-        total, end = 0, 0
-        for packet in container.demux(stream):
-            total += packet.size > 0 and not packet.is_discard
-            time = packet.dts if packet.pts is None else packet.pts
-            end = end if time is None else max(end, time + packet.duration)
-            if total / rate > media.max_clip_seconds:
-                raise _too_long(path, f"more than {media.max_clip_seconds:g}", media)
+        if times.duration > media.max_clip_seconds:
+            raise _too_long(path, f"{times.duration:.1f}", media)
         # Headers also count what is no picture: an AVI's empty chunks, frames that an edit list leaves out.
-        if total < stream.frames and not _reaches_end(stream, end, rate):
+        if total < stream.frames and not _reaches_end(stream, end, times.rate):
             raise MediaError(
                 path,
                 "truncated",
@@ -313,7 +281,29 @@ def _count_frames(path, media: MediaConfig) -> _VideoHeader:
         raise MediaError(
             path, "no_frames", f"{total} video frame(s)", f"at least {FRAME_FACTOR}", "List stills under `images`."
         )
-    return _VideoHeader(total=total, rate=rate)
+    return times
+
+
+def _packet_times(path, container, stream, media: MediaConfig) -> tuple[list[tuple[float, float]], int, int]:
+    """Returns (start, end) in seconds of each frame whose packet has a time, all frames, and where the last one ends
+    in the track's time base. Counting stops at a clip that is too long."""
+    clock = Clock()
+    packets: list[tuple[float, float]] = []
+    total, end = 0, 0
+    for packet in container.demux(stream):
+        shown = clock.shown(packet)
+        time = packet.dts if packet.pts is None else packet.pts
+        end = end if time is None else max(end, time + packet.duration)
+        if not packet.size or packet.is_discard:
+            continue
+        total += 1
+        if shown is not None:
+            packets.append(shown)
+        if total > media.max_clip_seconds * MAX_FRAME_RATE or (
+            packets and packets[-1][0] - packets[0][0] > media.max_clip_seconds
+        ):
+            raise _too_long(path, _length(container, media), media)
+    return packets, total, end
 
 
 def _reaches_end(stream, end: int, rate: float) -> bool:
@@ -325,69 +315,32 @@ def _reaches_end(stream, end: int, rate: float) -> bool:
 
 
 def _sample(
-    path, header: _VideoHeader, indices: np.ndarray, media: MediaConfig, factor: int | None
-) -> tuple[list[np.ndarray], int]:
-    """Decodes the video once and keeps the frames of the given indices.
+    path, times: FrameTimes, indices: np.ndarray, media: MediaConfig, factor: int | None
+) -> tuple[list[np.ndarray], FrameTimes]:
+    """Decodes the video once and keeps the frames to be seen at the times of the given indices.
 
     The file is opened anew rather than rewound: not every container seeks exactly to its start.
 
     Returns:
-        the sampled frames, uint8[h, w, 3] each, or none when fewer decode than were counted; and how many decoded.
+        the sampled frames, uint8[h, w, 3] each, or none when fewer decode than were counted; and what decoded.
     """
-    wanted = np.bincount(indices, minlength=header.total)
+    wanted = np.bincount(times.at_even_times(indices), minlength=times.total)
     pictures: list[np.ndarray] = []
-    fit = _fitter(path, len(indices), media, factor)
+    starts: list[float] = []
     decoded = 0
     with _opened(path) as container:
         stream = _video_stream(path, container)
+        begin = clip_start(path, container)
+        fit = fitter(path, stream, len(indices), media, factor)
         if stream.codec_context.width * stream.codec_context.height > THREADED_PIXELS:
             stream.thread_type = "AUTO"
         for frame in container.decode(stream):
-            if decoded < header.total and wanted[decoded]:
-                picture = fit(np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90))
-                pictures.extend([picture] * int(wanted[decoded]))
+            if decoded < times.total and wanted[decoded]:
+                pictures.extend([fit(frame)] * int(wanted[decoded]))
+            if frame.time is not None:
+                starts.append(frame.time)
             decoded += 1
-    return (pictures if decoded >= header.total else []), decoded
-
-
-def _fitter(path, count: int, media: MediaConfig, factor: int | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function that resizes every frame to the size the first one asks for (`factor` None: leaves it)."""
-    size: list[Size] = []
-
-    def fit(picture: np.ndarray) -> np.ndarray:
-        height, width = picture.shape[:2]
-        if not size:
-            try:
-                size.append(video_size(height, width, count, factor, media) if factor else (height, width))
-            except ValueError as error:
-                raise MediaError(path, "bad_size", str(error), "a usual picture format", "Crop the clip.") from error
-        return resize(picture, *size[0])
-
-    return fit
-
-
-def _decode_audio(path, container, stream, max_seconds: float) -> np.ndarray:
-    """Returns float32[samples] at the stream's own rate: the mean of the channels, hardly more than `max_seconds`."""
-    to_planar = av.AudioResampler(format="fltp")  # sample format only: its own down-mix is louder than a mean
-    most = int((max_seconds + 1) * stream.rate)
-    blocks, total = [], 0
-    for frame in container.decode(stream):
-        for block in to_planar.resample(frame):
-            blocks.append(block.to_ndarray().mean(axis=0))
-            total += blocks[-1].size
-        if total >= most:
-            break
-    if not total:
-        raise MediaError(
-            path, "no_audio", "an audio track without samples", "sound", "Re-encode it, or set media.missing_audio."
-        )
-    return np.concatenate(blocks)[: _stated_samples(container, stream, total)]
-
-
-def _stated_samples(container, stream, decoded: int) -> int:
-    """Returns how many decoded samples are sound: in an mp4 the last codec block is filled up beyond the duration."""
-    if "mp4" not in container.format.name or not stream.duration:
-        return decoded
-    stated = round(stream.duration * stream.time_base * stream.rate)
-    block = stream.codec_context.frame_size or 0
-    return stated if stated < decoded < stated + block else decoded
+    if decoded >= times.total:
+        return pictures, times
+    shown = [(start, start) for start in starts] if starts == sorted(starts) else []
+    return [], times_of(shown, decoded, times.rate, begin) or dataclasses.replace(times, total=decoded, shown=None)

@@ -40,7 +40,8 @@ class Entry:
 
     Attributes:
         arrays: "frames" uint8[n, h, w, 3] of a video, its stills or an image, or "mel" float32[F, M] of an audio track.
-        facts: plain numbers: "fps" (sampled) and "duration" of a video; "samples" and "cut" of an audio track.
+        facts: plain numbers: "fps" (sampled) and "duration" of a video; of an audio track "samples", "cut", "filled",
+            "silent" and "cancelled", as `decode.AudioTrack` has them.
     """
 
     arrays: dict[str, np.ndarray]
@@ -117,4 +118,5 @@ def _decode(path: str, kind: str, media: MediaConfig, factor: int, n_mels: int) 
         return Entry({"frames": decode.read_image(path, media, factor)[None]}, {"fps": 0.0, "duration": 0.0})
     track = decode.read_audio_track(path, media)
     mel = log_mel(track.samples, n_mels, media.sampling_rate)
-    return Entry({"mel": mel}, {"samples": track.samples.size, "cut": track.cut})
+    facts = {"cut": track.cut, "filled": track.filled, "silent": track.silent, "cancelled": track.cancelled}
+    return Entry({"mel": mel}, {"samples": track.samples.size} | facts)

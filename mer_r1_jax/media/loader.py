@@ -14,6 +14,7 @@ from mer_r1_jax.media.clips import AudioInput, Clips
 from mer_r1_jax.media.decode import check_present
 from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, Entry, decode_file
 from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.identity import file_key
 from mer_r1_jax.media.mel import log_mel
 from mer_r1_jax.media.pool import WorkerPool
 from mer_r1_jax.media.vision import VisionInput, laid_out, merge_factor
@@ -76,13 +77,17 @@ class ClipLoader:
             MediaError: for the first file that cannot be used.
         """
         root = Path(self.media_root or Path(record.file).parent)
-        interleaved = set(record.videos) if self.media.use_audio_in_video else set()
         videos = [self._entry(root / name, VIDEO) for name in record.videos]
-        seconds = dict(zip(record.videos, (entry.facts["duration"] for entry in videos), strict=True))
-        own = [self._audio(root / name, seconds[name]) if name in interleaved else None for name in record.videos]
+        keys = [file_key(root / name) for name in record.videos]
+        seconds = {key: entry.facts["duration"] for key, entry in zip(keys, videos, strict=True)}
+        interleaved = set(seconds) if self.media.use_audio_in_video else set()
+        own = [
+            self._audio(root / name, seconds[key]) if interleaved else None
+            for name, key in zip(record.videos, keys, strict=True)
+        ]
         others = [
-            None if name in interleaved else self._audio(root / name, seconds.get(name, SILENCE_SECONDS))
-            for name in record.audios
+            None if key in interleaved else self._audio(root / name, seconds.get(key, SILENCE_SECONDS))
+            for name, key in ((name, file_key(root / name)) for name in record.audios)
         ]
         tracks = [track for track in own + others if track is not None]
         return Clips(
@@ -92,6 +97,9 @@ class ClipLoader:
             images=tuple(self._vision(self._entry(root / name, IMAGE)) for name in record.images),
             silent_audio=sum(track.silent for track in tracks),
             audio_cut=sum(track.cut for track in tracks),
+            audio_filled=float(sum(track.filled for track in tracks)),
+            mute_audio=sum(track.mute for track in tracks),
+            cancelled_audio=sum(track.cancelled for track in tracks),
         )
 
     def _vision(self, entry: Entry) -> VisionInput:
@@ -118,7 +126,14 @@ class ClipLoader:
                 "enough for one audio token (321 samples at 16 kHz)",
                 "Leave the clip out, or list no audio for it.",
             )
-        return _Track(clip, cut=bool(entry.facts["cut"]))
+        facts = entry.facts
+        return _Track(
+            clip,
+            cut=bool(facts["cut"]),
+            filled=facts["filled"],
+            mute=bool(facts["silent"]),
+            cancelled=bool(facts["cancelled"]),
+        )
 
     def _entry(self, path: Path, kind: str) -> Entry:
         """Takes a file's entry from the cache, or decodes the file."""
@@ -156,3 +171,6 @@ class _Track:
     clip: AudioInput | None
     silent: bool = False
     cut: bool = False
+    filled: float = 0.0
+    mute: bool = False
+    cancelled: bool = False

@@ -49,7 +49,8 @@ class Prompt:
         audio: audio clips in reading order.
         text: the rendered prompt with each medium as a single placeholder.
         stats: tokens by part ("text", "video", "image", "audio"), "frames" and "audio_seconds" shown, and how many
-            audio clips were cut ("audio_cut"), or missing and skipped or replaced by silence ("silent_audio").
+            audio clips were cut ("audio_cut"), or missing and skipped or replaced by silence ("silent_audio"); with
+            "audio_filled", "mute_audio" and "cancelled_audio" as `Clips` has them.
     """
 
     id: str
@@ -272,6 +273,9 @@ class PromptBuilder:
             audio_seconds=sum(clip.seconds for clip in audio),
             audio_cut=clips.audio_cut,
             silent_audio=clips.silent_audio,
+            audio_filled=clips.audio_filled,
+            mute_audio=clips.mute_audio,
+            cancelled_audio=clips.cancelled_audio,
         )
         return Prompt(
             id=record.id,

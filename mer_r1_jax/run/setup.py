@@ -20,6 +20,7 @@ from mer_r1_jax.data.synthetic.make import make_world
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import category_sets
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
+from mer_r1_jax.media.identity import FileKey, file_key
 from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
@@ -311,7 +312,13 @@ def check_rows(config: RunConfig, mesh: Mesh) -> None:
 
 def _check_held_out(training: tuple[Record, ...], held_out: tuple[Record, ...], config: RunConfig) -> None:
     """Refuses held-out clips that are trained on."""
-    trained = {path for record in training for path in (*record.videos, *record.audios, *record.images)}
-    shared = [record.id for record in held_out if trained & {*record.videos, *record.audios, *record.images}]
+    trained = {key for record in training for key in _files_of(record, config.data.media_root)}
+    shared = [record.id for record in held_out if trained & _files_of(record, config.data.media_root)]
     if shared and config.data.eval_path not in (config.data.sft_path, config.data.rl_path):
         log.warning("%d held-out clips are also trained on, among them %s", len(shared), ", ".join(shared[:3]))
+
+
+def _files_of(record: Record, media_root: str) -> set[FileKey]:
+    """What a record shows and lets hear, whatever its files are called."""
+    root = pathlib.Path(media_root or pathlib.Path(record.file).parent)
+    return {file_key(root / name) for name in (*record.videos, *record.audios, *record.images)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 
 from mer_r1_jax.config.schema import MediaConfig, RunConfig
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.media.clips import Clips, sound_remarks
 from mer_r1_jax.media.collate import bucket_for, collate
 from mer_r1_jax.media.frames import FRAME_FACTOR, most_cells, video_pixels
 from mer_r1_jax.media.loader import ClipLoader
@@ -23,6 +26,9 @@ from mer_r1_jax.training.rl import PromptRows
 
 BUCKETS = 4  # token lengths planned when the configuration names none
 HOP = 160  # samples between two mel frames
+MOST_SAID = 20  # records whose odd sound is logged
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +38,15 @@ class LoadedPrompt:
     Attributes:
         prompt: the prompt.
         silent_audio, audio_cut: audio tracks that are missing, or were longer than allowed.
+        audio_filled, mute_audio, cancelled_audio: as `media.clips.Clips` has them.
     """
 
     prompt: Prompt
     silent_audio: int
     audio_cut: int
+    audio_filled: float = 0.0
+    mute_audio: int = 0
+    cancelled_audio: int = 0
 
 
 class PromptSource:
@@ -44,6 +54,7 @@ class PromptSource:
 
     def __init__(self, config: RunConfig, tokenizer: Any, thinker: ThinkerConfig):
         self.thinker = thinker
+        self._said: set[str] = set()
         self._loader = ClipLoader(
             config.media, thinker.vision, thinker.audio.num_mel_bins, config.data.cache_dir, config.data.media_root
         )
@@ -59,8 +70,26 @@ class PromptSource:
             PromptError: for a record that cannot become a prompt, such as one longer than the cap.
         """
         clips = self._loader.load(record)
+        self._say(record, clips)
         prompt = self._builder.build(record, clips)
-        return LoadedPrompt(prompt, silent_audio=clips.silent_audio, audio_cut=clips.audio_cut)
+        return LoadedPrompt(
+            prompt,
+            silent_audio=clips.silent_audio,
+            audio_cut=clips.audio_cut,
+            audio_filled=clips.audio_filled,
+            mute_audio=clips.mute_audio,
+            cancelled_audio=clips.cancelled_audio,
+        )
+
+    def _say(self, record: Record, clips: Clips) -> None:
+        """Logs what is odd about a record's sound, once; the metrics count it at every visit."""
+        if record.id in self._said or len(self._said) >= MOST_SAID:
+            return
+        for got, _, mend in sound_remarks(clips):
+            self._said.add(record.id)
+            log.warning("%s: %s; %s", printable(record.id, 80), got, mend)
+            if len(self._said) == MOST_SAID:
+                log.warning("further clips with odd sound are only counted, in data/* of metrics.jsonl")
 
     def close(self) -> None:
         """Ends the decoding workers."""

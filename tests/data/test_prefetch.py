@@ -88,7 +88,7 @@ def test_a_broken_clip_keeps_its_row_with_weight_zero_and_is_not_loaded_again():
 
 def test_metrics_count_the_rows_of_the_last_step():
     class Clips:
-        silent_audio, audio_cut = 1, 2
+        silent_audio, audio_cut, audio_filled, mute_audio = 1, 2, 0.5, 1
 
     def load(record):
         time.sleep(0.005)
@@ -102,6 +102,8 @@ def test_metrics_count_the_rows_of_the_last_step():
     assert metrics["data/skipped"] == 1
     assert metrics["data/silent_audio"] == 3
     assert metrics["data/audio_cut"] == 6
+    assert metrics["data/audio_filled"] == 1.5 and metrics["data/mute_audio"] == 3
+    assert metrics["data/cancelled_audio"] == 0
     assert 5 <= metrics["data/decode_ms"] < 5000
 
 

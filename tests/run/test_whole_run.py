@@ -91,6 +91,7 @@ def test_metrics_have_the_names_their_readers_know(alone):
     assert [line["step"] for line in rl] == list(range(1, RL_STEPS + 1))
     common = {"loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "perf/throughput", "skipped_steps"}
     common |= {"data/skipped", "data/silent_audio", "data/audio_cut", "data/decode_ms"}
+    common |= {"data/audio_filled", "data/mute_audio", "data/cancelled_audio"}
     assert common | {"loss/slow", "loss/fast"} <= sft[0].keys()
     rewards = ("recall", "precision", "f1", "format", "r_plus", "r_minus")
     expected = common | {f"rewards/{name}/{kind}" for name in rewards for kind in ("mean", "std")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,6 +58,48 @@ def _encode_sound(container, stream, samples: np.ndarray, rate: int) -> None:
     container.mux(stream.encode(None))
 
 
+def retimed(
+    source: Path,
+    path: Path,
+    video: Callable[[float], float] = lambda second: second,
+    audio: Callable[[float], float] = lambda second: second,
+) -> Path:
+    """Copies a file's packets into the container `path`'s ending names, each at the second the functions say."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in [packet for packet in old.demux() if packet.size]:
+            move = video if packet.stream.type == "video" else audio
+            base = Fraction(1, 90_000) if packet.stream.type == "video" else packet.time_base
+            pts = round(move(float(packet.pts * packet.time_base)) / base)
+            copy = av.Packet(bytes(packet))
+            copy.pts = copy.dts = pts
+            copy.time_base, copy.is_keyframe, copy.stream = base, packet.is_keyframe, streams[packet.stream.index]
+            new.mux(copy)
+    return path
+
+
+def write_tracks(path: Path, sounds: Sequence[tuple[np.ndarray, int]], pictures: Sequence[tuple[np.ndarray, int]] = ()):
+    """Writes several sound tracks float32[channels, samples] and videos uint8[n, h, w, 3], with their dispositions."""
+    with av.open(str(path), "w") as container:
+        videos, audios = [], []
+        for shown, disposition in pictures:
+            video = container.add_stream("libx264", rate=16, options={"bf": "0"})
+            video.height, video.width, video.pix_fmt = *shown.shape[1:3], "yuv420p"
+            video.disposition = disposition
+            videos.append(video)
+        for samples, disposition in sounds:
+            audio = container.add_stream("aac", rate=16_000)
+            audio.layout, audio.disposition = ("mono" if len(samples) == 1 else "stereo"), disposition
+            audios.append(audio)
+        for video, (shown, _) in zip(videos, pictures, strict=True):
+            for picture in shown:
+                container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(video.encode(None))
+        for audio, (samples, _) in zip(audios, sounds, strict=True):
+            _encode_sound(container, audio, samples, 16_000)
+    return path
+
+
 def numbered_pictures(count: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
     """uint8[count, h, w, 3]: each picture one grey, brighter by a constant step, so that a frame tells its number."""
     greys = np.round(np.linspace(30, 220, count)).astype(np.uint8)
@@ -72,8 +115,12 @@ def frame_numbers(frames: np.ndarray, count: int) -> list[int]:
 def rotate_mp4(path: Path, quarter_turns: int) -> None:
     """Writes a rotation into the header of an mp4's first track, as a phone does."""
     cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
+    set_matrix(path, (cos, sin, -sin, cos))
+
+
+def set_matrix(path: Path, matrix: tuple[float, float, float, float]) -> None:
+    """Writes a display matrix into the header of an mp4's first track: x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = (round(value * (1 << 16)) for value in matrix)
     data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 4 + 20 + 16
-    one = 1 << 16
-    struct.pack_into(">9i", data, matrix, cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 4 + 4 + 20 + 16, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)

@@ -180,3 +180,22 @@ def test_prompt_longer_than_the_cap_is_named_with_file_and_line(small, small_fol
     assert message.startswith(f"{small_folder}/rl.jsonl:{first.line}: {first.id}: ")
     assert "data.max_prompt_length=40" in message or "max_prompt_length" in message
     assert any(f"{length} tokens" in message for length in (43, 50))
+
+
+def test_odd_sound_is_told_in_the_log_once(small, wide_config, tmp_path, caplog):
+    make_clip(tmp_path / "mute.mp4", loudness=0.0, size=(56, 56))
+    make_clip(tmp_path / "good.mp4", size=(56, 56))
+    source = PromptSource(wide_config, small.tokenizer, small.backbone.config)
+    for name in ("mute.mp4", "good.mp4", "mute.mp4"):
+        record = Record(
+            id=name,
+            messages=({"role": "user", "content": "Feel?"},),
+            videos=(name,),
+            audios=(name,),
+            file=str(tmp_path / "data.jsonl"),
+            line=1,
+        )
+        loaded = source.load(record)
+        assert loaded.mute_audio == (name == "mute.mp4") and loaded.prompt.stats["mute_audio"] == loaded.mute_audio
+    source.close()
+    assert caplog.text.count("nothing but silence") == 1 and "mute.mp4: 1 sound track" in caplog.text
