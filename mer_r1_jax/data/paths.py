@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
-_URL = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.-]+:|//)")
+# A colon alone makes no URL: `12:30.mp4`, `a:b.mp4` and `file:x` are names of files, and are opened as such.
+_URL = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.-]*:)?//|^data:(?:[\w.+-]+/[\w.+-]+)?[;,]", re.IGNORECASE)
+_WINDOWS_ABSOLUTE = re.compile(r"^(?:[A-Za-z]:)?[\\]|^[A-Za-z]:/(?!/)")
 
 
 class MediaPathError(ValueError):
@@ -39,9 +41,9 @@ def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
         raise MediaPathError("an empty path", expected, "name the file or leave the column out")
     if any(ord(character) < 32 for character in relative):
         raise MediaPathError(f"control characters in {relative!r}", expected, "rename the file")
-    if _URL.match(relative) and not PureWindowsPath(relative).drive:
+    if _URL.match(relative):
         raise MediaPathError(f"the URL {relative!r}", expected, "download the file and give its path")
-    if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).drive or relative.startswith(("\\", "~")):
+    if PurePosixPath(relative).is_absolute() or _WINDOWS_ABSOLUTE.match(relative) or relative.startswith("~"):
         raise MediaPathError(
             f"the absolute path {relative!r}", expected, "set media_root to the folder and shorten the path"
         )

@@ -7,9 +7,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import av
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -139,40 +137,13 @@ def _pad_flat_axis(axes) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def frame_strip(path: str | Path, frames: int = 4, height: int = 84) -> tuple[str, float]:
-    """`frames` frames spread over a clip, side by side, as a JPEG data URI; and the clip's seconds.
-
-    Raises:
-        ValueError: the file holds no frame that decodes; the message says why, without the folder.
-    """
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            seconds = float((container.duration or 0) / av.time_base)
-            expected = stream.frames or round(seconds * float(stream.average_rate or 0)) or frames
-            wanted = [round(position) for position in np.linspace(0, expected - 1, frames)]
-            pictures = _decoded(container, stream, wanted)
-    except (OSError, IndexError, av.error.FFmpegError) as error:
-        raise ValueError(f"{Path(path).name} cannot be shown: {type(error).__name__}") from error
-    if not pictures:
-        raise ValueError(f"{Path(path).name} cannot be shown: it has no frames")
-    width = max(1, round(pictures[0].width * height / pictures[0].height))
-    strip = Image.new("RGB", (len(pictures) * width + 2 * (len(pictures) - 1), height), "white")
-    for number, picture in enumerate(pictures):
-        strip.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (number * (width + 2), 0))
+def frame_strip(frames: np.ndarray, height: int = 84) -> str:
+    """Returns frames uint8[n, h, w, 3] side by side, `height` pixels high, as a JPEG data URI."""
+    width = max(1, round(frames.shape[2] * height / frames.shape[1]))
+    strip = Image.new("RGB", (len(frames) * width + 2 * (len(frames) - 1), height), "white")
+    for number, frame in enumerate(frames):
+        picture = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+        strip.paste(picture, (number * (width + 2), 0))
     out = io.BytesIO()
     strip.save(out, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode(), seconds
-
-
-def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, wanted: Sequence[int]
-) -> list[Image.Image]:
-    """The frames of those numbers, decoded up to the last of them and no more held than asked for."""
-    pictures = []
-    for number, frame in enumerate(container.decode(stream)):
-        if number in wanted:
-            pictures.append(frame.to_image())
-        if number >= wanted[-1]:
-            break
-    return pictures
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -6,23 +6,24 @@ clip whose header promises too much (seconds, pixels, frame or sample rate) is r
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import av
 import numpy as np
 import soxr
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.frames import FRAME_FACTOR, frame_count, frame_indices, image_size, video_size
+from mer_r1_jax.media.opening import MediaFile, opened_container, opened_picture
 from mer_r1_jax.media.resize import resize
 
 MAX_SIDE = 8192  # pixels; a larger picture is a broken header or not a clip of a person
+MAX_VIDEO_PIXELS = 8192 * 4608  # of a video's frame: 8K and no more; a decoder keeps a dozen of them at a time
 MAX_FRAME_RATE = 1000.0
 SAMPLE_RATES = (1_000, 384_000)
 MAX_CHANNELS = 64
@@ -69,11 +70,11 @@ class _VideoHeader:
     rate: float
 
 
-def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) -> VideoFrames:
+def read_video(path: str | Path | MediaFile, media: MediaConfig, factor: int | None = None) -> VideoFrames:
     """Reads the frames of a video that `media` asks for.
 
     Args:
-        path: any container FFmpeg reads.
+        path: a file in one of `opening.CONTAINERS`, or one that is open.
         media: sampling and limits.
         factor: when given, frames are resized as they are decoded, to multiples of this many pixels.
 
@@ -87,7 +88,7 @@ def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) 
     return _read(path, media, factor, evenly)
 
 
-def read_stills(path: str | Path, media: MediaConfig) -> VideoFrames:
+def read_stills(path: str | Path | MediaFile, media: MediaConfig) -> VideoFrames:
     """Reads single pictures: the first frame and one every `1 / media.fps` seconds, at most `media.max_frames`.
 
     Unlike `read_video` it keeps the start of a long video rather than spreading over the whole of it, leaves the
@@ -124,13 +125,13 @@ def _read(
     )
 
 
-def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
+def read_audio_track(path: str | Path | MediaFile, media: MediaConfig) -> AudioTrack:
     """Reads the first audio track of a file: the mean of its channels, resampled by soxr at high quality.
 
     Raises:
         MediaError: for anything wrong with the file, reason "no_audio" when it has no audio track.
     """
-    with _opened(path) as container:
+    with opened_container(path) as container:
         if not container.streams.audio:
             raise MediaError(
                 path, "no_audio", "no audio track", "one", "Add one, or set media.missing_audio to skip or silence."
@@ -158,15 +159,14 @@ def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
     return AudioTrack(samples[:most].astype(np.float32, copy=False), cut=samples.size > most)
 
 
-def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
+def read_image(path: str | Path | MediaFile, media: MediaConfig, factor: int) -> np.ndarray:
     """Returns uint8[h, w, 3]: an image over white, resized by Pillow's bicubic filter to multiples of `factor` pixels.
 
     Raises:
         MediaError: for anything wrong with the file.
     """
-    check_present(path)
     try:
-        with Image.open(path) as picture:
+        with opened_picture(path) as picture:
             _check_size(path, *picture.size)
             if picture.mode == "P" and "transparency" in picture.info:
                 picture = picture.convert("RGBA")
@@ -179,56 +179,10 @@ def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
             return np.asarray(picture.resize((width, height)))
     except MediaError:
         raise
-    except UnidentifiedImageError:
-        raise MediaError(
-            path, "not_media", "not an image", "a PNG, JPEG or the like", "Check what the file really is."
-        ) from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(
             path, "corrupt", f"an image that fails to decode ({error})", "a whole one", "Make it again."
         ) from error
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
-    """Opens a container and turns whatever FFmpeg raises inside the block into a MediaError."""
-    check_present(path)
-    try:
-        container = av.open(str(path))
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(
-            path,
-            "not_media",
-            f"a file FFmpeg cannot open ({_words(error)})",
-            "a video or audio file with its header",
-            "Check what it is; an mp4 cut short lacks its header and must be made or copied again.",
-        ) from error
-    with container:
-        try:
-            yield container
-        except av.error.FFmpegError as error:
-            raise MediaError(
-                path,
-                "corrupt",
-                f"data that fails to decode ({_words(error)})",
-                "a whole file",
-                "Copy or encode it again.",
-            ) from error
-
-
-def _words(error: Exception) -> str:
-    """The part of an FFmpeg message that says something."""
-    return getattr(error, "strerror", None) or str(error)
-
-
-def check_present(path: str | Path) -> None:
-    """Raises MediaError unless there is a file with something in it."""
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise MediaError(path, "missing", found, "a media file", "Check the path and data.media_root.")
-    if path.stat().st_size == 0:
-        raise MediaError(path, "empty", "an empty file", "a media file", "Copy or make it again.")
 
 
 def _check_size(path: str | Path, width: int, height: int) -> None:
@@ -275,13 +229,17 @@ def _video_stream(path, container):
         raise MediaError(path, "no_video", "no video track", "one", "List the file under `audios` if it is audio only.")
     stream = streams[0]
     _check_decodable(path, stream, "video")
-    _check_size(path, stream.codec_context.width, stream.codec_context.height)
+    width, height = stream.codec_context.width, stream.codec_context.height
+    _check_size(path, width, height)
+    if width * height > MAX_VIDEO_PIXELS:
+        found, expected = f"frames of {width}x{height} pixels", f"at most {MAX_VIDEO_PIXELS} pixels a frame"
+        raise MediaError(path, "bad_size", found, expected, "Scale the clip down.")
     return stream
 
 
 def _count_frames(path, media: MediaConfig) -> _VideoHeader:
     """Counts the video's packets, which are its frames, without decoding."""
-    with _opened(path) as container:
+    with opened_container(path) as container:
         stream = _video_stream(path, container)
         _check_duration(path, container, stream, media)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
@@ -338,7 +296,7 @@ def _sample(
     pictures: list[np.ndarray] = []
     fit = _fitter(path, len(indices), media, factor)
     decoded = 0
-    with _opened(path) as container:
+    with opened_container(path) as container:
         stream = _video_stream(path, container)
         if stream.codec_context.width * stream.codec_context.height > THREADED_PIXELS:
             stream.thread_type = "AUTO"
