@@ -23,6 +23,7 @@ from mer_r1_jax.media.entry import decode_file
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.run.inference import clip_record
 
 MEDIA = MediaConfig(video_min_pixels=784, video_max_pixels=4 * 784, max_frames=4, decode_workers=0)
 HLS = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:10\n#EXTINF:2.0,\n{}\n#EXT-X-ENDLIST\n"
@@ -218,6 +219,15 @@ def test_links_inside_the_root_are_followed_and_others_are_not(root):
         error = refusal(root / name, root)
         assert error.reason == "outside" and str(root) in error.expected
     assert len(decoded(root / "out.mp4").arrays["frames"]) == 4  # a file its user names himself has no root
+
+
+def test_a_clip_named_by_its_user_may_be_a_link(root):
+    """A single clip to answer about: no data file of somebody else's names it."""
+    os.symlink(root.parent / "private" / "clip.mp4", root / "mine [1].mp4")
+    record = clip_record(root / "mine [1].mp4", "Why?", None, frames=True, audio=False)
+    with ClipLoader(MEDIA, ThinkerConfig.tiny().vision, 128) as loader:
+        assert len(loader.load(record).videos) == 1
+    assert record.id == "mine [1].mp4"
 
 
 @pytest.mark.parametrize("cached", [False, True])
