@@ -41,6 +41,7 @@ GroupSize = Annotated[int, Number(2, 65_536, note="a group of one answer has no 
 Temperature = Annotated[float, Number(0, 100, above=True, note="a group must differ")]
 
 AudioSeconds = Annotated[float, Number(0, 300, above=True)]  # the spectrogram takes 300 s at most
+Megabytes = Annotated[int, Number(16, 1 << 24)]
 MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
 SideRatio = Annotated[float, Number(1.0, MAX_ASPECT_RATIO)]
 
@@ -94,6 +95,7 @@ class MediaConfig:
     use_audio_in_video: bool = False  # interleave a video's own audio with its frames (a separate item)
     missing_audio: Literal["error", "skip", "silence"] = "error"  # a clip without an audio track; skip: no audio item
     decode_timeout: Seconds = 30.0  # seconds one clip may take to decode before it counts as broken
+    decode_memory_mb: Megabytes = 4096  # memory a worker process may take for a clip; one that needs more is refused
     decode_workers: FewOrZero = 2  # worker processes that decode; 0 decodes in the main process, without a time limit
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 from mer_r1_jax.json_lines import cut
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # what Linux file systems take, of one name and of a whole path
-_URL = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.-]+:|//)")
+# A colon alone makes no URL: `12:30.mp4`, `a:b.mp4` and `file:x` are names of files, and are opened as such.
+_URL = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.-]*:)?//|^data:(?:[\w.+-]+/[\w.+-]+)?[;,]", re.IGNORECASE)
+_WINDOWS_ABSOLUTE = re.compile(r"^(?:[A-Za-z]:)?[\\]|^[A-Za-z]:/(?!/)")
 
 
 class MediaPathError(ValueError):
@@ -43,9 +45,9 @@ def resolve_media(media_root: str | os.PathLike, relative: str) -> Path:
         raise MediaPathError("an empty path", expected, "name the file or leave the column out")
     if any(unicodedata.category(character) == "Cc" for character in relative):
         raise MediaPathError(f"control characters in {cut(relative)}", expected, "rename the file")
-    if _URL.match(relative) and not PureWindowsPath(relative).drive:
+    if _URL.match(relative):
         raise MediaPathError(f"the URL {cut(relative)}", expected, "download the file and give its path")
-    if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).drive or relative.startswith(("\\", "~")):
+    if PurePosixPath(relative).is_absolute() or _WINDOWS_ABSOLUTE.match(relative) or relative.startswith("~"):
         raise MediaPathError(
             f"the absolute path {cut(relative)}", expected, "set media_root to the folder and shorten the path"
         )

@@ -7,19 +7,13 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import av
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-
-from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.decode import read_video
-from mer_r1_jax.media.errors import MediaError
 
 MOST_SHOWN_SECONDS = 3600.0  # longer clips are not opened for a report
 SLOW, FAST, RECALL, PRECISION, NEUTRAL = "#1f5fbf", "#d9730d", "#2a8c5f", "#8a4fbf", "#475569"
@@ -144,24 +138,13 @@ def _pad_flat_axis(axes) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def frame_strip(path: str | Path, frames: int = 4, height: int = 84) -> tuple[str, float]:
-    """`frames` frames spread over a clip, side by side, as a JPEG data URI; and the clip's seconds.
-
-    Raises:
-        ValueError: the file holds no frame that decodes; the message says why, without the folder.
-    """
-    media = MediaConfig(min_frames=frames, max_frames=frames, max_clip_seconds=MOST_SHOWN_SECONDS)
-    try:
-        video = read_video(path, media)  # as the model sees it: upright, the track that counts, its true times
-    except MediaError as error:
-        raise ValueError(f"{Path(path).name} cannot be shown: {error.found}") from error
-    except (OSError, av.error.FFmpegError) as error:
-        raise ValueError(f"{Path(path).name} cannot be shown: {type(error).__name__}") from error
-    pictures = [Image.fromarray(frame) for frame in video.frames]
-    width = max(1, round(pictures[0].width * height / pictures[0].height))
-    strip = Image.new("RGB", (len(pictures) * width + 2 * (len(pictures) - 1), height), "white")
-    for number, picture in enumerate(pictures):
-        strip.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (number * (width + 2), 0))
+def frame_strip(frames: np.ndarray, height: int = 84) -> str:
+    """Returns frames uint8[n, h, w, 3] side by side, `height` pixels high, as a JPEG data URI."""
+    width = max(1, round(frames.shape[2] * height / frames.shape[1]))
+    strip = Image.new("RGB", (len(frames) * width + 2 * (len(frames) - 1), height), "white")
+    for number, frame in enumerate(frames):
+        picture = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+        strip.paste(picture, (number * (width + 2), 0))
     out = io.BytesIO()
     strip.save(out, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode(), video.duration
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation import figures
-from mer_r1_jax.evaluation.clip_strip import clip_strip
+from mer_r1_jax.evaluation.clip_strip import clip_strips
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
 from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
 from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, percent, stages_of, warnings_of
@@ -240,21 +241,21 @@ def _clips(
     if stages.end is None or not stages.end.samples:
         return []
     wheels = _wheels(run, missing)
-    root = _media_root(run, media_root)
+    samples = dict(itertools.islice(stages.end.samples.items(), count))
+    strips = clip_strips([sample.get("video") for sample in samples.values()], _media_root(run, media_root))
     rows = []
-    for clip, sample in list(stages.end.samples.items())[:count]:
-        strip, seconds, problem = clip_strip(sample.get("video"), root)
-        if problem:
-            missing.append(f"frames of clip {clip}: {problem}")
+    for (clip, sample), strip in zip(samples.items(), strips, strict=True):
+        if strip.problem:
+            missing.append(f"frames of clip {clip}: {strip.problem}")
         truth = [str(word) for word in sample.get("truth") or []]
         before = stages.start.samples.get(clip, {}).get("slow") if stages.end_is_rl and stages.start else None
         slow_words = [str(word) for word in sample.get("slow", {}).get("words") or []]
         rows.append(
             {
                 "id": clip,
-                "strip": strip,
-                "seconds": seconds,
-                "problem": problem,
+                "strip": strip.source,
+                "seconds": strip.seconds,
+                "problem": strip.problem,
                 "subtitle": sample.get("subtitle"),
                 "truth": [Word(word, truth_mark(word, slow_words, wheels)) for word in truth],
                 "reasoning": sample.get("slow", {}).get("reasoning"),

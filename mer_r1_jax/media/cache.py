@@ -18,6 +18,8 @@ import soxr
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, CorruptEntryError, Entry
+from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaFile, media_file
 
 CODE_VERSION = 4  # raise when decoding, resizing or the mel spectrogram changes
 _FRAMES = ("fps", "min_frames", "max_frames")
@@ -46,13 +48,13 @@ class ClipCache:
         self._content: dict[str, tuple[tuple[int, int, int], str]] = {}
         self._complained = False
 
-    def key(self, path: str, kind: str) -> Path:
-        """Returns where the entry of a file as it is now belongs.
+    def key(self, path: str, kind: str, root: str | Path = "") -> Path:
+        """Returns where the entry of a file as it is now belongs; `path` and `root` as in `opening.media_file`.
 
         Raises:
-            OSError: if the file cannot be read.
+            MediaError: if the file cannot be read.
         """
-        digest = self._digest(path)
+        digest = self._digest(path, root)
         return self.folder / digest[:2] / f"{digest[2:]}-{kind}-{self._suffix[kind]}.clip"
 
     def get(self, key: Path) -> Entry | None:
@@ -89,16 +91,24 @@ class ClipCache:
                 log.warning("%s: decoded clips cannot be cached (%s); going on without", self.folder, error)
             self._complained = True
 
-    def _digest(self, path: str) -> str:
+    def _digest(self, path: str, root: str | Path) -> str:
         """SHA-256 of a file's content, read again only when its size, time or identity changed."""
-        status = os.stat(path)
-        signature = (status.st_size, status.st_mtime_ns, status.st_ino)
-        known = self._content.get(path)
-        if known is None or known[0] != signature:
-            with open(path, "rb") as file:
-                known = signature, hashlib.file_digest(file, "sha256").hexdigest()
-            self._content[path] = known
-        return known[1]
+        with media_file(path, root) as file:
+            status = file.status()
+            signature = (status.st_size, status.st_mtime_ns, status.st_ino)
+            known = self._content.get(path)
+            if known is None or known[0] != signature:
+                known = signature, _sha256(file)
+                self._content[path] = known
+            return known[1]
+
+
+def _sha256(file: MediaFile) -> str:
+    try:
+        return hashlib.file_digest(file.rewound(), "sha256").hexdigest()
+    except OSError as error:
+        found = f"a file that cannot be read ({error.strerror})"
+        raise MediaError(file, "unreadable", found, "one that can", "Look at the disk, or copy it again.") from error
 
 
 def _settings_hash(kind: str, media: MediaConfig, factor: int, n_mels: int) -> str:

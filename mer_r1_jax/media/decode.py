@@ -7,27 +7,27 @@ track holds is told by its packets; headers, which often promise something else,
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import av
 import numpy as np
 import soxr
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.fitting import check_size, fitter
 from mer_r1_jax.media.frames import FRAME_FACTOR, frame_count, frame_indices, image_size
-from mer_r1_jax.media.identity import other_spelling
+from mer_r1_jax.media.opening import MediaFile, opened_container, opened_picture
 from mer_r1_jax.media.pictures import upright_rgb
 from mer_r1_jax.media.sound import check_rate, decode_sound, seconds_held
 from mer_r1_jax.media.timing import Clock, FrameTimes, times_of
 from mer_r1_jax.media.tracks import clip_start, sound_track, video_track
 
+MAX_VIDEO_PIXELS = 8192 * 4608  # of a video's frame: 8K and no more; a decoder keeps a dozen of them at a time
 MAX_FRAME_RATE = 1000.0
 THREADED_PIXELS = 512 * 512  # pictures above this size are decoded with several threads
 
@@ -68,11 +68,11 @@ class AudioTrack:
     cancelled: bool = False
 
 
-def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) -> VideoFrames:
+def read_video(path: str | Path | MediaFile, media: MediaConfig, factor: int | None = None) -> VideoFrames:
     """Reads the frames of a video that `media` asks for.
 
     Args:
-        path: any container FFmpeg reads.
+        path: a file in one of `opening.CONTAINERS`, or one that is open.
         media: sampling and limits.
         factor: when given, frames are resized as they are decoded, to multiples of this many pixels.
 
@@ -86,7 +86,7 @@ def read_video(path: str | Path, media: MediaConfig, factor: int | None = None) 
     return _read(path, media, factor, evenly)
 
 
-def read_stills(path: str | Path, media: MediaConfig) -> VideoFrames:
+def read_stills(path: str | Path | MediaFile, media: MediaConfig) -> VideoFrames:
     """Reads single pictures: the first frame and one every `1 / media.fps` seconds, at most `media.max_frames`.
 
     Unlike `read_video` it keeps the start of a long video rather than spreading over the whole of it, leaves the
@@ -123,18 +123,18 @@ def _read(
     )
 
 
-def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
+def read_audio_track(path: str | Path | MediaFile, media: MediaConfig) -> AudioTrack:
     """Reads the first audio track of a file: the mean of its channels, resampled by soxr at high quality.
 
     Raises:
         MediaError: for anything wrong with the file, reason "no_audio" when it has no audio track.
     """
-    with _opened(path) as container:
+    with opened_container(path) as container:
         stream = sound_track(path, container)
         held = seconds_held(container, stream, media.max_clip_seconds)
         if held > media.max_clip_seconds:
             raise _too_long(path, _length(container, media), media)
-    with _opened(path) as container:
+    with opened_container(path) as container:
         stream = sound_track(path, container)
         check_rate(path, stream.rate or 0, stream.codec_context.channels)
         sound = decode_sound(path, container, stream, media.max_audio_seconds, clip_start(path, container))
@@ -155,73 +155,24 @@ def read_audio_track(path: str | Path, media: MediaConfig) -> AudioTrack:
     )
 
 
-def read_image(path: str | Path, media: MediaConfig, factor: int) -> np.ndarray:
+def read_image(path: str | Path | MediaFile, media: MediaConfig, factor: int) -> np.ndarray:
     """Returns uint8[h, w, 3]: an image over white, resized by Pillow's bicubic filter to multiples of `factor` pixels.
 
     Raises:
         MediaError: for anything wrong with the file.
     """
-    check_present(path)
     try:
-        with Image.open(path) as picture:
+        with opened_picture(path) as picture:
             check_size(path, *picture.size)
             picture = upright_rgb(path, picture)
             height, width = image_size(picture.height, picture.width, factor, media)
             return np.asarray(picture.resize((width, height)))
     except MediaError:
         raise
-    except UnidentifiedImageError:
-        raise MediaError(
-            path, "not_media", "not an image", "a PNG, JPEG or the like", "Check what the file really is."
-        ) from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(
             path, "corrupt", f"an image that fails to decode ({error})", "a whole one", "Make it again."
         ) from error
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
-    """Opens a container and turns whatever FFmpeg raises inside the block into a MediaError."""
-    check_present(path)
-    try:
-        container = av.open(str(path))
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(
-            path,
-            "not_media",
-            f"a file FFmpeg cannot open ({_words(error)})",
-            "a video or audio file with its header",
-            "Check what it is; an mp4 cut short lacks its header and must be made or copied again.",
-        ) from error
-    with container:
-        try:
-            yield container
-        except av.error.FFmpegError as error:
-            raise MediaError(
-                path,
-                "corrupt",
-                f"data that fails to decode ({_words(error)})",
-                "a whole file",
-                "Copy or encode it again.",
-            ) from error
-
-
-def _words(error: Exception) -> str:
-    """The part of an FFmpeg message that says something."""
-    return getattr(error, "strerror", None) or str(error)
-
-
-def check_present(path: str | Path) -> None:
-    """Raises MediaError unless there is a file with something in it."""
-    path = Path(path)
-    if not path.is_file():
-        found, mend = "a folder" if path.is_dir() else "no such file", "Check the path and data.media_root."
-        if not path.is_dir() and (other := other_spelling(path)):
-            mend = f"Beside it lies {other!r}, which differs in letter case or Unicode form only: name that one."
-        raise MediaError(path, "missing", found, "a media file", mend)
-    if path.stat().st_size == 0:
-        raise MediaError(path, "empty", "an empty file", "a media file", "Copy or make it again.")
 
 
 def _length(container, media: MediaConfig) -> str:
@@ -243,16 +194,20 @@ def _too_long(path, seconds: str, media: MediaConfig) -> MediaError:
 def _video_stream(path, container):
     """Returns the video track to read, whose pictures are of a size that can be."""
     stream = video_track(path, container)
-    if "webp" in container.format.name and not stream.codec_context.width:
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if "webp" in container.format.name and not width:
         found, mend = "an animated WebP, which FFmpeg cannot decode", "Make an mp4 of it."
         raise MediaError(path, "several_pictures", found, "a video", mend)
-    check_size(path, stream.codec_context.width, stream.codec_context.height)
+    check_size(path, width, height)
+    if width * height > MAX_VIDEO_PIXELS:
+        found, expected = f"frames of {width}x{height} pixels", f"at most {MAX_VIDEO_PIXELS} pixels a frame"
+        raise MediaError(path, "bad_size", found, expected, "Scale the clip down.")
     return stream
 
 
 def _count_frames(path, media: MediaConfig) -> FrameTimes:
     """Counts the video's packets, which are its frames, and notes their times, without decoding."""
-    with _opened(path) as container:
+    with opened_container(path) as container:
         stream = _video_stream(path, container)
         begin = clip_start(path, container)
         packets, total, end = _packet_times(path, container, stream, media)
@@ -328,7 +283,7 @@ def _sample(
     pictures: list[np.ndarray] = []
     starts: list[float] = []
     decoded = 0
-    with _opened(path) as container:
+    with opened_container(path) as container:
         stream = _video_stream(path, container)
         begin = clip_start(path, container)
         fit = fitter(path, stream, len(indices), media, factor)

@@ -18,6 +18,7 @@ from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media import decode
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.mel import log_mel
+from mer_r1_jax.media.opening import MediaFile, media_file
 
 MAGIC = b"MERCLIP1"
 _PREFIX = struct.Struct("<8sI")
@@ -80,7 +81,7 @@ class Entry:
         return cls(arrays=arrays, facts=header["facts"])
 
 
-def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: int) -> Entry:
+def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: int, root: str = "") -> Entry:
     """Decodes one file completely, up to resized frames or the log-mel spectrogram.
 
     Args:
@@ -89,14 +90,24 @@ def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: i
         media: sampling and limits.
         factor: pixels that sides of resized pictures are multiples of.
         n_mels: mel bins.
+        root: the media root, which links may not lead out of; "" for none.
 
     Raises:
         MediaError: for anything wrong with the file.
     """
     try:
-        return _decode(path, kind, media, factor, n_mels)
+        with media_file(path, root) as file:
+            return _decode(file, kind, media, factor, n_mels)
     except MediaError:
         raise
+    except MemoryError as error:
+        raise MediaError(
+            path,
+            "too_large",
+            "a clip that needs more memory to decode than there is",
+            f"one that decodes within media.decode_memory_mb={media.decode_memory_mb}",
+            "Scale it down or cut it, or raise the setting.",
+        ) from error
     except Exception as error:  # decoders are fed arbitrary bytes: whatever they raise is about this file
         raise MediaError(
             path,
@@ -107,7 +118,7 @@ def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: i
         ) from error
 
 
-def _decode(path: str, kind: str, media: MediaConfig, factor: int, n_mels: int) -> Entry:
+def _decode(path: MediaFile, kind: str, media: MediaConfig, factor: int, n_mels: int) -> Entry:
     if kind == VIDEO:
         video = decode.read_video(path, media, factor)
         return Entry({"frames": video.frames}, {"fps": video.sampled_fps, "duration": video.duration})

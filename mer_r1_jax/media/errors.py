@@ -8,9 +8,9 @@ class MediaError(ValueError):
 
     Attributes:
         path: the file.
-        reason: a short slug for counting: missing, empty, unreadable, not_media, unknown_codec, truncated, corrupt,
-            no_video, no_audio, no_frames, too_long, too_short, bad_size, bad_rate, bad_pixels, odd_turn,
-            several_pictures, not_finite, timeout, worker_died.
+        reason: a short slug for counting: missing, empty, unreadable, outside (the media root), not_media, playlist,
+            unknown_codec, truncated, corrupt, no_video, no_audio, no_frames, too_long, too_short, too_large, bad_size,
+            bad_rate, bad_pixels, odd_turn, several_pictures, not_finite, timeout, worker_died.
     """
 
     def __init__(self, path, reason: str, found: str, expected: str, mend: str):

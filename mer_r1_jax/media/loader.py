@@ -11,11 +11,11 @@ from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.cache import ClipCache
 from mer_r1_jax.media.clips import AudioInput, Clips
-from mer_r1_jax.media.decode import check_present
 from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, Entry, decode_file
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.identity import file_key
 from mer_r1_jax.media.mel import log_mel
+from mer_r1_jax.media.opening import check_present
 from mer_r1_jax.media.pool import WorkerPool
 from mer_r1_jax.media.vision import VisionInput, laid_out, merge_factor
 from mer_r1_jax.omni.config import VisionConfig
@@ -77,16 +77,16 @@ class ClipLoader:
             MediaError: for the first file that cannot be used.
         """
         root = Path(self.media_root or Path(record.file).parent)
-        videos = [self._entry(root / name, VIDEO) for name in record.videos]
+        videos = [self._entry(root, name, VIDEO) for name in record.videos]
         keys = [file_key(root / name) for name in record.videos]
         seconds = {key: entry.facts["duration"] for key, entry in zip(keys, videos, strict=True)}
         interleaved = set(seconds) if self.media.use_audio_in_video else set()
         own = [
-            self._audio(root / name, seconds[key]) if interleaved else None
+            self._audio(root, name, seconds[key]) if interleaved else None
             for name, key in zip(record.videos, keys, strict=True)
         ]
         others = [
-            None if key in interleaved else self._audio(root / name, seconds.get(key, SILENCE_SECONDS))
+            None if key in interleaved else self._audio(root, name, seconds.get(key, SILENCE_SECONDS))
             for name, key in ((name, file_key(root / name)) for name in record.audios)
         ]
         tracks = [track for track in own + others if track is not None]
@@ -94,7 +94,7 @@ class ClipLoader:
             videos=tuple(self._vision(entry) for entry in videos),
             video_audios=tuple(track and track.clip for track in own),
             audios=tuple(track and track.clip for track in others),
-            images=tuple(self._vision(self._entry(root / name, IMAGE)) for name in record.images),
+            images=tuple(self._vision(self._entry(root, name, IMAGE)) for name in record.images),
             silent_audio=sum(track.silent for track in tracks),
             audio_cut=sum(track.cut for track in tracks),
             audio_filled=float(sum(track.filled for track in tracks)),
@@ -105,10 +105,10 @@ class ClipLoader:
     def _vision(self, entry: Entry) -> VisionInput:
         return laid_out(entry.arrays["frames"], entry.facts["fps"], self.vision)
 
-    def _audio(self, path: Path, seconds: float) -> _Track:
+    def _audio(self, root: Path, name: str, seconds: float) -> _Track:
         """Loads an audio track; one that is missing is treated as `media.missing_audio` says."""
         try:
-            entry = self._entry(path, AUDIO)
+            entry = self._entry(root, name, AUDIO)
         except MediaError as error:
             if error.reason != "no_audio" or self.media.missing_audio == "error":
                 raise
@@ -120,7 +120,7 @@ class ClipLoader:
         clip = AudioInput(entry.arrays["mel"], entry.facts["samples"] / self.media.sampling_rate)
         if clip.rows < 1:
             raise MediaError(
-                path,
+                root / name,
                 "too_short",
                 f"{entry.facts['samples']} samples of sound",
                 "enough for one audio token (321 samples at 16 kHz)",
@@ -135,30 +135,23 @@ class ClipLoader:
             cancelled=bool(facts["cancelled"]),
         )
 
-    def _entry(self, path: Path, kind: str) -> Entry:
+    def _entry(self, root: Path, name: str, kind: str) -> Entry:
         """Takes a file's entry from the cache, or decodes the file."""
+        path = str(root / name)
         faults.here("decode", path)
-        check_present(path)
         if self.cache is None:
-            return self._decode(path, kind)
-        try:
-            key = self.cache.key(str(path), kind)
-        except OSError as error:
-            raise MediaError(
-                path,
-                "unreadable",
-                f"a file that cannot be read ({error.strerror})",
-                "one that can",
-                "Mend its permissions.",
-            ) from error
+            check_present(path, root)
+            return self._decode(path, root, kind)
+        key = self.cache.key(path, kind, root)
         entry = self.cache.get(key)
         if entry is None:
-            entry = self._decode(path, kind)
-            self.cache.put(key, entry)
+            entry = self._decode(path, root, kind)
+            if self.cache.key(path, kind, root) == key:  # else the file was changed while it was decoded
+                self.cache.put(key, entry)
         return entry
 
-    def _decode(self, path: Path, kind: str) -> Entry:
-        job = dict(path=str(path), kind=kind, factor=self._factor, n_mels=self.n_mels)
+    def _decode(self, path: str, root: Path, kind: str) -> Entry:
+        job = dict(path=path, kind=kind, factor=self._factor, n_mels=self.n_mels, root=str(root))
         if self._pool is None:
             return decode_file(media=self.media, **job)
         return self._pool.decode(job | {"media": dataclasses.asdict(self.media)})

@@ -74,7 +74,7 @@ class WorkerPool:
             "worker_died",
             f"a decoding process that ended while reading it, {ATTEMPTS} times ({died})",
             "a clip that decodes",
-            "Re-encode the clip; if all clips fail like this, look at the machine's memory.",
+            "Re-encode the clip; if all clips fail like this, look at the machine's memory and media.decode_memory_mb.",
         )
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ from mer_r1_jax.training.checkpoints import MANIFEST, Checkpoints
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.state import Leaves
 
-_DECODING_ASIDE = ("decode_timeout", "decode_workers")  # media settings that no answer depends on
+_DECODING_ASIDE = ("decode_timeout", "decode_memory_mb", "decode_workers")  # media settings that no answer depends on
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -64,14 +65,14 @@ def clip_record(video: str | pathlib.Path, question: str, subtitle: str | None, 
     """A record of one clip.
 
     Args:
-        video: the clip.
+        video: the clip; a link is followed, wherever it leads: its user named it himself.
         question: what is asked.
         subtitle: what is said in it, if known.
         frames, audio: which of its parts are shown.
     """
-    path = pathlib.Path(video)
+    path = pathlib.Path(os.path.realpath(video))
     return Record(
-        id=path.name,
+        id=pathlib.Path(video).name,
         messages=({"role": "user", "content": question},),
         videos=(path.name,) if frames else (),
         audios=(path.name,) if audio else (),

@@ -15,6 +15,7 @@ from PIL import Image
 from support.finished_run import write_clip, write_run
 
 from mer_r1_jax.evaluation import figures
+from mer_r1_jax.evaluation.clip_strip import clip_strips
 from mer_r1_jax.evaluation.narrative import describe, f1_difference, stages_of, warnings_of
 from mer_r1_jax.evaluation.report import make_report
 from mer_r1_jax.evaluation.run_record import Evaluation, ReportError, RunRecord, read_run
@@ -270,8 +271,9 @@ def test_curves_survive_nan_infinity_and_single_points():
 
 def test_frame_strip_shows_first_to_last_frame(tmp_path):
     write_clip(tmp_path / "a.mp4", size=48)
-    source, seconds = figures.frame_strip(tmp_path / "a.mp4", frames=4, height=48)
+    (shown,) = clip_strips(["a.mp4"], tmp_path)
+    source, seconds = shown.source, shown.seconds
     strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("L"), float)
-    assert strip.shape == (48, 4 * 48 + 6) and seconds == pytest.approx(1.0, abs=0.05)
-    levels = [strip[10:38, 50 * n + 10 : 50 * n + 38].mean() for n in range(4)]
+    assert strip.shape == (84, 4 * 84 + 6) and seconds == pytest.approx(1.0, abs=0.05)
+    levels = [strip[20:64, 86 * n + 20 : 86 * n + 64].mean() for n in range(4)]
     assert levels == pytest.approx([0, 60, 120, 180], abs=8)  # frames 0, 3, 6, 9 of the rising grey

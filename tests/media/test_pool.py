@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.media_files import numbered_pictures, write_video
+from PIL import Image
+from support.media_files import numbered_pictures, write_sound, write_video
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.entry import decode_file
@@ -157,6 +158,63 @@ def test_a_program_that_is_no_worker_is_an_error_and_not_a_hang(clip, program):
         with pytest.raises(MediaError) as caught:
             pool.decode(job(clip("good")))
         assert caught.value.reason == "worker_died"
+    finally:
+        pool.close()
+
+
+# A process that answers with half of what it announced, and then does as it is told.
+HALF = """
+import os, signal, sys, time
+os.write(1, b'{"ready": true}\\n')
+sys.stdin.buffer.readline()
+os.write(1, b'{"size": 1000}\\n' + bytes(500))
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "reason", "word"),
+    [
+        ("sys.exit(0)", "worker_died", "exit status 0"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "worker_died", "exit status -9"),
+        ("raise MemoryError('in the midst')", "worker_died", "MemoryError: in the midst"),
+        ("os.write(1, bytes(500))", "worker_died", "too few|checksum"),
+        ("time.sleep(600)", "timeout", "no end of decoding after 2 s"),
+    ],
+)
+def test_half_an_answer_is_no_clip(clip, then, reason, word):
+    pool = WorkerPool(1, 2.0, (sys.executable, "-c", HALF % then))
+    begin = time.monotonic()
+    try:
+        with pytest.raises(MediaError, match=f"good.mp4: .*({word})") as caught:
+            pool.decode(job(clip("good")))
+    finally:
+        pool.close()
+    assert caught.value.reason == reason
+    assert time.monotonic() - begin < 60.0 and not children(pool)
+
+
+def test_bombs_end_as_refused_clips(tmp_path, clip):
+    """What needs more memory than a process may take costs that clip, and not the machine."""
+    Image.new("RGB", (8000, 8000)).save(tmp_path / "picture.png", compress_level=1)
+    write_video(tmp_path / "video.mkv", np.zeros((2, 4608, 8192, 3), np.uint8), codec="mjpeg", pix_fmt="yuvj420p")
+    write_sound(tmp_path / "sound.flac", np.zeros((1, 192_000 * 120), np.float32), rate=192_000, codec="flac")
+    small = dataclasses.asdict(dataclasses.replace(MEDIA, decode_memory_mb=128))
+    pool = WorkerPool(1, 60.0)
+    try:
+        for name, kind in (("picture.png", "image"), ("video.mkv", "video"), ("sound.flac", "audio")):
+            with pytest.raises(MediaError) as caught:
+                pool.decode(job(tmp_path / name) | {"kind": kind, "media": small})
+            # Where not even a small object can be made, the interpreter crashes: the process is replaced.
+            assert caught.value.reason in (("too_large", "worker_died") if kind == "audio" else ("too_large",))
+            assert name in str(caught.value) and "media.decode_memory_mb" in str(caught.value)
+        assert pool.decode(job(clip("good")) | {"media": small}).arrays["frames"].shape[0] == 4
+        (process,) = children(pool)
+        taken = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if "VmHWM" in line)
+        assert int(taken.split()[1]) < 500 << 10
+        assert (
+            pool.decode(job(tmp_path / "picture.png") | {"kind": "image"}).arrays["frames"].size
+        )  # by default: enough
     finally:
         pool.close()
 

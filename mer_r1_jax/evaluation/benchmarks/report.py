@@ -22,7 +22,7 @@ from mer_r1_jax.evaluation.benchmarks.tables import (
     paper_f1_table,
     synthetic_table,
 )
-from mer_r1_jax.evaluation.clip_strip import clip_strip
+from mer_r1_jax.evaluation.clip_strip import clip_strips
 from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
 from mer_r1_jax.evaluation.page import render_page
@@ -135,21 +135,25 @@ def _examples(
     name = score["benchmark"]
     _, answers = folder.read_answers(name)
     wheels = _wheels(score, missing)
+    chosen = {
+        clip: {mode: answers[clip, mode] for mode in MODES if (clip, mode) in answers}
+        for clip in list(dict.fromkeys(clip for clip, _ in answers))[:count]
+    }
+    videos = [next(iter(lines.values()))["video"] for lines in chosen.values()]
+    strips = clip_strips(videos, score["coverage"]["media_root"])
     clips = []
-    for clip in list(dict.fromkeys(clip for clip, _ in answers))[:count]:
-        lines = {mode: answers[clip, mode] for mode in MODES if (clip, mode) in answers}
+    for (clip, lines), strip in zip(chosen.items(), strips, strict=True):
         line = next(iter(lines.values()))
-        strip, seconds, problem = clip_strip(line["video"], Path(score["coverage"]["media_root"]))
-        if problem:
-            missing.append(f"frames of {title_of(name)} {clip}: {problem}")
+        if strip.problem:
+            missing.append(f"frames of {title_of(name)} {clip}: {strip.problem}")
         truth = line["truth"]
         words = [truth] if isinstance(truth, str) else truth if isinstance(truth, list) else []
         answered = [word for given in lines.values() for word in given["words"]]
         clips.append(
             {
                 "id": clip,
-                "strip": strip,
-                "seconds": seconds,
+                "strip": strip.source,
+                "seconds": strip.seconds,
                 "subtitle": line["subtitle"],
                 "reasoning": (lines["slow"]["reasoning"] or "")[:TEXT_SHOWN] if "slow" in lines else None,
                 "answers": [

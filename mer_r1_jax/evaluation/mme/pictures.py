@@ -29,14 +29,15 @@ class Pictures:
         self._side = side
         self._pool = WorkerPool(workers, self._media.decode_timeout)
 
-    def of(self, path: str | Path) -> list[bytes]:
-        """The frames of a clip.
+    def of(self, path: str | Path, root: str | Path = "") -> list[bytes]:
+        """The frames of a clip; `root` is the media root, which links may not lead out of.
 
         Raises:
             MediaError: for a clip that cannot be used.
         """
         media = dataclasses.asdict(self._media)
-        entry = self._pool.decode({"path": str(path), "kind": STILLS, "factor": 1, "n_mels": 1, "media": media})
+        job = {"path": str(path), "root": str(root), "kind": STILLS, "factor": 1, "n_mels": 1, "media": media}
+        entry = self._pool.decode(job)
         return [self._jpeg(frame) for frame in entry.arrays["frames"]]
 
     def close(self) -> None:

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.data.paths import MediaPathError, resolve_media
-from mer_r1_jax.evaluation.figures import frame_strip
+from mer_r1_jax.evaluation.clip_strip import clip_strips
 from mer_r1_jax.evaluation.mme.errors import MmeError
 from mer_r1_jax.evaluation.mme.folder import RESULTS, MmeFolder
 from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
@@ -186,22 +185,23 @@ def _examples(
         by_task.setdefault(item.task, []).append(item)
     longest = max(map(len, by_task.values()), default=0)
     in_turn = [items[place] for place in range(longest) for items in by_task.values() if place < len(items)]
+    shown = in_turn[:count]
+    strips = clip_strips([item.video for item in shown], benchmark.root)
     examples = []
-    for item in in_turn[:count]:
+    for item, strip in zip(shown, strips, strict=True):
         answers = [
             _answer(
                 TITLES.get(mode, mode), *(log.get(Asked(item, mode).key, {}) for log in (predictions, steps, judged))
             )
             for mode in modes
         ]
-        strip, problem = _strip(benchmark.root, item)
         examples.append(
             {
                 "id": item.video_id,
                 "task": item.task,
                 "truth": item.labels,
-                "strip": strip,
-                "problem": problem,
+                "strip": strip.source,
+                "problem": "the clip is not there" if item.video is None else strip.problem or "",
                 "answers": answers,
             }
         )
@@ -222,13 +222,3 @@ def _answer(mode: str, prediction: Mapping, split: Mapping, rated: Mapping) -> d
         "steps": rated_steps,
         "problem": problems[0] if problems else "",
     }
-
-
-def _strip(root: Path, item: Item) -> tuple[str | None, str]:
-    """Frames as a data URI, or None and why there are none."""
-    if item.video is None:
-        return None, "the clip is not there"
-    try:
-        return frame_strip(resolve_media(root, item.video))[0], ""
-    except (MediaPathError, ValueError) as error:
-        return None, str(error)

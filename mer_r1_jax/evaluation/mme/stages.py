@@ -123,7 +123,7 @@ def judge(
             if item.video is None:
                 return Failure("clip_missing", f"{item.video_id}: the clip is not there, so the judge cannot see it")
             try:
-                frames = pictures.of(benchmark.root / item.video)
+                frames = pictures.of(benchmark.root / item.video, benchmark.root)
             except MediaError as error:
                 return Failure(f"clip_{error.reason}", str(error))
         messages = prompts.judge_messages(TASKS[item.task], item.labels, item.audio_clue, found, frames)
