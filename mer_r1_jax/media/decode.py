@@ -195,9 +195,6 @@ def _video_stream(path, container):
     """Returns the video track to read, whose pictures are of a size that can be."""
     stream = video_track(path, container)
     width, height = stream.codec_context.width, stream.codec_context.height
-    if "webp" in container.format.name and not width:
-        found, mend = "an animated WebP, which FFmpeg cannot decode", "Make an mp4 of it."
-        raise MediaError(path, "several_pictures", found, "a video", mend)
     check_size(path, width, height)
     if width * height > MAX_VIDEO_PIXELS:
         found, expected = f"frames of {width}x{height} pixels", f"at most {MAX_VIDEO_PIXELS} pixels a frame"

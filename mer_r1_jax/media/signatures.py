@@ -47,7 +47,10 @@ _MARKUP = (
     (rb"<svg\b", Signature("a drawing (SVG)", mend="Save it as PNG and list it under `images`.")),
     (rb"<!doctype html|<html\b", Signature("a web page", mend="Download the clip itself.")),
 )
+# A WebP of several pictures says so in its extended header: the flags' second bit.
+_ANIMATED = b"RIFF....WEBPVP8X....[" + b"".join(b"\\x%02x" % flags for flags in range(256) if flags & 2) + b"]"
 _BYTES = (
+    (_ANIMATED, Signature("an animated WebP, which FFmpeg cannot decode", "several_pictures", "Make an mp4 of it.")),
     (rb"\x1f\x8b|PK\x03\x04|BZh[1-9]|\xfd7zXZ|7z\xbc\xaf|Rar!", Signature("an archive", mend=_UNPACK)),
     (rb"%PDF-", Signature("a PDF document", mend="Save its pictures, and list them under `images`.")),
     (rb"....ftyp(?:heic|heix|mif1)", Signature("a HEIC picture", mend="Save it as JPEG and list it under `images`.")),

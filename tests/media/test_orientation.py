@@ -12,7 +12,7 @@ from PIL import Image
 from support.media_files import numbered_pictures, set_matrix, write_video
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.evaluation.figures import frame_strip
+from mer_r1_jax.evaluation.clip_strip import clip_strips
 from mer_r1_jax.media.decode import read_image, read_stills, read_video
 from mer_r1_jax.media.errors import MediaError
 
@@ -103,9 +103,11 @@ def test_absurd_pixels_are_refused_before_a_huge_picture_is_made(tmp_path):
 def test_a_report_shows_a_clip_as_the_model_sees_it(clip):
     set_matrix(clip, EIGHT["mirrored"][0])
 
-    source, seconds = frame_strip(clip, frames=4, height=32)
-    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
-    assert same(strip[:, :64], corner()[:, ::-1]) and seconds == pytest.approx(0.5)
+    (shown,) = clip_strips([clip.name], clip.parent)
+    strip = Image.open(io.BytesIO(base64.b64decode(shown.source.split(",")[1])))
+    first = np.asarray(strip)[:, : strip.height * 2]  # twice as wide as high
+    expected = Image.fromarray(np.ascontiguousarray(corner()[:, ::-1])).resize((first.shape[1], first.shape[0]))
+    assert same(first, np.asarray(expected)) and shown.seconds == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])

@@ -138,8 +138,9 @@ def test_an_animated_webp_among_the_videos_is_refused_by_name_and_a_gif_is_one(t
     pictures = [Image.new("RGB", (SIDE, SIDE), (20 * n, 0, 0)) for n in range(8)]
     for ending in ("webp", "gif"):
         pictures[0].save(tmp_path / f"wave.{ending}", save_all=True, append_images=pictures[1:], duration=100)
-    with pytest.raises(MediaError, match="an animated WebP.*; expected a video. Make an mp4"):
+    with pytest.raises(MediaError, match="an animated WebP.*; expected a clip of its own: .*Make an mp4") as refused:
         read_video(tmp_path / "wave.webp", MEDIA)
+    assert refused.value.reason == "several_pictures"
     assert read_video(tmp_path / "wave.gif", MEDIA).duration == pytest.approx(0.8)
 
 
