@@ -145,3 +145,33 @@ def test_a_part_of_the_arrays_is_read_alone(tmp_path):
         Checkpoints(tmp_path).restore({"parameters": arrays_of(0)})
     with pytest.raises(CheckpointError, match="other: in the run, not in the checkpoint"):
         Checkpoints(tmp_path).restore({"parameters": arrays_of(0), "other": np.zeros(1)}, part=True)
+
+
+SAVING = """
+import sys
+import numpy as np
+from mer_r1_jax import faults
+from mer_r1_jax.training.run_directory import RunDirectory
+
+def here(place, detail=""):
+    if place == "checkpoint_manifest" and "saving-2" in str(detail):
+        print("saving", flush=True)
+        sys.stdin.readline()
+
+with RunDirectory.open(sys.argv[1], {"a": 1}) as run:
+    checkpoints = run.open_checkpoints("checkpoints", 2)
+    checkpoints.save(1, {"w": np.full((64,), 1, np.float32)}, {})
+    faults.here = here
+    checkpoints.save(2, {"w": np.full((64,), 2, np.float32)}, {})
+    print(checkpoints.valid_steps())
+"""
+
+
+def test_a_save_goes_on_while_its_run_is_read(tmp_path):
+    words = [sys.executable, "-c", SAVING, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "saving\n"
+        assert Checkpoints(tmp_path / "run/checkpoints").restore(arrays_of(0)).step == 1
+        assert liveness(tmp_path / "run")
+        assert run.communicate("\n")[0] == "[1, 2]\n"
+    assert Checkpoints(tmp_path / "run/checkpoints").restore(arrays_of(0)).step == 2
