@@ -45,6 +45,7 @@ from mer_r1_jax.evaluation.mme.scores import lines_of
 from mer_r1_jax.evaluation.statistics import signed
 from mer_r1_jax.run.benchmark import Policy, answer_benchmarks, open_policy, read_benchmarks
 from mer_r1_jax.run.mme import PolicyAnswers
+from mer_r1_jax.run.policy import refuse_in_run
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
 
 MME_FOLDER = "MME-Emotion"  # below --benchmark_root
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --benchmark=synthetic")
     with explained(), contextlib.ExitStack() as stack:
+        refuse_in_run(_OUT.value)
         request = _request()
         folder = EvaluationFolder(request.out)
         extractor = stack.enter_context(_extractor(folder))

@@ -131,7 +131,9 @@ def _policy(benchmark) -> Iterator:
     from mer_r1_jax.evaluation.evaluate import MODES
     from mer_r1_jax.run.benchmark import open_policy
     from mer_r1_jax.run.mme import PolicyAnswers
+    from mer_r1_jax.run.policy import refuse_in_run
 
+    refuse_in_run(_OUT.value)
     policy = open_policy(_MODEL.value)
     try:
         yield PolicyAnswers(policy, benchmark, MODES if _MODE.value == "both" else (_MODE.value,))

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     with explained():
+        _refuse_in_run(_OUT.value)
         config, params, source = _run_parameters(_RUN.value) if _RUN.value else _model_parameters(_MODEL.value)
         report = export_model(
             _OUT.value,
@@ -66,6 +67,13 @@ def _run_parameters(run: str):
     from mer_r1_jax.run.policy import load_policy
 
     return load_policy(run)
+
+
+def _refuse_in_run(out: str) -> None:
+    """Not where a run that goes on would take it for its own last export."""
+    from mer_r1_jax.run.policy import refuse_in_run
+
+    refuse_in_run(out)
 
 
 def _write_run_settings(run: str, out) -> None:

@@ -23,6 +23,7 @@ from mer_r1_jax.evaluation.comparison import Comparison, compare_samples, pooled
 from mer_r1_jax.evaluation.probes import MODALITIES, Swap, swap_modality, swap_reasoning
 from mer_r1_jax.evaluation.statistics import POINTS, signed
 from mer_r1_jax.run.held_out import open_held_out
+from mer_r1_jax.run.policy import refuse_in_run
 from mer_r1_jax.training import durable
 
 PARTS = (*MODALITIES, "reasoning")
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in commands:
         raise app.UsageError(f"expected one of {', '.join(commands)}, got {argv[1:]}")
     with explained():
+        if _OUT.value:
+            refuse_in_run(_OUT.value)
         results = commands[argv[1]](Console())
         if _OUT.value:
             durable.write_json(pathlib.Path(_OUT.value), results)

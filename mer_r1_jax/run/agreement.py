@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from mer_r1_jax.run.setup import DataSets
 
 MAY_DIFFER = ("data.cache_dir", "media.decode_workers", "train.local_dir")  # what a host may have of its own
 MAX_LISTED = 12
+SOURCES = Path(__file__).parents[1]  # this package, as this process runs it
 _ABSENT = object()
 
 
@@ -24,22 +27,32 @@ class DisagreementError(ValueError):
 
 
 def check_config(config: RunConfig) -> None:
-    """Refuses processes whose configurations or versions differ.
+    """Refuses processes whose configurations, versions or code differ.
 
     Raises:
         DisagreementError: on every process.
     """
-    versions = {"versions": {"mer_r1_jax": __version__, "jax": jax.__version__}}
+    versions = {"versions": {"mer_r1_jax": __version__, "jax": jax.__version__, "code": code_hash(SOURCES)}}
     _check("the configuration", dataclasses.asdict(config) | versions)
 
 
 def check_data(data: DataSets) -> None:
-    """Refuses processes whose records differ.
+    """Refuses processes whose records differ, in number or in content.
 
     Raises:
         DisagreementError: on every process.
     """
-    _check("the data sets", {"data": data.fingerprints()})
+    numbers = {name: len(getattr(data, name)) for name in ("sft", "rl", "eval")}
+    _check("the data sets", {"data": data.fingerprints(), "records": numbers})
+
+
+def code_hash(folder: Path) -> str:
+    """Hexadecimal hash of every Python file below a folder: two checkouts of one version may differ."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        content = file.read_bytes()
+        found.update(f"{file.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()[:16]
 
 
 def _check(what: str, mine: Mapping[str, Any]) -> None:

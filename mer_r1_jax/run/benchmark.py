@@ -27,11 +27,10 @@ from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.run.policy import RUN_MARKER, open_model, saved_config
+from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, saved_config
 from mer_r1_jax.run.road import eval_length, make_evaluator
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training import durable
-from mer_r1_jax.training.checkpoints import MANIFEST, Checkpoints
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.state import Leaves
 
@@ -72,8 +71,8 @@ def open_policy(path: str, config: RunConfig | None = None, devices: Any = None)
     overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir())
     if overrides.get("media.missing_audio", "error") == "error":
         overrides["media.missing_audio"] = "skip"
-    setup, leaves = open_model(path, overrides, devices)
-    return Policy(setup, leaves, model_fingerprint(path, setup.tokenizer_path), _held_out(path, config))
+    setup, leaves, read = open_step(path, overrides, devices)
+    return Policy(setup, leaves, model_fingerprint(path, setup.tokenizer_path, read), _held_out(path, config))
 
 
 def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
@@ -102,12 +101,16 @@ def _held_out(path: str, config: RunConfig | None) -> tuple[str, str]:
     return "", ""
 
 
-def model_fingerprint(path: str, tokenizer_path: pathlib.Path) -> dict[str, Any]:
-    """Hashes of what a policy's answers follow from, wherever it lies: weights, architecture, tokenizer."""
+def model_fingerprint(path: str, tokenizer_path: pathlib.Path, read: ReadStep | None) -> dict[str, Any]:
+    """Hashes of what a policy's answers follow from, wherever it lies: weights, architecture, tokenizer.
+
+    Args:
+        read: the checkpoint that its weights came from, which a run that goes on may have removed since; None where
+            they are no run's.
+    """
     folder = pathlib.Path(path)
-    if (folder / RUN_MARKER).is_dir():
-        step = Checkpoints(folder / RUN_MARKER).latest_step()
-        found = {"checkpoint": step, "weights": durable.sha256_of(folder / RUN_MARKER / str(step) / MANIFEST)}
+    if read is not None:
+        found = {"checkpoint": read.step, "weights": read.manifest_sha256}
     else:
         files = sorted(folder.glob("*.safetensors"))
         found = {"weights": {file.name: durable.sha256_of(file) for file in files}}

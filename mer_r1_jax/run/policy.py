@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,15 +17,21 @@ from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import MeshConfig, RunConfig
+from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.parallel.mesh import mesh_sizes
+from mer_r1_jax.run.session import check_host
 from mer_r1_jax.run.setup import Setup, make_setup
-from mer_r1_jax.training import durable
+from mer_r1_jax.training import durable, run_lock
 from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import Leaves, Params, merge
 
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
 RUN_MARKER = "checkpoints"  # folder that a run has and an export has not
+# What a run writes in its folder, or takes for its own when it goes on.
+RUN_PLACES = (RUN_MARKER, "reference", "export", "eval", "completions", "tensorboard", "logs", "report.html")
+
+log = logging.getLogger(__name__)
 
 
 class PolicyError(ValueError):
@@ -50,29 +57,76 @@ def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]
         PolicyError, CheckpointError: nothing there to load.
     """
     setup = make_setup(_without_data(_run_config(run_dir), None))
-    leaves = checkpoint_leaves(setup, run_dir)
+    leaves, _ = checkpoint_leaves(setup, run_dir)
     setup.source.close()
     return setup.backbone.config, merge(leaves), setup.tokenizer_path
 
 
-def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> Leaves:
-    """All parameters of a run's newest valid checkpoint.
+class ReadStep(NamedTuple):
+    """Which checkpoint of a run was read.
+
+    Attributes:
+        step: over both phases.
+        manifest_sha256: identifies its content.
+    """
+
+    step: int
+    manifest_sha256: str
+
+
+def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Leaves, ReadStep]:
+    """All parameters of a run's newest valid checkpoint, and which that is.
+
+    The run may be going on: nothing is changed in its folder, and it is said that it is live.
 
     Raises:
         CheckpointError: there is none.
     """
+
+    def parameters(step: int, host: dict[str, Any]) -> dict[str, Leaves]:
+        check_host(host)
+        state = setup.abstract_state_of(host["phase"])
+        return {"trainable": state.trainable, "frozen": state.frozen}  # nobody asks for the optimizer's moments
+
     where = _join(run_dir, RUN_MARKER)
     checkpoints = BucketCheckpoints(where) if is_bucket(where) else Checkpoints(where)
-    restored = checkpoints.restore(lambda step, host: setup.abstract_state_of(host["phase"]))
+    restored = checkpoints.restore(parameters, part=True)
     if restored is None:
         raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
-    return restored.arrays.trainable | restored.arrays.frozen
+    if live := run_lock.liveness(run_dir):
+        log.warning("%s %s; what is read is its checkpoint %d", printable(run_dir), live, restored.step)
+    return restored.arrays["trainable"] | restored.arrays["frozen"], ReadStep(restored.step, restored.manifest_sha256)
+
+
+def refuse_in_run(out: str | pathlib.Path, flag: str = "--out") -> None:
+    """Keeps what a command makes out of the places where a run keeps its own, where it would be taken for the run's.
+
+    Raises:
+        PolicyError: naming the run.
+    """
+    place = pathlib.Path(out).resolve()
+    for folder in (place, *place.parents):
+        if (folder / RUN_MARKER).is_dir() and (folder / "config.json").is_file():
+            if folder == place or place.relative_to(folder).parts[0] in RUN_PLACES:
+                raise PolicyError(
+                    f"{flag}: got {printable(out)}, where the run {printable(folder)} keeps what it writes itself; "
+                    "expected a folder or file of its own, such as one beside that run"
+                )
+            return
 
 
 def open_model(
     path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Setup, Leaves]:
-    """The policy of a run's folder, of its export, or of a Hugging Face directory, ready to answer.
+    """The policy of a run's folder, of its export, or of a Hugging Face directory, ready to answer; see `open_step`."""
+    setup, leaves, _ = open_step(path, overrides, devices)
+    return setup, leaves
+
+
+def open_step(
+    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
+) -> tuple[Setup, Leaves, ReadStep | None]:
+    """The same, and of a run's folder also which of its checkpoints that is.
 
     Args:
         path: the folder. A run's newest checkpoint is taken. A Hugging Face directory without `mer_r1.json` is used
@@ -86,14 +140,14 @@ def open_model(
     path = pathlib.Path(path)
     if (path / RUN_MARKER).is_dir():
         setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
-        return setup, checkpoint_leaves(setup, path)
+        return setup, *checkpoint_leaves(setup, path)
     if not (path / "config.json").is_file():
         raise PolicyError(f"{path}: expected a run's folder, or a Hugging Face directory with config.json")
     values = dataclasses.asdict(saved_config(path) or RunConfig())
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
     setup = make_setup(_without_data(from_mapping(values), overrides), devices=devices)
-    return setup, setup.initial_leaves()
+    return setup, setup.initial_leaves(), None
 
 
 def saved_config(path: str | pathlib.Path) -> RunConfig | None:
@@ -123,7 +177,7 @@ def _read_config(file: str | pathlib.Path) -> RunConfig:
     try:
         content = storage.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
         return from_mapping(json.loads(content or b""))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise PolicyError(f"{file}: no run's configuration can be read there ({error})") from error

@@ -6,6 +6,7 @@ half-way through the updates of a rollout is obeyed after the last of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,10 @@ from mer_r1_jax.run.experience import ExperienceMaker, Rollout
 from mer_r1_jax.run.session import Session, StepLog
 from mer_r1_jax.run.setup import Setup, tower_flags
 from mer_r1_jax.run.sft import total_steps
-from mer_r1_jax.training.checkpoints import Restored
+from mer_r1_jax.training.checkpoints import CheckpointError, Restored
+from mer_r1_jax.training.damage import DamagedStepError
 from mer_r1_jax.training.prompts import plan_buckets
+from mer_r1_jax.training.restoring import AllDamagedError
 from mer_r1_jax.training.rl import beta_at
 from mer_r1_jax.training.signals import StopRequested
 from mer_r1_jax.training.state import (
@@ -29,6 +32,8 @@ from mer_r1_jax.training.state import (
     partition,
     trainable_names,
 )
+
+log = logging.getLogger(__name__)
 
 
 class RlPhase:
@@ -152,13 +157,48 @@ class RlPhase:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
             for name, leaf in shapes.items()
         }
-        restored = kept.restore(abstract)
-        if restored is None:
+        try:
+            restored = kept.restore(abstract)
+            lost = None if restored else f"{kept.directory} holds nothing"
+        except AllDamagedError as error:
+            lost = str(error)
+        if lost is None:
+            return restored.arrays
+        reference, origin = self._start_of_rl(session, abstract, lost)
+        log.warning("the reference was lost and is made again from %s. %s", origin, lost)
+        kept.save(0, reference, {})
+        return reference
+
+    def _start_of_rl(self, session: Session, abstract: Leaves, lost: str) -> tuple[Leaves, str]:
+        """The trainable leaves that RL started from, and where they were found.
+
+        Raises:
+            ReferenceLostError: they are nowhere any more.
+        """
+        if not session.sft_steps:
+            origin = self.setup.config.model.path or f"random weights of seed {self.setup.config.train.seed}"
+            return partition(self.setup.initial_leaves(), self.is_trainable)[0], origin
+
+        def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Leaves]:
+            if host.get("phase") != "sft":
+                raise DamagedStepError("it is no checkpoint of SFT")
+            in_sft = self.setup.abstract_state_of(
+                "sft"
+            )  # where a tower is trained, its leaves lie elsewhere than in RL
+            return {
+                kind: {name: abstract[name] for name in getattr(in_sft, kind) if name in abstract}
+                for kind in ("trainable", "frozen")
+            }
+
+        try:
+            arrays = session.checkpoints.restore(end_of_sft, step=session.sft_steps, part=True).arrays
+        except CheckpointError as error:
             raise ReferenceLostError(
-                f"{kept.directory} has no valid copy of the reference, which this run needs to go on: expected the one "
-                "saved when RL began; restore it, or remove the run's RL checkpoints so that RL starts again"
-            )
-        return restored.arrays
+                f"the reference, which this run needs to go on, is lost ({lost}), and so is the end of SFT that it "
+                f"could be made from again ({error}). Expected one of them: put a copy of {session.folder.path}/"
+                f"reference/0 or of checkpoint {session.sft_steps} back, or begin again under another train.run_name"
+            ) from error
+        return arrays["trainable"] | arrays["frozen"], f"checkpoint {session.sft_steps}, the end of SFT"
 
     def _log_completions(self, session: Session, log: StepLog, step: int, rollout: Rollout) -> None:
         session.metrics.write_completions(step, rollout.table)

@@ -34,9 +34,10 @@ from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.whole import on_first
 from mer_r1_jax.run.agreement import check_config, check_data
+from mer_r1_jax.run.layout import mesh_changes
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
-from mer_r1_jax.run.session import Session, agreed_stop
+from mer_r1_jax.run.session import Session, agreed_stop, check_host
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.sft import SftPhase, describe
 from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
@@ -134,6 +135,7 @@ class _Road:
         return 0
 
     def _abstract(self, step: int, host: dict[str, Any]) -> TrainState:
+        check_host(host)
         return self.setup.abstract_state_of(host["phase"])
 
     def _train(self, session: Session, restored: Restored | None) -> Leaves | None:
@@ -218,6 +220,8 @@ class _Road:
         say(f"[bold]{self.folder.path}[/bold], attempt {self.folder.attempt}", highlight=False)
         if restored:
             say(f"going on after {restored.host['phase']} step {restored.host['step']}")
+            if changes := mesh_changes(restored.saved_on, setup.backbone.mesh):
+                log.warning("mesh changed: %s; from here on the run need not be equal bit for bit", changes)
         count = sum(leaf.size for leaf in setup.backbone.shapes.values())
         say(f"{count / 1e6:.2f} M parameters on mesh {dict(setup.backbone.mesh.shape)}")
         say(

@@ -20,6 +20,7 @@ from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.training.checkpoints import Checkpoints, Restored
+from mer_r1_jax.training.damage import DamagedStepError, is_count
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.signals import StopSignals
@@ -134,6 +135,25 @@ class Session:
                 f"finite and were left out; the run stops at train.max_nonfinite_steps={limit}. Lower "
                 f"{phase}.optimizer.learning_rate and go on from an earlier checkpoint under a new train.run_name"
             )
+
+
+def check_host(host: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint's host state that `Session.save` has not made.
+
+    Raises:
+        DamagedStepError: naming what is not as it ought to be.
+    """
+    counters, data = host.get("counters"), host.get("data")
+    right = {
+        "phase": host.get("phase") in ("sft", "rl"),
+        "step": is_count(host.get("step")),
+        "counters": isinstance(counters, Mapping) and is_count(counters.get("num_tokens")),
+        "data": isinstance(data, Mapping)
+        and isinstance(data.get("stream"), Mapping)
+        and isinstance(data.get("quarantine"), list),
+    }
+    if wrong := [name for name, as_saved in right.items() if not as_saved]:
+        raise DamagedStepError(f"its host state is no training run's: {', '.join(wrong)} missing or of another type")
 
 
 def agreed_stop(stop: StopSignals) -> bool:

@@ -12,12 +12,14 @@ the bucket computes itself; comparing them reads no array.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -25,17 +27,17 @@ from etils import epath
 from mer_r1_jax import faults
 from mer_r1_jax.bucket import storage
 from mer_r1_jax.bucket.storage import Stored
+from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.training.checkpoints import ARRAYS, HOST_STATE, MANIFEST
+from mer_r1_jax.training.damage import MAX_REASON, DamagedStepError, checked_manifest, host_state, is_count
+from mer_r1_jax.training.restoring import Found, StoredSteps
 from mer_r1_jax.training.stored_arrays import (
     CheckpointError,
-    Restored,
-    check_settings,
     check_step,
     hash_of_json,
     host_content,
     named_leaves,
-    restore_arrays,
     save_arrays,
 )
 
@@ -44,7 +46,7 @@ _SAVE = re.compile(r"save-\d{8}T\d{6}-[0-9a-f]{8}")
 log = logging.getLogger(__name__)
 
 
-class BucketCheckpoints:
+class BucketCheckpoints(StoredSteps):
     """The checkpoints of one run at a `gs://` address, with the methods of `Checkpoints`.
 
     Args:
@@ -54,6 +56,8 @@ class BucketCheckpoints:
         before_commit: called by the first process before a step counts; what it raises stops the save.
     """
 
+    directory: str
+
     def __init__(
         self,
         address: str,
@@ -61,10 +65,7 @@ class BucketCheckpoints:
         layout_version: int = 1,
         before_commit: Callable[[], None] = lambda: None,
     ):
-        check_settings(max_to_keep)
-        self.directory = address.rstrip("/")
-        self.max_to_keep = max_to_keep
-        self.layout_version = layout_version
+        super().__init__(address.rstrip("/"), max_to_keep, layout_version)
         self._before_commit = before_commit
 
     def clear(self) -> None:
@@ -94,44 +95,40 @@ class BucketCheckpoints:
         if processes.is_first():
             self._collect_garbage(step)
 
-    def restore(
-        self, abstract_arrays: Any | Callable[[int, dict[str, Any]], Any], step: int | None = None
-    ) -> Restored | None:
-        """Restores the newest valid step, or `step`; None when there is none. As `Checkpoints.restore`.
+    def candidates(self) -> list[int]:
+        """Steps with a manifest, newest first."""
+        return _Steps(self.directory).committed()[::-1]
 
-        Raises:
-            CheckpointError: listing every mismatch, or why `step` is not valid.
-        """
-        found = processes.from_first("the checkpoint to go on from", lambda: self._newest_valid(step))
-        if found is None:
+    def open_step(self, step: int) -> Found:
+        """A step whose objects are what the bucket said of them when it was saved. As `StoredSteps.open_step`."""
+        steps = _Steps(self.directory)
+        steps.check(step)
+        folder = f"{self.directory}/{step}/{steps.manifest(step)['save']}"
+        with _reading(HOST_STATE):
+            content = storage.read(f"{folder}/{HOST_STATE}")
+        if content is None:
+            raise DamagedStepError(f"{HOST_STATE} is missing")
+        state = host_state(content, HOST_STATE)
+        return Found(step, folder, epath.Path(folder) / ARRAYS, state, steps.manifest_hash(step))
+
+    def manifest_hash(self, step: int) -> str | None:
+        """As `StoredSteps.manifest_hash`."""
+        try:
+            content = storage.read(f"{self.directory}/{step}/{MANIFEST}")
+        except storage.BucketError:
             return None
-        valid, name = found
-        folder = f"{self.directory}/{valid}/{name}"
-        state = json.loads(storage.read(f"{folder}/{HOST_STATE}"))
-        arrays = epath.Path(folder) / ARRAYS
-        return restore_arrays(folder, valid, state, self.layout_version, arrays, abstract_arrays)
+        return None if content is None else hashlib.sha256(content).hexdigest()
+
+    def is_ours(self, step: int) -> bool:
+        """Whatever has a manifest; what has none is left over from an interrupted save."""
+        return True
+
+    def note_damage(self, step: int) -> None:
+        """Nothing to be kept: every look at the bucket compares what it says of the objects."""
 
     def valid_steps(self) -> list[int]:
         """Steps with an unharmed manifest and all their objects, ascending."""
         return _Steps(self.directory).valid()
-
-    def latest_step(self) -> int | None:
-        """The newest of `valid_steps`, or None."""
-        return max(self.valid_steps(), default=None)
-
-    def _newest_valid(self, step: int | None) -> tuple[int, str] | None:
-        steps = _Steps(self.directory)
-        for candidate in [step] if step is not None else sorted(steps.committed(), reverse=True):
-            problem = steps.problem_of(candidate)
-            if problem is None:
-                return candidate, steps.manifest(candidate)["save"]
-            if step is not None:
-                raise CheckpointError(
-                    f"checkpoint {self.directory}/{candidate} cannot be restored: {problem}. Valid steps: "
-                    f"{steps.valid() or 'none'}. Choose one of those, or let the newest valid one be found."
-                )
-            log.warning("checkpoint %s/%d is damaged and ignored: %s", self.directory, candidate, problem)
-        return None
 
     def _commit(self, step: int, name: str) -> None:
         """Writes the manifest: from then on the step counts, whatever it held before."""
@@ -181,55 +178,94 @@ class _Steps:
     def __init__(self, directory: str):
         self._directory = directory
         self._objects = storage.listing(directory)
-        self._manifests: dict[int, dict[str, Any] | str] = {}
+        self._manifests: dict[int, dict[str, Any] | DamagedStepError] = {}
+        self._hashes: dict[int, str] = {}
 
     def committed(self) -> list[int]:
         """Steps with a manifest, ascending."""
         folders = (name.rpartition("/")[0] for name in self._objects if name.endswith(f"/{MANIFEST}"))
-        return sorted(int(folder) for folder in folders if folder.isascii() and folder.isdigit())
+        return sorted(int(f) for f in folders if f.isascii() and f.isdigit() and f"{int(f)}" == f)
 
     def valid(self) -> list[int]:
-        return [step for step in self.committed() if self.problem_of(step) is None]
+        return [step for step in self.committed() if self.seems_whole(step)]
 
-    def manifest(self, step: int) -> dict[str, Any] | str:
-        """The content of a manifest; when it is none of ours, or harmed, why, in words."""
+    def seems_whole(self, step: int) -> bool:
+        try:
+            self.check(step)
+        except DamagedStepError:
+            return False
+        return True
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """The content of a manifest.
+
+        Raises:
+            DamagedStepError: it is none of ours, harmed, or cannot be read.
+        """
         if step not in self._manifests:
-            self._manifests[step] = _checked(storage.read(f"{self._directory}/{step}/{MANIFEST}") or b"", step)
-        return self._manifests[step]
+            try:
+                self._manifests[step] = self._read_manifest(step)
+            except DamagedStepError as error:
+                self._manifests[step] = error
+        found = self._manifests[step]
+        if isinstance(found, DamagedStepError):
+            raise found
+        return found
 
-    def problem_of(self, step: int) -> str | None:
-        """Why a step is not valid, in words; None when it is."""
+    def manifest_hash(self, step: int) -> str:
+        """Of the manifest that was read."""
+        return self._hashes[step]
+
+    def _read_manifest(self, step: int) -> dict[str, Any]:
+        with _reading(MANIFEST):
+            content = storage.read(f"{self._directory}/{step}/{MANIFEST}") or b""
+        self._hashes[step] = hashlib.sha256(content).hexdigest()
+        manifest = checked_manifest(content, MANIFEST, step, ("step", "save", "objects"))
+        save, objects = manifest["save"], manifest["objects"]
+        if not (isinstance(save, str) and _SAVE.fullmatch(save)):
+            raise DamagedStepError(f"{MANIFEST} cannot be read as a manifest: it names no save")
+        if not isinstance(objects, dict) or not all(map(_is_description, objects.values())):
+            raise DamagedStepError(f"{MANIFEST} cannot be read as a manifest: its objects are not sizes and checksums")
+        return manifest
+
+    def check(self, step: int) -> None:
+        """Compares what the bucket says of a step's objects with its manifest.
+
+        Raises:
+            DamagedStepError: saying what is wrong.
+        """
         if f"{step}/{MANIFEST}" not in self._objects:
-            return f"it has no {MANIFEST}, so it does not exist or was never finished"
+            raise DamagedStepError(f"it has no {MANIFEST}, so it does not exist or was never finished")
         content = self.manifest(step)
-        if isinstance(content, str):
-            return content
         for relative, expected in content["objects"].items():
-            stored = self._objects.get(f"{step}/{content['save']}/{relative}")
+            stored, shown = self._objects.get(f"{step}/{content['save']}/{relative}"), printable(relative)
             if stored is None:
-                return f"{relative} is missing"
+                raise DamagedStepError(f"{shown} is missing")
             if stored.bytes != expected["bytes"]:
-                return f"{relative} has {stored.bytes} bytes instead of {expected['bytes']}"
+                raise DamagedStepError(f"{shown} has {stored.bytes} bytes instead of {expected['bytes']}")
             # Copies made in parts have no MD5.
             known = {key: value for key, value in _described(stored).items() if value and expected[key]}
             if any(expected[key] != value for key, value in known.items()):
-                return f"{relative} does not match its checksum"
-        return None
+                raise DamagedStepError(f"{shown} does not match its checksum")
 
     def leftovers(self) -> list[str]:
         """Objects of saves that no manifest names: interrupted, replaced or given up.
 
         Where the manifest is harmed, nobody knows which those are.
         """
-        manifests = {step: self.manifest(step) for step in self.committed()}
+        saves: dict[int, str | None] = {}
+        for step in self.committed():
+            try:
+                saves[step] = self.manifest(step)["save"]
+            except DamagedStepError:
+                saves[step] = None
         found = []
         for name in self._objects:
             step, _, rest = name.partition("/")
             save = rest.partition("/")[0]
             if not (step.isascii() and step.isdigit() and _SAVE.fullmatch(save)):
                 continue
-            manifest = manifests.get(int(step), {})
-            if not isinstance(manifest, str) and manifest.get("save") != save:
+            if saves.get(int(step), "") not in (None, save):
                 found.append(name)
         return found
 
@@ -238,17 +274,16 @@ def _new_name() -> str:
     return f"save-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
-def _checked(text: bytes, step: int) -> dict[str, Any] | str:
-    """The content of a manifest, or what is wrong with it."""
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
     try:
-        manifest = json.loads(text)
-        content = {key: manifest[key] for key in ("step", "save", "objects")}
-        harmed = manifest["sha256"] != hash_of_json(content)
-    except (ValueError, TypeError, KeyError):
-        return f"{MANIFEST} cannot be read as a manifest"
-    if harmed:
-        return f"{MANIFEST} does not match its own hash"
-    return content if content["step"] == step else f"{MANIFEST} belongs to step {content['step']}"
+        yield
+    except storage.BucketError as error:
+        raise DamagedStepError(f"{what} cannot be read: {printable(str(error), MAX_REASON)}") from error
+
+
+def _is_description(expected: Any) -> bool:
+    return isinstance(expected, dict) and {"bytes", "crc32c", "md5"} <= expected.keys() and is_count(expected["bytes"])
 
 
 def _described(stored: Stored) -> dict[str, Any]:

@@ -14,28 +14,37 @@ they were. Saving is synchronous: a failure surfaces in the call that caused it.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mer_r1_jax import faults
+from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.training import durable
+from mer_r1_jax.training.damage import (
+    DamagedStepError,
+    checked_manifest,
+    described,
+    host_state,
+    is_count,
+    reading,
+)
+from mer_r1_jax.training.restoring import Found, StoredSteps
 from mer_r1_jax.training.stored_arrays import (
     CheckpointError,
     Restored,
-    check_settings,
     check_step,
     hash_of_json,
     host_content,
     named_leaves,
-    restore_arrays,
     save_arrays,
 )
+
+__all__ = ["ARRAYS", "HOST_STATE", "MANIFEST", "CheckpointError", "Checkpoints", "Restored"]
 
 MANIFEST, HOST_STATE, ARRAYS = "manifest.json", "host.json", "arrays"
 _SAVING, _REPLACED, _DELETING = ".saving-", ".replaced-", ".deleting-"
@@ -43,28 +52,35 @@ _SAVING, _REPLACED, _DELETING = ".saving-", ".replaced-", ".deleting-"
 log = logging.getLogger(__name__)
 
 
-class Checkpoints:
+class Checkpoints(StoredSteps):
     """The checkpoints of one run, in `<directory>/<step>/`.
 
+    Making this object and `restore` change nothing there: anybody may read while the run goes on. Only one process (or
+    one set of jax processes) may save; `RunDirectory` holds the lock.
+
     Args:
-        directory: folder of the steps, made when absent.
+        directory: folder of the steps, made by the first save.
         max_to_keep: newest steps kept after a save, at least 1.
         layout_version: version of the tree's layout. A step of another version is refused, never guessed at.
-
-    Only one process (or one set of jax processes) may hold a directory; `RunDirectory` holds the lock. Making this
-    object clears what an interrupted save or removal has left behind.
     """
 
+    directory: Path
+
     def __init__(self, directory: str | os.PathLike, max_to_keep: int = 2, layout_version: int = 1):
-        check_settings(max_to_keep)
-        self.directory = Path(directory).absolute()
-        self.max_to_keep = max_to_keep
-        self.layout_version = layout_version
+        super().__init__(Path(directory).absolute(), max_to_keep, layout_version)
         self._found_damaged: set[int] = set()  # steps whose hashes were read and are wrong
+        self._cleared = False
+
+    def clear(self) -> None:
+        """Removes what an interrupted save or removal has left behind; only for the start that owns the run."""
         if processes.is_first():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _clear_leftovers(self.directory)
+            self._clear()
         processes.barrier("opening the checkpoints")
+
+    def _clear(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(self.directory)
+        self._cleared = True
 
     def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
         """Saves one step and removes those beyond `max_to_keep`.
@@ -85,6 +101,8 @@ class Checkpoints:
         building = self.directory / f"{_SAVING}{step}"
         try:
             if processes.is_first():
+                if not self._cleared:
+                    self._clear()
                 shutil.rmtree(building, ignore_errors=True)
                 building.mkdir()
             processes.barrier("beginning a checkpoint")
@@ -101,58 +119,49 @@ class Checkpoints:
         if processes.is_first():
             self._collect_garbage(step)
 
-    def restore(
-        self, abstract_arrays: Any | Callable[[int, dict[str, Any]], Any], step: int | None = None
-    ) -> Restored | None:
-        """Restores the newest valid step, or `step`; None when there is none.
-
-        A damaged step is named in a warning and the next older one is taken. A sound step that does not fit (another
-        layout version, other names, shapes or dtypes) is an error and no reason to fall back.
-
-        Args:
-            abstract_arrays: pytree like the one saved, of arrays or `jax.ShapeDtypeStruct`; or a function
-                (step, host state) -> such a tree, for when the tree depends on where the run stood. A leaf comes back
-                with the sharding its abstract leaf carries, and as a numpy array when it carries none. Typed PRNG
-                keys without a sharding come back on the default device.
-            step: this step and no other; an error when it is not there or damaged.
-
-        Raises:
-            CheckpointError: listing every mismatch, or why `step` is not valid.
-        """
-        valid = processes.from_first("the checkpoint to go on from", lambda: self._newest_valid(step))
-        if valid is None:
-            return None
-        folder = self.directory / str(valid)
-        state = json.loads((folder / HOST_STATE).read_text())
-        return restore_arrays(folder, valid, state, self.layout_version, folder / ARRAYS, abstract_arrays)
-
-    def _newest_valid(self, step: int | None) -> int | None:
-        for candidate in [step] if step is not None else self._step_folders(warn=True):
-            folder = self.directory / str(candidate)
-            problem = _problem_of(folder, candidate, read_files=True)
-            if problem is None:
-                return candidate
-            self._found_damaged.add(candidate)
-            if step is not None:
-                raise CheckpointError(
-                    f"checkpoint {folder} cannot be restored: {problem}. Valid steps: "
-                    f"{self.valid_steps() or 'none'}. Choose one of those, or let the newest valid one be found."
-                )
-            log.warning("checkpoint %s is damaged and ignored: %s", folder, problem)
-        return None
-
     def valid_steps(self) -> list[int]:
         """Steps with an unharmed manifest and files of the right sizes, ascending. Hashes are checked in `restore`."""
         return [
             step
             for step in sorted(self._step_folders())
-            if step not in self._found_damaged
-            and _problem_of(self.directory / str(step), step, read_files=False) is None
+            if step not in self._found_damaged and _seems_whole(self.directory / str(step), step)
         ]
 
-    def latest_step(self) -> int | None:
-        """The newest of `valid_steps`, or None."""
-        return max(self.valid_steps(), default=None)
+    def candidates(self) -> list[int]:
+        """Numbers of the folders that look like steps, newest first; what else lies there is named."""
+        return self._step_folders(warn=True)
+
+    def open_step(self, step: int) -> Found:
+        """A step, every file of it read and compared. As `StoredSteps.open_step`."""
+        folder = self.directory / str(step)
+        with reading("it"):
+            if not folder.is_dir():
+                raise DamagedStepError("it does not exist")
+        content = _check_files(folder, step, read_files=True)
+        with reading(HOST_STATE):
+            state = host_state((folder / HOST_STATE).read_bytes(), HOST_STATE)
+        return Found(step, str(folder), folder / ARRAYS, state, hashlib.sha256(content).hexdigest())
+
+    def manifest_hash(self, step: int) -> str | None:
+        """As `StoredSteps.manifest_hash`."""
+        path = self.directory / str(step) / MANIFEST
+        try:
+            return durable.sha256_of(path) if path.is_file() else None
+        except OSError:
+            return None
+
+    def is_ours(self, step: int) -> bool:
+        """Whether a save of ours lay in a folder: anything of it is there, or the folder cannot be looked into."""
+        try:
+            return bool({MANIFEST, HOST_STATE, ARRAYS} & set(os.listdir(self.directory / str(step))))
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
+    def note_damage(self, step: int) -> None:
+        """Such a step takes no other's place when old ones are removed."""
+        self._found_damaged.add(step)
 
     def _commit(self, building: Path, step: int) -> None:
         """Puts a finished folder in its place. A kill between the two renames is mended by `_clear_leftovers`."""
@@ -180,11 +189,20 @@ class Checkpoints:
     def _step_folders(self, warn: bool = False) -> list[int]:
         """Numeric folders, newest first. With `warn`, everything else that lies there is named."""
         steps = []
-        for entry in sorted(self.directory.iterdir()) if self.directory.is_dir() else []:
-            if entry.is_dir() and entry.name.isascii() and entry.name.isdigit() and str(int(entry.name)) == entry.name:
+        try:
+            entries = [(entry, entry.is_dir()) for entry in sorted(self.directory.iterdir())]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory} cannot be read: {described(error)}. Mend the folder or its permissions: what is "
+                "saved there is not taken for lost."
+            ) from error
+        for entry, is_folder in entries:
+            if is_folder and entry.name.isascii() and entry.name.isdigit() and str(int(entry.name)) == entry.name:
                 steps.append(int(entry.name))
             elif warn and not entry.name.startswith("."):
-                log.warning("%s is not a checkpoint and is ignored", entry)
+                log.warning("%s is not a checkpoint and is ignored", printable(entry))
         return sorted(steps, reverse=True)
 
     def _failure(self, step: int, error: Exception) -> str:
@@ -192,9 +210,15 @@ class Checkpoints:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return (
             f"the checkpoint of step {step} could not be saved in {self.directory} ({free:.2f} GiB free): "
-            f"{reason[:400]}. Earlier checkpoints are unharmed: {self.valid_steps() or 'none'}. Make room or mend the "
+            f"{reason[:400]}. Earlier checkpoints are unharmed: {self._known_steps()}. Make room or mend the "
             "folder's permissions, then run the same command again: it goes on from the newest one."
         )
+
+    def _known_steps(self) -> str:
+        try:
+            return str(self.valid_steps() or "none")
+        except CheckpointError:
+            return "the folder cannot be looked into"
 
 
 def _write_manifest(folder: Path, step: int) -> None:
@@ -212,31 +236,47 @@ def _write_manifest(folder: Path, step: int) -> None:
     durable.write_json(folder / MANIFEST, content | {"sha256": hash_of_json(content)})
 
 
-def _problem_of(folder: Path, step: int, read_files: bool) -> str | None:
-    """Why `folder` is not a valid checkpoint of `step`, in words; None when it is. `read_files` checks the hashes."""
-    if not folder.is_dir():
-        return "it does not exist"
-    path = folder / MANIFEST
-    if not path.is_file():
-        return f"it has no {MANIFEST}, so it is empty, foreign or was never finished"
+def _seems_whole(folder: Path, step: int) -> bool:
     try:
-        manifest = json.loads(path.read_text())
-        content = {"step": manifest["step"], "files": manifest["files"]}
-        if manifest["sha256"] != hash_of_json(content):
-            return f"{MANIFEST} does not match its own hash"
-    except (ValueError, TypeError, KeyError):  # UnicodeDecodeError is a ValueError
-        return f"{MANIFEST} cannot be read as a manifest"
-    if content["step"] != step:
-        return f"{MANIFEST} belongs to step {content['step']}"
-    for relative, expected in content["files"].items():
-        file = folder / relative
-        if not file.is_file():
-            return f"{relative} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{relative} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if read_files and durable.sha256_of(file) != expected["sha256"]:
-            return f"{relative} does not match its checksum"
-    return None
+        _check_files(folder, step, read_files=False)
+    except DamagedStepError:
+        return False
+    return True
+
+
+def _check_files(folder: Path, step: int, read_files: bool) -> bytes:
+    """Compares a step's files with its manifest, whose bytes it gives. `read_files` checks the hashes.
+
+    Raises:
+        DamagedStepError: saying what is wrong.
+    """
+    path = folder / MANIFEST
+    with reading(MANIFEST):
+        if not path.is_file():
+            raise DamagedStepError(f"it has no {MANIFEST}, so it is empty, foreign or was never finished")
+        content = path.read_bytes()
+    files = checked_manifest(content, MANIFEST, step, ("step", "files"))["files"]
+    if not isinstance(files, dict) or not all(map(_is_file, files, files.values())):
+        raise DamagedStepError(f"{MANIFEST} cannot be read as a manifest: its files are not names, sizes and hashes")
+    if HOST_STATE not in files:
+        raise DamagedStepError(f"{MANIFEST} names no {HOST_STATE}")
+    for relative, expected in files.items():
+        file, shown = folder / relative, printable(relative)
+        with reading(shown):
+            if not file.is_file():
+                raise DamagedStepError(f"{shown} is missing")
+            if file.stat().st_size != expected["bytes"]:
+                raise DamagedStepError(f"{shown} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+            if read_files and durable.sha256_of(file) != expected["sha256"]:
+                raise DamagedStepError(f"{shown} does not match its checksum")
+    return content
+
+
+def _is_file(relative: str, expected: Any) -> bool:
+    """Whether an entry of a manifest names a file of the step, with what is compared of it."""
+    parts = PurePosixPath(relative).parts
+    inside = bool(parts) and not relative.startswith("/") and ".." not in parts
+    return inside and isinstance(expected, dict) and is_count(expected.get("bytes")) and "sha256" in expected
 
 
 def _clear_leftovers(directory: Path) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.training import durable
+from mer_r1_jax.training import durable, run_lock
 from mer_r1_jax.training.checkpoints import Checkpoints
 
 PROGRAM = "mer_r1_jax"
@@ -36,13 +36,17 @@ LIBRARIES = (
     "tokenizers", "safetensors", "av", "soxr", "ml-collections", "pyarrow",
 )  # fmt: skip
 # Settings that may change between two attempts of one run: none of them touches what is learnt.
+LAYOUT = (  # of these, how the work is laid out over devices and batches: sums are rounded otherwise, no more
+    "mesh", "model.remat", "model.packed_rows", "data.prompt_buckets", "sft.gradient_accumulation_steps",
+    "rl.gradient_accumulation_steps", "rl.decode_chunk", "eval.prompts_per_batch",
+)  # fmt: skip
 MAY_CHANGE = (
+    *LAYOUT,
     "train.output_dir", "train.run_name", "train.save_steps", "train.save_total_limit", "train.logging_steps",
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
     "train.export", "train.local_dir", "data.cache_dir", "media.decode_workers", "rl.reward_timeout",
     "rl.max_faulty_rollouts",
 )  # fmt: skip
-_LOCK = ".lock"
 _ABSENT = object()
 
 log = logging.getLogger(__name__)
@@ -62,7 +66,7 @@ class RunDirectory:
         log_file: what this process says is written here as well.
     """
 
-    _held: set[Path] = set()  # locked by this process: record locks do not refuse their own process
+    _held = run_lock.HELD
 
     def __init__(self, path: Path, lock_file: Any):
         self.path = path
@@ -141,8 +145,10 @@ class RunDirectory:
         return run
 
     def open_checkpoints(self, name: str, max_to_keep: int) -> Checkpoints:
-        """The checkpoints in a folder of the run's."""
-        return Checkpoints(self.path / name, max_to_keep=max_to_keep)
+        """The checkpoints in a folder of the run's, cleared of what an earlier attempt has left half-made."""
+        checkpoints = Checkpoints(self.path / name, max_to_keep=max_to_keep)
+        checkpoints.clear()
+        return checkpoints
 
     def publish(self) -> None:
         """Puts what was written so far where the run's folder is kept: here, where it lies already."""
@@ -168,6 +174,7 @@ class RunDirectory:
         self, config: dict[str, Any], may_change: tuple[str, ...], fingerprints: dict[str, Any], resume: bool
     ) -> None:
         environment = describe_environment() | {"fingerprints": fingerprints}
+        relaid: list[str] = []
         self.resumed = self.config_file.exists()
         if self.resumed:
             if not resume:
@@ -176,7 +183,10 @@ class RunDirectory:
                     "choose another train.run_name, or set it to 'auto' to go on with that run"
                 )
             earlier = _read_json(self.env_file)
-            differences = config_differences(_read_json(self.config_file), config, may_change)
+            before = _read_json(self.config_file)
+            differences = config_differences(before, config, may_change)
+            others = [name for name in _flat(config) if not name.startswith(LAYOUT)]
+            relaid = config_differences(before, config, others)
             differences += config_differences(
                 {"fingerprint": earlier.get("fingerprints", {})}, {"fingerprint": fingerprints}, ()
             )
@@ -200,26 +210,14 @@ class RunDirectory:
             durable.write_json(self.env_file, environment)
         durable.write_json(self.config_file, config)  # last: from now on the folder is a run's
         self._log_to("log.txt")
+        if relaid:
+            log.warning("laid out otherwise; from here on it need not be equal bit for bit:\n  %s", "\n  ".join(relaid))
 
     def _log_to(self, name: str) -> None:
         self.log_file = self.attempt_logs / name
         self._log_handler = logging.FileHandler(self.log_file)
         self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._log_handler)
-
-
-def is_in_use(path: Path) -> bool:
-    """Whether a process of this host, this one included, has the folder open."""
-    if path in RunDirectory._held:
-        return True
-    try:
-        with open(path / _LOCK, "r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def config_differences(was: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str] = ()) -> list[str]:
@@ -257,12 +255,13 @@ def _refuse_foreign(path: Path) -> None:
     if "config.json" in names or "env.json" in names:
         try:
             ours = json.loads((path / "env.json").read_text()).get("program") == PROGRAM
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             ours = False
         if ours:
             return
     # A start that was killed before config.json was written has left only these.
-    begun = {"completions", "tensorboard", "checkpoints", "eval", "logs", _LOCK, ".config.json.new", ".env.json.new"}
+    begun = {"completions", "tensorboard", "checkpoints", "eval", "logs", run_lock.NAME}
+    begun |= {".config.json.new", ".env.json.new"}
     if foreign := sorted(names - begun):
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise RunDirectoryError(
@@ -276,7 +275,7 @@ def _take_lock(path: Path) -> Any:
     if path in RunDirectory._held:
         raise RunDirectoryError(f"{path} is already open in this process: close that RunDirectory first")
     try:
-        file = open(path / _LOCK, "a+")
+        file = open(path / run_lock.NAME, "a+")
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written: {error}. Choose another train.output_dir.") from error
     try:
@@ -333,7 +332,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         problem = f"it holds a {type(content).__name__} instead of an object"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = str(error)
     raise RunDirectoryError(
         f"{path} of the earlier attempt cannot be read: {problem}. "

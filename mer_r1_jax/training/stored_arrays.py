@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from mer_r1_jax.parallel import processes
 
 
 class CheckpointError(RuntimeError):
@@ -19,11 +21,21 @@ class CheckpointError(RuntimeError):
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` gives back: the step, the arrays in the caller's tree, the host state."""
+    """What `Checkpoints.restore` gives back.
+
+    Attributes:
+        step: its number.
+        arrays: in the caller's tree.
+        host: the host state.
+        manifest_sha256: hash of the manifest's bytes, which names every other file's: identifies the content.
+        saved_on: devices along each axis of the mesh it was saved from, and `processes`; empty where that is unknown.
+    """
 
     step: int
     arrays: Any
     host: dict[str, Any]
+    manifest_sha256: str = ""
+    saved_on: Mapping[str, int] = {}
 
 
 def check_settings(max_to_keep: int) -> None:
@@ -58,14 +70,14 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def host_content(layout_version: int, named: dict[str, Any], host: dict[str, Any]) -> dict[str, Any]:
-    """What lies beside the arrays: the layout's version, what each array is, and the caller's host state.
+    """What lies beside the arrays: the layout's version, what each array is, where they were, the caller's host state.
 
     Raises:
         CheckpointError: a leaf is no array, or the host state would not come back as it is.
     """
     described = {name: dataclasses.asdict(_describe(name, leaf)) for name, leaf in named.items()}
     _check_host(host)
-    return {"layout_version": layout_version, "arrays": described, "host": host}
+    return {"layout_version": layout_version, "arrays": described, "saved_on": _layout_of(named), "host": host}
 
 
 def save_arrays(path: os.PathLike, named: dict[str, Any]) -> None:
@@ -77,38 +89,33 @@ def save_arrays(path: os.PathLike, named: dict[str, Any]) -> None:
 
 
 def restore_arrays(
-    where: object,
-    step: int,
-    state: dict[str, Any],
-    layout_version: int,
-    path: os.PathLike,
-    abstract_arrays: Any | Callable[[int, dict[str, Any]], Any],
+    found: Any, layout_version: int, abstract_arrays: Any | Callable[[int, dict[str, Any]], Any], part: bool = False
 ) -> Restored:
     """Reads a sound step into the caller's tree.
 
     Args:
-        where: the checkpoint, for messages.
-        state: as `host_content` made it.
+        found: the step, a `restoring.Found`.
         layout_version: that this program reads.
-        path: where `save_arrays` wrote.
-        abstract_arrays: as for `Checkpoints.restore`.
+        abstract_arrays, part: as for `StoredSteps.restore`.
 
     Raises:
         CheckpointError: it does not fit.
     """
+    state = found.state
     if state["layout_version"] != layout_version:
         raise CheckpointError(
-            f"checkpoint {where} has layout version {state['layout_version']}, this program writes and reads "
+            f"checkpoint {found.where} has layout version {state['layout_version']}, this program writes and reads "
             f"version {layout_version}: resume with the program version that made it, or start a new run"
         )
     if callable(abstract_arrays):
-        abstract_arrays = abstract_arrays(step, state["host"])
+        abstract_arrays = abstract_arrays(found.step, state["host"])
     wanted = named_leaves(abstract_arrays)
-    _check_matches(where, state["arrays"], wanted)
+    _check_matches(found.where, state["arrays"], wanted, part)
     stored = {name: leaf for name, leaf in wanted.items() if np.prod(leaf.shape, dtype=np.int64)}
-    loaded = _load_arrays(path, stored) if stored else {}
+    loaded = _load_arrays(found.arrays, stored) if stored else {}
     leaves = [loaded[name] if name in loaded else _empty(leaf) for name, leaf in wanted.items()]
-    return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract_arrays), leaves), state["host"])
+    arrays = jax.tree.unflatten(jax.tree.structure(abstract_arrays), leaves)
+    return Restored(found.step, arrays, state["host"], found.manifest_sha256, state.get("saved_on", {}))
 
 
 def hash_of_json(content: dict[str, Any]) -> str:
@@ -131,8 +138,15 @@ def _describe(name: str, leaf: Any) -> _ArraySpec:
     return _ArraySpec(tuple(int(size) for size in leaf.shape), str(leaf.dtype))
 
 
-def _check_matches(where: object, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    problems = [f"{name}: in the checkpoint, not in the run" for name in saved if name not in wanted]
+def _layout_of(named: dict[str, Any]) -> dict[str, int]:
+    """Devices along the axes of the mesh that the arrays lie on, and the number of processes; empty without a mesh."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in named.values())
+    mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)), None)
+    return {} if mesh is None else dict(mesh.shape) | {"processes": processes.count()}
+
+
+def _check_matches(where: object, saved: dict[str, Any], wanted: dict[str, Any], part: bool) -> None:
+    problems = [f"{name}: in the checkpoint, not in the run" for name in saved if name not in wanted and not part]
     for name, leaf in wanted.items():
         spec = _describe(name, leaf)
         if name not in saved:
@@ -163,7 +177,8 @@ def _load_arrays(path: os.PathLike, wanted: dict[str, Any]) -> dict[str, Any]:
             else ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=sharding, global_shape=leaf.shape, strict=True)
         )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=targets, restore_args=arguments))
+        wished = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
+        return checkpointer.restore(path, args=wished)
 
 
 def _empty(leaf: Any) -> Any:

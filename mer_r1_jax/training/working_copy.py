@@ -159,6 +159,6 @@ def _mapping(content: bytes) -> dict[str, Any]:
     """A JSON object; anything else counts as an empty one."""
     try:
         parsed = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return parsed if isinstance(parsed, dict) else {}

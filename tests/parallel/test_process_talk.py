@@ -52,6 +52,17 @@ def test_another_data_set_is_refused_by_its_name_on_every_process(lost):
         assert "data.rl: " in told and "data.sft" not in told and "Start the same command, on the same files" in told
 
 
+def test_a_longer_data_set_on_one_process_is_refused_with_both_numbers_on_every_process(lost):
+    for ended in lost[:2]:
+        assert "records.rl: 1 on process 0, 2 on process 1" in said(ended)["length"]
+
+
+def test_other_code_of_the_same_version_on_one_process_is_refused_on_every_process(lost):
+    for ended in lost[:2]:
+        told = said(ended)["code"]
+        assert "versions.code: " in told and told.count(" on process 1") == 1
+
+
 def test_a_signal_to_one_process_stops_both_at_the_same_step(lost):
     steps = [said(ended)["stopped"] for ended in lost[:2]]
     assert steps[0] == steps[1] and 5 <= steps[0] < 1000

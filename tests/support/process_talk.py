@@ -7,9 +7,13 @@ without a word, as SIGKILL or a broken host does; `refused` lets it end with an 
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -21,6 +25,7 @@ from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
+from mer_r1_jax.run import agreement
 from mer_r1_jax.run.agreement import DisagreementError, check_config, check_data
 from mer_r1_jax.run.session import agreed_stop
 from mer_r1_jax.run.setup import DataSets
@@ -39,6 +44,8 @@ def main(ending: str) -> None:
         "bucket": batch_of(6 if own else 3).shape[1],
         "config": refusal_of(check_config, config(beta=0.04 + own, decode_workers=own)),
         "data": refusal_of(check_data, data_of("sad" if own else "happy")),
+        "length": refusal_of(check_data, data_of("happy", records=1 + own)),
+        "code": refusal_of_other_code(own),
         "stopped": stopped_at(own),
     }
     check_config(config(beta=0.04, decode_workers=own))  # what a host may have of its own is no difference
@@ -81,9 +88,22 @@ def config(beta: float, decode_workers: int) -> RunConfig:
     )
 
 
-def data_of(word: str) -> DataSets:
-    record = Record(id="1", messages=({"role": "user", "content": "Feel?"},), solution=(word,))
-    return DataSets(sft=(), rl=(record,), eval=(), unscorable=0)
+def refusal_of_other_code(own: int) -> str | None:
+    """What comes of a process whose checkout has one more comment, at the same version."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "mer_r1_jax"
+        shutil.copytree(agreement.SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if own:
+            with open(copy / "training/rl.py", "a") as file:
+                file.write("# another line\n")
+        with mock.patch.object(agreement, "SOURCES", copy):
+            return refusal_of(check_config, config(beta=0.04, decode_workers=own))
+
+
+def data_of(word: str, records: int = 1) -> DataSets:
+    question = ({"role": "user", "content": "Feel?"},)
+    rl = tuple(Record(id=str(number), messages=question, solution=(word,)) for number in range(records))
+    return DataSets(sft=(), rl=rl, eval=(), unscorable=0)
 
 
 def stopped_at(own: int) -> int:

@@ -138,11 +138,17 @@ def test_every_flipped_bit_and_truncated_file_falls_back(tmp_path, caplog):
             shutil.rmtree(directory)
 
 
-def test_all_checkpoints_damaged_restores_nothing(tmp_path):
+def test_all_checkpoints_damaged_is_refused_by_name_and_never_begun_again(tmp_path):
     save_steps(tmp_path, 1, 2)
-    for step in (1, 2):
-        (tmp_path / str(step) / MANIFEST).write_text("{}")
-    assert restored_step(tmp_path) is None
+    (tmp_path / "1" / MANIFEST).unlink()
+    (tmp_path / "2" / MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match="all 2 are damaged") as caught:
+        restored_step(tmp_path)
+    assert "2: manifest.json cannot be read as a manifest" in str(caught.value)
+    assert "1: it has no manifest.json" in str(caught.value) and "choose another train.run_name" in str(caught.value)
+    # What never was a save of ours is no reason to refuse a new run.
+    (tmp_path / "other" / "7").mkdir(parents=True)
+    assert restored_step(tmp_path / "other") is None
 
 
 def test_foreign_and_empty_numeric_folders_are_named_and_left_alone(tmp_path, caplog):
@@ -310,6 +316,7 @@ def test_sigkill_at_every_durable_operation_leaves_a_valid_checkpoint(tmp_path):
     assert set(outcomes) == {2, 3} and outcomes[-1] == 2
     assert outcomes == sorted(outcomes, reverse=True)  # once the new step is in place, it stays
     for directory in killed:
+        Checkpoints(directory).clear()  # as the run's next start does
         assert all(entry.name.isdigit() for entry in directory.iterdir()), "leftovers of the interrupted save"
 
 

@@ -1,0 +1,106 @@
+"""Whether a run is going on, found out by its lock.
+
+What readers ask changes nothing in the run's folder and takes no lock: one taken for a moment only could refuse the
+start of the run itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import sys
+from pathlib import Path
+
+from mer_r1_jax.bucket import storage
+from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.foreign_text import printable
+
+NAME = ".lock"  # in a run's folder; it holds who has it open
+HELD: set[Path] = set()  # folders locked by this process: record locks do not refuse their own process
+# struct flock: type, whence, start, length, process; elsewhere its fields have another order.
+_FLOCK = "hhqqi" if sys.platform == "linux" else ""
+_SHOWN = 100
+
+
+def holder_of(folder: str | os.PathLike) -> str | None:
+    """Who writes a run's folder now, in words; None when nobody is known to.
+
+    A lock is seen from this host, and from others where the file system passes locks on.
+    """
+    path = Path(os.path.abspath(folder))
+    if path in HELD:  # looked at no closer: closing any of its descriptors would let the lock go
+        return f"this process ({os.getpid()})"
+    try:
+        descriptor = os.open(path / NAME, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        pid = _locking_process(descriptor)
+        if pid is None:
+            return None
+        told = os.read(descriptor, _SHOWN).decode(errors="replace").strip()
+        return printable(told, _SHOWN) or f"process {pid}"
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def is_in_use(folder: str | os.PathLike) -> bool:
+    """Whether a process of this host, this one included, has the folder open; for whoever is about to write there."""
+    path = Path(os.path.abspath(folder))
+    if path in HELD:
+        return True
+    try:
+        with open(path / NAME, "r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def attempt_of(folder: str | os.PathLike) -> int:
+    """The latest attempt that was begun in a run's folder; 0 where none is known."""
+    try:
+        names = os.listdir(Path(folder) / "logs")
+    except OSError:
+        return 0
+    numbers = (name.removeprefix("attempt_") for name in names if name.startswith("attempt_"))
+    return max((int(number) for number in numbers if number.isascii() and number.isdigit()), default=0)
+
+
+def liveness(run_dir: str | os.PathLike) -> str | None:
+    """What a reader is told about who writes a run, in words; None when nobody is known to.
+
+    Args:
+        run_dir: a run's folder, or its address in a bucket. There is no lock in a bucket: what can be said is which
+            start of the run owns it.
+    """
+    if is_bucket(run_dir):
+        return _owner_of(str(run_dir).rstrip("/"))
+    holder = holder_of(run_dir)
+    return holder and f"is live: {holder} is writing it, attempt {attempt_of(run_dir)}"
+
+
+def _owner_of(address: str) -> str | None:
+    try:
+        owner = json.loads(storage.read(f"{address}/owner.json") or b"null")
+    except (storage.BucketError, ValueError, RecursionError):
+        return None
+    if not isinstance(owner, dict):
+        return None
+    attempt, since = (printable(str(owner.get(name)), _SHOWN) for name in ("attempt", "since"))
+    return f"may be live: attempt {attempt} has written it since {since}"
+
+
+def _locking_process(descriptor: int) -> int | None:
+    """The process that holds a lock on an open file; None when there is none, or this system does not say."""
+    if not _FLOCK:
+        return None
+    asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else pid
