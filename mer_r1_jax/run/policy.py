@@ -16,6 +16,8 @@ from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import MeshConfig, RunConfig
+from mer_r1_jax.omni.finite import not_finite
+from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training import durable
@@ -59,14 +61,22 @@ def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> Leaves:
     """All parameters of a run's newest valid checkpoint.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or its parameters are not finite.
     """
     where = _join(run_dir, RUN_MARKER)
     checkpoints = BucketCheckpoints(where) if is_bucket(where) else Checkpoints(where)
     restored = checkpoints.restore(lambda step, host: setup.abstract_state_of(host["phase"]))
     if restored is None:
         raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
-    return restored.arrays.trainable | restored.arrays.frozen
+    leaves = restored.arrays.trainable | restored.arrays.frozen
+    if broken := not_finite(leaves):
+        names = ", ".join(broken[:5]) + (" and others" if len(broken) > 5 else "")
+        raise CheckpointError(
+            f"{_join(where, str(restored.step))}: NaN or infinite values in {len(broken)} of {len(leaves)} parameters "
+            f"({names}), expected finite numbers: the training had broken. Move that step's folder away, so that the "
+            "one before it is read, or train again"
+        )
+    return leaves
 
 
 def open_model(
@@ -84,11 +94,12 @@ def open_model(
         PolicyError: the folder is neither.
     """
     path = pathlib.Path(path)
-    if (path / RUN_MARKER).is_dir():
+    problem = path_problem(path)
+    if problem and not _is_run(path):
+        raise PolicyError(problem)
+    if _is_run(path):
         setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
         return setup, checkpoint_leaves(setup, path)
-    if not (path / "config.json").is_file():
-        raise PolicyError(f"{path}: expected a run's folder, or a Hugging Face directory with config.json")
     values = dataclasses.asdict(saved_config(path) or RunConfig())
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
@@ -105,10 +116,17 @@ def saved_config(path: str | pathlib.Path) -> RunConfig | None:
     if is_bucket(path):
         return _run_config(path)
     path = pathlib.Path(path)
-    if (path / RUN_MARKER).is_dir():
+    if _is_run(path):
         return _run_config(path)
     settings = path / SETTINGS_FILE
     return _read_config(settings) if settings.is_file() else None
+
+
+def _is_run(path: pathlib.Path) -> bool:
+    try:
+        return (path / RUN_MARKER).is_dir()
+    except OSError:  # a path too long to be one
+        return False
 
 
 def _run_config(run_dir: str | pathlib.Path) -> RunConfig:

@@ -69,7 +69,11 @@ def path_problem(path: str | Path) -> str | None:
     """
     text, path = str(path), Path(path)
     shown = printable(text, _NAME_CHARACTERS)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        return f"{shown}: cannot be looked at ({error.strerror}); expected the path of a folder that may be read"
+    if not there:
         if repository := _hub_name(text):
             repository = printable(repository, _NAME_CHARACTERS)
             return (
