@@ -59,7 +59,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         holds_one = any((path / name).is_file() for name in (*VOCABULARY_FILES, *SENTENCEPIECE_FILES))
         if not holds_one and (problem := path_problem(path)):
-            raise TokenizerError(problem) from error
+            raise TokenizerError(f"{problem}. There is no tokenizer that loads; set model.tokenizer_path.") from error
         reason = printable(str(error).strip().split("\n")[0] or type(error).__name__, 300)
         raise TokenizerError(
             f"{path}: no tokenizer that loads ({reason}); expected tokenizer.json and tokenizer_config.json. "

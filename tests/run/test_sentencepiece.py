@@ -29,7 +29,12 @@ def folder(small_folder, compiled, tmp_path_factory):
 
 
 def test_a_sentencepiece_model_answers_and_is_scored(folder, small_folder):
-    overrides = {"rl.max_completion_length": 24, "data.max_prompt_length": 2000, "media.max_frames": 2}
+    overrides = {
+        "rl.max_completion_length": 24,
+        "data.max_prompt_length": 2000,
+        "media.min_frames": 2,
+        "media.max_frames": 2,
+    }
     setup, leaves = open_model(folder, overrides, devices=jax.devices()[:1])
     try:
         clip = small_folder / "clips/0.mp4"

@@ -142,9 +142,9 @@ def quantisation_problem(*parts: Mapping[str, Any]) -> str | None:
 
 
 def _hub_name(text: str) -> str | None:
-    """`owner/name` if a text can be a repository on a hub, also given as an address."""
+    """`owner/name` if a text can be a repository on a hub, also given as an address (whose // a Path makes one /)."""
     match = re.fullmatch(
-        r"(?:https?://[^/]+/|hf://|hf\.co/|huggingface\.co/)?([\w-][\w.-]*/[\w.-]+?)(?:/tree/.*)?/?", text
+        r"(?:https?:/+[^/]+/|hf:/+|hf\.co/|huggingface\.co/)?([\w-][\w.-]*/[\w.-]+?)(?:/tree/.*)?/?", text
     )
     return match[1] if match else None
 
