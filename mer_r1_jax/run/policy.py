@@ -94,9 +94,7 @@ def open_model(
         PolicyError: the folder is neither.
     """
     path = pathlib.Path(path)
-    problem = path_problem(path)
-    if problem and not _is_run(path):
-        raise PolicyError(problem)
+    require_model(path)
     if _is_run(path):
         setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
         return setup, checkpoint_leaves(setup, path)
@@ -120,6 +118,12 @@ def saved_config(path: str | pathlib.Path) -> RunConfig | None:
         return _run_config(path)
     settings = path / SETTINGS_FILE
     return _read_config(settings) if settings.is_file() else None
+
+
+def require_model(path: str | pathlib.Path) -> None:
+    """Raises PolicyError for a path that is neither a run's folder nor one that may hold a model, saying what it is."""
+    if not _is_run(pathlib.Path(path)) and (problem := path_problem(path)):
+        raise PolicyError(problem)
 
 
 def _is_run(path: pathlib.Path) -> bool:

@@ -70,20 +70,9 @@ def path_problem(path: str | Path) -> str | None:
     text, path = str(path), Path(path)
     shown = printable(text, _NAME_CHARACTERS)
     try:
-        there = path.exists()
+        return _path_problem(text, path, shown)
     except OSError as error:
         return f"{shown}: cannot be looked at ({error.strerror}); expected the path of a folder that may be read"
-    if not there:
-        if repository := _hub_name(text):
-            repository = printable(repository, _NAME_CHARACTERS)
-            return (
-                f"{shown}: not a folder here; nothing is downloaded. If it is a name on a hub, fetch it first "
-                f"(hf download {repository} --local-dir DIR) and give DIR"
-            )
-        return f"{shown}: no such folder; expected a run's folder or a Hugging Face directory, nothing is downloaded"
-    if not path.is_dir():
-        return f"{shown}: {_file_problem(path)}"
-    return _folder_problem(path, shown)
 
 
 def content_problem(file: Path) -> str | None:
@@ -91,8 +80,11 @@ def content_problem(file: Path) -> str | None:
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "no plain file" if file.exists() else "not there"
         return f"is {kind}; put the file itself in its place"
-    with open(file, "rb") as opened:
-        head = opened.read(64)
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); make it readable, or copy it again"
     return next((f"is {what}" for first, what in _FIRST_BYTES if head.startswith(first)), None)
 
 
@@ -139,6 +131,20 @@ def quantisation_problem(*parts: Mapping[str, Any]) -> str | None:
             "one dequantised"
         )
     return None
+
+
+def _path_problem(text: str, path: Path, shown: str) -> str | None:
+    if not path.exists():
+        if repository := _hub_name(text):
+            repository = printable(repository, _NAME_CHARACTERS)
+            return (
+                f"{shown}: not a folder here; nothing is downloaded. If it is a name on a hub, fetch it first "
+                f"(hf download {repository} --local-dir DIR) and give DIR"
+            )
+        return f"{shown}: no such folder; expected a run's folder or a Hugging Face directory, nothing is downloaded"
+    if not path.is_dir():
+        return f"{shown}: {_file_problem(path)}"
+    return _folder_problem(path, shown)
 
 
 def _hub_name(text: str) -> str | None:
