@@ -21,7 +21,7 @@ from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import local_rows, put, row_share
 from mer_r1_jax.rl.confidence import NO_SET, Anchors
 from mer_r1_jax.rl.packing import Continuations
-from mer_r1_jax.rl.rollout import Completions
+from mer_r1_jax.rl.rollout import Completions, check_finite
 from mer_r1_jax.rl.sampling import GREEDY
 from mer_r1_jax.rl.scoring import AnswerScorer, ScoredAnswer
 from mer_r1_jax.training.prompts import prompt_rows, uid_of
@@ -220,6 +220,7 @@ class Evaluator:
     ) -> list[AnswerOf]:
         faults.here("evaluation_scores", mode)
         host = local_rows(completions, self.programs.backbone.mesh)
+        check_finite(host)
         groups = self.scorer.groups(host, truths, require_format=mode == "slow")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
         anchors = put(groups.anchors, self.programs.backbone.mesh)

@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.clips import AudioInput, Clips
 from mer_r1_jax.media.errors import PromptError
-from mer_r1_jax.media.tokenizer import check_special_tokens
+from mer_r1_jax.media.tokenizer import check_special_tokens, is_answer_tag
 from mer_r1_jax.media.vision import VisionInput
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.positions import AUDIO, VIDEO, PositionError, feature_sources, interleave, rope_positions
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE = "image"
 KINDS = (VIDEO, AUDIO, IMAGE)  # also the order in which media are placed where a record does not place them
@@ -291,8 +293,9 @@ class PromptBuilder:
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
-    """Every token that the tokenizer cuts out of running text."""
-    return {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    """Every token that the tokenizer cuts out of running text, but for an answer's tags, which a question may name."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    return {token for token in tokens if not is_answer_tag(token)}
 
 
 def _insert_after_media(parts: list[str | _Slot], text: str) -> None:

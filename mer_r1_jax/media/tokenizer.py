@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
+from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.omni.hf.foreign import content_problem, path_problem
+from mer_r1_jax.omni.hf.sums import VOCABULARY_FILES, check_sums
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and imports torch where that is installed
+    from transformers import PreTrainedTokenizerBase
 
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
+PAD_TOKEN = "<|endoftext|>"
 SPECIAL_TOKENS = {  # field of ThinkerConfig -> the token it is the id of
     "audio_token_id": "<|AUDIO|>",
     "image_token_id": "<|IMAGE|>",
@@ -21,6 +28,11 @@ SPECIAL_TOKENS = {  # field of ThinkerConfig -> the token it is the id of
 }
 
 
+SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model")
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+_ANSWER_TAGS = re.compile(r"\s*(</?(think|answer)>\s*)+")
+
+
 class TokenizerError(ValueError):
     """A tokenizer that is missing, unreadable, or not one of Qwen2.5-Omni's kind."""
 
@@ -28,27 +40,75 @@ class TokenizerError(ValueError):
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a Hugging Face directory, from local files only and without running code from it.
 
+    A directory may hold tokenizer.json, the older vocab.json and merges.txt, or a sentencepiece model.
+
     Raises:
-        TokenizerError: if the directory or its files are missing or lack a special token.
+        TokenizerError: if the directory or its files are missing, are not as exported, or lack a special token.
     """
-    if not Path(path).is_dir():
-        raise TokenizerError(f"{path}: no such folder; expected one with tokenizer.json. Set model.tokenizer_path.")
+    path = Path(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        here = path.is_dir()
+    except OSError:
+        here = False
+    if not here:
+        raise TokenizerError(f"{path_problem(path)}. It has to hold tokenizer.json; set model.tokenizer_path.")
+    _check_files(path)
+    try:
+        tokenizer = _load(path)
+    # tokenizers raises bare Exceptions for files it cannot use, and RecursionError is one more way to be hostile.
+    except Exception as error:
+        holds_one = any((path / name).is_file() for name in (*VOCABULARY_FILES, *SENTENCEPIECE_FILES))
+        if not holds_one and (problem := path_problem(path)):
+            raise TokenizerError(f"{problem}. There is no tokenizer that loads; set model.tokenizer_path.") from error
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__, 300)
         raise TokenizerError(
             f"{path}: no tokenizer that loads ({reason}); expected tokenizer.json and tokenizer_config.json. "
             "Copy them from the model's release, or set model.tokenizer_path."
         ) from error
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in (TURN_START, TURN_END, *SPECIAL_TOKENS.values()) if token not in vocabulary]
+    named = (TURN_START, TURN_END, *SPECIAL_TOKENS.values())
+    missing = [token for token in named if token not in vocabulary]
     if missing:
         raise TokenizerError(
             f"{path}: the tokenizer lacks {', '.join(missing)}; expected Qwen2.5-Omni's special tokens "
             "(Qwen2.5-VL's are named differently)."
         )
+    # A sentencepiece model knows them as words of its user; unmarked they would be sampled.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if unmarked := [token for token in (*named, PAD_TOKEN) if token in vocabulary and token not in special]:
+        tokenizer.add_tokens(unmarked, special_tokens=True)
     return tokenizer
+
+
+def _check_files(path: Path) -> None:
+    """Refuses files that are not what their names say before a library opens them."""
+    present = [path / name for name in (*VOCABULARY_FILES, *SETTINGS_FILES, *SENTENCEPIECE_FILES)]
+    present = [file for file in dict.fromkeys(present) if file.exists()]
+    for file in present:
+        if problem := content_problem(file):
+            raise TokenizerError(f"{file}: {problem}; expected a file of a tokenizer.")
+    check_sums([file for file in present if file.name in VOCABULARY_FILES], TokenizerError)
+
+
+def _load(path: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    local = dict(local_files_only=True, trust_remote_code=False)
+    older = all((path / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if (path / "tokenizer.json").is_file() or older:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **local)
+        if not (isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space):
+            return tokenizer
+    elif not any((path / name).is_file() for name in SENTENCEPIECE_FILES):
+        return AutoTokenizer.from_pretrained(str(path), **local)
+    # Whatever class the settings name: of all of transformers' conversions of a sentencepiece model this one alone
+    # gives texts back unchanged. A space put in front of every text would stand between the pieces of an answer.
+    return LlamaTokenizer.from_pretrained(str(path), add_prefix_space=False, **local)
+
+
+def is_answer_tag(token: str) -> bool:
+    """Whether a token is one or several of an answer's tags and white space, as cold-started models add them."""
+    return _ANSWER_TAGS.fullmatch(token) is not None
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, thinker: ThinkerConfig) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -19,15 +20,50 @@ class ConfigError(ValueError):
 
 def _require(condition: bool, field: str, got: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{field} is {got!r}: expected {expected}")
+        raise ConfigError(f"{field} is {printable(repr(got), 100)}: expected {expected}")
+
+
+# Far beyond any model there is: a number above is a damaged or hostile file, and would exhaust the host's memory.
+MOST_LAYERS = 1024
+MOST_OF_A_SIZE = 1 << 24
+MOST_OF_A_NUMBER = 1e18
+_REAL = f"a number above 0 and up to {MOST_OF_A_NUMBER:g}"
 
 
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
+        most = MOST_LAYERS if name in ("depth", "encoder_layers", "num_hidden_layers") else MOST_OF_A_SIZE
         _require(
-            isinstance(value, int) and value > 0, f"{type(config).__name__}.{name}", value, "an integer of at least 1"
+            is_int(value) and 0 < value <= most,
+            f"{type(config).__name__}.{name}",
+            value,
+            f"an integer from 1 to {most}",
         )
+
+
+def _require_real(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        real = is_int(value) or isinstance(value, float)
+        _require(real and 0 < value <= MOST_OF_A_NUMBER, f"{type(config).__name__}.{name}", value, _REAL)
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ints(config: object, name: str) -> tuple[int, ...]:
+    """A field that holds several integers, as a tuple."""
+    value = getattr(config, name)
+    _require(
+        isinstance(value, (list, tuple)) and all(map(is_int, value)),
+        f"{type(config).__name__}.{name}",
+        value,
+        "a list of integers",
+    )
+    return tuple(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,12 +150,13 @@ class VisionConfig:
     rope_theta: float = 1e4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fullatt_block_indexes", tuple(self.fullatt_block_indexes))
+        object.__setattr__(self, "fullatt_block_indexes", _ints(self, "fullatt_block_indexes"))
         _require_positive(
             self,
             *("depth", "hidden_size", "intermediate_size", "num_heads", "in_channels", "patch_size"),
             *("temporal_patch_size", "window_size", "out_hidden_size"),
         )
+        _require_real(self, "rms_norm_eps", "rope_theta")
         _require(
             self.spatial_merge_size == 2,
             "VisionConfig.spatial_merge_size",
@@ -190,12 +227,13 @@ class TextConfig:
     max_position_embeddings: int = 32768
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
+        object.__setattr__(self, "mrope_section", _ints(self, "mrope_section"))
         _require_positive(
             self,
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
             *("num_key_value_heads", "max_position_embeddings"),
         )
+        _require_real(self, "rms_norm_eps", "rope_theta")
         _require(
             self.hidden_size % (2 * self.num_attention_heads) == 0,
             "TextConfig.hidden_size",
@@ -209,7 +247,9 @@ class TextConfig:
             f"a multiple of num_key_value_heads={self.num_key_value_heads}",
         )
         _require(
-            len(self.mrope_section) == 3 and 2 * sum(self.mrope_section) == self.head_dim,
+            len(self.mrope_section) == 3
+            and min(self.mrope_section) >= 0
+            and 2 * sum(self.mrope_section) == self.head_dim,
             "TextConfig.mrope_section",
             self.mrope_section,
             f"three numbers that add up to head_dim / 2 = {self.head_dim // 2}",
@@ -259,7 +299,7 @@ class ThinkerConfig:
     remat: str = "nothing"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        object.__setattr__(self, "eos_token_ids", _ints(self, "eos_token_ids"))
         width = self.text.hidden_size
         _require(
             self.audio.output_dim == width, "AudioConfig.output_dim", self.audio.output_dim, f"text hidden_size={width}"
@@ -272,13 +312,17 @@ class ThinkerConfig:
         )
         for name, token_id in self.special_token_ids.items():
             _require(
-                0 <= token_id < self.text.vocab_size,
+                is_int(token_id) and 0 <= token_id < self.text.vocab_size,
                 f"ThinkerConfig.{name}",
                 token_id,
                 f"an id below vocab_size={self.text.vocab_size}",
             )
         _require(len(self.eos_token_ids) > 0, "ThinkerConfig.eos_token_ids", self.eos_token_ids, "at least one id")
         _require_positive(self, "position_id_per_seconds", "seconds_per_chunk")
+        _require_real(self, "initializer_range")
+        _require(is_int(self.user_token_id), "ThinkerConfig.user_token_id", self.user_token_id, "an integer")
+        tied = self.tie_word_embeddings
+        _require(isinstance(tied, bool), "ThinkerConfig.tie_word_embeddings", tied, "true or false")
         for name in ("param_dtype", "compute_dtype"):
             _require(
                 getattr(self, name) in DTYPES,

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Tokens
 from mer_r1_jax.omni.layers import active_mesh, constrain, mesh_axes
@@ -54,6 +55,25 @@ class Completions:
     def truncated_BG(self) -> Array:
         """bool, completions that ended at the length cap."""
         return self.stop_BG == STOP_LENGTH
+
+
+class RolloutError(ValueError):
+    """A model that cannot be sampled from; the message says why."""
+
+
+def check_finite(completions: Completions) -> None:
+    """Refuses completions (on the host) that were drawn from scores that are no numbers: their tokens mean nothing.
+
+    Raises:
+        RolloutError: saying how many.
+    """
+    broken_BG = ~np.isfinite(np.asarray(completions.logprob_BGC)).all(axis=-1)
+    if broken_BG.any():
+        raise RolloutError(
+            f"the model's scores are NaN or infinite in {int(broken_BG.sum())} of {broken_BG.size} answers, expected "
+            "finite numbers: its weights are damaged, or its training had broken. Use an earlier checkpoint, or copy "
+            "the model again"
+        )
 
 
 @jax.tree_util.register_dataclass

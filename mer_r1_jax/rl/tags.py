@@ -2,7 +2,7 @@
 
 Qwen's split rule lets the `>` of `<answer>` join the first word (`>happy`) and `><` span two tags. So targets are
 tokenised piece by piece, and a sampled completion is never tokenised again: words are found through the bytes of its
-own tokens.
+own tokens. Models may have the tags as tokens of their own, which changes their ids and nothing else here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.media.tokenizer import is_answer_tag
+
 THINK_OPEN = "<think>"
 BRIDGE = "</think>\n<answer>"  # one newline between the blocks (ours)
 ANSWER_OPEN = "<answer>"
@@ -22,6 +25,8 @@ EMPTY_THINK = THINK_OPEN + BRIDGE
 TAGS = (THINK_OPEN, "</think>", ANSWER_OPEN, ANSWER_CLOSE)
 TURN_END = "<|im_end|>"
 WORD = re.compile("""[^,'"]+""")  # what `emotion.answers.split_words` separates words by
+
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's spelling of a byte
 
 
 class TagError(ValueError):
@@ -48,14 +53,15 @@ class AnswerTags:
     """The tags under one tokenizer.
 
     Attributes:
-        tokenizer: a byte-level BPE tokenizer (Qwen's).
-        empty_think: E = ids("<think>") + ids("</think>\\n<answer>"), the prefix of fast answers and the start of every
+        tokenizer: a byte-level BPE tokenizer (Qwen's), or one of a sentencepiece model with byte tokens.
+        bridge: ids("</think>\\n<answer>").
+        empty_think: E = ids("<think>") + bridge, the prefix of fast answers and the start of every
             fast scoring context.
         answer_close: ids("</answer>").
         turn_end: the id of `<|im_end|>`, which closes the turn.
 
     Raises:
-        TagError: the tokenizer is not byte-level, knows no `<|im_end|>`, or does not give the tags back.
+        TagError: the tokenizer has no tokens for bytes, knows no `<|im_end|>`, or does not give the tags back.
     """
 
     def __init__(self, tokenizer):
@@ -66,7 +72,10 @@ class AnswerTags:
         self.turn_end: int = turn_end
         self._added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
         self._bytes: dict[int, bytes] = {}
-        self.empty_think: tuple[int, ...] = (*self.ids(THINK_OPEN), *self.ids(BRIDGE))
+        # Only sentencepiece spells bytes so: its other tokens are plain text, with U+2581 for a space.
+        self._pieces = "<0x0A>" in tokenizer.get_vocab()
+        self.bridge: tuple[int, ...] = self._bridge()
+        self.empty_think: tuple[int, ...] = (*self.ids(THINK_OPEN), *self.bridge)
         self.answer_close: tuple[int, ...] = self.ids(ANSWER_CLOSE)
         if (got := self.text(self.empty_think)) != EMPTY_THINK:
             raise TagError(f"the tokenizer turns {EMPTY_THINK!r} into {got!r}: it has to give texts back unchanged")
@@ -88,7 +97,7 @@ class AnswerTags:
         Raises:
             TagError: a piece is empty, holds a tag, or tokenises into a special token.
         """
-        ids = [*self.ids(THINK_OPEN), *self._piece("reasoning", reasoning), *self.ids(BRIDGE), *self._close(answer)]
+        ids = [*self.ids(THINK_OPEN), *self._piece("reasoning", reasoning), *self.bridge, *self._close(answer)]
         return np.asarray(ids, np.int32), np.ones(len(ids), bool)
 
     def fast_target(self, answer: str) -> tuple[np.ndarray, np.ndarray]:
@@ -145,15 +154,26 @@ class AnswerTags:
     def banned_ids(self, vocabulary: int, *, eos_ids: Sequence[int], extra: Sequence[int] = ()) -> tuple[int, ...]:
         """Ids that must never be sampled: special tokens, `extra` (media placeholders), and ids without a token.
 
+        An answer's tags may be sampled, also where they are special tokens.
+
         Args:
             vocabulary: N, rows of the output head, which may be more than the tokenizer has tokens.
             eos_ids: end tokens, which stay allowed.
             extra: further ids.
         """
-        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special and not is_answer_tag(token.content)}
         without_token = set(range(len(self.tokenizer), vocabulary))
         banned = (special | without_token | set(extra)) - set(eos_ids)
         return tuple(sorted(i for i in banned if i < vocabulary))
+
+    def _bridge(self) -> tuple[int, ...]:
+        whole = self.ids(BRIDGE)
+        if self.text(whole) == BRIDGE:
+            return whole
+        # Tags that are tokens of their own can swallow the white space around them (rstrip, lstrip).
+        opening, closing = BRIDGE.split("\n")
+        return (*self.ids(opening), *self.ids("\n"), *self.ids(closing))
 
     def _piece(self, name: str, text: str) -> tuple[int, ...]:
         if not text.strip():
@@ -174,12 +194,16 @@ class AnswerTags:
         if token_id >= len(self.tokenizer):
             return b""
         token = self.tokenizer.convert_ids_to_tokens(token_id)
+        if self._pieces:
+            byte = _BYTE_PIECE.fullmatch(token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
         try:
             return bytes(_byte_of_character()[character] for character in token)
         except KeyError as error:
             raise TagError(
-                f"token {token_id} is {token!r}, which is not written in byte-level BPE's alphabet: "
-                "words can only be located with a byte-level tokenizer such as Qwen's"
+                f"token {token_id} is {printable(token, 50)!r}, which is not written in byte-level BPE's alphabet: "
+                "words can only be located with a byte-level tokenizer such as Qwen's, or with a sentencepiece model "
+                "that has tokens for bytes (trained with byte_fallback)"
             ) from error
 
 

@@ -27,7 +27,7 @@ from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, saved_config
+from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, require_model, saved_config
 from mer_r1_jax.run.road import eval_length, make_evaluator
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training import durable
@@ -67,6 +67,7 @@ def open_policy(path: str, config: RunConfig | None = None, devices: Any = None)
     Raises:
         PolicyError and the errors of the parts: the folder holds no policy, or cannot be used so.
     """
+    require_model(path)
     # A clip without sound is answered from its frames, and counted.
     overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir())
     if overrides.get("media.missing_audio", "error") == "error":

@@ -12,7 +12,7 @@ from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.probes import Prober
 from mer_r1_jax.run.inputs import require_files
-from mer_r1_jax.run.policy import RUN_MARKER, PolicyError, open_model, saved_config
+from mer_r1_jax.run.policy import RUN_MARKER, PolicyError, open_model, require_model, saved_config
 from mer_r1_jax.run.road import load_prompts, make_evaluator
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.state import Leaves
@@ -67,6 +67,7 @@ def open_held_out(
         PolicyError: the folder holds no policy, or names no held-out records while `data` is empty.
         RecordError: the records cannot be used.
     """
+    require_model(path)
     if not data:
         config = _evaluated_config(pathlib.Path(path))
         data, media_root = config.data.eval_path, media_root or config.data.media_root

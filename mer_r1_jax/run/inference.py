@@ -18,6 +18,7 @@ from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.packing import Continuations
+from mer_r1_jax.rl.rollout import check_finite
 from mer_r1_jax.rl.sampling import GREEDY
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.prompts import prompt_rows
@@ -86,6 +87,7 @@ def answer(setup: Setup, leaves: Leaves, record: Record, modes: Sequence[str] = 
 
     Raises:
         MediaError, PromptError: for a clip or text that cannot be used.
+        RolloutError: the model's scores are not finite.
     """
     prompt = setup.source.load(record).prompt
     shape = prompt_shape(prompt)
@@ -114,6 +116,7 @@ def _read(
         forced_ids=scorer.tags.empty_think if mode == "fast" else (),
     )
     host = jax.device_get(completions)
+    check_finite(host)
     padding = [None] * (bucket.rows - 1)
     scored = scorer.groups(host, [(), *padding]).answers[0][0]
     # With its own words for truth every word has a confidence.

@@ -18,6 +18,8 @@ from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.omni.finite import not_finite
+from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.session import check_host
 from mer_r1_jax.run.setup import Setup, make_setup
@@ -80,7 +82,7 @@ def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Leaves
     The run may be going on: nothing is changed in its folder, and it is said that it is live.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or its parameters are not finite.
     """
 
     def parameters(step: int, host: dict[str, Any]) -> dict[str, Leaves]:
@@ -93,9 +95,17 @@ def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Leaves
     restored = checkpoints.restore(parameters, part=True)
     if restored is None:
         raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
+    leaves = restored.arrays["trainable"] | restored.arrays["frozen"]
+    if broken := not_finite(leaves):
+        names = ", ".join(broken[:5]) + (" and others" if len(broken) > 5 else "")
+        raise CheckpointError(
+            f"{_join(where, str(restored.step))}: NaN or infinite values in {len(broken)} of {len(leaves)} parameters "
+            f"({names}), expected finite numbers: the training had broken. Move that step's folder away, so that the "
+            "one before it is read, or train again"
+        )
     if live := run_lock.liveness(run_dir):
         log.warning("%s %s; what is read is its checkpoint %d", printable(run_dir), live, restored.step)
-    return restored.arrays["trainable"] | restored.arrays["frozen"], ReadStep(restored.step, restored.manifest_sha256)
+    return leaves, ReadStep(restored.step, restored.manifest_sha256)
 
 
 def refuse_in_run(out: str | pathlib.Path, flag: str = "--out") -> None:
@@ -138,11 +148,10 @@ def open_step(
         PolicyError: the folder is neither.
     """
     path = pathlib.Path(path)
-    if (path / RUN_MARKER).is_dir():
+    require_model(path)
+    if _is_run(path):
         setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
         return setup, *checkpoint_leaves(setup, path)
-    if not (path / "config.json").is_file():
-        raise PolicyError(f"{path}: expected a run's folder, or a Hugging Face directory with config.json")
     values = dataclasses.asdict(saved_config(path) or RunConfig())
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
@@ -159,10 +168,23 @@ def saved_config(path: str | pathlib.Path) -> RunConfig | None:
     if is_bucket(path):
         return _run_config(path)
     path = pathlib.Path(path)
-    if (path / RUN_MARKER).is_dir():
+    if _is_run(path):
         return _run_config(path)
     settings = path / SETTINGS_FILE
     return _read_config(settings) if settings.is_file() else None
+
+
+def require_model(path: str | pathlib.Path) -> None:
+    """Raises PolicyError for a path that is neither a run's folder nor one that may hold a model, saying what it is."""
+    if not _is_run(pathlib.Path(path)) and (problem := path_problem(path)):
+        raise PolicyError(problem)
+
+
+def _is_run(path: pathlib.Path) -> bool:
+    try:
+        return (path / RUN_MARKER).is_dir()
+    except OSError:  # a path too long to be one
+        return False
 
 
 def _run_config(run_dir: str | pathlib.Path) -> RunConfig:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import ModelConfig
-from mer_r1_jax.media.tokenizer import SPECIAL_TOKENS, TURN_END
+from mer_r1_jax.media.tokenizer import PAD_TOKEN, SPECIAL_TOKENS, TURN_END
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import load_params
@@ -46,7 +46,6 @@ _PRESETS = {
     "7b": ThinkerConfig.qwen2_5_omni_7b,
 }
 
-PAD_TOKEN = "<|endoftext|>"
 _VOCAB_MULTIPLE = 64
 
 

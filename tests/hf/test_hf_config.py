@@ -129,7 +129,7 @@ def test_all_faults_of_a_config_are_listed_in_one_error():
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (None, "no such file"),
+        (None, "an empty folder"),
         ("{", "cannot be read as JSON"),
         ("[]", "holds a JSON list"),
         ('{"model_type": "llama"}', "model_type is 'llama'"),

@@ -8,12 +8,21 @@ where the vocabulary has them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.omni.config import AudioConfig, ConfigError, TextConfig, ThinkerConfig, VisionConfig
+from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.omni.config import (
+    MOST_OF_A_NUMBER,
+    AudioConfig,
+    ConfigError,
+    TextConfig,
+    ThinkerConfig,
+    VisionConfig,
+    is_int,
+)
+from mer_r1_jax.omni.hf.foreign import family, path_problem, quantisation_problem, read_json_object
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -76,10 +85,14 @@ def load_config(path: str | Path, **overrides: Any) -> ThinkerConfig:
         ConfigError: no such file, no JSON, or as config_from_hf.
     """
     path = Path(path)
+    if path.suffix != ".json" and (problem := path_problem(path)):
+        raise ConfigError(problem)
     file = path / CONFIG_FILE if path.is_dir() else path
+    mapping = read_json_object(file, ConfigError, "the config.json of a Qwen2.5-Omni directory")
     generation_file = file.with_name(GENERATION_FILE)
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
-    return config_from_hf(_read_json(file), generation=generation, where=str(file), **overrides)
+    expected = "the settings of generation beside config.json"
+    generation = read_json_object(generation_file, ConfigError, expected) if generation_file.exists() else {}
+    return config_from_hf(mapping, generation=generation, where=str(file), **overrides)
 
 
 def config_from_hf(
@@ -105,11 +118,17 @@ def config_from_hf(
     parts = {name: thinker.get(f"{name}_config") for name in ("audio", "vision", "text")}
     absent = [f"{name}_config" for name, part in parts.items() if not isinstance(part, Mapping)]
     if absent:
-        raise ConfigError(f"{where}: expected the objects {', '.join(absent)}, as a Qwen2.5-Omni Thinker has them")
+        raise ConfigError(
+            f"{where}: expected the objects {', '.join(absent)}, as a Qwen2.5-Omni Thinker has them; copy config.json "
+            "again from where the model is from"
+        )
+    if problem := quantisation_problem(mapping, thinker, parts["text"]):
+        raise ConfigError(f"{where}: {problem}")
     for name, fixed in _FIXED.items():
         for field, value in fixed.items():
             if parts[name].get(field, value) != value:
-                problems.append(f"{name}_config.{field} is {parts[name][field]!r}: only {value!r} is supported")
+                got = printable(repr(parts[name][field]), 100)
+                problems.append(f"{name}_config.{field} is {got}: only {value!r} is supported")
 
     fields: dict[str, Any] = {name: thinker[name] for name in _THINKER_FIELDS if name in thinker}
     fields |= _special_ids(thinker, parts["text"], generation or {}, problems)
@@ -202,28 +221,19 @@ def _plain_ids(ids: tuple[int, ...]) -> int | list[int]:
     return ids[0] if len(ids) == 1 else list(ids)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file; expected the config.json of a Qwen2.5-Omni directory") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: holds a JSON {type(value).__name__}; expected an object")
-    return value
-
-
 def _thinker_part(mapping: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     thinker = mapping.get("thinker_config", mapping)
     if not isinstance(thinker, Mapping):
         raise ConfigError(f"{where}: thinker_config is a {type(thinker).__name__}; expected an object")
-    model_type = thinker.get("model_type", MODEL_TYPE)
-    if model_type != MODEL_TYPE:
-        raise ConfigError(
-            f"{where}: model_type is {model_type!r}; expected {MODEL_TYPE!r}, or {OMNI_MODEL_TYPE!r} "
-            "with a thinker_config"
-        )
+    types = (
+        [(mapping.get("model_type", OMNI_MODEL_TYPE), (OMNI_MODEL_TYPE, MODEL_TYPE))] if thinker is not mapping else []
+    )
+    for model_type, allowed in (*types, (thinker.get("model_type", MODEL_TYPE), (MODEL_TYPE,))):
+        if model_type not in allowed:
+            raise ConfigError(
+                f"{where}: model_type is {family(model_type)}; expected {MODEL_TYPE!r}, or {OMNI_MODEL_TYPE!r} with a "
+                "thinker_config: use a Qwen2.5-Omni model"
+            )
     return thinker
 
 
@@ -236,28 +246,35 @@ def _one_number(value: Any, field: str, problems: list[str]) -> Any:
     """transformers 5 allows a size per axis; only equal ones make sense here."""
     if not isinstance(value, (list, tuple)):
         return value
-    if len(set(value)) != 1:
-        problems.append(f"{field} is {value!r}: expected one number, or equal ones")
+    if any(not is_int(one) for one in value) or len(set(value)) != 1:
+        problems.append(f"{field} is {printable(repr(value), 100)}: expected one number, or equal ones")
         return 1
     return value[0]
 
 
 def _rope(text: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Rotary base and sections from either key style; a file with both has to agree with itself."""
-    scaling = text.get("rope_scaling") or {}
-    new = text.get("rope_parameters") or {}
-    theta = {new[k] if k in new else text[k] for k in ("rope_theta",) if k in new or k in text}
-    theta |= {text["rope_theta"]} if "rope_theta" in text else set()
-    sections = {tuple(part["mrope_section"]) for part in (scaling, new) if part.get("mrope_section")}
-    kinds = {part.get("rope_type", part.get("type", "default")) for part in (scaling, new)}
-    for kind in sorted(kinds - {"default", "mrope"}):
-        problems.append(f"text_config: rotary type {kind!r} is not supported; expected 'default'")
+    scaling, new = (text.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    for name, part in (("rope_scaling", scaling), ("rope_parameters", new)):
+        if not isinstance(part, Mapping):
+            problems.append(f"text_config.{name} is {printable(repr(part), 100)}: expected an object")
+            return {}
+    theta = [part["rope_theta"] for part in (new, text) if "rope_theta" in part]
+    sections = [part["mrope_section"] for part in (scaling, new) if part.get("mrope_section")]
+    kinds = [part.get("rope_type", part.get("type", "default")) for part in (scaling, new)]
+    for kind in kinds:
+        if kind not in ("default", "mrope"):
+            problems.append(
+                f"text_config: rotary type {printable(repr(kind), 100)} is not supported; expected 'default'"
+            )
     for name, values in (("rope_theta", theta), ("mrope_section", sections)):
-        if len(values) > 1:
-            problems.append(f"text_config: rope_parameters and the older keys disagree on {name}: {sorted(values)}")
+        if any(value != values[0] for value in values):
+            shown = printable(repr(values), 100)
+            problems.append(f"text_config: rope_parameters and the older keys disagree on {name}: {shown}")
+    base = theta[0] if theta else TextConfig.rope_theta
     return {
-        "rope_theta": float(min(theta, default=TextConfig.rope_theta)),
-        "mrope_section": min(sections, default=_DEFAULT_SECTION),
+        "rope_theta": float(base) if is_int(base) and base <= MOST_OF_A_NUMBER else base,
+        "mrope_section": sections[0] if sections else _DEFAULT_SECTION,
     }
 
 
@@ -271,7 +288,7 @@ def _special_ids(
         values = [part[key] for part in (thinker, text, generation) for key in spellings if part.get(key) is not None]
         value = values[0] if values else getattr(ThinkerConfig, field)
         ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        if not values and max(ids) >= vocab_size:
+        if not values and is_int(vocab_size) and max(ids) >= vocab_size:
             problems.append(
                 f"{spellings[0]} is missing, and the released id {max(ids)} is not below vocab_size={vocab_size}: "
                 "add it"

@@ -25,6 +25,7 @@ from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.config import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
 from mer_r1_jax.omni.hf.staging import ExportError, staged
+from mer_r1_jax.omni.hf.sums import SUMS_FILE, VOCABULARY_FILES, check_weights, sum_of, write_sums
 from mer_r1_jax.omni.hf.tensor_files import (
     INDEX_FILE,
     NUMPY_DTYPES,
@@ -40,7 +41,13 @@ from mer_r1_jax.omni.thinker import abstract_thinker
 # Tokenizer, processor and generation files, of which a source directory has some.
 COPIED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
-    *("added_tokens.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *(
+        "added_tokens.json",
+        "tokenizer.model",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+    ),
     *("chat_template.json", "chat_template.jinja", GENERATION_FILE),
 )
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -153,8 +160,10 @@ def _write_thinker(
         for name, (entry, leaf) in sources.items()
     ]
     shards = _split(specs, limit)
-    for file, tensors in shards.items():
-        write_tensor_file(staging / file, tensors, lambda tensor: _chunks(tensor, sources[tensor.name]))
+    sums = {
+        file: write_tensor_file(staging / file, tensors, lambda tensor: _chunks(tensor, sources[tensor.name]))
+        for file, tensors in shards.items()
+    }
     if len(shards) > 1:
         write_index(staging, shards)
     written = {NUMPY_DTYPES[tensor.dtype].name for tensor in specs}
@@ -162,12 +171,14 @@ def _write_thinker(
     copied = _copy_files(source, staging, COPIED_FILES) if source else ()
     if GENERATION_FILE not in copied:
         _write_json(staging / GENERATION_FILE, generation_to_hf(config))
+    _write_sums(staging, sums)
     return _report(staging, specs, sources, tuple(shards), 0, copied)
 
 
 def _write_omni(
     staging: Path, base: Path, config: ThinkerConfig, sources: Mapping[str, Source], dtype: str | None
 ) -> ExportReport:
+    check_weights(base)
     stored = list_tensors(base)
     matched = _match_base(base, config, stored, [entry for entry, _ in sources.values()])
     if matched.tied_head:
@@ -182,13 +193,16 @@ def _write_omni(
             tensor = spec(name, shape, np.dtype(jnp.dtype(dtype)) if dtype else NUMPY_DTYPES[tensor.dtype])
             replaced.append(tensor)
         shards.setdefault(stored[name].path.name, []).append(tensor)
-    for file, tensors in shards.items():
-        write_tensor_file(
+    sums = {
+        file: write_tensor_file(
             staging / file, tensors, lambda t: t.chunks() if t.path else _chunks(t, sources[table.plain_name(t.name)])
         )
+        for file, tensors in shards.items()
+    }
     if (base / INDEX_FILE).is_file() and SINGLE_FILE not in shards:
         write_index(staging, shards)
     copied, left_out = _copy_rest(base, staging)
+    _write_sums(staging, sums)
     verbatim = sum(matched.skipped.values())
     report = _report(staging, replaced, sources, tuple(shards), verbatim, copied)
     return dataclasses.replace(report, left_out=left_out)
@@ -272,6 +286,12 @@ def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
+def _write_sums(staging: Path, weights: dict[str, str]) -> None:
+    """Lists the sums of the weights, which were taken while they were written, and of their index and vocabulary."""
+    others = [name for name in (INDEX_FILE, *VOCABULARY_FILES) if (staging / name).is_file()]
+    write_sums(staging, weights | {name: sum_of(staging / name) for name in others})
+
+
 def _copy_files(source: Path, staging: Path, names: Iterable[str]) -> tuple[str, ...]:
     present = [name for name in names if (source / name).is_file()]
     for name in present:
@@ -283,7 +303,7 @@ def _copy_rest(base: Path, staging: Path) -> tuple[tuple[str, ...], tuple[str, .
     """Copies whatever is not a weight file and not hidden; returns the names copied and those left out."""
     copied, left_out = [], []
     for path in sorted(base.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or path.name == SUMS_FILE:  # the base's own sums, of other weights
             continue
         if any(path.match(pattern) for pattern in _WEIGHT_PATTERNS):
             if not (staging / path.name).exists():

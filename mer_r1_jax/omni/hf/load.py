@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
+from mer_r1_jax.omni.hf.sums import check_weights
 from mer_r1_jax.omni.hf.tensor_files import TensorSpec, list_tensors
 from mer_r1_jax.omni.thinker import abstract_thinker
 
@@ -54,9 +55,11 @@ def load_params(directory: str | Path, config: ThinkerConfig, *, shardings: Mapp
         Nested dict of jax.Arrays in the shapes of `abstract_thinker(config)`.
 
     Raises:
-        WeightError: one error that lists everything that does not fit; raised before any data is read.
+        WeightError: one error that lists everything that does not fit, raised before any data is read; files that are
+            not as exported; a tensor with values that are not finite.
         ValueError: `shardings` is not shaped like the parameters or has a kind of sharding not listed above.
     """
+    check_weights(Path(directory))
     matched = find_weights(directory, config)
     _, abstract, _ = abstract_thinker(config)
     entries = table.entries(abstract, config)
@@ -100,7 +103,7 @@ def _placements(shapes: Mapping[tuple[str, ...], Any], shardings: Mapping | None
 
 def _put(entry: table.Entry, stored: TensorSpec, sharding: Sharding, dtype: np.dtype) -> jax.Array:
     """One stored tensor on the devices, in our shape; each shard is cast on its own."""
-    ours = entry.to_ours(stored.read())
+    ours = entry.to_ours(stored.read(dtype))
     array = jax.make_array_from_callback(
         entry.shape, sharding, lambda index: np.ascontiguousarray(ours[index]).astype(dtype, copy=False)
     )
