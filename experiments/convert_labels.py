@@ -1,9 +1,9 @@
 """Official label files as CSV: python experiments/convert_labels.py --labels=FILE.npz[,FILE.npz] | --root=DIR
 
-MER-UniBench keeps labels as Python pickles inside npz, and opening a pickle can run code. This command reads them
-through a reader that knows numpy arrays and plain containers only, refuses any other content without running it, and
-writes a CSV beside each file (label.npz -> label.csv), which evaluate.py reads. With --root every label file of the
-nine sets below that folder is converted.
+MER-UniBench keeps labels as Python pickles inside npz, and opening a pickle can run code. This command reads them as
+data, refuses anything but numbers, text and plain containers without running it, and writes a CSV beside each file
+(label.npz -> label.csv), which evaluate.py reads. With --root every label file of the nine sets below that folder is
+converted.
 """
 
 import pathlib

@@ -36,3 +36,12 @@ def _escape(character: str, one_line: bool) -> str:
     if unicodedata.category(character) not in _ESCAPED:
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def would_run_in_a_spreadsheet(text: str) -> bool:
+    """Whether a spreadsheet that opens a CSV may take a cell for a formula that calls, reads or sends something.
+
+    A leading minus alone is none: names of clips begin with it (YouTube's ids), and negative numbers.
+    """
+    start = text.lstrip()
+    return start.startswith(("=", "@")) or (start.startswith(("+", "-")) and any(c in start for c in "(|!"))
