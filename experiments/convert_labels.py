@@ -11,6 +11,7 @@ import sys
 
 from absl import app, flags
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
             raise BenchmarkError(f"--out names one file, but {len(files)} are to be converted; leave it out")
         for path in files:
             out, counts = convert(path, _OUT.value or None)
-            print(f"{out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
+            screen.say(f"{out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
     return 0
 
 

@@ -18,6 +18,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.evaluation.comparison import Comparison, compare_samples, pooled
 from mer_r1_jax.evaluation.probes import MODALITIES, Swap, swap_modality, swap_reasoning
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in commands:
         raise app.UsageError(f"expected one of {', '.join(commands)}, got {argv[1:]}")
     with explained():
-        results = commands[argv[1]](Console())
+        results = commands[argv[1]](screen.console())
         if _OUT.value:
             durable.write_json(pathlib.Path(_OUT.value), results)
 
