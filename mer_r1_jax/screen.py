@@ -104,9 +104,10 @@ def log_file(path: Any) -> logging.Handler:
 
 def guard_terminal() -> None:
     """Makes logs and tracebacks on the terminal printable too, and letters that its encoding lacks no error."""
-    handler = absl_logging.get_absl_handler()
-    if not isinstance(handler.formatter, PlainFormatter):
-        handler.setFormatter(PlainFormatter(handler.formatter))
+    # Absl's, whose formatter writes the head of a line, and the one for what comes before that is set up.
+    for handler in (absl_logging.get_absl_handler().python_handler, logging.lastResort):
+        if not isinstance(handler.formatter, PlainFormatter):
+            handler.setFormatter(PlainFormatter(handler.formatter or logging.Formatter()))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
