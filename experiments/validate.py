@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
     try:
         return _check(argv)
     except Exception:
-        traceback.print_exc()
-        print(
+        screen.say(traceback.format_exc().rstrip(), error=True)
+        screen.say(
             "error: the data could not be checked; this is a fault of this program: please report it", file=sys.stderr
         )
         return EXIT_ERROR

@@ -151,7 +151,7 @@ OTHER_WAYS = {
     "mer_r1_jax/screen.py": "the one place",
     "experiments/check_in_transformers.py": "runs where this project is not installed",
 }
-MAKERS = {"print", "Console", "tqdm", "trange", "StreamHandler", "FileHandler", "basicConfig"}
+MAKERS = {"print", "print_exc", "Console", "tqdm", "trange", "StreamHandler", "FileHandler", "basicConfig"}
 OURS_ONLY = {"rich", "rich.markup", "rich.text", "tqdm", "tqdm.auto"}  # modules
 
 
