@@ -14,8 +14,8 @@ import sys
 
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.run.ablation import ablate
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             _CONTROL_SFT_STEPS.value,
             _CONTROL_SFT_LEARNING_RATE.value,
         )
-        return ablate(plan, _PARALLEL.value, shlex.join(["python", *sys.argv]), Console(stderr=True))
+        return ablate(plan, _PARALLEL.value, shlex.join(["python", *sys.argv]), screen.console(stderr=True))
 
 
 if __name__ == "__main__":

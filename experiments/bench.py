@@ -15,6 +15,8 @@ import sys
 
 from absl import app, flags
 
+from mer_r1_jax import screen
+
 _TASKS = flags.DEFINE_list("tasks", ["text", "omni"], "What to measure: text, omni.")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Repetitions of each side.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "Threads (and cores) of each side.", lower_bound=1)
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> int:
     from peers import tasks
 
     if problem := _problem(tasks.TASKS):
-        print(f"error: {problem}", file=sys.stderr)
+        screen.say(f"error: {problem}", error=True)
         return 2
     _limit(_THREADS.value, _DEVICES.value)
     from peers import page
@@ -46,8 +48,8 @@ def main(argv: list[str]) -> int:
     for name in _TASKS.value:
         sections.append(tasks.run(name, settings))
         for row in sections[-1].rows:
-            print(" | ".join(page.cells(row)), flush=True)
-        print("\n".join(sections[-1].notes), flush=True)
+            screen.say(" | ".join(page.cells(row)))
+        screen.say("\n".join(sections[-1].notes))
     chosen = {"repeats": _REPEATS.value, "threads": _THREADS.value, "devices": _DEVICES.value}
     measured = page.markdown(
         sections,
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int:
         busy=page.load(),
         repeats=_REPEATS.value,
     )
-    print(f"\n{measured}", flush=True)
+    screen.say(f"\n{measured}")
     if _OUT.value:
         out = pathlib.Path(_OUT.value)
         text = out.read_text(encoding="utf-8") if out.exists() else ""

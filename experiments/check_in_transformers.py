@@ -143,7 +143,7 @@ def show(result: dict) -> None:
         )
     for clip in result["by_clip"]:
         if not clip["same_answer"]:
-            print(f"  {clip['id']}: the first {clip['same_tokens']} of {clip['tokens']} tokens are the same")
+            print(f"  {clip['id']!r}: the first {clip['same_tokens']} of {clip['tokens']} tokens are the same")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Official label files as CSV: python experiments/convert_labels.py --labels=FILE.npz[,FILE.npz] | --root=DIR
 
-MER-UniBench keeps labels as Python pickles inside npz, and opening a pickle can run code. This command reads them
-through a reader that knows numpy arrays and plain containers only, refuses any other content without running it, and
-writes a CSV beside each file (label.npz -> label.csv), which evaluate.py reads. With --root every label file of the
-nine sets below that folder is converted.
+MER-UniBench keeps labels as Python pickles inside npz, and opening a pickle can run code. This command reads them as
+data, refuses anything but numbers, text and plain containers without running it, and writes a CSV beside each file
+(label.npz -> label.csv), which evaluate.py reads. With --root every label file of the nine sets below that folder is
+converted.
 """
 
 import pathlib
@@ -11,6 +11,7 @@ import sys
 
 from absl import app, flags
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
             raise BenchmarkError(f"--out names one file, but {len(files)} are to be converted; leave it out")
         for path in files:
             out, counts = convert(path, _OUT.value or None)
-            print(f"{out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
+            screen.say(f"{out}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
     return 0
 
 

@@ -22,10 +22,9 @@ from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
@@ -100,7 +99,7 @@ def main(argv: list[str]) -> int:
                 if _asks_mme():
                     rated = _rate_mme(policy, request, stack, stop)
         except StopRequested:
-            print("stopped; the same command goes on from there", file=sys.stderr)
+            screen.say("stopped; the same command goes on from there", error=True)
             return EXIT_SAVED
         _print(scored, folder)
         _print_mme(rated, MmeFolder.of(request.out / MME_EMOTION))
@@ -139,7 +138,7 @@ def _policy(stack: contextlib.ExitStack) -> Policy:
 
 def _answer(policy: Policy, request: Request, score: Any, stack: contextlib.ExitStack, stop: StopSignals) -> None:
     benchmarks = read_benchmarks(request, policy.setup.config.data.question, policy.held_out)
-    bar = stack.enter_context(tqdm(unit="answer"))
+    bar = stack.enter_context(screen.bar(unit="answer"))
 
     def progress(name: str, there: int, total: int) -> None:
         bar.set_description(title_of(name))
@@ -157,7 +156,7 @@ def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, sto
     if _JUDGE_URL.value:
         cache = MmeFolder.of(out).cache
         judge = stack.enter_context(ChatClient(base_url=_JUDGE_URL.value, model=_JUDGE_NAME.value, cache_dir=cache))
-    bar = stack.enter_context(tqdm(unit="item"))
+    bar = stack.enter_context(screen.bar(unit="item"))
 
     def progress(stage: str, there: int, total: int) -> None:
         bar.set_description(f"{MME_FOLDER}, {stage}")
@@ -188,7 +187,7 @@ def _extractor(folder: EvaluationFolder) -> Iterator[Extractor | None]:
 def _print(scored: list[dict[str, Any]], folder: EvaluationFolder) -> None:
     if not scored:
         return
-    console = Console()
+    console = screen.console()
     table = Table("benchmark", "metric", "mode", "score", "95% interval", "scored", "labelled", "slow − fast")
     for score in scored:
         difference = score["slow_minus_fast"].get("headline", {}).get("score")
@@ -204,18 +203,18 @@ def _print(scored: list[dict[str, Any]], folder: EvaluationFolder) -> None:
     console.print(table)
     for description in dict.fromkeys(score["protocol"]["description"] for score in scored):
         console.print(description, highlight=False, soft_wrap=True)
-    print(f"report: {folder.report}")
+    screen.say(f"report: {folder.report}")
 
 
 def _print_mme(rated: list[dict[str, Any]], folder: MmeFolder) -> None:
     if not _asks_mme():
         return
     for line in (line for score in rated for line in lines_of(score)):
-        print(line)
+        screen.say(line)
     if rated:
-        print(f"report: {folder.report}")
+        screen.say(f"report: {folder.report}")
     else:
-        print(f"answers: {folder.predictions}; add --judge_url and --judge_model to rate them")
+        screen.say(f"answers: {folder.predictions}; add --judge_url and --judge_model to rate them")
 
 
 if __name__ == "__main__":

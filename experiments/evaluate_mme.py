@@ -10,11 +10,11 @@ and judge.
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from absl import app, flags
-from rich.console import Console
-from tqdm import tqdm
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.evaluation.judge.client import ChatClient
 from mer_r1_jax.evaluation.mme.errors import MmeError
@@ -57,9 +57,9 @@ def main(argv: list[str]) -> int:
         try:
             scores = rescore(_OUT.value, _EXAMPLES.value) if _RESCORE.value else _evaluate()
         except KeyboardInterrupt:
-            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            screen.say("\nstopped; the same command goes on from here", error=True)
             return EXIT_INTERRUPTED
-    console = Console(soft_wrap=True, highlight=False)
+    console = screen.console()
     if not scores:
         console.print(
             f"answers: {MmeFolder.of(_OUT.value).predictions}; add --judge_url and --judge_model to rate them"
@@ -144,11 +144,11 @@ def _policy(benchmark) -> Iterator:
 @contextlib.contextmanager
 def _bars() -> Iterator:
     """One progress bar a stage."""
-    bars: dict[str, tqdm] = {}
+    bars: dict[str, Any] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage not in bars:
-            bars[stage] = tqdm(total=total, initial=done, desc=stage, file=sys.stderr)
+            bars[stage] = screen.bar(total=total, initial=done, desc=stage, file=sys.stderr)
         bars[stage].update(done - bars[stage].n)
 
     try:

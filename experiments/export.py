@@ -10,6 +10,7 @@ import sys
 
 from absl import app, flags
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.omni.config import DTYPES
 from mer_r1_jax.omni.hf.config import load_config
@@ -47,13 +48,13 @@ def main(argv: list[str]) -> None:
         )
         if _RUN.value:
             _write_run_settings(_RUN.value, report.directory)
-    print(
+    screen.say(
         f"{report.directory}: {report.tensors} tensors, {report.parameters:,} parameters, {report.nbytes / 1e9:.3g} GB "
         f"in {len(report.weight_files)} file(s); {report.verbatim_tensors} tensors of the base copied verbatim"
     )
-    print(f"copied: {', '.join(report.copied_files) or 'nothing'}")
+    screen.say(f"copied: {', '.join(report.copied_files) or 'nothing'}")
     if report.left_out:
-        print(f"left out, as weights in other formats: {', '.join(report.left_out)}")
+        screen.say(f"left out, as weights in other formats: {', '.join(report.left_out)}")
 
 
 def _model_parameters(model: str):

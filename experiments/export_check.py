@@ -16,6 +16,7 @@ import sys
 import jax
 from absl import app, flags
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import EXIT_ERROR, explained, parse_flags
 from mer_r1_jax.evaluation.agreement import make_cases, write_cases
 from mer_r1_jax.run.held_out import open_held_out
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     with explained():
         _write(pathlib.Path(_CASES.value))
     if importlib.util.find_spec("torch") is None:
-        print(
+        screen.say(
             f"error: torch is not installed here, so transformers cannot run. The cases are in {_CASES.value}; check "
             f"them where torch and transformers are: python {SCRIPT} {_CASES.value} {_EXPORT.value}",
             file=sys.stderr,
@@ -54,8 +55,8 @@ def main(argv: list[str]) -> int:
     agrees = all(result["agrees"] for result in results)
     distinct = min(result["distinct_answers"] for result in results)
     if distinct < _LEAST_DISTINCT.value:
-        print(f"only {distinct} distinct answers, expected {_LEAST_DISTINCT.value}: this shows too little")
-    print("everything agrees" if agrees else "transformers and this project do not agree on this export")
+        screen.say(f"only {distinct} distinct answers, expected {_LEAST_DISTINCT.value}: this shows too little")
+    screen.say("everything agrees" if agrees else "transformers and this project do not agree on this export")
     return 0 if agrees and distinct >= _LEAST_DISTINCT.value else 1
 
 
@@ -75,7 +76,7 @@ def _write(path: pathlib.Path) -> None:
     finally:
         held_out.setup.source.close()
     write_cases(path, cases)
-    print(f"{path}: {cases['cases']} clips, {path.stat().st_size / 1e6:.0f} MB", flush=True)
+    screen.say(f"{path}: {cases['cases']} clips, {path.stat().st_size / 1e6:.0f} MB")
 
 
 def _check(folder: str) -> dict | None:

@@ -11,8 +11,10 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.foreign_text import json_text, printable
 from mer_r1_jax.run.inference import MODES, Reading, answer, clip_record
 from mer_r1_jax.run.policy import open_model
 
@@ -44,12 +46,13 @@ def main(argv: list[str]) -> None:
         finally:
             setup.source.close()
     if _JSON.value:
-        print(json.dumps([_as_json(reading) for reading in readings], indent=1, ensure_ascii=False))
+        screen.say(json_text([_as_json(reading) for reading in readings], indent=1))
         return
-    console = Console()
+    console = screen.console()
     sound = f"{prompt.stats['audio_seconds']:.1f} s of audio" if prompt.audio else "no audio"
     console.print(
-        f"{_VIDEO.value}: {prompt.stats['frames']} frames, {sound}, {len(prompt.ids)} tokens", highlight=False
+        f"{printable(_VIDEO.value)}: {prompt.stats['frames']} frames, {sound}, {len(prompt.ids)} tokens",
+        highlight=False,
     )
     for reading in readings:
         _show(console, reading)
@@ -70,7 +73,9 @@ def _settings(texts: list[str]) -> dict[str, Any]:
 
 
 def _show(console: Console, reading: Reading) -> None:
-    console.print(f"\n[bold]{reading.mode}[/bold]" + (" (cut at the length cap)" if reading.truncated else ""))
+    console.print()
+    console.print(reading.mode, style="bold", end="")
+    console.print(" (cut at the length cap)" if reading.truncated else "")
     if reading.mode == "slow":
         console.print(f"reasoning: {reading.reasoning or 'none'}", markup=False, highlight=False)
     if not reading.words:

@@ -8,8 +8,8 @@ import json
 import sys
 
 from absl import app, flags
-from tqdm import tqdm
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import parse_flags
 from mer_r1_jax.data.synthetic.make import WorldError, make_world
 
@@ -25,7 +25,7 @@ _WHEELS = flags.DEFINE_string("wheel_dir", "", "Folder with emotion wheels; empt
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --sft_clips=4000")
-    with tqdm(unit="clip", desc="synthetic clips") as bar:
+    with screen.bar(unit="clip", desc="synthetic clips") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -43,11 +43,13 @@ def main(argv: list[str]) -> int:
                 progress=progress,
             )
         except WorldError as error:
-            print(f"error: {error}", file=sys.stderr)
+            screen.say(f"error: {error}", error=True)
             return 1
     for name, scores in json.loads(paths.oracle.read_text()).items():
-        print(f"{name:10} precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  F1 {scores['f1']:.3f}")
-    print(paths.sft, paths.rl, paths.eval, paths.tokenizer, sep="\n")
+        screen.say(
+            f"{name:10} precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  F1 {scores['f1']:.3f}"
+        )
+    screen.say(paths.sft, paths.rl, paths.eval, paths.tokenizer, sep="\n")
     return 0
 
 

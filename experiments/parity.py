@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 from absl import app, flags
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.omni.border import InputError, ProcessorInputs
 from mer_r1_jax.omni.hf.config import load_config
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
         outputs = run_port(load_params(_MODEL.value, config), config, inputs, generate=_GENERATE.value)
         with open(_OUT.value, "wb") as file:  # an open file, because savez would append .npz to another name
             np.savez(file, **outputs)
-        print(f"{_OUT.value}: " + ", ".join(f"{name} {array.shape}" for name, array in outputs.items()))
+        screen.say(f"{_OUT.value}: " + ", ".join(f"{name} {array.shape}" for name, array in outputs.items()))
         if _REFERENCE.value:
             _compare(outputs, _transformers(inputs), inputs.attention_mask == 1)
 
@@ -65,14 +66,16 @@ def _compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], real_BT
         got = ours[name]
         if name == "greedy_ids":
             same = got.shape == expected.shape and (got == expected).all()
-            print(f"{name}: {'equal' if same else f'DIFFER, ours {got.tolist()}, transformers {expected.tolist()}'}")
+            screen.say(
+                f"{name}: {'equal' if same else f'DIFFER, ours {got.tolist()}, transformers {expected.tolist()}'}"
+            )
             continue
         if name == "logits":
             got, expected = got[real_BT], expected[real_BT]
         if name == "position_ids":
             got, expected = got[:, real_BT], expected[:, real_BT]
         worst = np.abs(got.astype(np.float64) - expected).max(initial=0)
-        print(f"{name}: worst difference {worst:.3g}, largest value {np.abs(expected).max(initial=0):.3g}")
+        screen.say(f"{name}: worst difference {worst:.3g}, largest value {np.abs(expected).max(initial=0):.3g}")
 
 
 if __name__ == "__main__":

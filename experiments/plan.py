@@ -13,6 +13,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.planning.markdown import markdown
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
                 only=_PROGRAMS.value,
                 try_others=_OTHERS.value,
                 command=_command(topology),
-                progress=lambda line: print(line, flush=True),
+                progress=screen.say,
             )
             name = f"{config.name}_{topology.replace(':', '_')}"
             folder = pathlib.Path(_OUT.value)
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
             page = markdown(sheet)
             (folder / f"{name}.md").write_text(page, encoding="utf-8")
             (folder / f"{name}.json").write_text(json.dumps(sheet.to_json(), indent=1) + "\n", encoding="utf-8")
-            print(f"\n{page}\nsaved as {folder / name}.md and .json", flush=True)
+            screen.say(f"\n{page}\nsaved as {folder / name}.md and .json")
             fits &= sheet.fits
         return 0 if fits else 1
 

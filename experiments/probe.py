@@ -18,6 +18,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.evaluation.comparison import Comparison, compare_samples, pooled
 from mer_r1_jax.evaluation.probes import MODALITIES, Swap, swap_modality, swap_reasoning
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     with explained():
         if _OUT.value:
             refuse_in_run(_OUT.value)
-        results = commands[argv[1]](Console())
+        results = commands[argv[1]](screen.console())
         if _OUT.value:
             durable.write_json(pathlib.Path(_OUT.value), results)
 

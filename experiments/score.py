@@ -11,6 +11,7 @@ import sys
 
 from absl import app, flags
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.emotion import predictions
 from mer_r1_jax.emotion.wheels import VARIANTS, load_wheels
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         out = pathlib.Path(_OUT.value)
         predictions.write_scores(result, out)
     shown = "undefined" if result["score"] is None else f"{result['score']:.4f}"
-    print(
+    screen.say(
         f"{result['metric']} {shown} over {result['n_scored']} of {result['n']} samples, "
         f"{result['n_unknown_words']} unknown words, {result['wheels']} wheels ({result['variant']}): {out}"
     )

@@ -17,9 +17,8 @@ import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
-from tqdm import tqdm
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import EXIT_ERROR, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.errors import ConfigError
@@ -52,8 +51,8 @@ def main(argv: list[str]) -> int:
     try:
         return _check(argv)
     except Exception:
-        traceback.print_exc()
-        print(
+        screen.say(traceback.format_exc().rstrip(), error=True)
+        screen.say(
             "error: the data could not be checked; this is a fault of this program: please report it", file=sys.stderr
         )
         return EXIT_ERROR
@@ -66,7 +65,7 @@ def _check(argv: list[str]) -> int:
         config = _with_synthetic_world(_config())
         files = _files(config)
         checks = _checks(config, stack)
-        bar = stack.enter_context(tqdm(unit="record", desc="checked"))
+        bar = stack.enter_context(screen.bar(unit="record", desc="checked"))
         report = validate(
             files,
             config.data.media_root,
@@ -76,7 +75,7 @@ def _check(argv: list[str]) -> int:
             progress=lambda: bar.update(),
         )
         bar.close()
-        print_report(report, Console())
+        print_report(report, screen.console())
         if _JSON.value:
             _write(report, pathlib.Path(_JSON.value))
         return 1 if report.errors else 0

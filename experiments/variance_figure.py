@@ -16,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from mer_r1_jax import screen
 from mer_r1_jax.rl.advantage import AdvantageConfig, Rewards, advantages
 
 _OUT = flags.DEFINE_string("out", "docs/variance.svg", "Where the picture goes.")
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         path = pathlib.Path(_OUT.value)
         with open(path, "wb") as file:
             FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    print(path)
+    screen.say(path)
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 
 from absl import app, flags
 
+from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
 def _report(name: str, words: list[str], ours: Wheels) -> None:
     missing = [word for word in words if not ours.is_known(word)]
     share = 1 - len(missing) / len(words)
-    print(f"{name:13} {share:6.1%} of {len(words)}   missing: {', '.join(missing[: _SHOW.value]) or 'none'}")
+    screen.say(f"{name:13} {share:6.1%} of {len(words)}   missing: {', '.join(missing[: _SHOW.value]) or 'none'}")
 
 
 if __name__ == "__main__":

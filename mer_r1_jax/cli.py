@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 
 from absl import logging
 
+from mer_r1_jax import screen
 from mer_r1_jax.config import command_line
 from mer_r1_jax.parallel.tpu_flags import set_tpu_flags
 
@@ -26,15 +26,17 @@ def explained() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("mer_r1_jax."):
             raise
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        screen.say(f"\nerror: {error}", error=True)
         raise SystemExit(EXIT_ERROR) from error
 
 
 def parse_flags(arguments: Sequence[str]) -> list[str]:
     """For `app.run(main, flags_parser=parse_flags)`: a mistake on the command line ends like every other.
 
-    Every command begins here, before it touches a device, so the TPU compiler's flags are set here too.
+    Every command begins here, before it touches a device or says a word, so the TPU compiler's flags are set and the
+    terminal is guarded here too.
     """
+    screen.guard_terminal()
     set_tpu_flags()
     with explained():
         return command_line.parse_flags(arguments)

@@ -34,7 +34,7 @@ def _counts_table(report: Report) -> Table:
     table = Table(title="what the data holds")
     table.add_column("")
     for file in report.files:
-        table.add_column(file.file, justify="right", overflow="fold")
+        table.add_column(printable(file.file), justify="right", overflow="fold")
     names = dict.fromkeys(name for file in report.files for name in file.counts)
     for name in names:
         table.add_row(name, *(str(file.counts.get(name, 0)) for file in report.files))
@@ -60,7 +60,6 @@ def _print_left_over(what: str, file: str, counts: dict[str, int], console: Cons
 
 def _print_problems(kind: str, problems: Sequence[Problem], console: Console) -> None:
     for problem in problems[:MAX_LISTED]:
-        # No markup: a file name may hold brackets.
-        console.print(f"{kind}: {problem}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{kind}: {printable(problem)}", markup=False, highlight=False, soft_wrap=True)
     if len(problems) > MAX_LISTED:
         console.print(f"... and {len(problems) - MAX_LISTED} more {kind}s (--json=FILE lists all)", highlight=False)

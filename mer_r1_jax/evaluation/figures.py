@@ -12,14 +12,18 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from mer_r1_jax.foreign_text import printable
 
 MOST_SHOWN_SECONDS = 3600.0  # longer clips are not opened for a report
 SLOW, FAST, RECALL, PRECISION, NEUTRAL = "#1f5fbf", "#d9730d", "#2a8c5f", "#8a4fbf", "#475569"
 GRID, _TEXT, MUTED = "#e2e8f0", "#1e293b", "#94a3b8"
 _BEHIND_LABEL = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
 STYLE = {
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "path",  # looks the same wherever it is opened
     "font.size": 9,
     "axes.titlesize": 10,
@@ -84,6 +88,8 @@ def as_svg(paint: Callable[[Figure], None], width: float, height: float) -> str:
 
 def svg(figure: Figure) -> bytes:
     """A figure as SVG, the same bytes for the same figure; to be called inside the style it was made in."""
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text(), one_line=False))
     out = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     return out.getvalue()

@@ -18,8 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mer_r1_jax.child import serve
+from mer_r1_jax.foreign_text import printable
 
 SHOWN = 80  # characters of a faulty value that are quoted
+MESSAGE = 500  # of an error's own words
 
 
 class NotAFunctionError(Exception):
@@ -98,17 +100,28 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], expected: int)
             result = asyncio.run(_awaited(result))
     except Exception as error:  # a user's function: anything may come out of it
         return {"error": f"it raised {_named(error)}"}
-    if hasattr(result, "tolist"):  # an array or a tensor
-        result = result.tolist()
+    try:
+        if hasattr(result, "tolist"):  # an array or a tensor
+            result = result.tolist()
+    except Exception as error:
+        return {"error": f"it returned a {type(result).__name__} that cannot be read: {_named(error)}"}
     if not isinstance(result, Sequence) or isinstance(result, str | bytes):
         return {"error": f"it returned a {type(result).__name__}, expected a list of {expected} numbers or None"}
     if len(result) != expected:
         return {"error": f"it returned {len(result)} values for {expected} completions"}
-    return {"values": [_checked(value) for value in result]}
+    return {"values": [_value(entry) for entry in result]}
 
 
 async def _awaited(result: Any) -> Any:
     return await result
+
+
+def _value(entry: Any) -> float | None | dict[str, str]:
+    """One completion's reward, or what is wrong with it; the entry's own methods may raise anything."""
+    try:
+        return _checked(entry)
+    except Exception as error:
+        return {"fault": f"it returned a {type(entry).__name__} that is no number of float's: {_named(error)}"}
 
 
 def _checked(value: Any) -> float | None | dict[str, str]:
@@ -117,7 +130,9 @@ def _checked(value: Any) -> float | None | dict[str, str]:
     if getattr(value, "ndim", None) == 0:
         value = value.item()  # one number as an array or a tensor
     if not isinstance(value, numbers.Real):
-        return {"fault": f"it returned {repr(value)[:SHOWN]} ({type(value).__name__}), expected a number or None"}
+        return {
+            "fault": f"it returned {printable(repr(value), SHOWN)} ({type(value).__name__}), expected a number or None"
+        }
     if not math.isfinite(value):
         return {"fault": f"it returned {float(value)}, expected a finite number, or None for unscored"}
     return float(value)
@@ -128,7 +143,11 @@ def _named(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    try:
+        said = printable(error, MESSAGE)
+    except Exception:  # an error whose text raises
+        said = "without a text"
+    return printable(f"{type(error).__name__}: {said}{place}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.run.experience import ExperienceMaker, Rollout
 from mer_r1_jax.run.session import Session, StepLog
 from mer_r1_jax.run.setup import Setup, tower_flags
@@ -203,10 +204,11 @@ class RlPhase:
     def _log_completions(self, session: Session, log: StepLog, step: int, rollout: Rollout) -> None:
         session.metrics.write_completions(step, rollout.table)
         for line in range(min(self.setup.config.train.num_completions_to_print, len(rollout.table.get("id", ())))):
-            words, truth = rollout.table["words"][line], rollout.table["truth"][line]
+            clip, words, truth = (rollout.table[name][line] for name in ("id", "words", "truth"))
             log.note(
-                f"  {rollout.table['id'][line]}: {rollout.table['completion'][line]!r}\n"
-                f"  answer {', '.join(words) or 'none'} | truth {', '.join(truth)} | F1 {rollout.table['f1'][line]:.2f}"
+                f"  {printable(clip)}: {rollout.table['completion'][line]!r}\n"
+                f"  answer {printable(', '.join(words)) or 'none'} | truth {printable(', '.join(truth))} | "
+                f"F1 {rollout.table['f1'][line]:.2f}"
             )
 
 

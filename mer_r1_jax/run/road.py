@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mer_r1_jax import faults
+from mer_r1_jax import faults, screen
 from mer_r1_jax.bucket import storage
 from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.config.errors import ConfigError
@@ -27,6 +27,7 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.hf.export import export_model
@@ -60,7 +61,7 @@ def run(config: RunConfig) -> int:
     Returns:
         The process's exit code: 0 when everything is done, EXIT_SAVED when a signal stopped the run with a checkpoint.
     """
-    console = Console(stderr=True, quiet=not processes.is_first())
+    console = screen.console(stderr=True, quiet=not processes.is_first())
     check_config(config)
     if is_bucket(config.train.output_dir):
         storage.require()
@@ -217,7 +218,7 @@ class _Road:
     def _introduce(self, restored: Restored | None) -> None:
         """Says what is about to happen: sizes, shapes that can compile, one rendered prompt."""
         setup, say = self.setup, self.console.print
-        say(f"[bold]{self.folder.path}[/bold], attempt {self.folder.attempt}", highlight=False)
+        say(f"{self.folder.path}, attempt {self.folder.attempt}", style="bold")
         if restored:
             say(f"going on after {restored.host['phase']} step {restored.host['step']}")
             if changes := mesh_changes(restored.saved_on, setup.backbone.mesh):
@@ -244,7 +245,7 @@ class _Road:
             if isinstance(prompt, Prompt):
                 seconds = prompt.stats["audio_seconds"]
                 self.console.print(
-                    f"first prompt, {record.id}: {prompt.stats['frames']} frames, {seconds:.1f} s audio",
+                    f"first prompt, {printable(record.id)}: {prompt.stats['frames']} frames, {seconds:.1f} s audio",
                     highlight=False,
                 )
                 self.console.print(prompt.text, markup=False, highlight=False, style="dim")
@@ -281,7 +282,7 @@ class _Road:
                 numbers = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")]
                 numbers += [f"{row[name]:.1f}" for name in ("mean_words", "mean_length")]
                 table.add_row(f"{label}, {mode}", *numbers, str(row["distinct_answers"]))
-        output = Console()
+        output = screen.console()
         output.print(table)
         if files:
             scores = json.loads(files[-1].read_text())

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
-from tqdm import tqdm
 
-from mer_r1_jax import faults
+from mer_r1_jax import faults, screen
+from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.run_directory import RunDirectory
 
@@ -229,7 +229,7 @@ class _TensorBoard:
             self._files[phase] = self._open(phase, step)
         event = event_pb2.Event(wall_time=time.time(), step=step)
         for name, value in values.items():
-            event.summary.value.append(summary_pb2.Summary.Value(tag=name, simple_value=value))
+            event.summary.value.append(summary_pb2.Summary.Value(tag=printable(name), simple_value=value))
         self._files[phase].write_event(event)
         self._files[phase].flush()
 
@@ -279,7 +279,7 @@ class Progress:
         self._start = time.monotonic()
         self._hinted = False
         self._bar = (
-            tqdm(total=total, initial=done, desc=phase, file=self._stream, dynamic_ncols=True, unit="step")
+            screen.bar(total=total, initial=done, desc=phase, file=self._stream, dynamic_ncols=True, unit="step")
             if self._stream.isatty()
             else None
         )
@@ -301,7 +301,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints text without tearing the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(printable(text, one_line=False), file=self._stream)
         else:
             self._print(text)
 
@@ -317,7 +317,7 @@ class Progress:
         self.close()
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        screen.say(text, stream=self._stream)
 
     def _remaining(self, step: int) -> str:
         if step <= self._first:

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax import screen
 from mer_r1_jax.training import durable, run_lock
 from mer_r1_jax.training.checkpoints import Checkpoints
 
@@ -215,8 +216,7 @@ class RunDirectory:
 
     def _log_to(self, name: str) -> None:
         self.log_file = self.attempt_logs / name
-        self._log_handler = logging.FileHandler(self.log_file)
-        self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._log_handler = screen.log_file(self.log_file)
         logging.getLogger().addHandler(self._log_handler)
 
 

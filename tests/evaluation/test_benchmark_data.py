@@ -191,5 +191,5 @@ def test_files_that_hold_no_labels_are_named(tmp_path):
         read_corpora(npz_of(tmp_path / "list.npz", pickle.dumps([1, 2])))
     with pytest.raises(BenchmarkError, match="a, emo: got list, expected text or a number"):
         read_corpora(npz_of(tmp_path / "deep.npz", pickle.dumps({"a": {"emo": [1]}})))
-    with pytest.raises(BenchmarkError, match="UnpicklingError|EOFError|truncated"):
+    with pytest.raises(BenchmarkError, match="truncated"):
         read_corpora(npz_of(tmp_path / "cut.npz", pickle.dumps({"a": {"emo": 1}})[:-4]))

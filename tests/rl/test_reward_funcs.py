@@ -2,13 +2,16 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from mer_r1_jax import screen
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.rl import reward_funcs
 from mer_r1_jax.rl.reward_funcs import (
@@ -100,6 +103,45 @@ def test_only_the_sample_at_fault_is_unscored_and_it_is_named(functions, caplog,
     assert [bool(faults) for faults in columns["reward_faults"]] == [False] * 3 + [True] + [False] * 3
     grid = scored.grid((3, 3))
     np.testing.assert_array_equal(grid, [[1, 1, np.nan], [1, np.nan, np.nan], [1, 1, np.nan]])
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("text", r"\\x1b\]0;owned"),
+        ("digits", "OverflowError"),
+        ("negative", "OverflowError"),
+        ("nested", "list"),
+        ("complex", "complex"),
+        ("cruel", "Cruel"),
+        ("long", "characters more"),
+    ],
+)
+def test_a_value_that_is_no_number_costs_its_own_sample_only(functions, caplog, text, word):
+    scored = functions("odd_values").score(samples(["fine", text, "yes"], ["fine"]))["odd_values"]
+    np.testing.assert_array_equal(scored.values, np.array([0.5, np.nan, 1.0, 0.5], np.float32))
+    assert list(scored.faults) == [1] and re.search(word, scored.faults[1]) and len(scored.faults[1]) < 1000
+    assert "clip-0" in caplog.text and scored.faults[1].isprintable() and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("name, word", [("raises_escapes", "RuntimeError"), ("raises_without_words", "without a text")])
+def test_an_errors_words_reach_logs_and_tables_as_text(functions, caplog, tmp_path, name, word):
+    path = tmp_path / "log.txt"
+    handler = screen.log_file(path)
+    logging.getLogger().addHandler(handler)
+    try:
+        asked = functions(name, max_faulty_rollouts=2)
+        scores = asked.score(samples(["fine", "fine"]))
+        with pytest.raises(RewardError, match=word) as stopped:
+            asked.score(samples(["fine"]))
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    faults = columns_of(scores)["reward_faults"]
+    pa.table({"faults": faults})  # half a surrogate pair could not be kept
+    shown = [fault for row in faults for fault in row] + [str(stopped.value), *path.read_text().splitlines()]
+    assert all(text.isprintable() and len(text) < 1500 for text in shown) and word in shown[0]
+    assert not any(line.startswith("2030") for line in path.read_text().splitlines())
 
 
 def test_a_hanging_call_ends_in_time_and_the_others_are_scored(functions):

@@ -80,3 +80,30 @@ def not_of_the_first(completions, id, **kwargs):
     if "clip-0" in id:
         raise ValueError("not this one")
     return letters(completions)
+
+
+def odd_values(completions, **kwargs):
+    """A value of the kind that a completion's text names."""
+
+    class Cruel:
+        def __repr__(self):
+            raise ValueError("no words \x1b[2J")
+
+    values = {
+        **{"text": "\x1b]0;owned\x07 \ud83d", "yes": True, "digits": 10**5000, "negative": -(10**400)},
+        **{"nested": [[1.0]], "complex": 1j, "cruel": Cruel(), "long": "x" * 100_000},
+    }
+    return [values.get(text, 0.5) for text in _texts(completions)]
+
+
+def raises_escapes(completions, **kwargs):
+    raise RuntimeError("\x1b[2J\x1b]0;owned\x07 [/bold] \ud83d \u202e\n2030-01-01 ERROR root: forged " + "x" * 100_000)
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("nothing to say")
+
+
+def raises_without_words(completions, **kwargs):
+    raise Speechless

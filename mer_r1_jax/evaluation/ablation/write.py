@@ -13,6 +13,7 @@ from mer_r1_jax.evaluation.ablation.narrative import describe
 from mer_r1_jax.evaluation.ablation.tables import markdown, tables_of
 from mer_r1_jax.evaluation.figures import data_uri
 from mer_r1_jax.evaluation.page import render_page
+from mer_r1_jax.foreign_text import for_markdown, printable
 from mer_r1_jax.training import durable
 
 FIGURE = "ablation.svg"
@@ -31,9 +32,9 @@ def write(folder: Path, ablation: Ablation, command: str, plan: Mapping[str, Any
     tables = tables_of(ablation)
     paragraphs = describe(ablation)
     text = "\n\n".join(
-        ["## Ablation of the arms", setting, *paragraphs, f"![Scores, gains and curves]({FIGURE})"]
+        ["## Ablation of the arms", for_markdown(setting), *paragraphs, f"![Scores, gains and curves]({FIGURE})"]
         + [markdown(table).rstrip() for table in tables]
-        + [f"Made by\n\n```bash\n{command}\n```\n"]
+        + [f"Made by\n\n```bash\n{printable(command)}\n```\n"]
     )
     html = render_page(
         "ablation/ablation.html.jinja",

@@ -1,34 +1,36 @@
 """Official label files, npz with Python pickles inside, opened without running what a pickle may carry, and made CSV.
 
 An official file holds one object array for each corpus, around a dictionary from clip name to the clip's labels. A
-pickle is a program: it may call any function it can name. Here it can name the few that such dictionaries are made of
-(numpy arrays, dtypes and scalars, and plain containers) and nothing else; the first other name ends the reading.
+pickle is a program: it may call any function it can name. Here it is read as data (`inert_pickle`), from an archive
+whose parts and sizes are checked first.
 """
 
 from __future__ import annotations
 
-import builtins
 import csv
 import io
 import pathlib
-import pickle
+import re
 import zipfile
+import zlib
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-
+from mer_r1_jax.evaluation.benchmarks import inert_pickle
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.inert_pickle import UnsafePickle
+from mer_r1_jax.foreign_text import printable, would_run_in_a_spreadsheet
 
 SPLIT, NAME = "split", "name"  # the first columns of the CSV
-MAX_BYTES = 1 << 30  # of one unpacked array; the largest official file has a few megabytes
+# The largest official file has a few megabytes and a handful of arrays.
+MAX_FILE = 32 << 20  # bytes of a file
+MAX_BYTES = 64 << 20  # of all its arrays, unpacked
+MAX_ARRAYS = 64
+MAX_HEADER = 10_000  # bytes before an array's content
 COMMAND = "python experiments/convert_labels.py"
-_CONTAINERS = frozenset(("dict", "list", "tuple", "set", "frozenset", "str", "int", "float", "bool", "complex"))
-_NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")  # until numpy 1, since numpy 2
-
-
-class UnsafePickle(BenchmarkError):
-    """A pickle that names something label files have no use for. Nothing of it was run."""
+_NPY = re.compile(rb"\x93NUMPY([\x01-\x03])\x00", re.DOTALL)
+_ENCRYPTED = 1  # the flag of a zip member
+_QUOTED = 200  # characters of the file's own words in a message
 
 
 def read_corpora(path: str | pathlib.Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -46,17 +48,31 @@ def read_corpora(path: str | pathlib.Path) -> dict[str, dict[str, dict[str, Any]
     """
     path = pathlib.Path(path)
     try:
+        if not path.is_file():
+            raise BenchmarkError(f"{path}: no such file; expected an official label file (npz)")
+        if path.stat().st_size > MAX_FILE:
+            raise BenchmarkError(f"{path}: {path.stat().st_size} bytes, expected a label file of at most {MAX_FILE}")
         with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-            for info in members:
-                if info.file_size > MAX_BYTES:
-                    raise BenchmarkError(f"{path}: {info.filename} unpacks to {info.file_size} bytes; refused")
-            arrays = {info.filename.removesuffix(".npy"): _array(archive.read(info), path) for info in members}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise BenchmarkError(f"{path}: cannot be read as npz ({error}); expected an official label file") from error
-    if not arrays:
-        raise BenchmarkError(f"{path}: holds no array; expected dictionaries of labels, such as test_corpus")
-    return {name: _corpus(array, f"{path}, {name}") for name, array in arrays.items()}
+            members = archive.infolist()
+            _check_members(path, members)
+            contents = {info.filename.removesuffix(".npy"): _unpacked(archive, info) for info in members}
+    except BenchmarkError:
+        raise
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError) as error:
+        said = printable(error, _QUOTED)
+        raise BenchmarkError(f"{path}: cannot be read as npz ({said}); expected an official label file") from error
+    corpora = {}
+    for name, content in contents.items():
+        where = f"{path}, {printable(name, _QUOTED)}"
+        try:
+            value = inert_pickle.load(_after_header(content))
+        except UnsafePickle as error:
+            raise UnsafePickle(f"{path}: {error} (array {printable(name, _QUOTED)})") from None
+        except (ValueError, OverflowError, RecursionError) as error:  # the standard library's words for damage
+            said = printable(f"{type(error).__name__}: {error}", _QUOTED)
+            raise BenchmarkError(f"{where} cannot be read ({said}); it is truncated or damaged: get it again") from None
+        corpora[_label(name, where)] = _corpus(value, where)
+    return corpora
 
 
 def convert(path: str | pathlib.Path, out: str | pathlib.Path | None = None) -> tuple[pathlib.Path, dict[str, int]]:
@@ -98,82 +114,89 @@ def refusal(path: pathlib.Path) -> str:
     )
 
 
-class _LabelUnpickler(pickle.Unpickler):
-    """Resolves what numpy arrays of plain values need; see the module's text."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "builtins" and name in _CONTAINERS:
-            return getattr(builtins, name)
-        if module == "numpy" and name == "dtype":
-            return np.dtype
-        if module == "numpy" and name == "ndarray":
-            return _Array
-        if module in _NUMPY_MODULES:
-            if name == "_reconstruct":
-                return _empty_array
-            if name == "scalar":
-                return _scalar
-        raise UnsafePickle(
-            f"its pickle names {module}.{name}; a label file needs numpy arrays, dtypes and plain containers only. "
-            "Nothing was run. Do not open this file by other means; get it from its publisher again"
-        )
-
-
-class _Array:
-    """Stands for the class a pickle names beside `_reconstruct`; numpy's own would make arrays of any size."""
+def _check_members(path: pathlib.Path, members: list[zipfile.ZipInfo]) -> None:
+    """Refuses what numpy does not write, and what would unpack to more than a label file holds."""
+    if not members:
+        raise BenchmarkError(f"{path}: holds no array; expected dictionaries of labels, such as test_corpus")
+    if len(members) > MAX_ARRAYS:
+        raise BenchmarkError(f"{path}: holds {len(members)} files, expected an array for each of a few corpora")
+    names = [info.filename for info in members]
+    if len(set(names)) < len(names):
+        raise BenchmarkError(f"{path}: holds two files of one name, expected an array for each corpus; refused")
+    for info in members:
+        name = printable(info.filename, _QUOTED)
+        if not info.filename.endswith(".npy"):
+            raise BenchmarkError(f"{path}: holds {name}, which is no array; expected an official label file")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & _ENCRYPTED:
+            raise BenchmarkError(f"{path}: {name} is packed in a way numpy does not use; expected an official file")
+    size = sum(info.file_size for info in members)
+    if size > MAX_BYTES:
+        raise BenchmarkError(f"{path}: unpacks to {size} bytes, expected at most {MAX_BYTES}; refused")
 
 
-def _empty_array(_subtype: type, _shape: tuple[int, ...], _dtype: Any) -> np.ndarray:
-    """An array that the pickle's next step fills: whatever is asked for, nothing large is made here."""
-    return np.ndarray((0,), np.int8)
+def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member's bytes, never more than the archive's index says."""
+    with archive.open(info) as member:
+        content = member.read(info.file_size + 1)
+    if len(content) != info.file_size:
+        raise zipfile.BadZipFile(f"{printable(info.filename, _QUOTED)} is not as long as the index says")
+    return content
 
 
-def _scalar(dtype: np.dtype, content: Any = b"") -> Any:
-    """A numpy number or text from its bytes."""
-    if not isinstance(dtype, np.dtype) or dtype.hasobject or not isinstance(content, bytes):
-        raise UnsafePickle("its pickle holds a numpy scalar that is neither number nor text; nothing was run")
-    return np.frombuffer(content, dtype, count=1)[0].item()
+def _after_header(content: bytes) -> bytes:
+    """What follows an .npy header. The header is looked at as text: a type it describes is never made."""
+    start = _NPY.match(content)
+    if not start:
+        raise ValueError("no array of numpy's")
+    long = start.group(1) != b"\1"
+    offset = 12 if long else 10
+    length = int.from_bytes(content[8:offset], "little")
+    header = content[offset : offset + length]
+    if length > MAX_HEADER or len(header) < length:
+        raise ValueError(f"a header of {length} bytes")
+    if not re.search(rb"""["']descr["']\s*:\s*["']\|?O["']""", header):
+        raise UnsafePickle("holds an array of numbers or texts, expected a dictionary from clip name to labels")
+    return content[offset + length :]
 
 
-def _array(content: bytes, path: pathlib.Path) -> Any:
-    """The array of one .npy member."""
-    stream = io.BytesIO(content)
-    try:
-        if not _holds_pickle(stream):
-            stream.seek(0)
-            return np.lib.format.read_array(stream, allow_pickle=False)
-        return _LabelUnpickler(stream).load()
-    except UnsafePickle as error:
-        raise UnsafePickle(f"{path}: {error}") from None
-    except BenchmarkError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise BenchmarkError(f"{path}: an array in it cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _holds_pickle(stream: BinaryIO) -> bool:
-    """Reads an .npy header; whether what follows is a pickle."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    _, _, dtype = read(stream)
-    return dtype.hasobject
-
-
-def _corpus(array: Any, where: str) -> dict[str, dict[str, Any]]:
-    held = array.item() if isinstance(array, np.ndarray) and array.shape == () else array
+def _corpus(value: Any, where: str) -> dict[str, dict[str, Any]]:
+    held = value.content if isinstance(value, inert_pickle.Array) and value.size == 1 else value
     if not isinstance(held, Mapping):
-        raise BenchmarkError(f"{where}: got {type(held).__name__}, expected a dictionary from clip name to labels")
+        raise BenchmarkError(f"{where}: got {_kind(held)}, expected a dictionary from clip name to labels")
     corpus = {}
     for name, row in held.items():
-        if not isinstance(name, str) or not isinstance(row, Mapping):
-            raise BenchmarkError(f"{where}: got the entry {name!r}: {row!r}, expected a clip name and its labels")
-        corpus[name] = {str(label): _plain(value, f"{where}, {name}, {label}") for label, value in row.items()}
+        name = _label(name, where)
+        if not isinstance(row, Mapping):
+            raise BenchmarkError(f"{where}, {name}: got {_kind(row)}, expected the clip's labels")
+        labels = {_label(str(label), f"{where}, {name}"): value for label, value in row.items()}
+        if clash := {SPLIT, NAME} & labels.keys():
+            raise BenchmarkError(f"{where}, {name}: a label is called {clash.pop()}, which is a column of the CSV")
+        corpus[name] = {label: _plain(value, f"{where}, {name}, {label}") for label, value in labels.items()}
     return corpus
 
 
 def _plain(value: Any, where: str) -> str | int | float:
-    if isinstance(value, np.ndarray) and value.size == 1 and not value.dtype.hasobject:
-        value = value.reshape(())[()].item()
-    if not isinstance(value, str | int | float):
-        raise BenchmarkError(f"{where}: got {type(value).__name__}, expected text or a number")
+    if isinstance(value, inert_pickle.Array) and value.size == 1:
+        value = value.content
+    if isinstance(value, str):
+        return _label(value, where)
+    if not isinstance(value, int | float):
+        raise BenchmarkError(f"{where}: got {_kind(value)}, expected text or a number")
     return value
+
+
+def _label(text: Any, where: str) -> str:
+    """A text that may stand in the CSV, unchanged: it is looked up among files and words later."""
+    if not isinstance(text, str):
+        raise BenchmarkError(f"{where}: got the name {printable(_kind(text))}, expected text")
+    if printable(text, one_line=False) != text:
+        raise BenchmarkError(f"{where}: {printable(text, _QUOTED)} holds characters that no name or label has; refused")
+    if would_run_in_a_spreadsheet(text):
+        raise BenchmarkError(f"{where}: {printable(text, _QUOTED)} would be run as a formula by a spreadsheet; refused")
+    return text
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, inert_pickle.Array):
+        return f"an array of {value.size} elements"
+    return type(value).__name__

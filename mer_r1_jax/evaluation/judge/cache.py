@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError
 from mer_r1_jax.training import durable
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class AnswerCache:
             entry = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.warning("%s cannot be read (%s): the question is asked again", path, error)
             return None
         if isinstance(entry, dict) and isinstance(entry.get("answer"), str) and entry.get("key") == key:
@@ -49,12 +50,22 @@ class AnswerCache:
         return None
 
     def put(self, key: str, entry: dict[str, Any]) -> None:
-        """Keeps an entry; it must have an `answer`."""
+        """Keeps an entry; it must have an `answer`.
+
+        Raises:
+            JudgeAbortedError: the folder cannot be written to; going on would pay for answers that are lost.
+        """
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two processes with one question would share the file that is renamed
-            durable.write_json(path, entry | {"key": key})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / ".lock", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two processes with one question would share the file that is renamed
+                durable.write_json(path, entry | {"key": key})
+        except OSError as error:
+            raise JudgeAbortedError(
+                f"{path} cannot be written ({error}), so the judge's answers would be lost; free the disk or give "
+                "another folder. The same command goes on from there"
+            ) from error
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

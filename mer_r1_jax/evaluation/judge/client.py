@@ -27,6 +27,7 @@ __all__ = ["ChatClient", "JudgeAbortedError", "JudgeError", "Message", "image_pa
 Message = dict[str, Any]  # {"role": ..., "content": text or list of parts}, as the chat endpoint takes it
 
 LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the endpoint asks for
+_MEANT_WAIT = 86_400.0  # seconds; an endpoint that asks for more says nothing
 FEWEST_QUESTIONS = 10  # the failed fraction is one of at least so many questions
 _CHARACTERS_PER_TOKEN = 3  # on the safe side, for endpoints that do not count
 
@@ -258,7 +259,7 @@ class ChatClient:
     def _wait(self, state: tenacity.RetryCallState) -> float:
         asked = state.outcome.exception().retry_after
         grown = tenacity.wait_exponential_jitter(initial=self._backoff, max=LONGEST_WAIT, jitter=self._backoff)(state)
-        return grown if asked is None else min(max(asked, 0.0), LONGEST_WAIT)
+        return grown if asked is None or asked > _MEANT_WAIT else min(max(asked, 0.0), LONGEST_WAIT)
 
     def _fail(self, error: JudgeError) -> None:
         """Counts a failure, and aborts when there are too many."""

@@ -6,15 +6,18 @@ import dataclasses
 import datetime
 import email.utils
 import json
-import time
+import logging
 from typing import Any
 
 import httpx
 
+from mer_r1_jax.evaluation.judge import exchange
 from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError, JudgeError
 from mer_r1_jax.evaluation.judge.secret import KeyFromEnvironment
+from mer_r1_jax.foreign_text import printable
 
-MAX_REPLY_BYTES = 8 << 20  # more is no chat reply
+MAX_REPLY_BYTES = 8 << 20  # of an exchange as it is sent, headers included; more is no chat reply
+_MOST_TOKENS = 1 << 40  # of one reply; more is no count
 _QUOTED = 300  # characters of a reply shown in an error
 _TRANSIENT = {408: "timeout", 409: "server_error", 425: "server_error", 429: "rate_limited"}
 _USELESS = {  # status -> what to do; the next question would fail alike
@@ -62,12 +65,14 @@ class Endpoint:
         self._timeout = timeout
         self._url = _checked_url(base_url)
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        for library in ("httpx", "httpcore"):  # they log what the server said, which may be the key
+            logging.getLogger(library).setLevel(logging.WARNING)
         # Redirects are not followed: another host has no business with the key.
-        self._client = httpx.Client(
+        self._client = exchange.client(
             timeout=timeout,
             limits=limits,
             auth=self.key,
-            follow_redirects=False,
+            headers={"Accept-Encoding": "identity"},  # a packed reply can be of any size
             verify=self._url.startswith("https:"),  # loading certificates takes a while, and http has none to check
         )
 
@@ -88,31 +93,29 @@ class Endpoint:
             status, headers, body_text = self._exchange(body)
         except httpx.TimeoutException:
             raise TransientError("timeout", f"no whole reply within {self._timeout:g} s") from None
-        except httpx.RequestError as error:
-            # httpx's own words may quote headers; the class says enough.
+        except exchange.ReplyTooLarge:
+            raise TransientError("bad_reply", f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB") from None
+        except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
+            # The library's own words may quote headers; the class says enough.
             raise TransientError("connection", f"the connection failed ({type(error).__name__})") from None
         if status != 200:
             raise self._failure(status, headers, body_text)
         return self._reply(body_text)
 
     def _exchange(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, str]:
-        """Status, headers, and body without the key, which some endpoints quote.
-
-        The library's own time limit is one between bytes; this one is for the whole.
-        """
-        deadline = time.monotonic() + self._timeout
-        parts, size = [], 0
+        """Status, headers, and body without the key, which some endpoints quote."""
         # Escaped, so that half characters in somebody's text can be sent.
         content, headers = json.dumps(body).encode("ascii"), {"Content-Type": "application/json"}
-        with self._client.stream("POST", self._url, content=content, headers=headers) as response:
-            for part in response.iter_bytes():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_REPLY_BYTES:
-                    raise TransientError("bad_reply", f"a reply of more than {MAX_REPLY_BYTES >> 20} MiB")
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the whole reply took too long")
-            text = b"".join(parts).decode("utf-8", "replace")
+        with (
+            exchange.bounded(self._timeout, MAX_REPLY_BYTES),
+            self._client.stream("POST", self._url, content=content, headers=headers) as response,
+        ):
+            packed = response.headers.get("content-encoding", "identity").strip().lower()
+            if packed not in ("", "identity"):
+                if response.status_code == 200:
+                    raise TransientError("bad_reply", f"got a reply packed as {_quote(packed)}, expected it plain")
+                return response.status_code, response.headers, ""
+            text = b"".join(response.iter_raw()).decode("utf-8", "replace")
             return response.status_code, response.headers, self.key.redact(text)
 
     def _failure(self, status: int, headers: httpx.Headers, text: str) -> JudgeError | JudgeAbortedError:
@@ -139,13 +142,13 @@ class Endpoint:
             raise TransientError("bad_reply", f"expected a chat completion as JSON, got: {said}") from None
         # JSON can hold the key in escapes, and half characters, which no file can.
         text = self.key.redact(text).encode("utf-8", "replace").decode()
-        return Reply(text, finish if isinstance(finish, str) else "", _tokens(content.get("usage")))
+        finish = printable(self.key.redact(finish), _QUOTED) if isinstance(finish, str) else ""
+        return Reply(text, finish, _tokens(content.get("usage")))
 
 
 def _quote(text: str) -> str:
     """What the endpoint said, on one short line."""
-    line = " ".join(text.split())
-    return line if len(line) <= _QUOTED else line[:_QUOTED] + "…"
+    return printable(" ".join(text.split()), _QUOTED)
 
 
 def _checked_url(base_url: str) -> str:
@@ -173,7 +176,7 @@ def _tokens(usage: Any) -> int | None:
     if not isinstance(usage, dict):
         return None
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    whole = [count for count in counts if isinstance(count, int) and count >= 0]
+    whole = [count for count in counts if type(count) is int and 0 <= count < _MOST_TOKENS]
     return sum(whole) if whole else None
 
 
@@ -186,7 +189,7 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             date = email.utils.parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, TypeError, IndexError, OverflowError):
             return None
         if date.tzinfo is None:
             date = date.replace(tzinfo=datetime.UTC)

@@ -1,0 +1,122 @@
+"""The one way to a terminal and into a log. Whatever is shown through here is text: nothing in it is obeyed.
+
+Names of files, ids, models' answers and servers' replies end up in messages everywhere. So consoles, plain lines,
+progress bars and the handlers of logs are made here and nowhere else, and each writes out as an escape what a terminal
+would obey. Square brackets are brackets: Rich's markup is off, styles are given as arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import traceback
+from typing import IO, Any
+
+from absl import logging as absl_logging
+from rich.console import Console
+from rich.text import Text
+from tqdm import tqdm
+
+from mer_r1_jax.foreign_text import printable
+
+_LOG_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _PlainConsole(Console):
+    """A console of Rich's to which every text, cells and titles of tables included, is plain and printable."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        if all(isinstance(one, str) for one in objects):
+            settings.setdefault("soft_wrap", True)  # a path that is broken in two cannot be copied
+        super().print(*objects, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        settings |= {"markup": False, "emoji": False}
+        return super().render_str(printable(text, one_line=False), **settings)
+
+
+def console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console for tables and lines with a style; long lines of text are not broken.
+
+    Args:
+        stderr: write to standard error.
+        quiet: write nothing.
+    """
+    return _PlainConsole(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
+def say(*texts: object, error: bool = False, sep: str = " ", stream: IO[str] | None = None) -> None:
+    """Prints a line, at once.
+
+    Args:
+        error: on standard error.
+        sep: between the texts.
+        stream: where to instead.
+    """
+    line = printable(sep.join(map(str, texts)), one_line=False)
+    print(line, file=stream or (sys.stderr if error else sys.stdout), flush=True)
+
+
+def bar(**settings: Any) -> tqdm:
+    """A progress bar of tqdm's.
+
+    Args:
+        settings: of tqdm; texts are made printable.
+    """
+    return _PlainBar(**settings)
+
+
+class _PlainBar(tqdm):
+    def __init__(self, **settings: Any):
+        if "desc" in settings:
+            settings["desc"] = printable(settings["desc"])
+        super().__init__(**settings)
+
+    def set_description(self, desc: str | None = None, refresh: bool = True) -> None:
+        super().set_description(printable(desc or ""), refresh)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        super().set_postfix_str(printable(s), refresh)
+
+
+class PlainFormatter(logging.Formatter):
+    """What another formatter makes of a record, printable. Further lines are indented: none passes for a record.
+
+    Args:
+        inner: the other formatter; None = time, level and name before the message.
+    """
+
+    def __init__(self, inner: logging.Formatter | None = None):
+        super().__init__()
+        self._inner = inner or logging.Formatter(_LOG_LINE)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(self._inner.format(record), one_line=False).replace("\n", "\n  ")
+
+
+def log_file(path: Any) -> logging.Handler:
+    """A handler that writes a log to a file."""
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(PlainFormatter())
+    return handler
+
+
+def guard_terminal() -> None:
+    """Makes logs and tracebacks on the terminal printable too, and letters that its encoding lacks no error."""
+    # Absl's, whose formatter writes the head of a line, and the one for what comes before that is set up.
+    for handler in (absl_logging.get_absl_handler().python_handler, logging.lastResort):
+        if not isinstance(handler.formatter, PlainFormatter):
+            handler.setFormatter(PlainFormatter(handler.formatter or logging.Formatter()))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _show_bug
+    threading.excepthook = lambda args: _show_bug(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def _show_bug(kind: Any, value: Any, trace: Any) -> None:
+    """A traceback as Python shows it, printable."""
+    if issubclass(kind, SystemExit):
+        return
+    say("".join(traceback.format_exception(kind, value, trace)).rstrip("\n"), error=True)
