@@ -164,9 +164,11 @@ class RlPhase:
         session.metrics.write_completions(step, rollout.table)
         for line in range(min(self.setup.config.train.num_completions_to_print, len(rollout.table.get("id", ())))):
             words, truth = rollout.table["words"][line], rollout.table["truth"][line]
+            f1 = rollout.table["f1"][line]
             log.note(
                 f"  {rollout.table['id'][line]}: {rollout.table['completion'][line]!r}\n"
-                f"  answer {', '.join(words) or 'none'} | truth {', '.join(truth)} | F1 {rollout.table['f1'][line]:.2f}"
+                f"  answer {', '.join(words) or 'none'} | truth {', '.join(truth)} | "
+                + ("its truth is on no wheel" if f1 is None else f"F1 {f1:.2f}")
             )
 
 

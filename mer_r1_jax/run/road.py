@@ -21,6 +21,7 @@ from rich.table import Table
 from mer_r1_jax import faults
 from mer_r1_jax.bucket import storage
 from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
@@ -60,6 +61,7 @@ def run(config: RunConfig) -> int:
         The process's exit code: 0 when everything is done, EXIT_SAVED when a signal stopped the run with a checkpoint.
     """
     console = Console(stderr=True, quiet=not processes.is_first())
+    config = checked(config)
     check_config(config)
     if is_bucket(config.train.output_dir):
         storage.require()
@@ -179,6 +181,7 @@ class _Road:
                 f"{mode} F1 {scores[mode]['f1']:.3f} (P {scores[mode]['precision']:.3f} R {scores[mode]['recall']:.3f})"
                 for mode in ("slow", "fast")
             )
+            + _in_no_score(scores)
         )
 
     def _own_records(self) -> tuple[tuple[Record, ...], int]:
@@ -220,9 +223,10 @@ class _Road:
             say(f"going on after {restored.host['phase']} step {restored.host['step']}")
         count = sum(leaf.size for leaf in setup.backbone.shapes.values())
         say(f"{count / 1e6:.2f} M parameters on mesh {dict(setup.backbone.mesh.shape)}")
+        kept = "left out" if self.config.rl.unscorable == "drop" else "kept for their format"
         say(
-            f"{len(setup.data.sft)} SFT, {len(setup.data.rl)} RL ({setup.data.unscorable} unscorable left out), "
-            f"{len(setup.data.eval)} held-out records"
+            f"{len(setup.data.sft)} SFT, {len(setup.data.rl)} RL ({setup.data.unscorable} unscorable {kept}), "
+            f"{len(setup.data.eval)} held-out records ({setup.data.unscorable_eval} unscorable, in no score)"
         )
         lost = getattr(setup.candidates, "share_lost", None)
         if lost is not None:
@@ -282,7 +286,7 @@ class _Road:
         if files:
             scores = json.loads(files[-1].read_text())
             ceiling = "" if scores["oracle_f1"] is None else f"; one who knows the cues: F1 {scores['oracle_f1']:.3f}"
-            output.print(f"always the same answer: F1 {scores['majority_f1']:.3f}{ceiling}")
+            output.print(f"always the same answer: F1 {scores['majority_f1']:.3f}{ceiling}{_in_no_score(scores)}")
         for name, path in (
             ("report", self.folder.report_file),
             ("model in Hugging Face format", self.folder.export),
@@ -290,6 +294,12 @@ class _Road:
         ):
             if path.exists():
                 output.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+
+
+def _in_no_score(scores: dict[str, Any]) -> str:
+    """What is to be said of clips whose truth is on no wheel; "" where there are none."""
+    count = scores.get("n_unscorable", 0)
+    return f"; over {scores['n_scored']} of {scores['n']} clips, the truth of {count} is on no wheel" if count else ""
 
 
 def eval_length(config: RunConfig) -> int:
