@@ -29,12 +29,14 @@ from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.report import make_report
 from mer_r1_jax.media.errors import MediaError, PromptError
+from mer_r1_jax.media.fingerprints import ClipFingerprints
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.whole import on_first
 from mer_r1_jax.run.agreement import check_config, check_data
+from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
 from mer_r1_jax.run.session import Session, agreed_stop
@@ -73,6 +75,8 @@ def run(config: RunConfig) -> int:
     check_data(setup.data)
     with _open_folder(setup, config) as folder, StopSignals() as stop:
         try:
+            setup.source.clips = ClipFingerprints(clip_label(setup.config))
+            setup.source.clips.restore(read_clips(folder))
             return _Road(setup, folder, stop, console).walk()
         except StopRequested:
             # Raised inside the last evaluation, which leaves no trace: everything before it is saved.
@@ -94,7 +98,7 @@ def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
     folder = None
     if processes.is_first():
         resume = train.resume_from_checkpoint == "auto"
-        fingerprints = setup.data.fingerprints()
+        fingerprints = of_inputs(setup)
         folder = open_folder(*place, dataclasses.asdict(config), fingerprints=fingerprints, resume=resume)
     opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
     return folder or join(*place, *opened, process=processes.index())
@@ -170,6 +174,7 @@ class _Road:
         records, batches = self._own_records()
         prompts = load_prompts(self.setup, records)
         evaluation = self._evaluator.run((leaves, {}), prompts, check=self._check_stop, at_least=batches)
+        write_clips(self.setup, self.folder)
         if not processes.is_first():
             return
         wheels = self.setup.wheels
