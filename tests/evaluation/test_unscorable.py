@@ -130,7 +130,7 @@ def test_clips_without_a_score_are_neither_asked_nor_lent_in_a_probe():
 def two_runs(tmp_path_factory):
     """A finished run, and the same one with three neutral clips more in every evaluation."""
     root = tmp_path_factory.mktemp("runs")
-    good, mixed = (write_run(root / name, clips=4) for name in ("good", "mixed"))
+    good, mixed = (write_run(root / name, clips=4, config={"eval": {"num_examples": 7}}) for name in ("good", "mixed"))
     for path in (mixed / "eval").glob("*.samples.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for number, truth in enumerate(NEUTRAL):

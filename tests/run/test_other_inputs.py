@@ -97,7 +97,7 @@ def test_moved_folders_and_copies_of_the_same_bytes_go_on(moved, tmp_path):
 
 def test_another_tokenizer_is_refused_by_name(moved, capsys):
     file = moved / "tokenizer/tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_prefix_space": True}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 77}))
     told = refusal(config_of(moved), capsys)
     assert "fingerprint.tokenizer: " in told and "train.run_name" in told and "put the files back" in told
 

@@ -33,7 +33,8 @@ def neutral(small_folder, tmp_path):
 def config_of(small_folder, tmp_path):
     def config_of(data, **changes):
         data = {"media_root": str(small_folder)} | data
-        return small_config_of(small_folder, data=data, train={"output_dir": str(tmp_path / "runs")}, **changes)
+        changes = {"mesh": {"data": 4, "tensor": 2}, "train": {"output_dir": str(tmp_path / "runs")}} | changes
+        return small_config_of(small_folder, data=data, **changes)
 
     return config_of
 
