@@ -67,6 +67,8 @@ def _compare(console: Console) -> dict:
             highlight=False,
             soft_wrap=True,
         )
+    if result.unscorable:
+        console.print(f"{result.unscorable} clips have a truth on no wheel and are in no score", highlight=False)
     if result.reasoning_kept is not None:
         console.print(f"reasoning is {result.reasoning_kept:.0%} as long as before", highlight=False)
     return {"before": _BEFORE.value, "after": _AFTER.value, **result.as_json()}
@@ -99,7 +101,11 @@ def _swaps_of(model: str, console: Console) -> list[Swap]:
     try:
         prober = held_out.prober(_SEED.value)
         before = prober.answers(held_out.records)
-        console.print(f"{model}: {len(before.records)} clips, {len(before.skipped)} unusable", highlight=False)
+        console.print(
+            f"{model}: {len(before.records)} clips, {len(before.skipped)} unusable, "
+            f"{len(before.records) - len(before.scored)} with a truth on no wheel",
+            highlight=False,
+        )
         swaps = []
         for part in _WHAT.value:
             swaps.append(swap_reasoning(prober, before) if part == "reasoning" else swap_modality(prober, before, part))

@@ -96,8 +96,8 @@ class Quarantine:
         Raises:
             QuarantineLimitError: with the counts by reason and by data file, and the clips themselves.
         """
-        if self.fraction <= self.max_fraction:
-            return
+        if self.fraction <= self.max_fraction and not 0 < self.num_records <= len(self):
+            return  # where all are broken nothing is left to learn from, whatever may break
         reasons = ", ".join(f"{reason} {count}" for reason, count in self._counts("reason"))
         files = ", ".join(f"{file} {count}" for file, count in self._counts("file"))
         listed = [f"  {clip.file}:{clip.line}: {clip.id}: {clip.message}" for clip in self.clips[:MAX_LISTED]]

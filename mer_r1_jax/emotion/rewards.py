@@ -33,11 +33,20 @@ class Rewards:
     n_categories: float
     scorable: bool
 
+    def score(self, name: str) -> float | None:
+        """Precision, recall or f1; None where the truth is on no wheel, which is not the same as 0."""
+        return getattr(self, name) if self.scorable else None
+
 
 def category_sets(words: Iterable[str], wheels: Wheels) -> tuple[frozenset[str], ...]:
     """The set of categories of `words` on each wheel."""
     words = tuple(words)
     return tuple(frozenset(wheels.categories(words, wheel)) for wheel in range(len(wheels)))
+
+
+def is_scorable(truth_words: Iterable[str], wheels: Wheels) -> bool:
+    """Whether a truth has a category on at least one wheel. One that has none ("neutral") is in no mean."""
+    return any(category_sets(truth_words, wheels))
 
 
 def answer_rewards(

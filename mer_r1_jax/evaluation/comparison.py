@@ -101,11 +101,13 @@ class SamplesComparison:
         gaps: slow minus fast F1 at "before" and "after", each with its own interval.
         lengths: "before" and "after": means over clips of a slow answer's tokens and of its reasoning's words, and the
             distinct slow answers of each file.
+        unscorable: clips in no score, because their truth is on no wheel.
     """
 
     comparisons: tuple[Comparison, ...]
     gaps: dict[str, Difference]
     lengths: dict[str, dict[str, Any]]
+    unscorable: int = 0
 
     @property
     def reasoning_kept(self) -> float | None:
@@ -120,6 +122,7 @@ class SamplesComparison:
             "slow_minus_fast": {side: dataclasses.asdict(gap) for side, gap in self.gaps.items()},
             "lengths": self.lengths,
             "reasoning_kept": self.reasoning_kept,
+            "unscorable": self.unscorable,
         }
 
 
@@ -140,7 +143,14 @@ def compare_samples(
             f"got {len(before)} files before and {len(after)} after; expected as many, or a single one on one side"
         )
     sides = {"before": [_read(path) for path in before], "after": [_read(path) for path in after]}
-    ids = _common_ids(sides, (*before, *after))
+    common = _common_ids(sides, (*before, *after))
+    files = [*sides["before"], *sides["after"]]
+    ids = tuple(clip for clip in common if all(rows[clip]["slow"]["f1"] is not None for rows in files))
+    if len(ids) < 2:
+        raise CompareError(
+            f"{before[0]}: {len(ids)} of {len(common)} clips can be scored, expected at least two; the truths of the "
+            "others are on no wheel"
+        )
 
     def scores(side: str, mode: str, name: str) -> np.ndarray:
         return np.asarray([[rows[clip][mode][name] for clip in ids] for rows in sides[side]], np.float64)
@@ -156,6 +166,7 @@ def compare_samples(
         comparisons=tuple(comparisons),
         gaps={side: paired_difference(values, np.zeros_like(values), seed=seed) for side, values in gap.items()},
         lengths={side: _lengths([list(rows.values()) for rows in files]) for side, files in sides.items()},
+        unscorable=len(common) - len(ids),
     )
 
 
@@ -168,7 +179,9 @@ def _read(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
         raise CompareError(f"{path}: cannot be read as a samples file, one JSON object a line ({error})") from error
     for number, row in enumerate(rows, 1):
         scores = [row.get(mode, {}).get(name) for mode in MODES for name in SCORES] if isinstance(row, dict) else [None]
-        if not all(isinstance(score, int | float) for score in scores) or not isinstance(row.get("id"), str):
+        numbers = [isinstance(score, int | float) for score in scores]
+        unscorable = isinstance(row, dict) and not any(numbers) and all(_names_scores(row.get(mode)) for mode in MODES)
+        if not (all(numbers) or unscorable) or not isinstance(row.get("id"), str):
             raise CompareError(
                 f"{path}:{number}: expected `id`, and `slow` and `fast` with numbers {', '.join(SCORES)}; "
                 "use the *.samples.jsonl files of a run's eval folder"
@@ -177,6 +190,11 @@ def _read(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     if len(by_id) < len(rows):
         raise CompareError(f"{path}: {len(rows) - len(by_id)} clips stand in it twice")
     return by_id
+
+
+def _names_scores(answer: Any) -> bool:
+    """Whether an answer says of every score that there is none, as where its truth is on no wheel."""
+    return isinstance(answer, dict) and all(name in answer and answer[name] is None for name in SCORES)
 
 
 def _common_ids(sides: dict[str, list[dict[str, Any]]], paths: Sequence[str | pathlib.Path]) -> tuple[str, ...]:

@@ -69,9 +69,15 @@ class Evaluation:
     answers: dict[str, tuple[AnswerOf, ...]]
     skipped: tuple[tuple[Record, str], ...] = ()
 
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """Places of the clips that count in means: those whose truth has a category on some wheel."""
+        answers = next(iter(self.answers.values()))
+        return tuple(place for place, answer in enumerate(answers) if answer.answer.rewards.scorable)
+
     def scores(self, mode: str, name: str) -> np.ndarray:
-        """float64 [clips]: precision, recall or f1 of each clip's answer."""
-        return np.asarray([getattr(answer.answer.rewards, name) for answer in self.answers[mode]], np.float64)
+        """float64 [clips]: precision, recall or f1 of each clip's answer; NaN where its truth cannot be scored."""
+        return np.asarray([answer.answer.rewards.score(name) for answer in self.answers[mode]], np.float64)
 
 
 class Evaluator:

@@ -103,8 +103,13 @@ def _warnings_of_answers(end: Evaluation | None) -> list[str]:
     if end is None:
         return []
     found, name = [], end.benchmark
-    if end.n < FEW_CLIPS:
-        found.append(f"{name}: only {end.n} held-out clips; differences of a few points mean little.")
+    if end.n_scored < FEW_CLIPS:
+        found.append(f"{name}: only {end.n_scored} held-out clips; differences of a few points mean little.")
+    if end.n_unscorable:
+        found.append(
+            f"{name}: {end.n_unscorable} of {end.n} held-out clips have a truth on no wheel and are in no score, "
+            "neither of answers nor of floor and ceiling."
+        )
     if skipped := end.scores.get("skipped"):
         found.append(f"{name}: {len(skipped)} held-out clips could not be used and are in no score.")
     floor, distinct = end.reference("majority_f1"), end.score("slow", "distinct_answers")
@@ -158,7 +163,7 @@ def _what_it_gained(run: RunRecord) -> list[str]:
 def _standing(evaluation: Evaluation, when: str) -> str:
     slow, fast = evaluation.score("slow", "f1"), evaluation.score("fast", "f1")
     text = f"{when}, slow answers scored F1 {percent(slow)} and fast answers {percent(fast)}"
-    text += f" on {evaluation.n} held-out clips"
+    text += f" on {evaluation.n_scored} held-out clips"
     difference = f1_difference(evaluation, "slow", evaluation, "fast")
     if difference is None:
         return text + "."

@@ -29,6 +29,7 @@ from mer_r1_jax.training.state import Leaves
 
 MODALITIES = {"video": "videos", "audio": "audios", "subtitle": "subtitle"}  # a record's field of each
 ALONE = -1  # a clip without a partner
+NO_WHEEL = "truth on no wheel"  # clips without a score: neither asked nor lent to others
 LENGTH_STEP = 64  # forced reasoning lengthens prompts by a multiple of this, so that few programs are compiled
 
 
@@ -142,9 +143,12 @@ def swap_modality(prober: Prober, before: Evaluation, modality: str) -> Swap:
         raise ProbeError(
             f"{modality}: media.use_audio_in_video shows a video with its own sound, so neither can be swapped alone"
         )
-    held = [record for record in before.records if getattr(record, field)]
+    scorable = [before.records[place] for place in before.scored]
+    held = [record for record in scorable if getattr(record, field)]
     if len(held) < 2:
-        raise ProbeError(f"{modality}: {len(held)} of {len(before.records)} clips have one, expected at least two")
+        raise ProbeError(
+            f"{modality}: {len(held)} of {len(before.records)} clips have one and can be scored, expected at least two"
+        )
     parts = [getattr(record, field) for record in held]
     counts = np.asarray([1 if modality == "subtitle" else len(part) for part in parts])
     partner, sharing = partners(
@@ -161,7 +165,8 @@ def swap_modality(prober: Prober, before: Evaluation, modality: str) -> Swap:
             for mode in MODES
         ),
         left_out={
-            f"no {modality}": len(before.records) - len(held),
+            NO_WHEEL: len(before.records) - len(scorable),
+            f"no {modality}": len(scorable) - len(held),
             "no partner": len(held) - len(chosen),
             "unusable": len(after.skipped),
         },
@@ -229,8 +234,14 @@ def _reasonings(prober: Prober, before: Evaluation) -> tuple[list[int], list[np.
     """Clips whose slow answer can be split, its ids up to the answer, and the others by reason."""
     tags = prober.evaluator.scorer.tags
     kept, prefixes = [], []
-    left_out = {"no answer block": 0, "answer begins inside the tag's token": 0}
-    for clip, answer in enumerate(before.answers["slow"]):
+    scored = before.scored
+    left_out = {
+        NO_WHEEL: len(before.records) - len(scored),
+        "no answer block": 0,
+        "answer begins inside the tag's token": 0,
+    }
+    for clip in scored:
+        answer = before.answers["slow"][clip]
         located = tags.locate(answer.ids, len(answer.ids))
         if located is None:
             left_out["no answer block"] += 1

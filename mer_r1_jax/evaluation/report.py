@@ -147,7 +147,8 @@ def _table(stages: Stages) -> dict[str, Any]:
     end = stages.end
     return {
         "benchmark": end.benchmark,
-        "n": end.n,
+        "n": end.n_scored,
+        "unscorable": end.n_unscorable,
         "columns": [label for label, _ in columns],
         "rows": rows,
         "floor": percent(end.reference("majority_f1")),

@@ -37,6 +37,8 @@ class Evaluation:
     phase = property(lambda self: self.scores["phase"])
     step = property(lambda self: self.scores["step"])
     n = property(lambda self: self.scores.get("n", 0))
+    n_unscorable = property(lambda self: self.scores.get("n_unscorable", 0))  # clips in no score: truth on no wheel
+    n_scored = property(lambda self: self.n - self.n_unscorable)
 
     def score(self, mode: str, name: str) -> float | None:
         """A score of "slow" or "fast", or None when it was not measured."""

@@ -14,18 +14,30 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import Wheels
-from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation
+from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
 from mer_r1_jax.training import durable
 
 ORACLE_COLUMN = "oracle"  # extra column of the embedded world's held-out records: the answer of one who knows the cues
 
 
 def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: str, step: int) -> dict[str, Any]:
-    """Scores of an evaluation: slow and fast, the majority answer as a floor, the oracle (where known) as a ceiling."""
+    """Scores of an evaluation: slow and fast, the majority answer as a floor, the oracle (where known) as a ceiling.
+
+    Precision, recall and F1 of all four are means over the same clips, those whose truth is on a wheel; what says how
+    answers look (words, tokens, format) is over all clips.
+
+    Raises:
+        EvaluationError: no clip's truth is on a wheel.
+    """
     records = evaluation.records
-    oracles = [record.extra.get(ORACLE_COLUMN) for record in records]
-    known = [(words, record) for words, record in zip(oracles, records, strict=True) if words is not None]
-    truths = [record.solution for record in records]
+    scored = [records[place] for place in evaluation.scored]
+    if not scored:
+        raise EvaluationError(
+            f"none of the {len(records)} held-out clips that can be used has a solution with a word on a wheel, so no "
+            "answer can be scored; check the solutions, or emotion.wheel_dir"
+        )
+    oracles = [record.extra.get(ORACLE_COLUMN) for record in scored]
+    truths = [record.solution for record in scored]
     # Chosen on the held-out truths themselves, so it is the best any constant answer can do there.
     floor = constant_floor(majority_answer(truths, wheels), truths, wheels)
     return {
@@ -33,13 +45,15 @@ def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: 
         "phase": phase,
         "benchmark": benchmark,
         "n": len(records),
+        "n_scored": len(scored),
+        "n_unscorable": len(records) - len(scored),
         "skipped": [{"id": record.id, "reason": reason} for record, reason in evaluation.skipped],
         **{mode: _scores(mode, answers) for mode, answers in evaluation.answers.items()},
         "majority_answer": list(floor.words),
         "majority_f1": floor.f1,
-        "oracle_f1": float(np.mean([answer_rewards(words, record.solution, wheels).f1 for words, record in known]))
-        if known and len(known) == len(records)
-        else None,
+        "oracle_f1": None
+        if None in oracles
+        else float(np.mean([answer_rewards(words, t, wheels).f1 for words, t in zip(oracles, truths, strict=True)])),
     }
 
 
@@ -50,9 +64,7 @@ def _scores(mode: str, answers: Sequence[AnswerOf]) -> dict[str, Any]:
 
     scored = [answer.answer for answer in answers]
     return {
-        "precision": mean([answer.rewards.precision for answer in scored]),
-        "recall": mean([answer.rewards.recall for answer in scored]),
-        "f1": mean([answer.rewards.f1 for answer in scored]),
+        **{name: mean([answer.rewards.score(name) for answer in scored]) for name in ("precision", "recall", "f1")},
         "confidence_correct": mean([answer.confidence_correct for answer in answers]),
         "confidence_wrong": mean([answer.confidence_wrong for answer in answers]),
         "distinct_answers": len({tuple(sorted(answer.parsed.words)) for answer in scored}),
@@ -86,9 +98,7 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
             "reasoning": scored.parsed.reasoning,
             "words": list(scored.parsed.words),
             "categories": [sorted(wheels.categories(scored.parsed.words, k)) for k in range(len(wheels.names))],
-            "precision": scored.rewards.precision,
-            "recall": scored.rewards.recall,
-            "f1": scored.rewards.f1,
+            **{name: scored.rewards.score(name) for name in ("precision", "recall", "f1")},
             "length": scored.length,
             "confidence_correct": answer.confidence_correct,
             "confidence_wrong": answer.confidence_wrong,

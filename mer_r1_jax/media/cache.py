@@ -45,7 +45,7 @@ class ClipCache:
         self.hits = self.misses = self.corrupt = 0
         self._lock = threading.Lock()
         self._suffix = {kind: _settings_hash(kind, media, factor, n_mels) for kind in SETTINGS}
-        self._content: dict[str, tuple[tuple[int, int, int], str]] = {}
+        self._content: dict[str, tuple[tuple[int, ...], str]] = {}
         self._complained = False
 
     def key(self, path: str, kind: str, root: str | Path = "") -> Path:
@@ -95,7 +95,8 @@ class ClipCache:
         """SHA-256 of a file's content, read again only when its size, time or identity changed."""
         with media_file(path, root) as file:
             status = file.status()
-            signature = (status.st_size, status.st_mtime_ns, status.st_ino)
+            # A file's own time can be set back; when its status changed cannot.
+            signature = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
             known = self._content.get(path)
             if known is None or known[0] != signature:
                 known = signature, _sha256(file)

@@ -204,11 +204,11 @@ class RlPhase:
     def _log_completions(self, session: Session, log: StepLog, step: int, rollout: Rollout) -> None:
         session.metrics.write_completions(step, rollout.table)
         for line in range(min(self.setup.config.train.num_completions_to_print, len(rollout.table.get("id", ())))):
-            clip, words, truth = (rollout.table[name][line] for name in ("id", "words", "truth"))
+            clip, words, truth, f1 = (rollout.table[name][line] for name in ("id", "words", "truth", "f1"))
             log.note(
                 f"  {printable(clip)}: {rollout.table['completion'][line]!r}\n"
                 f"  answer {printable(', '.join(words)) or 'none'} | truth {printable(', '.join(truth))} | "
-                f"F1 {rollout.table['f1'][line]:.2f}"
+                + ("its truth is on no wheel" if f1 is None else f"F1 {f1:.2f}")
             )
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from mer_r1_jax import faults, screen
 from mer_r1_jax.bucket import storage
 from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
@@ -29,12 +30,14 @@ from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.report import make_report
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.errors import MediaError, PromptError
+from mer_r1_jax.media.fingerprints import ClipFingerprints
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.whole import on_first
 from mer_r1_jax.run.agreement import check_config, check_data
+from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
 from mer_r1_jax.run.layout import mesh_changes
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
@@ -62,6 +65,7 @@ def run(config: RunConfig) -> int:
         The process's exit code: 0 when everything is done, EXIT_SAVED when a signal stopped the run with a checkpoint.
     """
     console = screen.console(stderr=True, quiet=not processes.is_first())
+    config = checked(config)
     check_config(config)
     if is_bucket(config.train.output_dir):
         storage.require()
@@ -73,6 +77,8 @@ def run(config: RunConfig) -> int:
     check_data(setup.data)
     with _open_folder(setup, config) as folder, StopSignals() as stop:
         try:
+            setup.source.clips = ClipFingerprints(clip_label(setup.config))
+            setup.source.clips.restore(read_clips(folder))
             return _Road(setup, folder, stop, console).walk()
         except StopRequested:
             # Raised inside the last evaluation, which leaves no trace: everything before it is saved.
@@ -94,7 +100,7 @@ def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
     folder = None
     if processes.is_first():
         resume = train.resume_from_checkpoint == "auto"
-        fingerprints = setup.data.fingerprints()
+        fingerprints = of_inputs(setup)
         folder = open_folder(*place, dataclasses.asdict(config), fingerprints=fingerprints, resume=resume)
     opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
     return folder or join(*place, *opened, process=processes.index())
@@ -171,6 +177,7 @@ class _Road:
         records, batches = self._own_records()
         prompts = load_prompts(self.setup, records)
         evaluation = self._evaluator.run((leaves, {}), prompts, check=self._check_stop, at_least=batches)
+        write_clips(self.setup, self.folder)
         if not processes.is_first():
             return
         wheels = self.setup.wheels
@@ -182,6 +189,7 @@ class _Road:
                 f"{mode} F1 {scores[mode]['f1']:.3f} (P {scores[mode]['precision']:.3f} R {scores[mode]['recall']:.3f})"
                 for mode in ("slow", "fast")
             )
+            + _in_no_score(scores)
         )
 
     def _own_records(self) -> tuple[tuple[Record, ...], int]:
@@ -225,9 +233,10 @@ class _Road:
                 log.warning("mesh changed: %s; from here on the run need not be equal bit for bit", changes)
         count = sum(leaf.size for leaf in setup.backbone.shapes.values())
         say(f"{count / 1e6:.2f} M parameters on mesh {dict(setup.backbone.mesh.shape)}")
+        kept = "left out" if self.config.rl.unscorable == "drop" else "kept for their format"
         say(
-            f"{len(setup.data.sft)} SFT, {len(setup.data.rl)} RL ({setup.data.unscorable} unscorable left out), "
-            f"{len(setup.data.eval)} held-out records"
+            f"{len(setup.data.sft)} SFT, {len(setup.data.rl)} RL ({setup.data.unscorable} unscorable {kept}), "
+            f"{len(setup.data.eval)} held-out records ({setup.data.unscorable_eval} unscorable, in no score)"
         )
         lost = getattr(setup.candidates, "share_lost", None)
         if lost is not None:
@@ -287,7 +296,7 @@ class _Road:
         if files:
             scores = json.loads(files[-1].read_text())
             ceiling = "" if scores["oracle_f1"] is None else f"; one who knows the cues: F1 {scores['oracle_f1']:.3f}"
-            output.print(f"always the same answer: F1 {scores['majority_f1']:.3f}{ceiling}")
+            output.print(f"always the same answer: F1 {scores['majority_f1']:.3f}{ceiling}{_in_no_score(scores)}")
         for name, path in (
             ("report", self.folder.report_file),
             ("model in Hugging Face format", self.folder.export),
@@ -295,6 +304,12 @@ class _Road:
         ):
             if path.exists():
                 output.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+
+
+def _in_no_score(scores: dict[str, Any]) -> str:
+    """What is to be said of clips whose truth is on no wheel; "" where there are none."""
+    count = scores.get("n_unscorable", 0)
+    return f"; over {scores['n_scored']} of {scores['n']} clips, the truth of {count} is on no wheel" if count else ""
 
 
 def eval_length(config: RunConfig) -> int:

@@ -17,6 +17,7 @@ from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.parallel import processes
+from mer_r1_jax.run.fingerprints import write_clips
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.training.checkpoints import Checkpoints, Restored
@@ -117,6 +118,7 @@ class Session:
     def save(self, phase: str, step: int, state: Any, data: ClipPrefetcher, counters: Mapping[str, Any]) -> None:
         """Saves a checkpoint of `step` steps done in `phase`."""
         self.metrics.sync()  # a checkpoint must not outlive its metrics
+        write_clips(self.setup, self.folder)  # nor what its clips were
         self.folder.publish()
         first = self.sft_steps if phase == "rl" else 0
         host = {"phase": phase, "step": step, "data": data.state(), "counters": dict(counters)}

@@ -12,13 +12,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RlConfig, RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash, read_records
 from mer_r1_jax.data.synthetic.make import make_world
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
-from mer_r1_jax.emotion.rewards import category_sets
+from mer_r1_jax.emotion.rewards import is_scorable
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 from mer_r1_jax.media.identity import FileKey, file_key
 from mer_r1_jax.media.tokenizer import load_tokenizer
@@ -53,12 +52,14 @@ class DataSets:
     Attributes:
         sft, rl, eval: records.
         unscorable: RL records left out because their truth lies on no wheel.
+        unscorable_eval: held-out records that are answered but in no score, for the same reason.
     """
 
     sft: tuple[Record, ...]
     rl: tuple[Record, ...]
     eval: tuple[Record, ...]
     unscorable: int
+    unscorable_eval: int = 0
 
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the content, to refuse resuming on other data."""
@@ -168,7 +169,6 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
     Raises:
         ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
     """
-    config = checked(config)
     if config.rl.arm not in ARMS:
         raise ConfigError(f"rl.arm: got {config.rl.arm!r}, expected one of {', '.join(ARMS)}")
     named = config
@@ -275,19 +275,32 @@ def _read(config: RunConfig, wheels: Wheels) -> DataSets:
     sft = read(config.data.sft_path, "sft_path", config.sft.max_steps != 0, ("target", "solution"))
     rl = read(config.data.rl_path, "rl_path", config.rl.max_steps != 0, ("solution",))
     held_out = read(config.data.eval_path, "eval_path", bool(config.data.eval_path), ("solution",))
-    scorable = tuple(record for record in rl if any(category_sets(record.solution, wheels)))
+    rl, unscorable = _scorable(rl, wheels, config)
+    _check_held_out(sft + rl, held_out, config)
+    held_out = held_out[: config.eval.limit or None]
+    in_no_score = sum(not is_scorable(record.solution, wheels) for record in held_out)
+    if held_out and in_no_score == len(held_out):
+        raise ConfigError(
+            f"{config.data.eval_path}: no solution of its {len(held_out)} records has a word on a wheel, so no answer "
+            "to them can be scored; check the solutions, eval.limit or emotion.wheel_dir, or leave data.eval_path empty"
+        )
+    return DataSets(sft=sft, rl=rl, eval=held_out, unscorable=unscorable, unscorable_eval=in_no_score)
+
+
+def _scorable(rl: tuple[Record, ...], wheels: Wheels, config: RunConfig) -> tuple[tuple[Record, ...], int]:
+    """The RL records that are trained on, and how many of all of them have a truth on no wheel."""
+    scorable = tuple(record for record in rl if is_scorable(record.solution, wheels))
     unscorable = len(rl) - len(scorable)
-    if unscorable and config.rl.unscorable == "drop":
-        log.warning("%d of %d RL records are left out: no word of their solution is on a wheel", unscorable, len(rl))
-        rl = scorable
+    # Asked of the records as they were read: those that are left are none either way.
     if rl and not scorable:
         raise ConfigError(
             f"{config.data.rl_path}: no record's solution has a word on a wheel, so nothing can be learnt from it; "
             "check the solutions, or emotion.wheel_dir"
         )
-    _check_held_out(sft + rl, held_out, config)
-    limit = config.eval.limit or len(held_out)
-    return DataSets(sft=sft, rl=rl, eval=held_out[:limit], unscorable=unscorable)
+    if unscorable and config.rl.unscorable == "drop":
+        log.warning("%d of %d RL records are left out: no word of their solution is on a wheel", unscorable, len(rl))
+        rl = scorable
+    return rl, unscorable
 
 
 def check_rows(config: RunConfig, mesh: Mesh) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.clips import Clips, sound_remarks
 from mer_r1_jax.media.collate import bucket_for, collate
+from mer_r1_jax.media.fingerprints import ClipFingerprints
 from mer_r1_jax.media.frames import FRAME_FACTOR, most_cells, video_pixels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import Prompt, PromptBuilder
@@ -55,6 +57,8 @@ class PromptSource:
     def __init__(self, config: RunConfig, tokenizer: Any, thinker: ThinkerConfig):
         self.thinker = thinker
         self._said: set[str] = set()
+        self.clips = ClipFingerprints()  # a run puts those in that its folder keeps
+        self._media_root = config.data.media_root
         self._loader = ClipLoader(
             config.media, thinker.vision, thinker.audio.num_mel_bins, config.data.cache_dir, config.data.media_root
         )
@@ -68,9 +72,12 @@ class PromptSource:
         Raises:
             MediaError: for a clip that cannot be used.
             PromptError: for a record that cannot become a prompt, such as one longer than the cap.
+            ClipChangedError: for a clip that is not the one this run saw under its name.
         """
+        seen = self.clips.check(record, Path(self._media_root or Path(record.file).parent))
         clips = self._loader.load(record)
         self._say(record, clips)
+        self.clips.add(seen)
         prompt = self._builder.build(record, clips)
         return LoadedPrompt(
             prompt,

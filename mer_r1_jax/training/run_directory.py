@@ -48,6 +48,17 @@ MAY_CHANGE = (
     "train.export", "train.local_dir", "data.cache_dir", "media.decode_workers", "rl.reward_timeout",
     "rl.max_faulty_rollouts",
 )  # fmt: skip
+# Settings that name where something lies -> fingerprints of what lies there: where these agree it has only moved.
+MAY_MOVE = {
+    "model.path": ("model",),
+    "model.tokenizer_path": ("tokenizer",),
+    "emotion.wheel_dir": ("wheels",),
+    "data.sft_path": ("sft", "clips"),
+    "data.rl_path": ("rl", "clips"),
+    "data.eval_path": ("eval", "clips"),
+    "data.media_root": ("clips",),
+    "data.synthetic_dir": ("sft", "rl", "eval", "tokenizer", "clips"),
+}
 _ABSENT = object()
 
 log = logging.getLogger(__name__)
@@ -184,18 +195,19 @@ class RunDirectory:
                     "choose another train.run_name, or set it to 'auto' to go on with that run"
                 )
             earlier = _read_json(self.env_file)
-            before = _read_json(self.config_file)
-            differences = config_differences(before, config, may_change)
+            before, kept = _read_json(self.config_file), _kept_fingerprints(earlier, fingerprints)
+            moved = [name for name, what in MAY_MOVE.items() if all(kept.get(one, _ABSENT) != _ABSENT for one in what)]
+            differences = config_differences(before, config, (*may_change, *moved))
             others = [name for name in _flat(config) if not name.startswith(LAYOUT)]
             relaid = config_differences(before, config, others)
-            differences += config_differences(
-                {"fingerprint": earlier.get("fingerprints", {})}, {"fingerprint": fingerprints}, ()
-            )
+            now = {name: value for name, value in fingerprints.items() if name in kept}
+            differences += config_differences({"fingerprint": kept}, {"fingerprint": now})
             if differences:
                 raise RunDirectoryError(
                     f"{self.path} holds a run with another configuration, which cannot be gone on with:\n  "
                     + "\n  ".join(differences)
-                    + "\nSet these back to go on with that run, or choose another train.run_name for a new one."
+                    + "\nSet these back (a fingerprint: put the files back) to go on with that run, or choose another "
+                    "train.run_name for a new one."
                 )
             _warn_of_other_versions(earlier, environment)
         for folder in (self.completions, self.tensorboard, self.checkpoints, self.eval, self.path / "logs"):
@@ -218,6 +230,18 @@ class RunDirectory:
         self.log_file = self.attempt_logs / name
         self._log_handler = screen.log_file(self.log_file)
         logging.getLogger().addHandler(self._log_handler)
+
+
+def _kept_fingerprints(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprints that an earlier start has kept; those it did not know of are named in the log."""
+    kept = earlier.get("fingerprints", {})
+    if unknown := sorted(now.keys() - kept.keys()):
+        log.warning(
+            "this run was started by a version that kept no fingerprint of %s: whether they are the same as then is "
+            "not checked",
+            ", ".join(unknown),
+        )
+    return kept
 
 
 def config_differences(was: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str] = ()) -> list[str]:

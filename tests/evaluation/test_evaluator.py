@@ -132,7 +132,8 @@ def test_summary_and_samples_have_the_fields_their_readers_take(small, evaluatio
     assert path.name == "heldout_00007.json"
     written = json.loads(path.read_text())
     assert written.keys() == {
-        "step", "phase", "benchmark", "n", "skipped", "slow", "fast", "majority_answer", "majority_f1", "oracle_f1",
+        "step", "phase", "benchmark", "n", "n_scored", "n_unscorable", "skipped", "slow", "fast", "majority_answer",
+        "majority_f1", "oracle_f1",
     }  # fmt: skip
     assert (written["step"], written["phase"], written["benchmark"], written["n"]) == (7, "rl", "heldout", 6)
     assert written["slow"].keys() == written["fast"].keys() == SCORES

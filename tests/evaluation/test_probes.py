@@ -131,10 +131,10 @@ def test_clips_without_a_part_or_with_broken_media_are_counted(prober, before):
     records[2] = dataclasses.replace(records[2], videos=("missing.mp4",))
     changed = dataclasses.replace(before, records=tuple(records))
     subtitles = swap_modality(prober, changed, "subtitle")
-    assert subtitles.left_out == {"no subtitle": 1, "no partner": 0, "unusable": 1}
+    assert subtitles.left_out == {"truth on no wheel": 0, "no subtitle": 1, "no partner": 0, "unusable": 1}
     assert set(subtitles.comparisons[0].ids) == {record.id for record in records} - {"eval-0", "eval-2"}
     videos = swap_modality(prober, changed, "video")  # the missing file went to somebody else
-    assert videos.left_out == {"no video": 1, "no partner": 0, "unusable": 1}
+    assert videos.left_out == {"truth on no wheel": 0, "no video": 1, "no partner": 0, "unusable": 1}
     assert "eval-2" in videos.comparisons[0].ids and len(videos.comparisons[0].ids) == HELD_OUT - 2
     with pytest.raises(ProbeError, match="audio: 0 of 12 clips have one"):
         silent = tuple(dataclasses.replace(record, audios=()) for record in records)

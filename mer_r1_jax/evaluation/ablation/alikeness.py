@@ -79,12 +79,12 @@ def _rewards(rows: dict[str, list], generations: int) -> Rewards:
     array = {name: np.asarray(values, np.float32).reshape(-1, generations) for name, values in rows.items()}
     everywhere = np.ones_like(array["recall"], bool)
     return Rewards(
-        recall_BG=array["recall"],
-        precision_BG=array["precision"],
-        f1_BG=array["f1"],
+        recall_BG=np.nan_to_num(array["recall"]),
+        precision_BG=np.nan_to_num(array["precision"]),
+        f1_BG=np.nan_to_num(array["f1"]),
         format_BG=array["format"],
         valid_BG=everywhere,
-        scored_BG=everywhere,
+        scored_BG=np.isfinite(array["f1"]),
         plus_BG=np.nan_to_num(array["r_plus"]),
         minus_BG=np.nan_to_num(array["r_minus"]),
         plus_valid_BG=np.isfinite(array["r_plus"]),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mer_r1_jax.evaluation.ablation.alikeness import Alikeness
-from mer_r1_jax.evaluation.ablation.results import COUNTS, SCORES, AblationError, SeedResult, same_answers
+from mer_r1_jax.evaluation.ablation.results import COUNTS, SCORES, AblationError, SeedResult, is_scored, same_answers
 from mer_r1_jax.evaluation.run_record import MODES
 from mer_r1_jax.evaluation.seeds import Mean, Order, Resampled, mean_over_seeds
 from mer_r1_jax.evaluation.statistics import Difference, paired_difference
@@ -182,7 +182,7 @@ class _Runs:
 
 
 def _common_clips(results: Sequence[SeedResult]) -> tuple[str, ...]:
-    """The clips, which every run has to have been scored on, with the same truth."""
+    """The clips that can be scored, which every run has to have answered, with the same truth."""
     first = results[0]
     for result in results:
         if result.end.samples.keys() != first.end.samples.keys():
@@ -193,9 +193,10 @@ def _common_clips(results: Sequence[SeedResult]) -> tuple[str, ...]:
             )
         if other := [c for c, row in result.end.samples.items() if row["truth"] != first.end.samples[c]["truth"]]:
             raise AblationError(f"{result.run} and {first.run} disagree about the truth of {len(other)} clips")
-    if len(first.end.samples) < 2:
-        raise AblationError(f"{first.run} was scored on one clip, expected at least two")
-    return tuple(first.end.samples)
+    scored = tuple(c for c in first.end.samples if all(is_scored(result.end.samples[c]) for result in results))
+    if len(scored) < 2:
+        raise AblationError(f"{first.run} was scored on {len(scored)} clip(s), expected at least two")
+    return scored
 
 
 def _pairs(present: Sequence[str]) -> list[tuple[str, str]]:
@@ -234,7 +235,8 @@ def _stretch(results: Sequence[SeedResult], runs: _Runs) -> Stretch | None:
     steps = {tuple(step for step, _ in pair) for pair in pairs}
     if len(steps) != 1 or len(next(iter(steps))) != 2:
         return None
-    clips = [c for c in runs.clips if all(c in evaluation.samples for pair in pairs for _, evaluation in pair)]
+    evaluations = [evaluation for pair in pairs for _, evaluation in pair]
+    clips = [c for c in runs.clips if all(c in one.samples and is_scored(one.samples[c]) for one in evaluations)]
     if len(clips) < 2:
         return None
     scores = {

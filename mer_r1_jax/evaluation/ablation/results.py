@@ -61,8 +61,8 @@ class SeedResult:
     seconds: dict[str, float]
 
     def score(self, mode: str, name: str) -> float:
-        """Mean over the clips of the last evaluation."""
-        return float(np.mean([row[mode][name] for row in self.end.samples.values()]))
+        """Mean over the clips of the last evaluation that can be scored."""
+        return float(np.mean([row[mode][name] for row in self.end.samples.values() if is_scored(row)]))
 
     def clip_scores(self, clips: Sequence[str], mode: str = "slow", name: str = "f1") -> np.ndarray:
         """float64 [clips] of the last evaluation."""
@@ -81,6 +81,11 @@ class SeedResult:
         }
 
 
+def is_scored(sample: dict[str, Any]) -> bool:
+    """Whether a clip is in the scores: its truth is on a wheel."""
+    return all(sample[mode]["f1"] is not None for mode in MODES)
+
+
 def read_result(folder: Path, row: str, seed: int) -> SeedResult:
     """Reads a finished run.
 
@@ -92,7 +97,7 @@ def read_result(folder: Path, row: str, seed: int) -> SeedResult:
         raise AblationError(f"{folder} has no evaluation that can be read, but the run is finished: remove the folder")
     stages = stages_of(run, next(iter(run.evaluations)))
     end = stages.end
-    if end is None or len(end.samples) != end.n or not end.n:
+    if end is None or len(end.samples) != end.n or not any(map(is_scored, end.samples.values())):
         found = 0 if end is None else len(end.samples)
         raise AblationError(
             f"{folder}/eval: the last evaluation has {found} answers that can be read, expected "
@@ -125,7 +130,8 @@ def _sampled(run: RunRecord) -> dict[str, float]:
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "step": evaluation.step,
-        "clips": evaluation.n,
+        "clips": evaluation.n_scored,
+        "unscorable": evaluation.n_unscorable,
         **{mode: {name: evaluation.score(mode, name) for name in (*SCORES, *COUNTS)} for mode in MODES},
     }
 

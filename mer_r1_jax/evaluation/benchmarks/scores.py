@@ -11,7 +11,7 @@ import numpy as np
 
 from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
 from mer_r1_jax.emotion.predictions import Predictions, score_predictions
-from mer_r1_jax.emotion.rewards import answer_rewards
+from mer_r1_jax.emotion.rewards import answer_rewards, is_scorable
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.benchmarks import analysis, resampling
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
@@ -205,12 +205,12 @@ def _slow_minus_fast(
 def _references(scored: _Scored, wheels: Wheels) -> dict[str, Any]:
     """Mean F1 of single clips: the best constant answer as a floor; the ideal answer, where known, as a ceiling."""
     floor = constant_floor(majority_answer(scored.true_words, wheels), scored.true_words, wheels)
-    oracles = [line.get(ORACLE_COLUMN) for line in scored.lines]
+    # Over the clips that the floor and clip_f1 are over: those whose truth is on a wheel.
+    pairs = zip(scored.lines, scored.true_words, strict=True)
+    known = [(line.get(ORACLE_COLUMN), truth) for line, truth in pairs if is_scorable(truth, wheels)]
     ceiling = None
-    if all(words is not None for words in oracles):
-        ceiling = float(
-            np.mean([answer_rewards(w, t, wheels).f1 for w, t in zip(oracles, scored.true_words, strict=True)])
-        )
+    if known and all(words is not None for words, _ in known):
+        ceiling = float(np.mean([answer_rewards(words, truth, wheels).f1 for words, truth in known]))
     return {"majority_answer": list(floor.words), "majority_f1": floor.f1, "oracle_f1": ceiling}
 
 

@@ -1,0 +1,124 @@
+"""What a run stands on besides its settings, as hashes: a run is gone on with only where none of them has changed.
+
+Folders may have moved since: what counts is what lies in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.media.fingerprints import of_ends
+from mer_r1_jax.parallel import processes
+from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.training import durable
+from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError
+
+CLIPS_FILE = "clips.json"
+CLIPS_RULE = f"by size and both ends, in {CLIPS_FILE}"  # of media/fingerprints.py; another one begins anew
+# What decides which tokens a text becomes, and how clips are cut for the model.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "tokenizer_config.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+)  # fmt: skip
+MODEL_FILES = ("config.json", "generation_config.json")  # and the weights
+
+
+def of_inputs(setup: Setup) -> dict[str, Any]:
+    """Fingerprints of the records, tokenizer, wheels, model, reward functions; clips have theirs as they are seen."""
+    config = setup.config
+    return setup.data.fingerprints() | {
+        "tokenizer": _of_files(setup.tokenizer_path, TOKENIZER_FILES),
+        "wheels": _of_content(dataclasses.asdict(setup.wheels)),
+        "model": _of_model(Path(config.model.path)) if config.model.path else "random weights",
+        "reward_funcs": {path: of_source(path) for path in config.rl.reward_funcs},
+        "clips": CLIPS_RULE,
+    }
+
+
+def of_source(function: str) -> str:
+    """Hash of the file that a reward function `package.module.function` is written in; no module is imported.
+
+    Modules that this one imports are not looked at.
+    """
+    module, paths, spec = "", [os.getcwd(), *sys.path], None
+    for part in function.split(".")[:-1]:
+        module = f"{module}.{part}".lstrip(".")
+        # Found as the process that runs the functions finds them; the other finders know installed packages.
+        found = importlib.machinery.PathFinder.find_spec(module, paths)
+        if found is None and "." not in module:
+            found = importlib.util.find_spec(module)
+        if found is None:
+            break
+        spec, paths = found, found.submodule_search_locations or []
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        return "no source file"
+    return durable.sha256_of(Path(spec.origin))
+
+
+def clip_label(config: RunConfig) -> Callable[[str], str]:
+    """What tells equal names of clips apart: the data set, where each lies beside its own file."""
+    if config.data.media_root:
+        return lambda file: ""
+    sets = {str(Path(getattr(config.data, f"{name}_path"))): f"{name}:" for name in ("eval", "rl", "sft")}
+    folders = {str(Path(path).parent): label for path, label in sets.items()}  # data sets side by side share theirs
+    return lambda file: folders.get(str(Path(file).parent), "")
+
+
+def read_clips(folder: RunDirectory) -> dict[str, str]:
+    """What the run has seen of its clips, on every process.
+
+    Raises:
+        RunDirectoryError: the list is damaged.
+    """
+    return processes.from_first("the clips that this run has seen", lambda: _read(folder.path / CLIPS_FILE))
+
+
+def write_clips(setup: Setup, folder: RunDirectory) -> None:
+    """Keeps what was newly seen of clips, on any process, in the run's folder; all processes call it."""
+    told = processes.gather("the clips that were seen", setup.source.clips.take_new())
+    new = {name: value for seen in told or () for name, value in seen.items()}
+    if not new:
+        return
+    setup.source.clips.restore(new)
+    path = folder.path / CLIPS_FILE
+    durable.write_json(path, new | _read(path))
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)
+    else:
+        if isinstance(content, dict) and all(isinstance(value, str) for value in content.values()):
+            return content
+        problem = "it is no list of clips"
+    raise RunDirectoryError(
+        f"{path}: cannot be read ({problem}), so it cannot be told whether the clips are those this run has seen: "
+        "expected names and fingerprints. Remove it, if they are, to go on with the run."
+    )
+
+
+def _of_model(folder: Path) -> str:
+    weights = {file.name: of_ends(file) for file in sorted(folder.glob("*.safetensors"))}
+    return _of_content([_of_files(folder, MODEL_FILES), weights])
+
+
+def _of_files(folder: Path, names: Iterable[str]) -> str:
+    return _of_content({name: durable.sha256_of(folder / name) for name in names if (folder / name).is_file()})
+
+
+def _of_content(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
