@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mer_r1_jax.cli import explained, parse_flags
+from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
@@ -45,7 +45,8 @@ from mer_r1_jax.evaluation.mme.scores import lines_of
 from mer_r1_jax.evaluation.statistics import signed
 from mer_r1_jax.run.benchmark import Policy, answer_benchmarks, open_policy, read_benchmarks
 from mer_r1_jax.run.mme import PolicyAnswers
-from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
+from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopRequested, StopSignals
+from mer_r1_jax.training.stopping import Stop
 
 MME_FOLDER = "MME-Emotion"  # below --benchmark_root
 
@@ -73,7 +74,13 @@ _EXAMPLES = flags.DEFINE_integer("num_examples", 6, "Clips of each benchmark in 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --benchmark=synthetic")
-    with explained(), contextlib.ExitStack() as stack:
+    with explained():
+        code = _evaluate()
+    return ended(code)
+
+
+def _evaluate() -> int:
+    with contextlib.ExitStack() as stack:
         request = _request()
         folder = EvaluationFolder(request.out)
         extractor = stack.enter_context(_extractor(folder))
@@ -91,7 +98,7 @@ def main(argv: list[str]) -> int:
                 if _asks_mme():
                     rated = mme.rescore(request.out / MME_EMOTION, _EXAMPLES.value)
             else:
-                stop = stack.enter_context(StopSignals())
+                stop = stack.enter_context(StopSignals(GRACE_SECONDS))
                 policy = _policy(stack)
                 if request.benchmarks:
                     _answer(policy, request, score, stack, stop)
@@ -144,7 +151,7 @@ def _answer(policy: Policy, request: Request, score: Any, stack: contextlib.Exit
         bar.total, bar.n = total, there
         bar.refresh()
 
-    answer_benchmarks(policy, request, benchmarks, lambda data: score(data.name), stop.check, progress)
+    answer_benchmarks(policy, request, benchmarks, lambda data: score(data.name), Stop(stop), progress)
 
 
 def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, stop: StopSignals) -> list[dict[str, Any]]:
@@ -164,7 +171,7 @@ def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, sto
 
     return mme.run(
         benchmark,
-        PolicyAnswers(policy, benchmark, request.modes),
+        PolicyAnswers(policy, benchmark, request.modes, Stop(stop)),
         out,
         judge_client=judge,
         num_examples=_EXAMPLES.value,

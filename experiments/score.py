@@ -6,7 +6,6 @@ A line is {"id", "prediction", "truth"}: text or lists of words for set_f1; one 
 and a sentiment word as prediction for waf. Published numbers need the official wheel folder (--wheel_dir).
 """
 
-import json
 import pathlib
 import sys
 
@@ -15,6 +14,7 @@ from absl import app, flags
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.emotion import predictions
 from mer_r1_jax.emotion.wheels import VARIANTS, load_wheels
+from mer_r1_jax.training import durable
 
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "JSON lines to score.", required=True)
 _METRIC = flags.DEFINE_enum("metric", None, list(predictions.METRICS), "Which score.", required=True)
@@ -31,10 +31,10 @@ def main(argv: list[str]) -> int:
         wheels = load_wheels(_WHEELS.value, _VARIANT.value)
         columns = predictions.read_predictions(_PREDICTIONS.value, _METRIC.value, clean_up=_CLEAN.value)
         result = predictions.score_predictions(columns, _METRIC.value, wheels)
-    result["wheels"] = _WHEELS.value or "shipped"
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        result["wheels"] = _WHEELS.value or "shipped"
+        out = pathlib.Path(_OUT.value)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_json(out, result)
     shown = "undefined" if result["score"] is None else f"{result['score']:.4f}"
     print(
         f"{result['metric']} {shown} over {result['n_scored']} of {result['n']} samples, "

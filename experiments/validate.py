@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -33,6 +32,7 @@ from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.run.inputs import require_files
+from mer_r1_jax.training import durable
 from mer_r1_jax.training.backbone import thinker_config
 
 _DATA = flags.DEFINE_list("data", [], "JSON-lines files; empty = those of --config.")
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         )
         bar.close()
         if _JSON.value:
-            pathlib.Path(_JSON.value).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+            durable.write_json(pathlib.Path(_JSON.value), report.to_json())
         print_report(report, Console())
         return 1 if report.errors else 0
 

@@ -42,6 +42,7 @@ Temperature = Annotated[float, Number(0, 100, above=True, note="a group must dif
 
 AudioSeconds = Annotated[float, Number(0, 300, above=True)]  # the spectrogram takes 300 s at most
 MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
+Grace = Annotated[float, Number(0, 86_400)]
 SideRatio = Annotated[float, Number(1.0, MAX_ASPECT_RATIO)]
 
 
@@ -87,7 +88,8 @@ class MediaConfig:
     video_total_pixels: Pixels = 90_316_800  # pixels of all frames together: 0.9 * 128000 * 28 * 28
     image_min_pixels: Pixels = 4 * 28 * 28  # fewest pixels of a resized image
     image_max_pixels: Pixels = 16_384 * 28 * 28  # most pixels of a resized image
-    max_aspect_ratio: SideRatio = MAX_ASPECT_RATIO  # pictures with sides further apart are refused; less, less padding
+    max_aspect_ratio: Grace = Annotated[float, Number(0, 86_400)]
+SideRatio = MAX_ASPECT_RATIO  # pictures with sides further apart are refused; less, less padding
     sampling_rate: Annotated[int, Number(1000, 384_000)] = 16_000  # Hz of the audio the mel spectrogram is made from
     max_audio_seconds: AudioSeconds = 300.0  # audio beyond this is cut (counted in data/audio_cut)
     max_clip_seconds: Seconds = 600.0  # a clip longer than this is refused rather than decoded
@@ -229,6 +231,7 @@ class TrainConfig:
     seed: Seed = 0  # every random choice of the run follows from it
     save_steps: Count = 100  # steps between checkpoints
     save_total_limit: Count = 2  # checkpoints kept
+    preemption_grace_seconds: Grace = 25.0  # after a signal, to save and end (a spot notice is 30 s); 0 = no limit
     logging_steps: Count = 1  # steps between lines of metrics.jsonl
     log_completions: bool = True  # write sampled completions as a table
     num_completions_to_print: FewOrZero = 1  # completions shown on the console at a logging step

@@ -22,8 +22,8 @@ from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.training.checkpoints import Checkpoints, Restored
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.run_directory import RunDirectory
-from mer_r1_jax.training.signals import StopSignals
 from mer_r1_jax.training.state import Leaves, TrainState
+from mer_r1_jax.training.stopping import Stop
 
 
 class NonFiniteError(RuntimeError):
@@ -56,7 +56,7 @@ class Session:
         folder: the run's folder.
         checkpoints: of training states, numbered by optimizer steps over both phases.
         metrics: metrics.jsonl, TensorBoard, completion tables; written by the first process.
-        stop: set by SIGTERM and SIGINT.
+        stop: asks for SIGTERM and SIGINT.
         sft_steps: steps of the whole SFT phase, which checkpoints of RL are numbered after.
     """
 
@@ -64,7 +64,7 @@ class Session:
     folder: RunDirectory
     checkpoints: Checkpoints | BucketCheckpoints
     metrics: MetricsWriter | NoMetrics
-    stop: StopSignals
+    stop: Stop
     sft_steps: int
 
     def prefetcher(self, records: tuple[Record, ...], prompts_per_step: int, load: Any, phase: str) -> ClipPrefetcher:
@@ -89,7 +89,7 @@ class Session:
 
     def stopping(self) -> bool:
         """Whether a signal has asked a process of the run to save and stop; the same answer on all of them."""
-        return agreed_stop(self.stop)
+        return self.stop.agreed()
 
     @contextlib.contextmanager
     def begin(
@@ -113,13 +113,20 @@ class Session:
             num_tokens = restored.host["counters"]["num_tokens"]
             yield Begun(restored.arrays, data, done=restored.host["step"], num_tokens=num_tokens)
 
-    def save(self, phase: str, step: int, state: Any, data: ClipPrefetcher, counters: Mapping[str, Any]) -> None:
-        """Saves a checkpoint of `step` steps done in `phase`."""
-        self.metrics.sync()  # a checkpoint must not outlive its metrics
-        self.folder.publish()
-        first = self.sft_steps if phase == "rl" else 0
-        host = {"phase": phase, "step": step, "data": data.state(), "counters": dict(counters)}
-        self.checkpoints.save(first + step, state, host)
+    def save(self, phase: str, step: int, state: Any, position: Any, log: StepLog) -> None:
+        """Saves a checkpoint of `step` steps done in `phase`.
+
+        Args:
+            position: state of the phase's prompts after those steps.
+            log: of the phase; its last step is written first.
+        """
+        with self.stop.signals.saving() if self.stop.signals else contextlib.nullcontext():
+            log.flush()
+            self.metrics.sync()  # a checkpoint must not outlive its metrics
+            self.folder.publish()
+            first = self.sft_steps if phase == "rl" else 0
+            host = {"phase": phase, "step": step, "data": position, "counters": {"num_tokens": log.num_tokens}}
+            self.checkpoints.save(first + step, state, host)
 
     def check_finite(self, skipped_in_a_row: float, phase: str, step: int) -> None:
         """Stops the run after too many skipped updates.
@@ -134,11 +141,6 @@ class Session:
                 f"finite and were left out; the run stops at train.max_nonfinite_steps={limit}. Lower "
                 f"{phase}.optimizer.learning_rate and go on from an earlier checkpoint under a new train.run_name"
             )
-
-
-def agreed_stop(stop: StopSignals) -> bool:
-    """Whether a signal came to any process. All of them ask at the same places, so they stop at the same step."""
-    return any(processes.exchange("whether to stop", stop.should_stop()))
 
 
 class StepLog:

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -22,11 +23,13 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax.disk import WriteError, explanation, writing
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.checkpoints import Checkpoints
 
@@ -40,7 +43,7 @@ MAY_CHANGE = (
     "train.output_dir", "train.run_name", "train.save_steps", "train.save_total_limit", "train.logging_steps",
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
     "train.export", "train.local_dir", "data.cache_dir", "media.decode_workers", "rl.reward_timeout",
-    "rl.max_faulty_rollouts",
+    "rl.max_faulty_rollouts", "train.preemption_grace_seconds",
 )  # fmt: skip
 _LOCK = ".lock"
 _ABSENT = object()
@@ -203,9 +206,23 @@ class RunDirectory:
 
     def _log_to(self, name: str) -> None:
         self.log_file = self.attempt_logs / name
-        self._log_handler = logging.FileHandler(self.log_file)
+        self._log_handler = _LogFile(self.log_file)
         self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._log_handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file; when it cannot be written that is said once, without a traceback for every line."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by logging inside `except`."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(explanation("the log", self.baseFilename, sys.exc_info()[1]), file=sys.stderr)
 
 
 def is_in_use(path: Path) -> bool:
@@ -288,10 +305,16 @@ def _take_lock(path: Path) -> Any:
         raise RunDirectoryError(
             f"{path} is being written by {holder}: wait for it to end, or choose another train.run_name"
         ) from error
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})")
-    file.flush()
+    try:
+        with writing("the run's lock", path / _LOCK):
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+            file.flush()
+    except WriteError:
+        with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+            file.close()
+        raise
     RunDirectory._held.add(path)
     return file
 

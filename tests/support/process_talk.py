@@ -22,10 +22,10 @@ from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.agreement import DisagreementError, check_config, check_data
-from mer_r1_jax.run.session import agreed_stop
 from mer_r1_jax.run.setup import DataSets
 from mer_r1_jax.training.prompts import prompt_rows
 from mer_r1_jax.training.signals import StopSignals
+from mer_r1_jax.training.stopping import ANNOUNCED, Stop
 
 STEPS = 1000
 
@@ -40,6 +40,7 @@ def main(ending: str) -> None:
         "config": refusal_of(check_config, config(beta=0.04 + own, decode_workers=own)),
         "data": refusal_of(check_data, data_of("sad" if own else "happy")),
         "stopped": stopped_at(own),
+        "announced": processes.is_announced(ANNOUNCED),
     }
     check_config(config(beta=0.04, decode_workers=own))  # what a host may have of its own is no difference
     print(json.dumps(said), flush=True)
@@ -88,11 +89,12 @@ def data_of(word: str) -> DataSets:
 
 def stopped_at(own: int) -> int:
     """The step at which this process stops after a signal to process 1 alone."""
-    with StopSignals() as stop:
+    with StopSignals() as signals:
+        stop = Stop(signals)
         for step in range(STEPS):
             if step == 5 and own == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if agreed_stop(stop):
+            if stop.agreed():
                 return step
     return STEPS
 

@@ -80,3 +80,10 @@ def not_of_the_first(completions, id, **kwargs):
     if "clip-0" in id:
         raise ValueError("not this one")
     return letters(completions)
+
+
+def held_up(completions, **kwargs):
+    """1 for each completion, once the file that the variable HELD_UP names is not there."""
+    while os.path.exists(os.environ.get("HELD_UP", "")):
+        time.sleep(0.1)
+    return [1.0] * len(completions)

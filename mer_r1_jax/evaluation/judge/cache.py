@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax.disk import writing
 from mer_r1_jax.training import durable
 
 log = logging.getLogger(__name__)
@@ -51,10 +52,11 @@ class AnswerCache:
     def put(self, key: str, entry: dict[str, Any]) -> None:
         """Keeps an entry; it must have an `answer`."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two processes with one question would share the file that is renamed
-            durable.write_json(path, entry | {"key": key})
+        with writing("the judge's answer", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / ".lock", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two processes with one question would share the file that is renamed
+                durable.write_json(path, entry | {"key": key})
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
