@@ -15,7 +15,7 @@ from mer_r1_jax.disk import writing
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Calls `write` on a new file beside `path`, syncs it and renames it to `path`. A pipe or device is just written to.
+    """Calls `write` on a new file beside `path`, syncs it and renames it to `path`. Pipes are just written to.
 
     Raises:
         WriteError: it cannot be written; `path` is as it was.

@@ -13,6 +13,7 @@ from support.small_run import REPOSITORY
 
 from mer_r1_jax.training.signals import EXIT_SAVED
 
+pytestmark = pytest.mark.timeout(3000)  # nine processes, on a busy machine
 SFT_STEPS, RL_STEPS = 4, 5
 SETTINGS = (
     f"--config.sft.max_steps={SFT_STEPS}",
@@ -22,6 +23,7 @@ SETTINGS = (
     "--config.rl.reward_timeout=600",
     "--config.eval.eval_steps=0",
     "--config.train.save_steps=3",
+    "--config.train.preemption_grace_seconds=600",  # a busy machine compiles for longer than 25 s
 )
 # In the order of a run. Visits are counted from the start of an attempt, which goes on from what the one before saved;
 # a group of 4 is a rollout's. The last one there is a regular save.
