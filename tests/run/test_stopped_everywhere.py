@@ -1,5 +1,5 @@
-"""SIGTERM in each part of a run: the last finished step is saved, the exit status is the documented one, and the run
-that goes on ends bit for bit as one that was left alone."""
+"""SIGTERM in each part of a run, and a disk that is full there: the exit status is the documented one, the message says
+what counts, and the run that goes on ends bit for bit as one that was left alone."""
 
 import os
 import re
@@ -36,6 +36,12 @@ PARTS = {
     "update": "rl_update 1",
     "export": "export_tensor 5",
 }
+# Met after those, in this order: there is no room for what is written there.
+FULL = {
+    "metrics.jsonl": "append 1 metrics.jsonl",
+    "the export": "export_tensor 5",
+    "report.html": "file_begins 1 report.html",
+}
 
 
 class Attempt(NamedTuple):
@@ -66,17 +72,20 @@ def alone(small_folder, compiled, environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(small_folder, compiled, environment, tmp_path_factory):
-    """(folder, attempts by part) of the same command, stopped in each part and then left alone."""
+    """(folder, attempts by part, leftovers) of the same command, hit in each part and then left alone."""
     folder = tmp_path_factory.mktemp("stopped")
     output, held_up = folder / "runs", folder / "held_up"
     environment.setenv("HELD_UP", str(held_up))
     attempts = {}
-    for part, place in PARTS.items():
+    parts = {name: (place, "SIGTERM") for name, place in PARTS.items() if name != "export"}
+    parts |= {"metrics.jsonl": (FULL["metrics.jsonl"], "ENOSPC"), "export": (PARTS["export"], "SIGTERM")}
+    parts |= {name: (FULL[name], "ENOSPC") for name in ("the export", "report.html")}
+    for part, (place, what) in parts.items():
         if part == "reward":
             held_up.write_text("")  # no call returns
         cache = folder / "nothing compiled yet" if part == "compile" else compiled
         begun = time.monotonic()
-        ended = train(small_folder, output, cache, *SETTINGS, place=place, signal_name="SIGTERM")
+        ended = train(small_folder, output, cache, *SETTINGS, place=place, signal_name=what)
         said = " ".join(ended.stderr.split())
         found = re.search(r"goes on from checkpoint (\d+)", said)
         attempts[part] = Attempt(
@@ -121,6 +130,14 @@ def test_an_export_that_is_left_leaves_nothing(stopped):
     _, attempts, left = stopped
     assert "training is done, and the same command goes on with what comes after it" in attempts["export"].said
     assert left == []
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_ends_the_run_with_a_message(stopped, what):
+    attempt = stopped[1][what]
+    assert attempt.status == 2 and "Traceback" not in attempt.said, attempt.said
+    assert f"error: {what} could not be written: " in attempt.said and "GiB free there" in attempt.said
+    assert "run the same command again" in attempt.said
 
 
 def test_the_run_ends_bit_for_bit_as_one_that_was_left_alone(alone, stopped):

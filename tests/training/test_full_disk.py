@@ -138,7 +138,9 @@ def test_an_export_that_does_not_fit_leaves_nothing(tmp_path):
 
 def test_a_run_that_finds_no_room_to_begin_says_so(tmp_path, failing):
     failing("file_begins", errno.ENOSPC)
-    with pytest.raises(RunDirectoryError, match=r"could not be written: .*No space left on device \(.*GiB free there\)"):
+    with pytest.raises(
+        RunDirectoryError, match=r"could not be written: .*No space left on device \(.*GiB free there\)"
+    ):
         RunDirectory.open(tmp_path / "run", {"name": "x"})
 
 
