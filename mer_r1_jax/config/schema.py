@@ -40,9 +40,9 @@ Dtype = Literal["float32", "bfloat16"]
 GroupSize = Annotated[int, Number(2, 65_536, note="a group of one answer has no advantage")]
 Temperature = Annotated[float, Number(0, 100, above=True, note="a group must differ")]
 
+Grace = Annotated[float, Number(0, 86_400)]  # seconds; 0 = no limit
 AudioSeconds = Annotated[float, Number(0, 300, above=True)]  # the spectrogram takes 300 s at most
 MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
-Grace = Annotated[float, Number(0, 86_400)]
 SideRatio = Annotated[float, Number(1.0, MAX_ASPECT_RATIO)]
 
 
@@ -88,8 +88,7 @@ class MediaConfig:
     video_total_pixels: Pixels = 90_316_800  # pixels of all frames together: 0.9 * 128000 * 28 * 28
     image_min_pixels: Pixels = 4 * 28 * 28  # fewest pixels of a resized image
     image_max_pixels: Pixels = 16_384 * 28 * 28  # most pixels of a resized image
-    max_aspect_ratio: Grace = Annotated[float, Number(0, 86_400)]
-SideRatio = MAX_ASPECT_RATIO  # pictures with sides further apart are refused; less, less padding
+    max_aspect_ratio: SideRatio = MAX_ASPECT_RATIO  # pictures with sides further apart are refused; less, less padding
     sampling_rate: Annotated[int, Number(1000, 384_000)] = 16_000  # Hz of the audio the mel spectrogram is made from
     max_audio_seconds: AudioSeconds = 300.0  # audio beyond this is cut (counted in data/audio_cut)
     max_clip_seconds: Seconds = 600.0  # a clip longer than this is refused rather than decoded
