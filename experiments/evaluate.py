@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from rich.table import Table
 
 from mer_r1_jax import screen
-from mer_r1_jax.cli import explained, parse_flags
+from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
@@ -45,7 +45,8 @@ from mer_r1_jax.evaluation.statistics import signed
 from mer_r1_jax.run.benchmark import Policy, answer_benchmarks, open_policy, read_benchmarks
 from mer_r1_jax.run.mme import PolicyAnswers
 from mer_r1_jax.run.policy import refuse_in_run
-from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
+from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopRequested, StopSignals
+from mer_r1_jax.training.stopping import Stop
 
 MME_FOLDER = "MME-Emotion"  # below --benchmark_root
 
@@ -73,8 +74,14 @@ _EXAMPLES = flags.DEFINE_integer("num_examples", 6, "Clips of each benchmark in 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --benchmark=synthetic")
-    with explained(), contextlib.ExitStack() as stack:
+    with explained():
         refuse_in_run(_OUT.value)
+        code = _evaluate()
+    return ended(code)
+
+
+def _evaluate() -> int:
+    with contextlib.ExitStack() as stack:
         request = _request()
         folder = EvaluationFolder(request.out)
         extractor = stack.enter_context(_extractor(folder))
@@ -92,7 +99,7 @@ def main(argv: list[str]) -> int:
                 if _asks_mme():
                     rated = mme.rescore(request.out / MME_EMOTION, _EXAMPLES.value)
             else:
-                stop = stack.enter_context(StopSignals())
+                stop = stack.enter_context(StopSignals(GRACE_SECONDS))
                 policy = _policy(stack)
                 if request.benchmarks:
                     _answer(policy, request, score, stack, stop)
@@ -145,7 +152,7 @@ def _answer(policy: Policy, request: Request, score: Any, stack: contextlib.Exit
         bar.total, bar.n = total, there
         bar.refresh()
 
-    answer_benchmarks(policy, request, benchmarks, lambda data: score(data.name), stop.check, progress)
+    answer_benchmarks(policy, request, benchmarks, lambda data: score(data.name), Stop(stop), progress)
 
 
 def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, stop: StopSignals) -> list[dict[str, Any]]:
@@ -165,7 +172,7 @@ def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, sto
 
     return mme.run(
         benchmark,
-        PolicyAnswers(policy, benchmark, request.modes),
+        PolicyAnswers(policy, benchmark, request.modes, Stop(stop)),
         out,
         judge_client=judge,
         num_examples=_EXAMPLES.value,

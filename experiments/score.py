@@ -13,8 +13,10 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
+from mer_r1_jax.disk import writing
 from mer_r1_jax.emotion import predictions
 from mer_r1_jax.emotion.wheels import VARIANTS, load_wheels
+from mer_r1_jax.training import durable
 
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "JSON lines to score.", required=True)
 _METRIC = flags.DEFINE_enum("metric", None, list(predictions.METRICS), "Which score.", required=True)
@@ -33,7 +35,9 @@ def main(argv: list[str]) -> int:
         result = predictions.score_predictions(columns, _METRIC.value, wheels)
         result["wheels"] = _WHEELS.value or "shipped"
         out = pathlib.Path(_OUT.value)
-        predictions.write_scores(result, out)
+        with writing("the scores", out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            durable.write_json(out, result)
     shown = "undefined" if result["score"] is None else f"{result['score']:.4f}"
     screen.say(
         f"{result['metric']} {shown} over {result['n_scored']} of {result['n']} samples, "

@@ -11,7 +11,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from mer_r1_jax.cli import explained, parse_flags
+from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.parallel.processes import joined
 from mer_r1_jax.run.road import run
@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.rl.num_generations=8")
     # The outer one explains why the processes of a run could not be joined; the inner one comes before they part.
     with explained(), joined(), explained():
-        return run(from_mapping(_CONFIG.value))
+        code = run(from_mapping(_CONFIG.value))
+    return ended(code)
 
 
 if __name__ == "__main__":

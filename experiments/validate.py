@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 import traceback
@@ -26,7 +25,8 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.data.report import print_report
 from mer_r1_jax.data.synthetic.make import WorldPaths
-from mer_r1_jax.data.validation import Checks, DataFile, Report, validate
+from mer_r1_jax.data.validation import Checks, DataFile, validate
+from mer_r1_jax.disk import writing
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import PromptBuilder
@@ -34,6 +34,7 @@ from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.run.inputs import require_files
+from mer_r1_jax.training import durable
 from mer_r1_jax.training.backbone import thinker_config
 
 _DATA = flags.DEFINE_list("data", [], "JSON-lines files; empty = those of --config.")
@@ -77,17 +78,9 @@ def _check(argv: list[str]) -> int:
         bar.close()
         print_report(report, screen.console())
         if _JSON.value:
-            _write(report, pathlib.Path(_JSON.value))
+            with writing("the report", _JSON.value):
+                durable.write_json(pathlib.Path(_JSON.value), report.to_json())
         return 1 if report.errors else 0
-
-
-def _write(report: Report, file: pathlib.Path) -> None:
-    try:
-        file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--json={file}: got {error.strerror or error}; expected a file to write; to mend it, name another"
-        ) from error
 
 
 def _config() -> RunConfig:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging as stdlib_logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
 
 from absl import logging
 
 from mer_r1_jax import screen
 from mer_r1_jax.config import command_line
+from mer_r1_jax.disk import DISK_ERRORS, WriteError, explanation
 from mer_r1_jax.parallel.tpu_flags import set_tpu_flags
+from mer_r1_jax.training.signals import EXIT_SAVED
 
 EXIT_ERROR = 2  # the run cannot go on as it is; the message on stderr says why and how to mend it
 
@@ -25,9 +30,31 @@ def explained() -> Iterator[None]:
         yield
     except Exception as error:
         if not type(error).__module__.startswith("mer_r1_jax."):
-            raise
+            if not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+                raise
+            error = _of_disk(error)
         screen.say(f"\nerror: {error}", error=True)
         raise SystemExit(EXIT_ERROR) from error
+
+
+def _of_disk(error: OSError) -> WriteError:
+    """A full or broken disk, or missing permissions, met where nobody said what was being written or read."""
+    path = error.filename or os.getcwd()
+    what = "a file" if error.filename else "a file (which one is not known)"
+    return WriteError(error.errno, explanation(f"{what} of this command", path, error))
+
+
+def ended(code: int) -> int:
+    """The exit status of a command that is done; one that a signal stopped ends here and now.
+
+    Python's own way out waits for what still runs on the device, which may be a rollout of minutes.
+    """
+    if code == EXIT_SAVED:
+        stdlib_logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def parse_flags(arguments: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
 
+from mer_r1_jax.disk import explanation
 from mer_r1_jax.foreign_text import printable
 
 _LOG_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -97,9 +98,24 @@ class PlainFormatter(logging.Formatter):
 
 def log_file(path: Any) -> logging.Handler:
     """A handler that writes a log to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(PlainFormatter())
     return handler
+
+
+class _LogFile(logging.FileHandler):
+    """A log file; when it cannot be written that is said once, without a traceback for every line."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by logging inside `except`."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            say(explanation("the log", self.baseFilename, error), error=True)
 
 
 def guard_terminal() -> None:

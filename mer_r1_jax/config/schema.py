@@ -40,6 +40,7 @@ Dtype = Literal["float32", "bfloat16"]
 GroupSize = Annotated[int, Number(2, 65_536, note="a group of one answer has no advantage")]
 Temperature = Annotated[float, Number(0, 100, above=True, note="a group must differ")]
 
+Grace = Annotated[float, Number(0, 86_400)]  # seconds; 0 = no limit
 AudioSeconds = Annotated[float, Number(0, 300, above=True)]  # the spectrogram takes 300 s at most
 Megabytes = Annotated[int, Number(16, 1 << 24)]
 MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
@@ -232,6 +233,7 @@ class TrainConfig:
     seed: Seed = 0  # every random choice of the run follows from it
     save_steps: Count = 100  # steps between checkpoints
     save_total_limit: Count = 2  # checkpoints kept
+    preemption_grace_seconds: Grace = 25.0  # after a signal, to save and end (a spot notice is 30 s); 0 = no limit
     logging_steps: Count = 1  # steps between lines of metrics.jsonl
     log_completions: bool = True  # write sampled completions as a table
     num_completions_to_print: FewOrZero = 1  # completions shown on the console at a logging step

@@ -22,7 +22,9 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.pool import ATTEMPTS
 from mer_r1_jax.parallel import processes
+from mer_r1_jax.stop_requested import StopRequested
 
+POLL_SECONDS = 0.2  # between two looks, while a clip is waited for, at whether the run is to stop
 COUNTED = ("silent_audio", "audio_cut", "audio_filled", "mute_audio", "cancelled_audio")  # of `media.clips.Clips`
 METRICS = ("data/skipped", *(f"data/{name}" for name in COUNTED), "data/decode_ms")
 
@@ -103,20 +105,25 @@ class ClipPrefetcher:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def next(self, step: int) -> list[LoadedItem]:
+    def next(self, step: int, asked: Callable[[], bool] = lambda: False) -> list[LoadedItem]:
         """This process's prompts of the next step with their clips, in global order.
 
         Args:
             step: the training step they are for, noted in the quarantine list.
+            asked: whether to stop waiting for clips; looked at while one is waited for.
 
         Raises:
             QuarantineLimitError: when more clips are broken than allowed.
             StalledLoadError: when the loader stands still; names the record.
             PromptError: for a record that cannot become a prompt, with its file and line.
+            StopRequested: on all processes when one of them stopped waiting. The `state` taken before still holds.
         """
         self._schedule()
         known = len(self.quarantine)
-        loaded = [self._consume(item, step) for item in self.stream.peek()]
+        try:
+            loaded = [self._consume(item, step, asked) for item in self.stream.peek()]
+        except StopRequested:
+            loaded = None
         loaded, self._metrics = self._agreed(loaded, self.quarantine.clips[known:])
         self.quarantine.check()
         self.stream.next()
@@ -154,11 +161,16 @@ class ClipPrefetcher:
         self._loads.clear()
 
     def _agreed(
-        self, loaded: list[LoadedItem], found: tuple[BrokenClip, ...]
+        self, loaded: list[LoadedItem] | None, found: tuple[BrokenClip, ...]
     ) -> tuple[list[LoadedItem], dict[str, float]]:
-        """The step's rows and counts once every process has told which clips it found broken."""
-        own = [_counts_of(visit) for visit in loaded] if self._counted else []
-        said = processes.exchange("the clips of a step", (found, own))
+        """The step's rows and counts once every process has told which clips it found broken.
+
+        `loaded` is None where this process stopped waiting for them.
+        """
+        own = [_counts_of(visit) for visit in loaded or ()] if self._counted else []
+        said = processes.exchange("the clips of a step", None if loaded is None else (found, own))
+        if None in said:
+            raise StopRequested("a signal came while clips were waited for")
         for clips, _ in said:
             self.quarantine.extend(clips)
         # Of two processes that load the same row, a time limit may have passed in one.
@@ -180,14 +192,14 @@ class ClipPrefetcher:
             if item.global_index not in self._loads and item.record.id not in self.quarantine:
                 self._loads[item.global_index] = self._threads.submit(item.record)
 
-    def _consume(self, item: Item, step: int) -> LoadedItem:
+    def _consume(self, item: Item, step: int, asked: Callable[[], bool]) -> LoadedItem:
         record = item.record
         # A record quarantined after its next visit was loaded stays quarantined: a resumed run would not load it.
         if record.id in self.quarantine:
             return LoadedItem(item, None, self.quarantine[record.id], 0.0)
         load = self._loads[item.global_index]
         try:
-            clips = load.wait(self._stall_seconds)
+            clips = load.wait(self._stall_seconds, asked)
         except MediaError as error:
             return LoadedItem(item, None, self.quarantine.add(record, error, step), load.milliseconds)
         except StalledLoadError as error:
@@ -249,17 +261,26 @@ class _Load:
         else:
             self.future.set_exception(error)
 
-    def wait(self, seconds: float) -> Any:
-        """The result, once there; `seconds` count from when the load began, or from now while it queues."""
-        if not self.began.wait(seconds):
-            raise StalledLoadError(f"its load did not begin within {seconds:g} s, others hold all threads")
-        left = self.began_at + seconds - time.monotonic()
-        try:
-            return self.future.result(timeout=max(0.0, left))
-        except concurrent.futures.TimeoutError:
-            if self.future.done():
-                raise
-            raise StalledLoadError(f"its load has not ended after {seconds:g} s") from None
+    def wait(self, seconds: float, asked: Callable[[], bool]) -> Any:
+        """The result, once there; `seconds` count from when the load began, or from now while it queues.
+
+        Raises:
+            StalledLoadError: they are over.
+            StopRequested: `asked` said so before the result was there.
+        """
+        since = time.monotonic()
+        while not self.future.done():
+            begun = self.began.is_set()
+            if (self.began_at if begun else since) + seconds <= time.monotonic():
+                raise StalledLoadError(
+                    f"its load has not ended after {seconds:g} s"
+                    if begun
+                    else f"its load did not begin within {seconds:g} s, others hold all threads"
+                )
+            if asked():
+                raise StopRequested("a signal came while clips were waited for")
+            concurrent.futures.wait([self.future], timeout=min(POLL_SECONDS, seconds))
+        return self.future.result()
 
 
 class _LoadThreads:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -112,21 +111,6 @@ def score_predictions(columns: Predictions, metric: str, wheels: Wheels) -> dict
     if metric == "waf":
         result["accuracy"] = score.accuracy
     return {key: _number(value) for key, value in result.items()}
-
-
-def write_scores(result: dict[str, Any], file: pathlib.Path) -> None:
-    """Writes scores as JSON, making the folder.
-
-    Raises:
-        PredictionError: the file cannot be written.
-    """
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        got = f"{file}: got {error.strerror or error}"
-        raise PredictionError(f"{got}; expected a file that can be written; to mend it, name another") from error
 
 
 def _record(line: str) -> dict:

@@ -7,7 +7,7 @@ features; they differ in what the assistant's turn starts with.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from mer_r1_jax.rl.scoring import AnswerScorer, ScoredAnswer
 from mer_r1_jax.training.prompts import prompt_rows, uid_of
 from mer_r1_jax.training.rl import PromptRows, RlPrograms
 from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.stopping import NEVER, Stop
 
 MODES = ("slow", "fast")
 
@@ -120,7 +121,7 @@ class Evaluator:
         leaves: tuple[Leaves, Leaves],
         prompts: Iterator[tuple[Record, Prompt | str]],
         modes: Sequence[str] = MODES,
-        check: Callable[[], None] = lambda: None,
+        stop: Stop = NEVER,
         at_least: int = 0,
     ) -> Evaluation:
         """Answers every prompt in every mode.
@@ -131,7 +132,7 @@ class Evaluator:
             leaves: trainable and frozen parameters.
             prompts: records with their prompt, or the reason why there is none.
             modes: slow, fast or both.
-            check: called between batches; may raise to stop.
+            stop: asked between batches and inside them; raises StopRequested.
             at_least: batches to go through, the last ones empty: every process must take part in as many.
 
         Raises:
@@ -140,7 +141,7 @@ class Evaluator:
         records: list[Record] = []
         answers: dict[str, list[AnswerOf]] = {mode: [] for mode in modes}
         skipped: list[tuple[Record, str]] = []
-        for rows, batch_answers in self.batches(leaves, prompts, modes, skipped, check, at_least):
+        for rows, batch_answers in self.batches(leaves, prompts, modes, skipped, stop, at_least):
             records += rows
             for mode in modes:
                 answers[mode] += batch_answers[mode]
@@ -158,13 +159,13 @@ class Evaluator:
         prompts: Iterator[tuple[Record, Prompt | str]],
         modes: Sequence[str],
         skipped: list[tuple[Record, str]],
-        check: Callable[[], None] = lambda: None,
+        stop: Stop = NEVER,
         at_least: int = 0,
     ) -> Iterator[tuple[list[Record], dict[str, list[AnswerOf]]]]:
         """The same batch by batch, for whoever keeps answers as they come.
 
         Args:
-            leaves, prompts, modes, check, at_least: as of `run`.
+            leaves, prompts, modes, stop, at_least: as of `run`.
             skipped: records that have no prompt are added to it, with the reason.
 
         Yields:
@@ -172,9 +173,9 @@ class Evaluator:
         """
         with self.programs.rollout_weights(leaves) as weights:
             for batch in filled_up(batched(prompts, self.buckets[0].rows, skipped), at_least):
-                check()
+                stop.check()
                 rows = [record for record, _ in batch]
-                yield rows, self._answer(leaves, weights, rows, [prompt for _, prompt in batch], modes)
+                yield rows, self._answer(leaves, weights, rows, [prompt for _, prompt in batch], modes, stop)
 
     def _of_all(self, *own: Any) -> tuple[list[Record], dict[str, list[AnswerOf]], list[tuple[Record, str]]]:
         """Records, answers and skipped records of all processes, in their order."""
@@ -193,6 +194,7 @@ class Evaluator:
         records: list[Record],
         prompts: list[Prompt],
         modes: Sequence[str],
+        stop: Stop,
     ) -> dict[str, list[AnswerOf]]:
         mesh, thinker = self.programs.backbone.mesh, self.programs.backbone.config
         host = prompt_rows(prompts, self.buckets, thinker, [uid_of(record.id) for record in records])
@@ -211,6 +213,7 @@ class Evaluator:
                 generations=1,
                 sampling=self.sampling,
                 forced_ids=self.scorer.tags.empty_think if mode == "fast" else (),
+                stop=stop,
             )
             results[mode] = self._score(leaves, device, features, completions, truths, mode)[: len(records)]
         return results

@@ -100,7 +100,7 @@ def make_report(
     try:
         durable.write_atomically(path, lambda file: file.write(html.encode()))
     except OSError as error:
-        raise ReportError(f"{path} cannot be written: {error}") from error
+        raise ReportError(str(error)) from error
     return path
 
 

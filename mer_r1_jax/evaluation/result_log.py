@@ -17,6 +17,8 @@ from typing import Any
 
 from mer_r1_jax import faults
 from mer_r1_jax.config.build import difference
+from mer_r1_jax.disk import writing
+from mer_r1_jax.training import durable
 
 VERSION = 1  # of the lines' form
 FAILED = "failed"  # a line with it says why there is no result
@@ -65,7 +67,7 @@ class ResultLog:
         self.path, self.form = pathlib.Path(path), form
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")
+            self._file = open(self.path, "a+b", buffering=0)
         except OSError as error:
             raise form.error(f"{self.path} cannot be written: {error}; choose another --out") from error
         try:
@@ -126,14 +128,9 @@ class ResultLog:
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         # Names of files need not be Unicode: Python reads their odd bytes as lone surrogates, which pass here.
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        try:
-            self._file.write(text.encode("utf-8", "surrogatepass"))
-            self._file.flush()
+        with writing(f"the file of {self.form.lines}", self.path):
+            durable.append(self._file, text.encode("utf-8", "surrogatepass"))
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self.form.error(
-                f"{self.path} cannot be written: {error}; what is in it stays, go on later"
-            ) from error
 
 
 def read_log(path: str | pathlib.Path, form: LogForm) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:

@@ -213,6 +213,17 @@ def from_first(what: str, make: Callable[[], Any]) -> Any:
     return exchange(what, make() if is_first() else None)[0]
 
 
+def announce(what: str) -> None:
+    """Tells the other processes something that they may look up at any time, and that holds until the end."""
+    if count() > 1:
+        _client().key_value_set(f"mer_r1_jax/announced/{what}/{index()}", "", True)
+
+
+def is_announced(what: str) -> bool:
+    """Whether any process has announced it. Does not wait; another process may hear of it earlier or later."""
+    return count() > 1 and bool(_client().key_value_dir_get(f"mer_r1_jax/announced/{what}"))
+
+
 def barrier(what: str) -> None:
     """Waits until every process has come here.
 

@@ -16,16 +16,19 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mer_r1_jax import faults
 from mer_r1_jax.child import START_SECONDS, Child, ChildDiedError
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.stop_requested import StopRequested
 
 WORKER = (sys.executable, "-m", "mer_r1_jax.rl.reward_worker")
 MAX_HANGS = 5  # time-outs and dead processes of a function in one rollout before the rest stays unscored
+POLL_SECONDS = 0.2  # between two looks, while a call is waited for, at whether the run is to stop
 FAULTS_SHOWN = 3  # faults of a function that are named in one rollout; all are in the table of completions
 LARGEST = float(np.finfo(np.float32).max)
 GIVEN = ("completion_ids", "id", "videos", "audios", "images", "subtitle", "solution")  # besides a record's own columns
@@ -153,18 +156,23 @@ class RewardFunctions:
         """Ends the process."""
         self._finalizer()
 
-    def score(self, samples: Sequence[Sample]) -> dict[str, Scored]:
+    def score(self, samples: Sequence[Sample], asked: Callable[[], bool] = lambda: False) -> dict[str, Scored]:
         """Asks every function, by its short name, about a rollout's samples; those of one prompt follow one another.
 
+        Args:
+            samples: the samples.
+            asked: whether the run is to stop; looked at while a call is waited for.
+
         Raises:
+            StopRequested: `asked` said so; the call was left and its process ended.
             RewardError: a function has given nothing but faults for too long.
         """
-        scores = {name: self._score(number, samples) for number, name in enumerate(self.names)}
+        scores = {name: self._score(number, samples, asked) for number, name in enumerate(self.names)}
         for path, scored in zip(self.paths, scores.values(), strict=True):
             self._report(path, scored)
         return scores
 
-    def _score(self, number: int, samples: Sequence[Sample]) -> Scored:
+    def _score(self, number: int, samples: Sequence[Sample], asked: Callable[[], bool]) -> Scored:
         values = np.full(len(samples), np.nan, np.float32)
         faults: dict[int, str] = {}
         hangs, limit = 0, 1 if self._faulty_rollouts[self.paths[number]] else MAX_HANGS
@@ -174,7 +182,7 @@ class RewardFunctions:
             try:
                 if hangs >= limit:
                     raise _CallError(f"not asked any more, as {hangs} calls in this rollout ran out of time or crashed")
-                answers = self._call(number, [samples[i] for i in part])
+                answers = self._call(number, [samples[i] for i in part], asked)
             except _CallError as error:
                 hangs += error.hung
                 smaller = _smaller(part, samples) if hangs < limit else []
@@ -190,14 +198,15 @@ class RewardFunctions:
                     values[i] = answer
         return Scored(tuple(samples), values, dict(sorted(faults.items())))
 
-    def _call(self, number: int, samples: Sequence[Sample]) -> list[Any]:
+    def _call(self, number: int, samples: Sequence[Sample], asked: Callable[[], bool]) -> list[Any]:
         arguments = self._arguments(samples)
         if self._takes[number] is not None:
             arguments = {name: value for name, value in arguments.items() if name in self._takes[number]}
         try:
             child = self._running[0] if self._running else self._restarted()
             child.send({"function": number, "arguments": arguments, "count": len(samples)})
-            answer = child.head(time.monotonic() + self.timeout)
+            faults.here("reward_call", self.paths[number])
+            answer = self._answer_of(child, time.monotonic() + self.timeout, asked)
         except TimeoutError:
             self._stop()
             raise _CallError(f"it did not return within {self.timeout:g} s (rl.reward_timeout)", hung=True) from None
@@ -207,6 +216,16 @@ class RewardFunctions:
         if "error" in answer:
             raise _CallError(answer["error"])
         return answer["values"]
+
+    def _answer_of(self, child: Child, deadline: float, asked: Callable[[], bool]) -> dict[str, Any]:
+        while not asked():
+            try:
+                return child.head(min(deadline, time.monotonic() + POLL_SECONDS))
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    raise
+        self._stop()
+        raise StopRequested("a signal came while a reward function was waited for")
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         """Keyword lists, one entry a sample, as TRL gives them for conversational data."""

@@ -33,6 +33,7 @@ from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.stopping import NEVER, Stop
 
 _DECODING_ASIDE = ("decode_timeout", "decode_memory_mb", "decode_workers")  # media settings that no answer depends on
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
@@ -155,7 +156,7 @@ def answer_benchmarks(
     request: Request,
     datas: Sequence[BenchmarkData],
     finished: Callable[[BenchmarkData], None],
-    check: Callable[[], None] = lambda: None,
+    stop: Stop = NEVER,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> None:
     """Asks every clip that has no answer yet, benchmark by benchmark.
@@ -165,7 +166,7 @@ def answer_benchmarks(
         request: modes and folder.
         datas: the benchmarks.
         finished: called with each that has all its answers.
-        check: called between batches; may raise to stop.
+        stop: asked between batches and inside them; raises StopRequested, and every answer so far is kept.
         progress: called with (benchmark, answers there, answers in all).
 
     Raises:
@@ -183,7 +184,7 @@ def answer_benchmarks(
             # Before the first answer as well: what a kill leaves can be scored.
             folder.write_coverage(data, wheels=wheels, unusable={}, silent=())
             with _source(policy.setup, data) as source:
-                asking.run(source, check, progress)
+                asking.run(source, stop, progress)
             folder.write_coverage(data, wheels=wheels, unusable=asking.unusable, silent=asking.silent)
         finished(data)
 
@@ -252,7 +253,7 @@ class _Asking:
         """Clips without a sound track among all that have an answer."""
         return sorted({line["id"] for line in self.answers.rows.values() if line["silent_audio"]})
 
-    def run(self, source: PromptSource, check: Callable[[], None], progress: Callable[[str, int, int], None]) -> None:
+    def run(self, source: PromptSource, stop: Stop, progress: Callable[[str, int, int], None]) -> None:
         """Asks; see `answer_benchmarks`."""
         data, there = self.data, self.answers.rows
         wanted = {(record.id, mode) for record in data.records for mode in self.modes}
@@ -260,7 +261,7 @@ class _Asking:
         for modes, records in self._lacking().items():
             skipped: list[tuple[Record, str]] = []
             prompts = self._prompts(source, records)
-            for batch, by_mode in self.evaluator.batches((self.policy.leaves, {}), prompts, modes, skipped, check):
+            for batch, by_mode in self.evaluator.batches((self.policy.leaves, {}), prompts, modes, skipped, stop):
                 self.answers.append(
                     answer_line(record, mode, by_mode[mode][row], data.metric, silent=record.id in self._silent)
                     for row, record in enumerate(batch)

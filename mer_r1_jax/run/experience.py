@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import time
@@ -25,9 +26,11 @@ from mer_r1_jax.rl.reward_funcs import Sample, Scored, columns_of, metrics_of, t
 from mer_r1_jax.rl.rollout import Completions
 from mer_r1_jax.rl.scoring import ScoredAnswer, ScoredGroups
 from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training.prompts import prompt_rows
 from mer_r1_jax.training.rl import Experience, PromptRows
 from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.stopping import NEVER, Stop
 
 SEED_STREAMS = {"rollout": 1, "permute": 2}  # folded into the run's seed, so that streams of random bits never meet
 
@@ -66,6 +69,7 @@ class ExperienceMaker:
         reference: tuple[Leaves, Leaves] | None,
         loaded: Sequence[LoadedItem],
         rollout_step: int,
+        stop: Stop = NEVER,
     ) -> Rollout:
         """Samples and scores the groups of one step's prompts.
 
@@ -74,7 +78,12 @@ class ExperienceMaker:
             reference: those of the reference; None when there is no KL term.
             loaded: the step's prompts; a broken clip's row stays, empty.
             rollout_step: how many rollouts came before.
+            stop: asked between the parts, and while the device or a reward function is waited for.
+
+        Raises:
+            StopRequested: a signal left the rollout.
         """
+        stop.check()
         programs, mesh = self.setup.programs, self.setup.backbone.mesh
         clock = _Clock()
         prompts = [visit.clips.prompt if visit.clips else None for visit in loaded]
@@ -89,30 +98,38 @@ class ExperienceMaker:
                 self._stream("rollout"),
                 np.int32(rollout_step),
                 generations=self.config.num_generations,
+                stop=stop,
             )
         host: Completions = local_rows(completions, mesh)
         clock.lap("timing_s/gen")
         truths = [visit.record.solution if visit.clips else None for visit in loaded]
         truths += [None] * (len(rows.uid_B) - len(truths))
         groups = self.setup.scorer.groups(host, truths)
+        stop.check()
         clock.lap("timing_s/reward")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
         anchors = put(groups.anchors, mesh)
         slow, fast = programs.score(leaves, device, features, completion, anchors, self.setup.candidates.ids_ZY)
-        custom = self._custom_rewards(loaded, groups, host)  # while the device scores
+        custom: dict[str, Scored] = {}
+        with contextlib.suppress(StopRequested):  # where a call was left, the check that follows raises it everywhere
+            custom = self._custom_rewards(loaded, groups, host, stop)  # while the device scores
+        stop.check()
         if custom:
             clock.lap("timing_s/reward_funcs")
         custom_BG = tuple(scored.grid(host.length_BG.shape) for scored in custom.values())
         rewards = put(dataclasses.replace(groups.rewards, custom_BG=custom_BG), mesh)
         key = jax.random.fold_in(self._stream("permute"), rollout_step)
         advantage_BG, scalars, calibration_BG = self._advantages(rewards, anchors, slow, fast, key)
+        stop.wait(advantage_BG)
         jax.block_until_ready(advantage_BG)
         clock.lap("timing_s/score")
         reference_logprob_BGC = None
         if reference is not None:
             # The towers are the policy's own when they are frozen, so their features are the reference's too.
             own = programs.encode(reference, device.batch) if self._encode_inside else features
-            reference_logprob_BGC = jax.block_until_ready(programs.logprobs(reference, device, own, completion))
+            reference_logprob_BGC = programs.logprobs(reference, device, own, completion)
+            stop.wait(reference_logprob_BGC)
+            jax.block_until_ready(reference_logprob_BGC)
         clock.lap("timing_s/reference")
         experience = self._experience(device, features, completions, advantage_BG, reference_logprob_BGC, anchors)
         if self.config.num_iterations > 1:
@@ -133,7 +150,7 @@ class ExperienceMaker:
         return jax.random.fold_in(self._key, SEED_STREAMS[name])
 
     def _custom_rewards(
-        self, loaded: Sequence[LoadedItem], groups: ScoredGroups, host: Completions
+        self, loaded: Sequence[LoadedItem], groups: ScoredGroups, host: Completions, stop: Stop
     ) -> dict[str, Scored]:
         """What the user's reward functions give for the completions that exist, in the order of `_table`."""
         if self.setup.reward_funcs is None:
@@ -149,7 +166,7 @@ class ExperienceMaker:
             for row, (visit, group) in enumerate(zip(loaded, groups.answers, strict=False))
             for column, answer in enumerate(group)
         ]
-        return self.setup.reward_funcs.score(samples)
+        return self.setup.reward_funcs.score(samples, stop.asked)
 
     def _experience(
         self,

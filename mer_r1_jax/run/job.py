@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import ended, explained
 from mer_r1_jax.config.build import load_config
 from mer_r1_jax.run.road import run
 
@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> int:
     """Runs, or goes on with, the run of a saved configuration; returns the exit code of `road.run`."""
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     with explained():
-        return run(load_config(arguments[0]))
+        code = run(load_config(arguments[0]))
+    return ended(code)
 
 
 def _stop_with_parent(parent: int) -> None:

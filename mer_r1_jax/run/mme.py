@@ -20,6 +20,7 @@ from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.run.benchmark import Policy, answer_fingerprint
 from mer_r1_jax.run.road import make_evaluator
 from mer_r1_jax.training.prompts import PromptSource
+from mer_r1_jax.training.stopping import NEVER, Stop
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,13 @@ class PolicyAnswers:
         policy: the model.
         benchmark: what it is asked.
         modes: slow, fast or both.
+        stop: asked between batches and inside them.
     """
 
-    def __init__(self, policy: Policy, benchmark: Benchmark, modes: Sequence[str]):
+    def __init__(self, policy: Policy, benchmark: Benchmark, modes: Sequence[str], stop: Stop = NEVER):
         self.modes = tuple(modes)
         self.fingerprint: Mapping[str, Any] = answer_fingerprint(policy, NAME) | {"question": QUESTION_VERSION}
-        self._policy, self._benchmark = policy, benchmark
+        self._policy, self._benchmark, self._stop = policy, benchmark, stop
 
     def answers(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Mapping[str, Any] | Failure]]:
         """An answer, or why there is none, for each, in batches of items that lack the same modes."""
@@ -56,7 +58,7 @@ class PolicyAnswers:
                 failures: list[tuple[Item, Failure]] = []
                 prompts = self._prompts(source, [(item, records[item.key]) for item in items], failures)
                 of_record = {item.key: item for item in items}
-                for batch, answers in evaluator.batches((self._policy.leaves, {}), prompts, modes, []):
+                for batch, answers in evaluator.batches((self._policy.leaves, {}), prompts, modes, [], self._stop):
                     for row, record in enumerate(batch):
                         for mode in modes:
                             yield Asked(of_record[record.id], mode), answer_row(answers[mode][row])

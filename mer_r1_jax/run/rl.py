@@ -1,7 +1,9 @@
 """The RL phase: a rollout, one or more updates from it, evaluations in between.
 
-Checkpoints are taken between rollouts, so that no buffer of experience has to be kept with them: a signal that comes
-half-way through the updates of a rollout is obeyed after the last of them.
+Checkpoints are taken between rollouts, so that no buffer of experience has to be kept with them. A rollout can take
+minutes and a spot machine gives seconds, so a signal that comes while one is made leaves it: the step before is saved,
+and the run that goes on samples it again, from the same random bits. A signal that comes half-way through the updates
+of a rollout is obeyed after the last of them.
 """
 
 from __future__ import annotations
@@ -13,18 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from mer_r1_jax import faults
 from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.run.experience import ExperienceMaker, Rollout
 from mer_r1_jax.run.session import Session, StepLog
 from mer_r1_jax.run.setup import Setup, tower_flags
 from mer_r1_jax.run.sft import total_steps
+from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training.checkpoints import CheckpointError, Restored
 from mer_r1_jax.training.damage import DamagedStepError
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.restoring import AllDamagedError
 from mer_r1_jax.training.rl import beta_at
-from mer_r1_jax.training.signals import StopRequested
 from mer_r1_jax.training.state import (
     Leaves,
     TrainState,
@@ -90,15 +94,19 @@ class RlPhase:
                     return None  # nothing was done since the newest checkpoint
                 log.restart_clock()
                 rollout: Rollout | None = None
+                saved = done
                 for step in range(done + 1, self.total_steps + 1):
                     first_update = (step - 1) % self.config.num_iterations == 0
                     if first_update:
-                        rollout = self._maker.make(
-                            (state.trainable, state.frozen),
-                            reference and (reference, state.frozen),
-                            data.next(step),
-                            (step - 1) // self.config.num_iterations,
-                        )
+                        position = data.state()
+                        try:
+                            rollout = self._rollout(session, state, reference, data, step)
+                        except StopRequested:
+                            log.note(f"the rollout of rl step {step} was left; the run that goes on samples it again")
+                            if saved < step - 1:
+                                session.save(self.name, step - 1, state, position, log)
+                            return None
+                        faults.here("rl_update", step)
                     beta = beta_at(self.config, step - 1, self.total_steps)
                     state, metrics = update(state, rollout.experience, np.float32(beta))
                     metrics |= {"beta": beta, "learning_rate": float(self._schedule(step - 1))}
@@ -110,8 +118,26 @@ class RlPhase:
                         stopping = self._between_rollouts(session, log, state, data, step, evaluate)
                         if stopping:
                             return None
+                        if self._save_is_due(step):
+                            saved = step
                         log.restart_clock()
         return state.trainable | state.frozen
+
+    def _rollout(
+        self, session: Session, state: TrainState, reference: Leaves | None, data: ClipPrefetcher, step: int
+    ) -> Rollout:
+        """The experience of the updates from `step` on; raises StopRequested where a signal leaves it."""
+        return self._maker.make(
+            (state.trainable, state.frozen),
+            reference and (reference, state.frozen),
+            data.next(step, session.stop.asked),
+            (step - 1) // self.config.num_iterations,
+            session.stop,
+        )
+
+    def _save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint is taken after `step`, the last update of a rollout, without being asked for."""
+        return step % self.setup.config.train.save_steps < self.config.num_iterations or step == self.total_steps
 
     def _between_rollouts(
         self, session: Session, log: StepLog, state: TrainState, data: Any, step: int, evaluate: Callable[..., None]
@@ -119,10 +145,9 @@ class RlPhase:
         """Saves and evaluates where that is due; returns whether a signal stops the run here, saved."""
 
         def save() -> None:
-            log.flush()
-            session.save(self.name, step, state, data, {"num_tokens": log.num_tokens})
+            session.save(self.name, step, state, data.state(), log)
 
-        due = step % self.setup.config.train.save_steps < self.config.num_iterations or step == self.total_steps
+        due = self._save_is_due(step)
         stopping = session.stopping()  # read once: a signal may come at any moment
         if due or stopping:
             save()

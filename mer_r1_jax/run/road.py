@@ -41,7 +41,7 @@ from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write
 from mer_r1_jax.run.layout import mesh_changes
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
-from mer_r1_jax.run.session import Session, agreed_stop, check_host
+from mer_r1_jax.run.session import Session, check_host
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.sft import SftPhase, describe
 from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
@@ -51,6 +51,7 @@ from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
 from mer_r1_jax.training.state import Leaves, TrainState, merge
+from mer_r1_jax.training.stopping import Stop
 
 BENCHMARK = "heldout"
 PROMPTS_TRIED = 8  # records looked through for a prompt to show
@@ -75,14 +76,14 @@ def run(config: RunConfig) -> int:
             "there is nothing to do: sft.max_steps and rl.max_steps are 0 and data.eval_path is empty; set one of them"
         )
     check_data(setup.data)
-    with _open_folder(setup, config) as folder, StopSignals() as stop:
+    with _open_folder(setup, config) as folder, StopSignals(config.train.preemption_grace_seconds) as signals:
         try:
             setup.source.clips = ClipFingerprints(clip_label(setup.config))
             setup.source.clips.restore(read_clips(folder))
-            return _Road(setup, folder, stop, console).walk()
+            return _Road(setup, folder, Stop(signals), console).walk()
         except StopRequested:
-            # Raised inside the last evaluation, which leaves no trace: everything before it is saved.
-            console.print("stopped; the same command goes on with the evaluation")
+            # Raised inside the last evaluation or the export, which leave no trace: everything before them is saved.
+            console.print("stopped; training is done, and the same command goes on with what comes after it")
             return EXIT_SAVED
         finally:
             setup.close()
@@ -109,7 +110,7 @@ def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
 class _Road:
     """One attempt, from what is there to what is missing."""
 
-    def __init__(self, setup: Setup, folder: RunDirectory, stop: StopSignals, console: Console):
+    def __init__(self, setup: Setup, folder: RunDirectory, stop: Stop, console: Console):
         self.setup, self.folder, self.stop, self.console = setup, folder, stop, console
         self.config = setup.config
         self.sft = SftPhase(setup) if setup.data.sft else None
@@ -129,7 +130,9 @@ class _Road:
             session = Session(self.setup, self.folder, checkpoints, metrics, self.stop, self.sft_steps)
             leaves = self._train(session, restored)
         if leaves is None:
-            self.console.print(f"stopped; the same command goes on from checkpoint {checkpoints.latest_step()}")
+            newest = processes.from_first("the newest checkpoint", checkpoints.latest_step)
+            place = "the beginning, as nothing was saved yet" if newest is None else f"checkpoint {newest}"
+            self.console.print(f"stopped; the same command goes on from {place}")
             return EXIT_SAVED
         final_step = self.rl.total_steps if self.rl else 0
         self._evaluate(leaves, "rl" if self.rl else "sft", self.sft_steps + final_step)
@@ -176,7 +179,7 @@ class _Road:
             self._evaluator = make_evaluator(self.setup)
         records, batches = self._own_records()
         prompts = load_prompts(self.setup, records)
-        evaluation = self._evaluator.run((leaves, {}), prompts, check=self._check_stop, at_least=batches)
+        evaluation = self._evaluator.run((leaves, {}), prompts, stop=self.stop, at_least=batches)
         write_clips(self.setup, self.folder)
         if not processes.is_first():
             return
@@ -199,11 +202,6 @@ class _Road:
         own = self.setup.data.eval[share.index * size : (share.index + 1) * size]
         return own, -(-size // rows) if share.count > 1 else 0
 
-    def _check_stop(self) -> None:
-        if agreed_stop(self.stop):
-            self.stop.check()
-            raise StopRequested("a signal asked another process of the run to stop")
-
     def _export(self, leaves: Leaves) -> None:
         if not self.config.train.export:
             return
@@ -211,14 +209,23 @@ class _Road:
             return
         if processes.count() > 1:
             leaves = on_first(leaves)
-        if not processes.is_first():
-            return
+        left = False
+        if processes.is_first():
+            try:
+                self._write_export(leaves)
+            except StopRequested:
+                left = True
+        if processes.from_first("whether the export was left", lambda: left):
+            raise StopRequested("a signal came while the model was exported")
+
+    def _write_export(self, leaves: Leaves) -> None:
         export_model(
             self.folder.export,
             self.setup.backbone.config,
             merge(leaves),
             source=self.setup.tokenizer_path,
             overwrite=True,
+            asked=self.stop.asked,
         )
         faults.here("exported")
         write_settings(self.folder.export, self.config)

@@ -24,8 +24,8 @@ from mer_r1_jax.training.checkpoints import Checkpoints, Restored
 from mer_r1_jax.training.damage import DamagedStepError, is_count
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.run_directory import RunDirectory
-from mer_r1_jax.training.signals import StopSignals
 from mer_r1_jax.training.state import Leaves, TrainState
+from mer_r1_jax.training.stopping import Stop
 
 
 class NonFiniteError(RuntimeError):
@@ -58,7 +58,7 @@ class Session:
         folder: the run's folder.
         checkpoints: of training states, numbered by optimizer steps over both phases.
         metrics: metrics.jsonl, TensorBoard, completion tables; written by the first process.
-        stop: set by SIGTERM and SIGINT.
+        stop: asks for SIGTERM and SIGINT.
         sft_steps: steps of the whole SFT phase, which checkpoints of RL are numbered after.
     """
 
@@ -66,7 +66,7 @@ class Session:
     folder: RunDirectory
     checkpoints: Checkpoints | BucketCheckpoints
     metrics: MetricsWriter | NoMetrics
-    stop: StopSignals
+    stop: Stop
     sft_steps: int
 
     def prefetcher(self, records: tuple[Record, ...], prompts_per_step: int, load: Any, phase: str) -> ClipPrefetcher:
@@ -91,7 +91,7 @@ class Session:
 
     def stopping(self) -> bool:
         """Whether a signal has asked a process of the run to save and stop; the same answer on all of them."""
-        return agreed_stop(self.stop)
+        return self.stop.agreed()
 
     @contextlib.contextmanager
     def begin(
@@ -115,14 +115,21 @@ class Session:
             num_tokens = restored.host["counters"]["num_tokens"]
             yield Begun(restored.arrays, data, done=restored.host["step"], num_tokens=num_tokens)
 
-    def save(self, phase: str, step: int, state: Any, data: ClipPrefetcher, counters: Mapping[str, Any]) -> None:
-        """Saves a checkpoint of `step` steps done in `phase`."""
-        self.metrics.sync()  # a checkpoint must not outlive its metrics
-        write_clips(self.setup, self.folder)  # nor what its clips were
-        self.folder.publish()
-        first = self.sft_steps if phase == "rl" else 0
-        host = {"phase": phase, "step": step, "data": data.state(), "counters": dict(counters)}
-        self.checkpoints.save(first + step, state, host)
+    def save(self, phase: str, step: int, state: Any, position: Any, log: StepLog) -> None:
+        """Saves a checkpoint of `step` steps done in `phase`.
+
+        Args:
+            position: state of the phase's prompts after those steps.
+            log: of the phase; its last step is written first.
+        """
+        with self.stop.signals.saving() if self.stop.signals else contextlib.nullcontext():
+            log.flush()
+            self.metrics.sync()  # a checkpoint must not outlive its metrics
+            write_clips(self.setup, self.folder)  # nor what its clips were
+            self.folder.publish()
+            first = self.sft_steps if phase == "rl" else 0
+            host = {"phase": phase, "step": step, "data": position, "counters": {"num_tokens": log.num_tokens}}
+            self.checkpoints.save(first + step, state, host)
 
     def check_finite(self, skipped_in_a_row: float, phase: str, step: int) -> None:
         """Stops the run after too many skipped updates.
@@ -156,11 +163,6 @@ def check_host(host: Mapping[str, Any]) -> None:
     }
     if wrong := [name for name, as_saved in right.items() if not as_saved]:
         raise DamagedStepError(f"its host state is no training run's: {', '.join(wrong)} missing or of another type")
-
-
-def agreed_stop(stop: StopSignals) -> bool:
-    """Whether a signal came to any process. All of them ask at the same places, so they stop at the same step."""
-    return any(processes.exchange("whether to stop", stop.should_stop()))
 
 
 class StepLog:

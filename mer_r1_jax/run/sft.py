@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mer_r1_jax import faults
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.pipeline import steps_for_epochs
@@ -19,6 +20,7 @@ from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags, TagError
 from mer_r1_jax.run.session import Session, StepLog
 from mer_r1_jax.run.setup import Setup, tower_flags
+from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training.checkpoints import Restored
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.sft import SftBatch, Targets, make_sft_step
@@ -74,15 +76,23 @@ class SftPhase:
             state, data, done = begun.state, begun.data, begun.done
             step_function = make_sft_step(setup.backbone, self.optimizer, self.config, self.encode_inside)
             with StepLog(session, self.name, self.total_steps, done, begun.num_tokens) as log:
+                saved = done
                 for step in range(done + 1, self.total_steps + 1):
-                    batch, tokens = self.batch(data.next(step))
+                    position = data.state()
+                    try:
+                        batch, tokens = self.batch(data.next(step, session.stop.asked))
+                    except StopRequested:
+                        if saved < step - 1:
+                            session.save(self.name, step - 1, state, position, log)
+                        return None
+                    faults.here("sft_step", step)
                     learning_rate = float(self._schedule(step - 1))
                     state, metrics = step_function(state, put(batch, setup.backbone.mesh))
                     log.add(step, {**metrics, **data.metrics(), "learning_rate": learning_rate}, tokens)
                     stopping = session.stopping()
                     if step % config.train.save_steps == 0 or step == self.total_steps or stopping:
-                        log.flush()
-                        session.save(self.name, step, state, data, {"num_tokens": log.num_tokens})
+                        session.save(self.name, step, state, data.state(), log)
+                        saved = step
                         log.restart_clock()
                     if stopping:
                         return None

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mer_r1_jax import faults
 from mer_r1_jax.kernels.placement import Placement, device
 from mer_r1_jax.omni.batch import Array
 from mer_r1_jax.omni.text import Cache, PromptCache
@@ -27,6 +28,7 @@ from mer_r1_jax.rl.rollout import Completions, RolloutState, Sampled, advance, f
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.stopping import NEVER, Stop
 
 
 class ChunkedRollout:
@@ -47,13 +49,23 @@ class ChunkedRollout:
         self._placement = Placement(backbone.mesh, DECODE_RULES["batch"], DECODE_RULES["kv_heads"])
 
     def __call__(
-        self, weights: tuple[Leaves, Leaves], prompts: Any, features_BRD: Array | None, key: Array, rollout_step: Array
+        self,
+        weights: tuple[Leaves, Leaves],
+        prompts: Any,
+        features_BRD: Array | None,
+        key: Array,
+        rollout_step: Array,
+        stop: Stop = NEVER,
     ) -> Completions:
         """As `RlPrograms.sample`."""
         sizes = self.sizes(len(prompts.uid_B))
         size, kept = sizes[0], None
         state, needed = self.start_program(weights, prompts, features_BRD, key, rollout_step)
-        while np.any(needed := jax.device_get(needed)):
+        while True:
+            faults.here("rollout_chunk", self.generations)
+            stop.wait(needed)
+            if not np.any(needed := jax.device_get(needed)):
+                break
             if (smaller := compaction.smallest(sizes, needed)) != size:
                 state, kept = self.compact_program(smaller)(state, kept)
                 size = smaller

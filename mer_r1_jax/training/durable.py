@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,22 +11,50 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mer_r1_jax import faults
+from mer_r1_jax.disk import writing
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Calls `write` on a new file beside `path`, syncs it and renames it to `path`. OSError leaves `path` as it was."""
+    """Calls `write` on a new file beside `path`, syncs it and renames it to `path`. Pipes are just written to.
+
+    Raises:
+        WriteError: it cannot be written; `path` is as it was.
+    """
     beside = path.with_name(f".{path.name}.new")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with writing(path.name, path):
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                return write(file)
+        try:
+            faults.here("file_begins", path)
+            with open(beside, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
     faults.here("file_written", path)
+
+
+def append(file: BinaryIO, data: bytes) -> None:
+    """Adds bytes to the end of a file that was opened without a buffer: all of them, or, where there is no room, none.
+
+    Raises:
+        OSError: the file is as it was.
+    """
+    size, left = os.fstat(file.fileno()).st_size, memoryview(data)
+    try:
+        faults.here("append", file.name)
+        while left:  # a disk that is nearly full takes a part
+            left = left[file.write(left) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(file.fileno(), size)
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:

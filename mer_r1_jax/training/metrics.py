@@ -1,7 +1,8 @@
 """What a run measures, written where people look: metrics.jsonl, TensorBoard, completion tables, the progress line.
 
 metrics.jsonl is the truth and must succeed. TensorBoard and the tables are for looking at: when one of them fails, it
-is named in one warning and left out from then on, and training goes on.
+is named in one warning and left out from then on, and training goes on. A disk that takes no table any more stops the
+run all the same: the next checkpoint would not fit either, and the run that goes on would lack the table.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from mer_r1_jax import faults, screen
+from mer_r1_jax.disk import DISK_ERRORS, WriteError, writing
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.run_directory import RunDirectory
@@ -49,7 +51,8 @@ class MetricsWriter:
         self._path = run.metrics_file
         self._completions = run.completions
         discard_after(run.metrics_file, run.attempt_logs / "metrics_discarded.jsonl", resume_at)
-        self._file = open(self._path, "a")
+        with writing("metrics.jsonl", self._path):
+            self._file = open(self._path, "ab", buffering=0)
         self._start = time.monotonic()
         self._broken: set[str] = set()
         self._tensorboard = (
@@ -72,8 +75,8 @@ class MetricsWriter:
         values = to_floats(metrics)
         line = {"step": int(step), "phase": phase, "time": round(time.time(), 3)}
         line |= {name: encode_number(value) for name, value in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing("metrics.jsonl", self._path):
+            durable.append(self._file, f"{json.dumps(line, allow_nan=False)}\n".encode())
         if self._tensorboard is not None:
             self._attempt("TensorBoard", lambda: self._tensorboard.write(phase, step, values))
         return values
@@ -89,15 +92,17 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Waits until every line is on disk. To be called before a checkpoint, which must not outlive its metrics."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing("metrics.jsonl", self._path):
+            os.fsync(self._file.fileno())
         faults.here("metrics_synced")
 
     def close(self) -> None:
         """Syncs and closes. Closing twice does no harm."""
         if not self._file.closed:
-            self.sync()
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                self._file.close()
         if self._tensorboard is not None:
             self._attempt("TensorBoard", self._tensorboard.close)
 
@@ -113,6 +118,8 @@ class MetricsWriter:
         try:
             action()
         except Exception as error:  # a backend for looking at must never stop a run
+            if isinstance(error, WriteError) and error.errno in DISK_ERRORS:
+                raise
             self._broken.add(backend)
             log.warning("%s cannot be written and is left out from now on: %s. metrics.jsonl goes on.", backend, error)
 
@@ -162,10 +169,10 @@ def discard_after(path: Path, discarded: Path, resume_at: tuple[str, int] | None
         if line.strip():
             (kept if _is_kept(line, resume_at) else moved).append(line)
     if moved:
-        with open(discarded, "a") as file:
-            file.write("".join(f"{line}\n" for line in moved))
-            file.flush()
-            os.fsync(file.fileno())
+        with writing("the lines of metrics.jsonl that will be made again", discarded):
+            with open(discarded, "ab", buffering=0) as file:
+                durable.append(file, "".join(f"{line}\n" for line in moved).encode())
+                os.fsync(file.fileno())
         text = "".join(f"{line}\n" for line in kept)
         durable.write_atomically(path, lambda file: file.write(text.encode()))
         log.info("%d lines of %s lie after the step resumed from and moved to %s", len(moved), path.name, discarded)

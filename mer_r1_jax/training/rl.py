@@ -28,6 +28,7 @@ from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.chunked import ChunkedRollout
 from mer_r1_jax.training.sft import accumulate
 from mer_r1_jax.training.state import Leaves, TrainState, apply_gradients
+from mer_r1_jax.training.stopping import NEVER, Stop
 
 
 @jax.tree_util.register_dataclass
@@ -148,6 +149,7 @@ class RlPrograms:
         generations: int,
         sampling: SamplingConfig | None = None,
         forced_ids: tuple[int, ...] = (),
+        stop: Stop = NEVER,
     ) -> Completions:
         """Samples `generations` completions of every prompt; settings are the training rollout's unless given.
 
@@ -156,12 +158,22 @@ class RlPrograms:
             prompts, features_BRD: the prompts, and the media features of their rows.
             key, rollout_step: the random bits follow from them and the prompts' identities.
             generations, sampling, forced_ids: static; as of `rl.rollout.rollout`.
+            stop: asked before every chunk, and while the device is waited for.
+
+        Raises:
+            StopRequested: a signal left the rollout. Where it is not cut into chunks, the device goes on with it for as
+                long as this process lives; parameters and optimizer state can be saved meanwhile.
         """
+        stop.check()
         sampling = sampling or self.sampling
         chunked = 0 < self.config.decode_chunk < sampling.max_completion_length
-        program = (self.chunked_rollout if chunked else self.sample_program)(generations, sampling, forced_ids)
-        completions = program(weights, prompts, features_BRD, key, rollout_step)
+        arguments = weights, prompts, features_BRD, key, rollout_step
+        if chunked:
+            completions = self.chunked_rollout(generations, sampling, forced_ids)(*arguments, stop)
+        else:
+            completions = self.sample_program(generations, sampling, forced_ids)(*arguments)
         faults.here("sampled", generations)
+        stop.wait(completions)
         return completions
 
     @functools.cache  # noqa: B019 - as `sample_program`

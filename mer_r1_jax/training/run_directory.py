@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax import screen
+from mer_r1_jax.disk import WriteError, writing
 from mer_r1_jax.training import durable, run_lock
 from mer_r1_jax.training.checkpoints import Checkpoints
 
@@ -46,7 +48,7 @@ MAY_CHANGE = (
     "train.output_dir", "train.run_name", "train.save_steps", "train.save_total_limit", "train.logging_steps",
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
     "train.export", "train.local_dir", "data.cache_dir", "media.decode_workers", "rl.reward_timeout",
-    "rl.max_faulty_rollouts",
+    "rl.max_faulty_rollouts", "train.preemption_grace_seconds",
 )  # fmt: skip
 # Settings that name where something lies -> fingerprints of what lies there: where these agree it has only moved.
 MAY_MOVE = {
@@ -311,10 +313,16 @@ def _take_lock(path: Path) -> Any:
         raise RunDirectoryError(
             f"{path} is being written by {holder}: wait for it to end, or choose another train.run_name"
         ) from error
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})")
-    file.flush()
+    try:
+        with writing("the run's lock", path / run_lock.NAME):
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+            file.flush()
+    except WriteError:
+        with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+            file.close()
+        raise
     RunDirectory._held.add(path)
     return file
 

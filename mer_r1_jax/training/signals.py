@@ -4,25 +4,30 @@ Python runs its handlers between two bytecodes of the main thread, which may be 
 The request is therefore taken by a thread, woken through `signal.set_wakeup_fd` the moment the signal arrives: the user
 is told at once, and a second signal ends the process even while the main thread is inside XLA. The run itself looks at
 `should_stop()` where it can stop: between steps, between chunks of a rollout, between batches of an evaluation.
+
+A spot machine goes 30 s after its notice, whatever the run is doing then. Where a limit is given, the same thread ends
+a process that has not come to such a place in time, with a message that says what counts; a save under way goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
-EXIT_SAVED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, state saved, the same command goes on from there
+from mer_r1_jax.stop_requested import StopRequested
+
+EXIT_SAVED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal; the same command goes on from what is saved
+GRACE_SECONDS = 25.0  # of the 30 s between a spot machine's notice and its end
 REPEAT_SECONDS = 1.0  # a signal this soon after the first one is the same request
 
 _END_WATCH = b"\0"  # no signal has number 0
 _active: StopSignals | None = None  # the one entered now, for the children forked meanwhile
-
-
-class StopRequested(Exception):
-    """Raised by `StopSignals.check` to leave a rollout or an evaluation early."""
 
 
 class StopSignals:
@@ -39,14 +44,21 @@ class StopSignals:
     the newest checkpoint counts. Signals within `REPEAT_SECONDS` of the first are the same request (`timeout` and
     terminals deliver one twice). Must be entered in the main thread (RuntimeError otherwise), one at a time.
 
+    Args:
+        grace_seconds: after the first signal; a process that is still there then, and does not save, is ended with
+            EXIT_SAVED: what it saved before counts. None or 0 waits as long as it takes.
+
     A forked child is released from all this: SIGTERM ends it, SIGINT is left to the parent, which still needs its
     workers to finish the step. A spawned child starts with Python's own handlers.
     """
 
     handled = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float | None = None) -> None:
+        self._grace_seconds = grace_seconds or None
         self._stop = threading.Event()
+        self._saving = threading.Event()
+        self._late = False  # the grace is over
         self.signal_name: str | None = None  # the signal that asked, e.g. "SIGTERM"
 
     def should_stop(self) -> bool:
@@ -57,6 +69,15 @@ class StopSignals:
         """Raises StopRequested when a signal has asked the run to stop."""
         if self._stop.is_set():
             raise StopRequested(f"{self.signal_name} asked the run to stop")
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """While it lasts the end of the grace ends nothing: a save that comes late is worth more than none."""
+        self._saving.set()
+        try:
+            yield
+        finally:
+            self._saving.clear()
 
     def __enter__(self) -> StopSignals:
         global _active
@@ -87,11 +108,32 @@ class StopSignals:
 
     def _watch(self) -> None:
         while True:
+            if not select.select([self._read_end], [], [], self._left())[0]:
+                self._end_of_grace()
+                continue
             for number in os.read(self._read_end, 64):
                 if number == _END_WATCH[0]:
                     return
                 if number in self.handled:
                     self._take(signal.Signals(number))
+
+    def _left(self) -> float | None:
+        """Seconds until the grace is over; None where there is no end to wait for."""
+        if self._grace_seconds is None or self._late or not self._stop.is_set():
+            return None
+        return max(0.0, self._asked_at + self._grace_seconds - time.monotonic())
+
+    def _end_of_grace(self) -> None:
+        self._late = True
+        over = f"{self._grace_seconds:g} s after {self.signal_name} (train.preemption_grace_seconds)"
+        if self._saving.is_set():
+            _tell(f"{over} a checkpoint is still being written and goes on. Until it is there the one before counts.")
+            return
+        _tell(
+            f"{over} the program has not come to a place where it can save: it compiles, or waits for the device. It "
+            "ends now, and the last valid checkpoint counts: the same command goes on from there."
+        )
+        os._exit(EXIT_SAVED)
 
     def _take(self, received: signal.Signals) -> None:
         if self._stop.is_set():

@@ -87,7 +87,7 @@ def test_files_that_cannot_be_read_end_with_file_line_and_mend(tmp_path, capsys,
 def test_scores_that_cannot_be_written_end_with_a_message(tmp_path, capsys):
     path = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prediction": "happy", "truth": "sad"}])
     assert run_command("score", f"--predictions={path}", "--metric=hit", f"--out={path}/o.json") == 2
-    assert "expected a file that can be written" in capsys.readouterr().err
+    assert "the scores could not be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric", ["set_f1", "hit", "waf"])

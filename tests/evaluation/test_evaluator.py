@@ -13,6 +13,7 @@ from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import EvaluationError
 from mer_r1_jax.run.road import eval_buckets, load_prompts, make_evaluator
 from mer_r1_jax.training.signals import StopRequested
+from mer_r1_jax.training.stopping import Stop
 
 SCORES = {
     "precision", "recall", "f1", "confidence_correct", "confidence_wrong", "distinct_answers", "mean_words",
@@ -101,14 +102,15 @@ def test_one_mode_alone_gives_the_same_answers(small, trained, evaluator, evalua
 def test_evaluation_stops_between_batches_when_asked(small, trained, evaluator):
     looked = []
 
-    def check():
-        looked.append(1)
-        if len(looked) == 2:
-            raise StopRequested("SIGTERM asked the run to stop")
+    class Asked(Stop):
+        def check(self):
+            looked.append(1)
+            if len(looked) == 4:
+                raise StopRequested("SIGTERM asked the run to stop")
 
     with pytest.raises(StopRequested):
-        evaluator.run((trained, {}), iter(prompts_of(small, range(6))), check=check)
-    assert len(looked) == 2
+        evaluator.run((trained, {}), iter(prompts_of(small, range(6))), stop=Asked())
+    assert len(looked) == 4
 
 
 def test_broken_file_is_loaded_as_its_reason(small, tmp_path):

@@ -64,6 +64,7 @@ def test_other_code_of_the_same_version_on_one_process_is_refused_on_every_proce
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(lost):
+    assert all(said(ended)["announced"] for ended in lost[:2])  # what each waits for alone is left then
     steps = [said(ended)["stopped"] for ended in lost[:2]]
     assert steps[0] == steps[1] and 5 <= steps[0] < 1000
 

@@ -1,4 +1,4 @@
-"""The training command as a process that a real signal hits at a chosen place, and the places worth choosing."""
+"""The training command as a process that a signal or a full disk hits at a chosen place, and places worth choosing."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ PLACES = {
     "exported": "exported 1",
     "report": "report 1",
 }
+# Where a run writes, in the order it meets them; the same counting.
+WRITING = {
+    "metrics": "append 3 metrics.jsonl",
+    "sft_checkpoint": "metrics_synced 1",
+    "manifest": "checkpoint_manifest 1",
+    "reference": "checkpoint_commit 1 .saving-0",
+    "first_evaluation": "file_begins 1 .samples.jsonl",
+    "first_scores": "file_begins 1 heldout_",
+    "completions": "file_begins 1 completions_",
+    "rl_metrics": "append 1 metrics.jsonl",
+    "rl_checkpoint": "metrics_synced 1",
+    "last_checkpoint": "checkpoint_manifest 1",
+    "last_evaluation": "evaluation_files 1",
+    "export": "export_tensor 5",
+    "exported": "exported 1",
+    "report": "file_begins 1 report.html",
+}
 
 
 def train(
@@ -43,7 +60,7 @@ def train(
         cache: folder of compiled programs.
         *arguments: further flags.
         place: where the signal comes, in the form of interrupt.py; None lets the run be.
-        signal_name: the signal.
+        signal_name: the signal, or what else interrupt.py lets come there.
     """
     words = command("train.py", f"--config={CONFIG_FILE}:{data}", f"--config.train.output_dir={output}", *arguments)
     if place is not None:

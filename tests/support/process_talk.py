@@ -27,10 +27,10 @@ from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run import agreement
 from mer_r1_jax.run.agreement import DisagreementError, check_config, check_data
-from mer_r1_jax.run.session import agreed_stop
 from mer_r1_jax.run.setup import DataSets
 from mer_r1_jax.training.prompts import prompt_rows
 from mer_r1_jax.training.signals import StopSignals
+from mer_r1_jax.training.stopping import ANNOUNCED, Stop
 
 STEPS = 1000
 
@@ -47,6 +47,7 @@ def main(ending: str) -> None:
         "length": refusal_of(check_data, data_of("happy", records=1 + own)),
         "code": refusal_of_other_code(own),
         "stopped": stopped_at(own),
+        "announced": processes.is_announced(ANNOUNCED),
     }
     check_config(config(beta=0.04, decode_workers=own))  # what a host may have of its own is no difference
     print(json.dumps(said), flush=True)
@@ -108,11 +109,12 @@ def data_of(word: str, records: int = 1) -> DataSets:
 
 def stopped_at(own: int) -> int:
     """The step at which this process stops after a signal to process 1 alone."""
-    with StopSignals() as stop:
+    with StopSignals() as signals:
+        stop = Stop(signals)
         for step in range(STEPS):
             if step == 5 and own == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if agreed_stop(stop):
+            if stop.agreed():
                 return step
     return STEPS
 

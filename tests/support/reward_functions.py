@@ -107,3 +107,10 @@ class Speechless(Exception):
 
 def raises_without_words(completions, **kwargs):
     raise Speechless
+
+
+def held_up(completions, **kwargs):
+    """1 for each completion, once the file that the variable HELD_UP names is not there."""
+    while os.path.exists(os.environ.get("HELD_UP", "")):
+        time.sleep(0.1)
+    return [1.0] * len(completions)

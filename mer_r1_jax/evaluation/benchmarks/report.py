@@ -76,7 +76,7 @@ def make_benchmark_report(out: str | os.PathLike, num_examples: int = 6) -> Path
     try:
         durable.write_atomically(folder.report, lambda file: file.write(html.encode("utf-8", "replace")))
     except OSError as error:
-        raise BenchmarkError(f"{folder.report} cannot be written: {error}") from error
+        raise BenchmarkError(str(error)) from error
     return folder.report
 
 

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax.disk import WriteError, writing
 from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError
 from mer_r1_jax.training import durable
 
@@ -57,15 +58,14 @@ class AnswerCache:
         """
         path = self._path(key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / ".lock", "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # two processes with one question would share the file that is renamed
-                durable.write_json(path, entry | {"key": key})
-        except OSError as error:
-            raise JudgeAbortedError(
-                f"{path} cannot be written ({error}), so the judge's answers would be lost; free the disk or give "
-                "another folder. The same command goes on from there"
-            ) from error
+            with writing("the judge's answer", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.folder / ".lock", "a") as lock:
+                    # Two processes with one question would share the file that is renamed.
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    durable.write_json(path, entry | {"key": key})
+        except WriteError as error:
+            raise JudgeAbortedError(str(error)) from error
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

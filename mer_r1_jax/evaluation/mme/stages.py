@@ -152,7 +152,8 @@ def _fill(
     done = len(asked) - len(lacking)
     client.credit(done)
     progress(stage, done, len(asked))
-    for one, result in map_ordered(work, lacking, client.concurrency, client.stop):
+    waiting = lambda: progress(stage, done, len(asked))  # noqa: E731 - which also asks whether to stop
+    for one, result in map_ordered(work, lacking, client.concurrency, client.stop, waiting):
         _note(log, one.key, result)
         done += 1
         progress(stage, done, len(asked))

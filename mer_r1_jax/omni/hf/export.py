@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from mer_r1_jax.omni.hf.tensor_files import (
     write_tensor_file,
 )
 from mer_r1_jax.omni.thinker import abstract_thinker
+from mer_r1_jax.stop_requested import StopRequested
 
 # Tokenizer, processor and generation files, of which a source directory has some.
 COPIED_FILES = (
@@ -91,6 +92,7 @@ def export_model(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    asked: Callable[[], bool] = lambda: False,
 ) -> ExportReport:
     """Writes a Hugging Face directory.
 
@@ -107,8 +109,10 @@ def export_model(
             it replaces.
         max_shard_size: bytes, or text like "5GB" (10^9); more than fits goes to further files with an index.
         overwrite: replace `directory` if it holds an earlier export.
+        asked: whether the program is to stop; looked at before every tensor.
 
     Raises:
+        StopRequested: `asked` said so; nothing is left of the export.
         ExportError: parameters that do not fit `config`, are held by other processes or are not finite; a base that is
             another model or none; a target that exists; an impossible dtype or shard size.
         WeightError: the base's tensors are not those of its config.
@@ -123,9 +127,10 @@ def export_model(
             raise ExportError(f"{path}: not a directory; expected one to copy files from")
     with staged(Path(directory), overwrite=overwrite, inputs=inputs) as staging:
         if base is not None:
-            report = _write_omni(staging, Path(base), config, sources, dtype)
+            report = _write_omni(staging, Path(base), config, sources, dtype, asked)
         else:
-            report = _write_thinker(staging, config, sources, dtype, limit, Path(source) if source else None)
+            content = _Content(config, sources, Path(source) if source else None)
+            report = _write_thinker(staging, content, dtype, limit, asked)
     return dataclasses.replace(report, directory=Path(directory))
 
 
@@ -147,21 +152,28 @@ def _sources(config: ThinkerConfig, params: Mapping) -> dict[str, Source]:
     return {entry.name: (entry, given[entry.path]) for entry in table.entries(abstract, config)}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Content:
+    """What an export of the Thinker alone is made of: bare stored name -> where it comes from, files to copy."""
+
+    config: ThinkerConfig
+    sources: Mapping[str, Source]
+    files: Path | None
+
+
 def _write_thinker(
-    staging: Path,
-    config: ThinkerConfig,
-    sources: Mapping[str, Source],
-    dtype: str | None,
-    limit: int,
-    source: Path | None,
+    staging: Path, content: _Content, dtype: str | None, limit: int, asked: Callable[[], bool]
 ) -> ExportReport:
+    config, sources, source = content.config, content.sources, content.files
     specs = [
         spec(name, entry.stored_shape, np.dtype(jnp.dtype(dtype or leaf.dtype)))
         for name, (entry, leaf) in sources.items()
     ]
     shards = _split(specs, limit)
     sums = {
-        file: write_tensor_file(staging / file, tensors, lambda tensor: _chunks(tensor, sources[tensor.name]))
+        file: write_tensor_file(
+            staging / file, tensors, lambda tensor: _unless(asked, _chunks(tensor, sources[tensor.name]))
+        )
         for file, tensors in shards.items()
     }
     if len(shards) > 1:
@@ -176,7 +188,12 @@ def _write_thinker(
 
 
 def _write_omni(
-    staging: Path, base: Path, config: ThinkerConfig, sources: Mapping[str, Source], dtype: str | None
+    staging: Path,
+    base: Path,
+    config: ThinkerConfig,
+    sources: Mapping[str, Source],
+    dtype: str | None,
+    asked: Callable[[], bool],
 ) -> ExportReport:
     check_weights(base)
     stored = list_tensors(base)
@@ -195,7 +212,9 @@ def _write_omni(
         shards.setdefault(stored[name].path.name, []).append(tensor)
     sums = {
         file: write_tensor_file(
-            staging / file, tensors, lambda t: t.chunks() if t.path else _chunks(t, sources[table.plain_name(t.name)])
+            staging / file,
+            tensors,
+            lambda t: _unless(asked, t.chunks() if t.path else _chunks(t, sources[table.plain_name(t.name)])),
         )
         for file, tensors in shards.items()
     }
@@ -236,6 +255,13 @@ def _compare(one: Any, other: Any, prefix: str = "") -> Iterable[tuple[str, Any,
             yield from _compare(mine, theirs, f"{field.name}.")
         elif mine != theirs:
             yield f"{prefix}{field.name}", mine, theirs
+
+
+def _unless(asked: Callable[[], bool], chunks: Iterable[memoryview]) -> Iterable[memoryview]:
+    """The chunks of a tensor, unless the program is to stop."""
+    if asked():
+        raise StopRequested("a signal came while the model was exported")
+    return chunks
 
 
 def _chunks(tensor: TensorSpec, source: Source) -> Iterable[memoryview]:

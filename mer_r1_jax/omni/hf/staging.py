@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mer_r1_jax.disk import writing
 from mer_r1_jax.omni.hf.config import CONFIG_FILE
 
 
@@ -28,10 +29,18 @@ def staged(directory: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> 
         inputs: directories that are being read and must not be touched.
 
     Raises:
+        WriteError: there is no room, or no permission.
         ExportError: the target is a file, one of `inputs` or around one, or holds something that may not be replaced.
     """
     partial = directory.with_name(f"{directory.name}.partial")
     replaced = directory.with_name(f"{directory.name}.replaced")
+    with writing("the export", directory):
+        yield from _staged(directory, partial, replaced, overwrite=overwrite, inputs=inputs)
+
+
+def _staged(
+    directory: Path, partial: Path, replaced: Path, *, overwrite: bool, inputs: Sequence[Path]
+) -> Iterator[Path]:
     for path in inputs:
         if path.resolve() in {target.resolve() for target in (directory, partial, replaced)}:
             raise ExportError(f"{directory}: is also read from; choose another output directory")
