@@ -113,7 +113,7 @@ class DataConfig:
         "Look at the face and body, listen to the voice and read the subtitle. What does the person feel? "
         "Reason inside <think></think>, then list the emotion words inside <answer></answer>."
     )
-    extra_columns: tuple[str, ...] = ()  # columns only reward functions read, though they look like a path or label
+    extra_columns: tuple[Words, ...] = ()  # columns only reward functions read, though they look like a path or label
     max_prompt_length: Tokens = 2048  # tokens of a prompt, media included; a longer one is an error, never cut
     prompt_buckets: tuple[Tokens, ...] = ()  # token lengths prompts are padded to; () = four even steps up to the cap
     cache_dir: DiskPlace = ""  # decoded clips are kept here, keyed by file content and media settings; "" = no cache

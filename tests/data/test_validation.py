@@ -323,7 +323,7 @@ def test_a_record_that_breaks_the_checker_is_named(tmp_path):
     [
         ([], "no data to check"),
         (["--data=good.jsonl", "further.jsonl"], "unexpected arguments ['further.jsonl']"),
-        (["--data=good.jsonl", "--media_root=clips", "--nodecode", "--json=absent/r.json"], "the report could not be"),
+        (
             ["--data=good.jsonl", "--media_root=clips", "--nodecode", "--json=absent/r.json"],
             "the report could not be written",
         ),
