@@ -141,7 +141,7 @@ def _path_problem(text: str, path: Path, shown: str) -> str | None:
                 f"{shown}: not a folder here; nothing is downloaded. If it is a name on a hub, fetch it first "
                 f"(hf download {repository} --local-dir DIR) and give DIR"
             )
-        return f"{shown}: no such folder; expected a run's folder or a Hugging Face directory, nothing is downloaded"
+        return f"{shown}: no such folder; expected a run's folder, or a Hugging Face directory, nothing is downloaded"
     if not path.is_dir():
         return f"{shown}: {_file_problem(path)}"
     return _folder_problem(path, shown)
@@ -175,7 +175,7 @@ def _folder_problem(path: Path, shown: str) -> str | None:
     if (path / "config.json").exists():
         return None
     if not any(path.iterdir()):
-        return f"{shown}: an empty folder; expected a run's folder or a Hugging Face directory: copy the model into it"
+        return f"{shown}: an empty folder; expected a run's folder, or a Hugging Face directory: copy the model into it"
     inside = _models_inside(path)
     mend = f"; give one of the models inside: {', '.join(inside)}" if inside else ""
     return (
