@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     except Exception:
         screen.say(traceback.format_exc().rstrip(), error=True)
         screen.say(
-            "error: the data could not be checked; this is a fault of this program: please report it", file=sys.stderr
+            "error: the data could not be checked; this is a fault of this program: please report it", error=True
         )
         return EXIT_ERROR
 

