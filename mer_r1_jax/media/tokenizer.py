@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ SPECIAL_TOKENS = {  # field of ThinkerConfig -> the token it is the id of
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+# Classes that settings name -> the class that AutoTokenizer takes for them.
+_WITHOUT_TORCH = {"Qwen2Tokenizer": "Qwen2Tokenizer", "Qwen2TokenizerFast": "Qwen2Tokenizer"}
 _ANSWER_TAGS = re.compile(r"\s*(</?(think|answer)>\s*)+")
 
 
@@ -91,19 +94,29 @@ def _check_files(path: Path) -> None:
 
 
 def _load(path: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, LlamaTokenizer
+    import transformers
 
+    LlamaTokenizer = transformers.LlamaTokenizer
     local = dict(local_files_only=True, trust_remote_code=False)
     older = all((path / name).is_file() for name in ("vocab.json", "merges.txt"))
     if (path / "tokenizer.json").is_file() or older:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), **local)
+        # AutoTokenizer imports torch where that is installed, which takes seconds and hundreds of megabytes.
+        named = getattr(transformers, _WITHOUT_TORCH.get(_named_class(path), "AutoTokenizer"))
+        tokenizer = named.from_pretrained(str(path), **local)
         if not (isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space):
             return tokenizer
     elif not any((path / name).is_file() for name in SENTENCEPIECE_FILES):
-        return AutoTokenizer.from_pretrained(str(path), **local)
+        return transformers.AutoTokenizer.from_pretrained(str(path), **local)
     # Whatever class the settings name: of all of transformers' conversions of a sentencepiece model this one alone
     # gives texts back unchanged. A space put in front of every text would stand between the pieces of an answer.
     return LlamaTokenizer.from_pretrained(str(path), add_prefix_space=False, **local)
+
+
+def _named_class(path: Path) -> str | None:
+    """The class that a folder's settings name; None where there are none. They have been looked at before."""
+    settings = path / "tokenizer_config.json"
+    named = json.loads(settings.read_bytes()).get("tokenizer_class") if settings.is_file() else None
+    return named if isinstance(named, str) else None
 
 
 def is_answer_tag(token: str) -> bool:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from support.tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mer_r1_jax.media.tokenizer import TokenizerError, load_tokenizer
 
@@ -97,6 +97,20 @@ def test_a_hostile_folder_is_refused_and_runs_nothing(tmp_path, damage):
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(error.value) and len(str(error.value)) < 1200
     assert not (tmp_path / "RAN").exists()
+
+
+def test_a_qwen_tokenizer_loads_without_torch_as_auto_tokenizer_does(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    text = "So he's sad...  12345\n<think>é</think><|im_end|>"
+    code = (
+        "import sys; from mer_r1_jax.media.tokenizer import load_tokenizer; "
+        "tokenizer = load_tokenizer(sys.argv[1]); print('torch' in sys.modules, *tokenizer(sys.argv[2])['input_ids'])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), text], capture_output=True, text=True, timeout=300
+    )
+    auto = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert ended.stdout.split() == ["False", *map(str, auto(text)["input_ids"])], ended.stderr
 
 
 def test_commands_start_without_transformers():
