@@ -33,3 +33,9 @@ def pytest_sessionstart(session):
             f"the tests need {EMULATED_DEVICES} emulated CPU devices and got {jax.device_count()}: "
             "jax was imported before tests/conftest.py set XLA_FLAGS"
         )
+
+
+def pytest_make_parametrize_id(val):
+    """Names bytes by their number among a test's parameters: they may hold a time or an address, and two workers that
+    share the tests between them must find them under the same names."""
+    return "bytes" if isinstance(val, bytes) else None
