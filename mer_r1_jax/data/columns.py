@@ -216,10 +216,12 @@ class LineReader:
                 continue
             before = len(self.problems)
             check_text(self._problems, field, word, PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG)
-            found = split_label(word) if isinstance(value, list) else [word]
-            if len(found) > 1 and len(self.problems) == before:
+            if isinstance(value, str):
+                clean.append(word)
+                continue
+            if len(split_label(word, joined=False)) > 1 and len(self.problems) == before:
                 self._fail(field, shown(word), "one emotion word or phrase, no comma or other separator", example)
-            clean.extend(found)
+            clean.extend(split_label(word))
         if not clean and len(self.problems) == problems_before:
             self._fail(
                 "solution", shown(value), "at least one emotion word", 'write "neutral", or leave the column out'

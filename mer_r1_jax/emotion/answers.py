@@ -26,14 +26,23 @@ _WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*"
 _EXTRACTOR_PREFIXES = ("输入", "输出", "翻译", "让我们来翻译一下", "output", "Output", "input", "Input")
 
 # of labels, after NFKC
-_BRACKETS = ("[]", "()", "{}", "【】", "「」", "『』", "《》", "〈〉", "〔〕", "<>")
+_BRACKETS = ("[]", "()", "{}", "【】", "「」", "『』", "《》", "〈〉", "〔〕", "<>", "⟨⟩")
 _QUOTES = "'\"`´‘’‚‛“”„‟«»＂＇"
 _STOPS = ".。…!?:;~"
 _AROUND = " \t\r\n"
-_LABEL_SEPARATOR = re.compile(r"[,;/|\\\n\r\t、،؛・。]+|[.!?]\s+")
+_LABEL_SEPARATOR = re.compile(r"[,;/|\\\n\r\t、،؛・。•·→+]+|[.!?]\s+|\.{2,}|->|\s[-–—]+\s")
+# Of Chinese words only where letters of another script or blanks stand beside them: 温和 is one word.
+_JOINING = re.compile(
+    r"\s+(?:and|or)\s+|\s*&\s*|\s+(?:和|与|及|以及|或)\s+|(?<=[A-Za-z])\s*(?:和|与|及|以及|或)\s*(?=[A-Za-z])",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(r"^(?:(?:the\s+)?(?:emotion|label|answer)s?(?:\s+(?:is|are))?|情感|情绪|标签|答案)\s*:\s*", re.I)
 # between a closing and an opening quote or bracket
 _QUOTES_APART = re.compile(rf"(?<=[{_QUOTES}])\s+(?=[{_QUOTES}])|(?<=[\])}}】」』》〉〕>])\s*(?=[\[({{【「『《〈〔<])")
-_NUMBERED = re.compile(r"(?:^|(?<=[\s,;\[(]))\(?\d{1,2}\s*[.)、:](?:\s+|(?=[^\W\d]))")
+_NUMBERED = re.compile(
+    r"(?:^|(?<=[\s,;\[(]))\(?"
+    r"(?:\d{1,2}\s*[.)、:](?:\s+|(?=[^\W\d]))|[A-Za-z][.)]\s+|[一二三四五六七八九十]{1,2}[.、])|\(\d{1,2}\)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +106,26 @@ def split_words(answer: str | Sequence[str] | None) -> list[str]:
     return [word.strip() for word in re.split("['\",]", answer) if word.strip()]
 
 
-def split_label(text: str) -> list[str]:
+def split_label(text: str, joined: bool = True) -> list[str]:
     """The emotion words of a label, in whatever form it was written down.
 
     The official splitter's brackets, quotes and commas, and besides: separators of other scripts and full width, `;`,
-    `/`, `|` and line breaks; quotes with nothing but white space between them, as NumPy prints lists; numbers or dashes
-    before the words; quotes, brackets and stops around them, and an "and" before the last. An apostrophe inside a word
-    stays, and so does every word: what is on no wheel is for the caller to count.
+    `/`, `|` and line breaks; quotes with nothing but white space between them, as NumPy prints lists; numbers, letters
+    or dashes before the words; quotes, brackets and stops around them; "and" and its like between them. An apostrophe
+    inside a word stays, and so does every word: what is on no wheel is for the caller to count.
+
+    Args:
+        text: the label.
+        joined: whether "angry and sad" are two words.
     """
     # NFKC makes full-width letters and punctuation plain; format characters (zero width, direction) are never meant.
-    plain = unicodedata.normalize("NFKC", re.sub("[\u2460-\u2473]", ",", text))  # circled numbers
+    plain = unicodedata.normalize("NFKC", re.sub("[\u2460-\u2473\u3000]", ",", text))  # circled numbers, wide blank
     plain = "".join(character for character in plain if unicodedata.category(character) != "Cf")
-    pieces = _LABEL_SEPARATOR.split(_QUOTES_APART.sub(",", _NUMBERED.sub(",", plain.strip(_AROUND))))
+    plain = _HEADING.sub("", plain.strip(_AROUND))
+    pieces = _LABEL_SEPARATOR.split(_QUOTES_APART.sub(",", _NUMBERED.sub(",", plain)))
     words = [word for word in (_bare(piece) for piece in pieces) if word]
-    return [re.sub(r"^(?:and|&)\s+", "", word) for word in words] if len(words) > 1 else words
+    words = [re.sub(r"^(?:and|or|&)\s+", "", word) for word in words] if len(words) > 1 else words
+    return [one for word in words for one in _JOINING.split(word) if one] if joined else words
 
 
 def _bare(piece: str) -> str:
