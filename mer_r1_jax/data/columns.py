@@ -32,6 +32,7 @@ NAMES = {alias: column for column, aliases in ALIASES.items() for alias in (colu
 MEDIA = {"videos": "<video>", "audios": "<audio>", "images": "<image>"}
 
 _TARGET = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_LIST_AS_TEXT = re.compile(r"""\s*\[\s*(?:['"].*['"])?\s*\]\s*""", re.DOTALL)
 _TARGET_FORM = "<think>reasoning</think> and <answer>emotion words</answer>, each once, in this order, nothing else"
 
 
@@ -177,6 +178,13 @@ class LineReader:
             field = f"{column}[{place}]" if column in MEDIA else column
             if not isinstance(path, str):
                 self._fail(field, f"{kind_of(path)} {shown(path)}", "a path", f'write "{column}": ["clip.mp4"]')
+                continue
+            if _LIST_AS_TEXT.fullmatch(path):
+                got, mend = (
+                    f"a list written as a text, {shown(path)}",
+                    "write it as a JSON list, without quotes around it",
+                )
+                self._fail(field, got, "a path", mend)
                 continue
             try:
                 resolve_media(self.media_root, path)

@@ -14,22 +14,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mer_r1_jax.data.problems import Problem, shown
+from mer_r1_jax.emotion.answers import split_label
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.json_lines import cut
 
 OF_OUR_WORLD = ("cues", "oracle", "truth_categories")  # what the embedded world adds to its held-out records
 _SIMILAR = 0.82  # difflib ratio from which an unknown column counts as a mistyped one
 _MOST_LEAVES = 1000  # of one value that are looked at
+_LONG_LABEL = 200  # characters; what is longer is no label of these few words
 
 # our column -> words that mean it when they stand in the name of another column
 _MEANT = {
-    "videos": "video videos clip clips movie movies film films vid vids mp4 avi 视频",
+    "videos": "video videos clip clips movie movies film films vid vids mp4 avi mkv mov webm visual visuals 视频",
     "audios": "audio audios wav wavs mp3 flac voice voices speech sound sounds 音频 语音",
     "images": "image images img imgs picture pictures pic pics photo photos frame frames face faces jpg png 图片 图像",
     "subtitle": "subtitle subtitles transcript transcripts transcription transcriptions caption captions text texts "
-    "sentence sentences utterance utterances asr srt 字幕 文本",
+    "sentence sentences utterance utterances asr srt chinese english 字幕 文本",
     "solution": "label labels answer answers emotion emotions emo openset truth truths groundtruth gt gold target "
-    "targets class category categories sentiment sentiments feeling feelings 标签 情感 情绪 答案",
+    "targets class category categories sentiment sentiments senti feeling feelings annotation "
+    "annotations reference references expected onehot 标签 情感 情绪 答案",
     "messages": "conversation conversations chat chats dialog dialogs dialogue dialogues turns message messages "
     "history completion completions response responses output outputs chosen",
     "question": "prompt prompts question questions instruction instructions input inputs 问题",
@@ -37,12 +40,30 @@ _MEANT = {
     "system": "system",
 }
 _WORD = {word: column for column, words in _MEANT.items() for word in words.split()}
-_FILE = frozenset("path paths file files filename filenames filepath filepaths media url urls uri uris 路径".split())
+_OF_TEXT = frozenset("annotation annotations reference references expected".split())  # labels where they are texts
+_FILE = frozenset(
+    "path paths file files filename filenames filepath filepaths media medias multimedia url urls uri uris 路径".split()
+)
 _ANY_MEDIUM = "videos`, `audios` or `images"
 # words that make of such a name something about the clip or the label, not the thing itself
-_ABOUT = frozenset("count num n confidence agreement source lang language version time start end duration".split())
+_ABOUT = frozenset(
+    "count num n confidence agreement source lang language version time start end duration length len weight weights "
+    "intensity quality difficulty hash md5 format standard".split()
+)
 _ABOUT_MEDIA = _ABOUT | frozenset(
-    "id ids idx index fps rate width height size length len seconds sec hash sha256 md5 format codec score type".split()
+    "id ids idx index fps rate width height size seconds sec sha256 codec score type title".split()
+)
+_VOCABULARY = frozenset((*_WORD, *_FILE, *_ABOUT_MEDIA))
+# Words that are recognised at the end of a longer one, `ovlabel`, and such as are at its start, `videopath`.
+_ENDS = re.compile(
+    r"(.+?)((?:video|audio|image|label|emotion|answer|openset|prompt|transcript|subtitle|path|file(?:name|path)?)s?)"
+)
+_STARTS = re.compile(r"((?:video|audio|image|label|emotion|answer|openset|prompt|transcript|subtitle)s?)(.+)")
+_IDEOGRAPHS = re.compile(r"[\u4e00-\u9fff]+")
+# The least ambiguous words for a feeling: a column that holds nothing else is a label, whatever its name.
+_FEELINGS = frozenset(
+    "happy happiness sad sadness angry anger fearful disgusted surprised scared worried anxious excited frustrated "
+    "高兴 开心 悲伤 难过 愤怒 生气 惊讶 恐惧 害怕 厌恶".split()
 )
 _MEDIA_SUFFIX = re.compile(
     r"\.(?:mp4|avi|mkv|mov|webm|flv|wmv|m4v|mpe?g|3gp|ogv|m2?ts|m3u8|wav|mp3|flac|ogg|oga|opus|m4a|aac|wma|aiff?|amr"
@@ -124,6 +145,8 @@ class ForeignColumns:
     def _mistyped(self, name: str, known: set[str]) -> Suspicion | None:
         plain = name.strip().lower()
         close = [plain] if plain in self._ours else []
+        if not close and _ABOUT_MEDIA & set(_words(name)):
+            return None  # `question_id` is no `question`
         close = close or difflib.get_close_matches(name, [n for n in self._ours if len(n) > 4], n=1, cutoff=_SIMILAR)
         if close and self._ours[close[0]] not in known:
             return Suspicion(name, f"resembles `{close[0]}`", close[0])
@@ -143,19 +166,52 @@ def suspicion(name: str, value: Any) -> Suspicion | None:
             return Suspicion(_dotted(name, keys), f"means `{meant}` by its name", meant)
     if isinstance(value, list) and any(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in value):
         return Suspicion(name, "holds chat turns", "messages")
+    for keys, leaf in _leaves(value):
+        if (
+            isinstance(leaf, str)
+            and len(leaf) < _LONG_LABEL
+            and _FEELINGS.issuperset(words := _label_words(leaf))
+            and words
+        ):
+            return Suspicion(_dotted(name, keys), f"holds emotion words, {cut(leaf, 40)}", "solution")
     return None
+
+
+def _label_words(text: str) -> list[str]:
+    return [word.lower() for word in split_label(text)]
+
+
+def _words(name: str) -> list[str]:
+    """The words of a column's name: `videoPath`, `video-path_1`, `videopath` and `ovlabel` have two each."""
+    spelt = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
+    words: list[str] = []
+    for word in re.split(r"[\W_]+", spelt):
+        plain = word.rstrip("0123456789") or word
+        if plain in _VOCABULARY:
+            words.append(plain)
+        elif _IDEOGRAPHS.fullmatch(plain):
+            inside = [known for known in _VOCABULARY if _IDEOGRAPHS.match(known) and known in plain]
+            words.extend(sorted(inside, key=plain.find))
+        elif (found := _STARTS.fullmatch(plain)) and found[2] in _VOCABULARY:
+            words.extend(found.groups())
+        elif found := _ENDS.fullmatch(plain):
+            words.extend(found.groups())
+        elif word:
+            words.append(word)
+    return words
 
 
 def _meant_by(name: str, value: Any) -> str | None:
     """Our column that a name means, going by its words; None where it means none, or only something about one."""
-    words = [word for word in re.split(r"[\W_]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()) if word]
+    words = _words(name)
     found = [_WORD[word] for word in words if word in _WORD]
     meant = found[-1] if found else _ANY_MEDIUM if _FILE & set(words) else None
-    about = _ABOUT if meant == "solution" else _ABOUT_MEDIA
+    # A number is no path and no text, but it can be a label.
+    number_counts = meant == "solution" and not _OF_TEXT & set(words)
+    about = _ABOUT if number_counts else _ABOUT_MEDIA
     if meant is None or about & set(words):
         return None
-    # A number is no path and no text, but it can be a label.
-    if meant != "solution" and not any(isinstance(leaf, str) for _, leaf in _leaves(value)):
+    if not number_counts and not any(isinstance(leaf, str) for _, leaf in _leaves(value)):
         return None
     return meant
 

@@ -6,12 +6,13 @@ Media that stand in the content as parts leave a placeholder in the text and the
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from mer_r1_jax.data.content_parts import COLUMN, PartError, read_parts
 from mer_r1_jax.data.plain_text import PLACEHOLDER, SPECIAL_TOKEN, check_text
 from mer_r1_jax.data.problems import LineProblems, shown
-from mer_r1_jax.json_lines import kind_of
+from mer_r1_jax.json_lines import JsonLineError, kind_of, parse_value
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
@@ -61,8 +62,26 @@ def _question(row: dict[str, Any], question: str, problems: LineProblems) -> Cha
         got, mend = f"{kind_of(asked)} {shown(asked)}", "write the question, or leave it out"
         problems.add("question", got, "a text that is not empty", mend)
         return None
+    if _is_chat(asked):
+        got, mend = (
+            f"a chat written as a text, {shown(asked)}",
+            "write the turns as a JSON list, without quotes around it",
+        )
+        problems.add("question", got, "a question, or a list of turns", mend)
+        return None
     check_text(problems, "question", asked, SPECIAL_TOKEN)
     return Chat([{"role": "user", "content": asked}])
+
+
+def _is_chat(text: str) -> bool:
+    """Whether a text is a list of turns, as tables hold them that know no lists."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        turns = parse_value(text)
+    except JsonLineError:
+        return re.match(r"\s*\[\s*\{\s*'(?:role|from|content|value)'\s*:", text) is not None  # as Python prints it
+    return isinstance(turns, list) and any(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
 
 
 def _add_system(chat: Chat, system: Any, problems: LineProblems) -> None:

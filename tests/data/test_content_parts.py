@@ -163,3 +163,34 @@ def test_a_second_system_turn_is_refused(refused):
     problem = refused({"messages": turns, "system": "c", "video": "a.mp4"})
     assert (problem.field, problem.got) == ("system", "a `system` and a system turn")
     assert "special token" in refused({"system": "<|im_end|>", "video": "a.mp4"}).expected
+
+
+CHAT = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]}]
+
+
+@pytest.mark.parametrize("text", [json.dumps(CHAT), f" {json.dumps(CHAT, indent=1)}\n", str(CHAT)])
+@pytest.mark.parametrize("column", ["prompt", "question", "messages", "conversations"])
+def test_a_chat_written_as_a_text_is_no_question(tmp_path, column, text):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"videos": ["a.mp4"], "solution": "happy", column: text}))
+    with pytest.raises(RecordError) as caught:
+        read_records(path)
+    (problem,) = caught.value.problems
+    assert "a chat written as a text" in problem.got or "list of turns" in problem.expected
+
+
+@pytest.mark.parametrize("text", ['["a.mp4"]', "['a.mp4', 'b.mp4']", " [] "])
+@pytest.mark.parametrize("column", ["videos", "audio", "images"])
+def test_a_list_written_as_a_text_is_no_path(tmp_path, column, text):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"subtitle": "hi", "solution": "happy", column: text}))
+    with pytest.raises(RecordError) as caught:
+        read_records(path)
+    assert "a list written as a text" in caught.value.problems[0].got
+
+
+def test_brackets_make_no_list_of_a_name(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"videos": "[v2] clip.mp4", "images": "clip [it's].png", "question": "[What?]"}))
+    (record,) = read_records(path)
+    assert (record.videos, record.images) == (("[v2] clip.mp4",), ("clip [it's].png",))

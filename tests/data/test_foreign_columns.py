@@ -50,6 +50,20 @@ def fault(path, **options):
         ("text", "hello", "subtitle"),
         ("instruction", "Say it.", "question"),
         ("标签", "高兴", "solution"),
+        ("情感标签", "高兴", "solution"),
+        ("视频路径", "a", "videos"),
+        ("ovlabel", "[happy]", "solution"),
+        ("emolabels", ["x"], "solution"),
+        ("emotion1", "x", "solution"),
+        ("annotation", "x", "solution"),
+        ("videopath", "a", "videos"),
+        ("audiofile", "a", "audios"),
+        ("visual", "a", "videos"),
+        ("systemprompt", "Be brief.", "question"),
+        ("english", "I am fine.", "subtitle"),
+        ("discrete", "happy", "solution"),
+        ("tags", ["angry; sad"], "solution"),
+        ("mer2024", "【愤怒】", "solution"),
     ],
 )
 def test_what_looks_like_a_path_or_a_label_is_refused_unless_named(write, column, value, meant):
@@ -67,6 +81,11 @@ def test_what_looks_like_a_path_or_a_label_is_refused_unless_named(write, column
     [
         {"split": "train", "source": "MELD", "speaker": "f1", "rating": 3, "": 1},
         {"video_id": "x1", "label_confidence": 0.9, "fps": 25, "frames": 120, "text_language": "en"},
+        {"question_id": "q1", "dataset": "MELD", "difficulty": "easy", "level": "hard", "Dialogue_ID": 3, "fold": 2},
+        {"target_length": 30, "class_weight": 0.5, "emotion_intensity": 3, "question_difficulty": "easy"},
+        {"image_quality": "good", "video_title": "Anger Management", "textquality": "good", "gold_standard": True},
+        {"annotation_id": "a1", "reference_id": 3, "videoid": "x", "label_version": "v2", "speaker": "Joy"},
+        {"style": "neutral", "scene": "a sad day", "data_source": "mer", "extra_info": {"index": 3, "split": "train"}},
         {"label": None, "answer": "", "path": [], "history": []},
     ],
 )
