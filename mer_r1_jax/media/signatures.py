@@ -6,6 +6,12 @@ import dataclasses
 import re
 
 _BLANK = b" \t\r\n"
+_WIDE = (  # the longer marks first: UTF-32 begins like UTF-16
+    (b"\xff\xfe\x00\x00", "utf-32-le"),
+    (b"\x00\x00\xfe\xff", "utf-32-be"),
+    (b"\xff\xfe", "utf-16-le"),
+    (b"\xfe\xff", "utf-16-be"),
+)
 _OWN = "List the clips themselves, one path each: a clip may not name other files."
 _SUBTITLES = "Put its text into the `subtitle` column, and list the clip it belongs to."
 _UNPACK = "Unpack it, and list the clips inside."
@@ -40,12 +46,17 @@ _TEXTS = (
     (rb"version https://git-lfs", Signature("a git-lfs pointer in place of the file", mend="Run `git lfs pull`.")),
     (rb"WEBVTT|\[script info\]|# vobsub index|\d+\s*\r?\n\d\d:\d\d:\d\d,\d", Signature("subtitles", mend=_SUBTITLES)),
 )
+# One path a line, as the plainest of playlists are.
+_ENDING = rb"\.(?:mp4|m4[av]|mov|mkv|webm|avi|flv|wmv|mpe?g|ts|wav|mp3|flac|ogg|opus|aac)[ \t]*(?:[\r\n]|\Z)"
+_PATHS = rb"[^\r\n\x00]{1,1000}" + _ENDING
+_COMMENTS = re.compile(rb"(?:(?:#(?!EXT)|//)[^\r\n]*[\r\n]+\s*)+", re.IGNORECASE)
 _MARKUP = (
     (rb"<mpd\b", _list("a manifest (DASH)")),
     (rb"<smoothstreamingmedia\b|<(?:\w+:)?manifest\b", _list("a manifest (streaming)")),
     (rb"<smil\b|<playlist\b|<asx\b|<wpl\b|<\?wpl", _list("a playlist (XML)")),
     (rb"<svg\b", Signature("a drawing (SVG)", mend="Save it as PNG and list it under `images`.")),
     (rb"<!doctype html|<html\b", Signature("a web page", mend="Download the clip itself.")),
+    (rb"\A<\?xml\b", Signature("an XML text", mend="List the clip itself.")),
 )
 # A WebP of several pictures says so in its extended header: the flags' second bit.
 _ANIMATED = b"RIFF....WEBPVP8X....[" + b"".join(b"\\x%02x" % flags for flags in range(256) if flags & 2) + b"]"
@@ -74,12 +85,25 @@ def signature_of(start: bytes) -> Signature | None:
     text = _plain(start)
     if text[:1] == b"<":
         return next((kind for pattern, kind in _MARKUP if re.search(pattern, text, re.IGNORECASE)), None)
-    return next((kind for pattern, kind in _TEXTS if re.match(pattern, text, re.IGNORECASE)), None)
+    for spoken in (text, _COMMENTS.sub(b"", text, count=1) if _COMMENTS.match(text) else text):
+        for pattern, kind in (*_TEXTS, (_PATHS, _list("a list of files"))):
+            if re.match(pattern, spoken, re.IGNORECASE):
+                return kind
+    return None
 
 
 def _plain(start: bytes) -> bytes:
-    """The text without its byte order mark and leading blanks; UTF-16 as one byte a letter."""
-    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+    """The text without its byte order mark and leading blanks; UTF-16 and UTF-32 as one byte a letter."""
+    for mark, encoding in _WIDE:
         if start.startswith(mark):
-            start = start[2:].decode(encoding, "ignore").encode(errors="ignore")
+            start = start[len(mark) :].decode(encoding, "ignore").encode(errors="ignore")
+            break
+    else:
+        # Without a mark letters have zeros beside them.
+        for encoding, zeros, letters in (
+            ("utf-16-le", start[1:40:2], start[:40:2]),
+            ("utf-16-be", start[:40:2], start[1:40:2]),
+        ):
+            if zeros and not any(zeros) and all(letters) and letters.isascii():
+                start = start.decode(encoding, "ignore").encode(errors="ignore")
     return start.removeprefix(b"\xef\xbb\xbf").lstrip(_BLANK)

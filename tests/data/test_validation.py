@@ -325,7 +325,7 @@ def test_a_record_that_breaks_the_checker_is_named(tmp_path):
         (["--data=good.jsonl", "further.jsonl"], "unexpected arguments ['further.jsonl']"),
         (
             ["--data=good.jsonl", "--media_root=clips", "--nodecode", "--json=absent/r.json"],
-            "the report could not be written",
+            "r.json could not be written: absent/r.json: ",
         ),
         (["--data=good.jsonl", "--model=absent"], "absent: no such folder"),
     ],

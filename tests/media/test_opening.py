@@ -80,6 +80,12 @@ def test_hls_playlists_are_refused_by_name(root, kind, target, ending):
         (MPD, "DASH"),
         (XSPF, "playlist"),
         ("http://127.0.0.1:9/clip.mp4\n", "address"),
+        ("{}\n../other.mp4\n", "a list of files"),
+        ("clip one.mp4", "a list of files"),
+        ("# my clips\n# of today\n\nfile '{}'\n", "concat"),
+        ("// mine\n#EXTM3U\n{}\n", "HLS"),
+        ("# mine\r\n{}\r\n", "a list of files"),
+        ("<?xml version='1.0'?><!-- " + "x" * 5000 + " --><MPD/>", "an XML text"),
         ("WEBVTT\n\n00:00.000 --> 00:05.000\nHello\n", "subtitles"),
         ("1\r\n00:00:00,000 --> 00:00:05,000\r\nHello\r\n", "subtitles"),
         ("[Script Info]\n[Events]\nDialogue: 0,0:00:00.00,0:00:05.00,Default,,0,0,0,,x", "subtitles"),
@@ -97,8 +103,9 @@ def test_texts_in_the_place_of_clips_are_named(root, text, word, name):
     assert error.reason in ("playlist", "not_media")
 
 
-def test_a_playlist_in_utf16_is_named(root):
-    (root / "clip.mp4").write_bytes(HLS.format("good.mp4").encode("utf-16"))
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+def test_a_playlist_in_another_encoding_is_named(root, encoding):
+    (root / "clip.mp4").write_bytes(HLS.format("good.mp4").encode(encoding))
     assert refusal(root / "clip.mp4", root).reason == "playlist"
 
 
