@@ -21,7 +21,7 @@ from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, CorruptEntryError, Entry
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.opening import MediaFile, media_file
 
-CODE_VERSION = 4  # raise when decoding, resizing or the mel spectrogram changes
+CODE_VERSION = 5  # raise when decoding, resizing or the mel spectrogram changes
 _FRAMES = ("fps", "min_frames", "max_frames")
 _VIDEO_PIXELS = ("video_min_pixels", "video_max_pixels", "video_total_pixels", "max_aspect_ratio")
 SETTINGS = {  # the settings that shape what a kind of entry holds

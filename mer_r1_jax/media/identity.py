@@ -15,6 +15,8 @@ def file_key(path: str | os.PathLike) -> FileKey:
         status = os.stat(path)
     except (OSError, ValueError):
         return unicodedata.normalize("NFC", os.path.realpath(path))
+    if not status.st_ino:  # some mounted disks number no files
+        return unicodedata.normalize("NFC", os.path.realpath(path))
     return status.st_dev, status.st_ino
 
 

@@ -17,6 +17,7 @@ class Clock:
     def __init__(self) -> None:
         self._shift = 0.0
         self._last: float | None = None
+        self._last_decoded: float | None = None
         self._end: float | None = None
 
     def shown(self, packet) -> tuple[float, float] | None:
@@ -25,16 +26,21 @@ class Clock:
         if time is None or packet.time_base is None:
             return None
         length = float((packet.duration or 0) * packet.time_base)
-        order = time if packet.dts is None else packet.dts
-        self._follow(float(order * packet.time_base), RESTART_UNORDERED if packet.dts is None else RESTART)
-        start = float(time * packet.time_base) + self._shift
+        display = float(time * packet.time_base)
+        self._follow(display, None if packet.dts is None else float(packet.dts * packet.time_base))
+        start = display + self._shift
         self._end = start + length if self._end is None else max(self._end, start + length)
         return start, start + length
 
-    def _follow(self, order: float, restart: float) -> None:
-        if self._last is not None and order + restart < self._last:
+    def _follow(self, display: float, decoded: float | None) -> None:
+        """Notices a clock that starts anew. Times of decoding rise from packet to packet and tell it best, but are
+        compared among themselves: Matroska's first packets have none, and may be shown long after the next ones."""
+        order, last, restart = decoded, self._last_decoded, RESTART
+        if order is None or last is None:
+            order, last, restart = display, self._last, RESTART_UNORDERED
+        if last is not None and order + restart < last:
             self._shift = self._end - order
-        self._last = order
+        self._last, self._last_decoded = display, self._last_decoded if decoded is None else decoded
 
 
 @dataclasses.dataclass(frozen=True)

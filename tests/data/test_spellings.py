@@ -12,6 +12,7 @@ from support.prompts import TinyRecord, noise_samples, tiny_thinker
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.validation import Checks, DataFile, validate
+from mer_r1_jax.media.identity import file_key
 from mer_r1_jax.media.loader import ClipLoader
 
 MEDIA = MediaConfig(
@@ -77,3 +78,17 @@ def test_a_missing_file_with_a_name_that_looks_alike_is_pointed_out(folder, ther
     with ClipLoader(MEDIA, tiny_thinker().vision, 128, "", folder) as loader:
         (problem,) = validate([data], folder, Checks(load=loader.load)).errors
     assert repr(there) in problem.mend and "letter case or Unicode form" in problem.mend
+
+
+def test_files_on_a_disk_that_does_not_number_them_are_told_apart_by_name(folder, monkeypatch):
+    stat = os.stat
+
+    def unnumbered(path, *args, **options):
+        status = stat(path, *args, **options)
+        return os.stat_result((status.st_mode, 0, *status[2:]))
+
+    monkeypatch.setattr(os, "stat", unnumbered)
+    for name in ("a.mp4", "b.mp4"):
+        (folder / name).write_bytes(b"x")
+    assert file_key(folder / "a.mp4") != file_key(folder / "b.mp4")
+    assert file_key(folder / "a.mp4") == file_key(folder / "." / "x" / ".." / "a.mp4")

@@ -42,6 +42,18 @@ def test_frames_at_uneven_times(tmp_path, ending):
     assert len(video.frames) == 12 and video.sampled_fps == pytest.approx(2.0, rel=0.02)
 
 
+@pytest.mark.parametrize("fps", [1, 3, 5])
+@pytest.mark.parametrize("ending", ["mkv", "mp4", "mov"])
+def test_few_frames_a_second_that_are_stored_in_another_order_than_shown(tmp_path, ending, fps):
+    """Matroska keeps no times of decoding, and FFmpeg gives none to the first packets: no clock starts anew there."""
+    options = {"bf": "3", "b-adapt": "0"}
+    path = write_video(tmp_path / f"clip.{ending}", numbered_pictures(20), fps=fps, options=options)
+    video = read_video(path, MEDIA)
+    assert video.duration == pytest.approx(20 / fps, abs=0.01)
+    numbers = frame_numbers(video.frames, 20)
+    assert numbers[0] == 0 and numbers[-1] == 19 and numbers == sorted(numbers)
+
+
 def test_a_clip_that_stands_still_and_then_runs_is_sampled_evenly_in_time(tmp_path, plain):
     """Ten frames one second apart, then thirty within two seconds, as a screen recorder writes them."""
     slow_then_fast = lambda second: second * 16 if second < 10 / 16 else 9 + (second * 16 - 9) / 15  # noqa: E731
