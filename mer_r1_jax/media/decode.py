@@ -30,6 +30,8 @@ from mer_r1_jax.media.tracks import clip_start, sound_track, video_track
 MAX_VIDEO_PIXELS = 8192 * 4608  # of a video's frame: 8K and no more; a decoder keeps a dozen of them at a time
 MAX_FRAME_RATE = 1000.0
 THREADED_PIXELS = 512 * 512  # pictures above this size are decoded with several threads
+# Streams without a container: FFmpeg gives their packets the times of 25 frames a second, whatever the codec says.
+BARE_STREAMS = ("h264", "hevc", "m4v", "mpegvideo", "vc1")
 
 MIN_DECODED = 0.5  # fewer frames than this share of the packets means a damaged video
 
@@ -209,6 +211,8 @@ def _count_frames(path, media: MediaConfig) -> FrameTimes:
         begin = clip_start(path, container)
         packets, total, end = _packet_times(path, container, stream, media)
         stated = float(stream.average_rate or stream.guessed_rate or 0)
+        if container.format.name in BARE_STREAMS and stream.codec_context.framerate:
+            packets, stated = [], float(stream.codec_context.framerate)
         times = times_of(packets, total, stated, begin)
         if times is None or not 0 < times.rate <= MAX_FRAME_RATE:
             raise MediaError(

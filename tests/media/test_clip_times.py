@@ -54,6 +54,14 @@ def test_few_frames_a_second_that_are_stored_in_another_order_than_shown(tmp_pat
     assert numbers[0] == 0 and numbers[-1] == 19 and numbers == sorted(numbers)
 
 
+@pytest.mark.parametrize(("ending", "codec"), [("h264", "libx264"), ("hevc", "libx265"), ("m2v", "mpeg2video")])
+def test_a_stream_without_a_container_runs_at_the_rate_its_codec_says(tmp_path, ending, codec):
+    fps = 24 if ending == "m2v" else 5
+    options = {"x265-params": "log-level=none"} if ending == "hevc" else {}
+    path = write_video(tmp_path / f"clip.{ending}", numbered_pictures(30), fps=fps, codec=codec, options=options)
+    assert read_video(path, MEDIA).duration == pytest.approx(30 / fps)
+
+
 def test_a_clip_that_stands_still_and_then_runs_is_sampled_evenly_in_time(tmp_path, plain):
     """Ten frames one second apart, then thirty within two seconds, as a screen recorder writes them."""
     slow_then_fast = lambda second: second * 16 if second < 10 / 16 else 9 + (second * 16 - 9) / 15  # noqa: E731
