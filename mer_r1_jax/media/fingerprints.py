@@ -11,7 +11,10 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import media_file
 
 END_BYTES = 1 << 20  # hashed of each end of a file: enough to tell files apart, little beside what decoding reads
 
@@ -27,11 +30,15 @@ def of_ends(path: str | os.PathLike) -> str:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(file.read(END_BYTES))
-        if size > END_BYTES:
-            file.seek(max(END_BYTES, size - END_BYTES))
-            digest.update(file.read(END_BYTES))
+        return _of_open(file)
+
+
+def _of_open(file: BinaryIO) -> str:
+    size = os.fstat(file.fileno()).st_size
+    digest = hashlib.sha256(file.read(END_BYTES))
+    if size > END_BYTES:
+        file.seek(max(END_BYTES, size - END_BYTES))
+        digest.update(file.read(END_BYTES))
     return f"{size}-{digest.hexdigest()[:32]}"
 
 
@@ -74,7 +81,7 @@ class ClipFingerprints:
         found = {}
         for name in dict.fromkeys((*record.videos, *record.audios, *record.images)):
             key = f"{self._label(record.file)}{name}"
-            now = self._of(root / name)
+            now = self._of(root / name, root)
             if now is None:  # the loader says what is wrong with it
                 continue
             known = self._known.get(key, now)
@@ -93,19 +100,19 @@ class ClipFingerprints:
             self._new |= {name: value for name, value in found.items() if name not in self._known}
             self._known |= found
 
-    def _of(self, path: Path) -> str | None:
-        """A file's fingerprint, read again only where its size, times or identity changed; None without a file."""
+    def _of(self, path: Path, root: Path) -> str | None:
+        """A file's fingerprint, read again only where its size, times or identity changed; None where it cannot be
+        used as a clip, as one that a link leads to out of the media root."""
         try:
-            if not path.is_file():
-                return None
-            status = path.stat()
-            # A file's own time can be set back; when its status changed cannot.
-            state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-            read = self._read.get(str(path))
-            if read is None or read[0] != state:
-                read = self._read[str(path)] = state, of_ends(path)
-            return read[1]
-        except (OSError, ValueError):
+            with media_file(path, root) as file:
+                status = file.status()
+                # A file's own time can be set back; when its status changed cannot.
+                state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+                read = self._read.get(str(path))
+                if read is None or read[0] != state:
+                    read = self._read[str(path)] = state, _of_open(file.rewound())
+                return read[1]
+        except (MediaError, OSError, ValueError):
             return None
 
 

@@ -261,6 +261,19 @@ def test_a_clip_swapped_while_the_run_goes_on_is_noticed(small, tmp_path):
         clips.check(record, tmp_path)
 
 
+def test_a_link_out_of_the_media_root_is_left_to_the_loader_and_never_hashed(small, tmp_path):
+    record = small.data.rl[0]
+    root = tmp_path / "root"
+    (root / record.videos[0]).parent.mkdir(parents=True)
+    (tmp_path / "private").write_bytes(b"secret")
+    (root / record.videos[0]).write_bytes(b"a clip")
+    clips = ClipFingerprints()
+    clips.add(clips.check(record, root))
+    (root / record.videos[0]).unlink()
+    (root / record.videos[0]).symlink_to(tmp_path / "private")
+    assert clips.check(record, root) == {}
+
+
 def test_equal_names_in_two_data_sets_with_folders_of_their_own_are_two_clips(small, tmp_path):
     record = small.data.rl[0]
     clips = ClipFingerprints(lambda file: f"{file}:")
