@@ -15,6 +15,7 @@ from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.disk import WriteError, writing
 from mer_r1_jax.evaluation import result_log
 from mer_r1_jax.evaluation.judge.cache import AnswerCache
+from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.thinker import init_params
@@ -121,7 +122,7 @@ def test_results_that_do_not_fit_are_taken_back(tmp_path):
 
 def test_a_judges_answer_that_does_not_fit_is_not_kept(tmp_path):
     cache = AnswerCache(tmp_path / "cache")
-    with largest_file(10), pytest.raises(WriteError, match="GiB free"):
+    with largest_file(10), pytest.raises(JudgeAbortedError, match="0123.json could not be written.*GiB free"):
         cache.put("0123", {"answer": "happy" * 100})
     assert cache.get("0123") is None and not list(tmp_path.rglob("*.json"))
 
