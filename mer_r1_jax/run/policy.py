@@ -58,8 +58,10 @@ def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]
         PolicyError, CheckpointError: nothing there to load.
     """
     setup = make_setup(_without_data(_run_config(run_dir), None))
-    leaves, _ = checkpoint_leaves(setup, run_dir)
-    setup.source.close()
+    try:
+        leaves, _ = checkpoint_leaves(setup, run_dir)
+    finally:
+        setup.source.close()
     return setup.backbone.config, merge(leaves), setup.tokenizer_path
 
 
