@@ -9,6 +9,7 @@ Exit code 0 when everything agrees, 1 when something does not.
 
 import argparse
 import json
+import os
 import sys
 
 import numpy as np
@@ -53,8 +54,10 @@ def main() -> int:
     result |= {"transformers": transformers.__version__, "torch": torch.__version__}
     show(result)
     if options.out:
-        with open(options.out, "w") as file:
+        beside = f"{options.out}.new"  # what is under the name itself is whole, also on a full disk
+        with open(beside, "w") as file:
             json.dump(result, file, indent=1)
+        os.replace(beside, options.out)
     return 0 if result["agrees"] else 1
 
 

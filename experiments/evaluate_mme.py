@@ -15,13 +15,15 @@ from typing import Any
 from absl import app, flags
 
 from mer_r1_jax import screen
-from mer_r1_jax.cli import explained, parse_flags
+from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.evaluation.judge.client import ChatClient
 from mer_r1_jax.evaluation.mme.errors import MmeError
 from mer_r1_jax.evaluation.mme.folder import MmeFolder
 from mer_r1_jax.evaluation.mme.pipeline import Responses, rescore, run
 from mer_r1_jax.evaluation.mme.reader import read_benchmark
 from mer_r1_jax.evaluation.mme.scores import lines_of
+from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopSignals
 
 _MODEL = flags.DEFINE_string("model", "", "a run's folder, its export, or a Hugging Face directory")
 _RESPONSES = flags.DEFINE_string("responses", "", "instead: folder of response files in the official form")
@@ -47,18 +49,14 @@ _FAILED = flags.DEFINE_float("max_failed_frac", 0.1, "share of the questions tha
 _BUDGET = flags.DEFINE_integer("token_budget", 0, "tokens extractor and judge may spend, each; 0: no limit", 0)
 _TOKENS_FIELD = flags.DEFINE_string("max_tokens_field", "max_tokens", "what the endpoint calls its answer's limit")
 
-EXIT_INTERRUPTED = 130
-
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --out=DIR")
     with explained():
-        try:
-            scores = rescore(_OUT.value, _EXAMPLES.value) if _RESCORE.value else _evaluate()
-        except KeyboardInterrupt:
-            screen.say("\nstopped; the same command goes on from here", error=True)
-            return EXIT_INTERRUPTED
+        code, scores = (0, rescore(_OUT.value, _EXAMPLES.value)) if _RESCORE.value else _stoppable()
+    if code:
+        return ended(code)
     console = screen.console()
     if not scores:
         console.print(
@@ -71,7 +69,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _evaluate() -> list[dict]:
+def _stoppable() -> tuple[int, list[dict]]:
+    """The exit status, and the scores; a signal leaves the evaluation, whose answers so far are kept."""
+    try:
+        with StopSignals(GRACE_SECONDS) as stop:
+            return 0, _evaluate(stop)
+    except StopRequested:
+        screen.say("stopped; the same command goes on from there", error=True)
+        return EXIT_SAVED, []
+
+
+def _evaluate(stop: StopSignals) -> list[dict]:
     _check_flags()
     benchmark = read_benchmark(_ROOT.value, _TASKS.value, _LIMIT.value)
     with contextlib.ExitStack() as stack:
@@ -83,7 +91,9 @@ def _evaluate() -> list[dict]:
             env = _EXTRACTOR_ENV.value or _KEY_ENV.value
             extractor = stack.enter_context(_client(url, _EXTRACTOR_MODEL.value or _JUDGE_MODEL.value, env))
         predictor = (
-            Responses(_RESPONSES.value, benchmark) if _RESPONSES.value else stack.enter_context(_policy(benchmark))
+            Responses(_RESPONSES.value, benchmark)
+            if _RESPONSES.value
+            else stack.enter_context(_policy(benchmark, stop))
         )
         return run(
             benchmark,
@@ -95,6 +105,7 @@ def _evaluate() -> list[dict]:
             reasks=_REASKS.value,
             num_examples=_EXAMPLES.value,
             progress=stack.enter_context(_bars()),
+            check=stop.check,
         )
 
 
@@ -126,17 +137,18 @@ def _client(url: str, model: str, key_env: str) -> ChatClient:
 
 
 @contextlib.contextmanager
-def _policy(benchmark) -> Iterator:
+def _policy(benchmark, stop: StopSignals) -> Iterator:
     # Imported here: rating answers made elsewhere needs no JAX.
     from mer_r1_jax.evaluation.evaluate import MODES
     from mer_r1_jax.run.benchmark import open_policy
     from mer_r1_jax.run.mme import PolicyAnswers
     from mer_r1_jax.run.policy import refuse_in_run
+    from mer_r1_jax.training.stopping import Stop
 
     refuse_in_run(_OUT.value)
     policy = open_policy(_MODEL.value)
     try:
-        yield PolicyAnswers(policy, benchmark, MODES if _MODE.value == "both" else (_MODE.value,))
+        yield PolicyAnswers(policy, benchmark, MODES if _MODE.value == "both" else (_MODE.value,), Stop(stop))
     finally:
         policy.setup.source.close()
 

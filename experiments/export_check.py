@@ -20,6 +20,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.cli import EXIT_ERROR, explained, parse_flags
 from mer_r1_jax.evaluation.agreement import make_cases, write_cases
 from mer_r1_jax.run.held_out import open_held_out
+from mer_r1_jax.training import durable
 
 SCRIPT = pathlib.Path(__file__).parent / "check_in_transformers.py"
 
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> int:
         return EXIT_ERROR
     results = [_check(folder) for folder in ("", *_ALSO.value)]
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(results, indent=1))
+        with explained():
+            durable.write_text(pathlib.Path(_OUT.value), json.dumps(results, indent=1))
     if any(result is None for result in results):
         return EXIT_ERROR
     agrees = all(result["agrees"] for result in results)

@@ -10,8 +10,8 @@ import sys
 from absl import app, flags
 
 from mer_r1_jax import screen
-from mer_r1_jax.cli import parse_flags
-from mer_r1_jax.data.synthetic.make import WorldError, make_world
+from mer_r1_jax.cli import explained, parse_flags
+from mer_r1_jax.data.synthetic.make import make_world
 
 _OUT = flags.DEFINE_string("out", "synthetic_data", "Folder of the data set.")
 _SFT = flags.DEFINE_integer("sft_clips", 4000, "Clips for supervised fine-tuning.", lower_bound=0)
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        try:
+        with explained():
             paths = make_world(
                 _OUT.value,
                 sft_clips=_SFT.value,
@@ -42,9 +42,6 @@ def main(argv: list[str]) -> int:
                 wheel_dir=_WHEELS.value,
                 progress=progress,
             )
-        except WorldError as error:
-            screen.say(f"error: {error}", error=True)
-            return 1
     for name, scores in json.loads(paths.oracle.read_text()).items():
         screen.say(
             f"{name:10} precision {scores['precision']:.3f}  recall {scores['recall']:.3f}  F1 {scores['f1']:.3f}"

@@ -8,6 +8,7 @@ position_ids, audio_features, image_features, video_features and, with --generat
 --reference also runs transformers (torch has to be installed) and prints the worst differences.
 """
 
+import pathlib
 import zipfile
 
 import numpy as np
@@ -19,6 +20,7 @@ from mer_r1_jax.omni.border import InputError, ProcessorInputs
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.parity import run_port
+from mer_r1_jax.training import durable
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory of a Thinker or a full Omni model.", required=True)
 _INPUTS = flags.DEFINE_string("inputs", None, ".npz file of processor tensors.", required=True)
@@ -34,8 +36,8 @@ def main(argv: list[str]) -> None:
         inputs = ProcessorInputs.of(_read(_INPUTS.value))
         config = load_config(_MODEL.value, param_dtype="float32", compute_dtype="float32")
         outputs = run_port(load_params(_MODEL.value, config), config, inputs, generate=_GENERATE.value)
-        with open(_OUT.value, "wb") as file:  # an open file, because savez would append .npz to another name
-            np.savez(file, **outputs)
+        # An open file, because savez would append .npz to another name.
+        durable.write_atomically(pathlib.Path(_OUT.value), lambda file: np.savez(file, **outputs))
         screen.say(f"{_OUT.value}: " + ", ".join(f"{name} {array.shape}" for name, array in outputs.items()))
         if _REFERENCE.value:
             _compare(outputs, _transformers(inputs), inputs.attention_mask == 1)

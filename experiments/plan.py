@@ -16,9 +16,11 @@ from ml_collections import config_flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.disk import writing
 from mer_r1_jax.planning.markdown import markdown
 from mer_r1_jax.planning.plan import PROGRAMS, plan
 from mer_r1_jax.run.inputs import FOLDERS, require_files
+from mer_r1_jax.training import durable
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Slices as Cloud TPU spells them, such as v5p:2x2x4.")
@@ -48,10 +50,11 @@ def main(argv: list[str]) -> int:
             )
             name = f"{config.name}_{topology.replace(':', '_')}"
             folder = pathlib.Path(_OUT.value)
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing("the plan", folder):
+                folder.mkdir(parents=True, exist_ok=True)
             page = markdown(sheet)
-            (folder / f"{name}.md").write_text(page, encoding="utf-8")
-            (folder / f"{name}.json").write_text(json.dumps(sheet.to_json(), indent=1) + "\n", encoding="utf-8")
+            durable.write_text(folder / f"{name}.md", page)
+            durable.write_text(folder / f"{name}.json", json.dumps(sheet.to_json(), indent=1) + "\n")
             screen.say(f"\n{page}\nsaved as {folder / name}.md and .json")
             fits &= sheet.fits
         return 0 if fits else 1

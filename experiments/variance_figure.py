@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from mer_r1_jax import screen
+from mer_r1_jax.cli import explained
 from mer_r1_jax.rl.advantage import AdvantageConfig, Rewards, advantages
+from mer_r1_jax.training import durable
 
 _OUT = flags.DEFINE_string("out", "docs/variance.svg", "Where the picture goes.")
 
@@ -56,8 +58,9 @@ def main(argv: list[str]) -> int:
         _draw_sum(left)
         _draw_f1(right)
         path = pathlib.Path(_OUT.value)
-        with open(path, "wb") as file:
-            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+        with explained():
+            draw = FigureCanvasSVG(figure).print_svg
+            durable.write_atomically(path, lambda file: draw(file, metadata={"Date": None}))
     screen.say(path)
     return 0
 

@@ -41,7 +41,7 @@ def _of_disk(error: OSError) -> WriteError:
     """A full or broken disk, or missing permissions, met where nobody said what was being written or read."""
     path = error.filename or os.getcwd()
     what = "a file" if error.filename else "a file (which one is not known)"
-    return WriteError(error.errno, explanation(f"{what} of this command", path, error))
+    return WriteError(error.errno, explanation(f"{what} of this command", path, error, "read or written"))
 
 
 def ended(code: int) -> int:

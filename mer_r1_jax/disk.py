@@ -44,14 +44,18 @@ def writing(what: str, path: str | os.PathLike) -> Iterator[None]:
         raise WriteError(error.errno, explanation(what, path, error)) from error
 
 
-def explanation(what: str, path: str | os.PathLike, error: OSError) -> str:
-    """The message for something that could not be written to a path."""
+def explanation(what: str, path: str | os.PathLike, error: OSError, failed: str = "written") -> str:
+    """The message for something that could not be written to a path.
+
+    Args:
+        failed: what could not be done, where it may have been reading.
+    """
     reason = error.strerror or str(error)
     shown = printable(os.fspath(path), 1000, one_line=True)
     return (
-        f"{what} could not be written: {shown}: {reason} ({room(path)}). What was there before is unharmed and nothing "
-        "half-written counts. Make room, or mend the folder's permissions, then run the same command again: it goes on "
-        "from there"
+        f"{what} could not be {failed}: {shown}: {reason} ({room(path)}). What was there before is unharmed and "
+        "nothing half-written counts. Make room, or mend the folder's permissions, then run the same command again: it "
+        "goes on from there"
     )
 
 

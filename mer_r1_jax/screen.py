@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 import traceback
+from pathlib import PurePath
 from typing import IO, Any
 
 from absl import logging as absl_logging
@@ -124,11 +125,23 @@ def guard_terminal() -> None:
     for handler in (absl_logging.get_absl_handler().python_handler, logging.lastResort):
         if not isinstance(handler.formatter, PlainFormatter):
             handler.setFormatter(PlainFormatter(handler.formatter or logging.Formatter()))
+            handler.addFilter(_is_said_here_only)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _show_bug
     threading.excepthook = lambda args: _show_bug(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def _is_said_here_only(record: logging.LogRecord) -> bool:
+    """Whether a record belongs on the terminal, too: of Orbax's tracebacks those that no log file keeps.
+
+    What fails in a thread of Orbax's is logged there with pages of its insides, and then raised to whoever saves, who
+    says once what could not be saved and why.
+    """
+    if not record.exc_info or "orbax" not in PurePath(record.pathname).parts:
+        return True
+    return not any(isinstance(handler, _LogFile) for handler in logging.getLogger().handlers)
 
 
 def _show_bug(kind: Any, value: Any, trace: Any) -> None:

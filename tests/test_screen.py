@@ -11,6 +11,7 @@ import pty
 import re
 import subprocess
 import sys
+import textwrap
 import xml.etree.ElementTree
 
 from rich.table import Table
@@ -119,6 +120,44 @@ def test_json_for_a_terminal_is_json():
     for indent in (None, 1):
         written = json_text(value, indent)
         assert is_clean(written) and "愤怒" in written and json.loads(written) == value
+
+
+def test_orbaxs_tracebacks_go_to_the_log_file_where_there_is_one(tmp_path):
+    """A save that finds no room, in a process of its own: what the terminal shows is one message."""
+    program = textwrap.dedent("""
+        import logging, pathlib, resource, signal, sys
+        import numpy as np
+        from absl import logging as absl_logging
+        from mer_r1_jax import screen
+        from mer_r1_jax.cli import explained
+        from mer_r1_jax.training.checkpoints import Checkpoints
+        absl_logging.use_absl_handler()  # as app.run does
+        screen.guard_terminal()
+        folder, kept = pathlib.Path(sys.argv[1]), len(sys.argv) > 2
+        if kept:
+            logging.getLogger().addHandler(screen.log_file(folder / "log.txt"))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = 1 << 16  # room for the log, none for the arrays
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        noise = np.random.default_rng(0).random(limit)
+        with explained():
+            logging.getLogger("mer_r1_jax.x").error("one of ours", exc_info=ValueError("it"))
+            Checkpoints(folder / "checkpoints").save(1, {"noise": noise}, {})
+    """)
+
+    def ended(*arguments):
+        words = [sys.executable, "-c", program, *map(str, arguments)]
+        environment = dict(os.environ, JAX_PLATFORMS="cpu")
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+
+    told = ended(tmp_path / "a")  # no log: what is not kept is shown
+    assert told.returncode == 2 and "/orbax/" in told.stderr and "could not be saved" in told.stderr, told.stderr
+    (tmp_path / "b").mkdir()
+    told = ended(tmp_path / "b", "kept")
+    assert told.returncode == 2 and "error: the checkpoint of step 1 could not be saved" in told.stderr, told.stderr
+    assert "/orbax/" not in told.stderr and "_SignalingThread" not in told.stderr
+    assert "ValueError: it" in told.stderr  # others' tracebacks are shown as ever
+    assert "/orbax/" in (tmp_path / "b/log.txt").read_text()
 
 
 def test_pages_and_figures_show_text(tmp_path):

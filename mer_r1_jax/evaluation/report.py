@@ -98,7 +98,7 @@ def make_report(
     )
     path = run.path / "report.html"
     try:
-        durable.write_atomically(path, lambda file: file.write(html.encode()))
+        durable.write_text(path, html)
     except OSError as error:
         raise ReportError(str(error)) from error
     return path

@@ -111,7 +111,7 @@ def write(directory: pathlib.Path, summary: dict[str, Any], rows: Sequence[dict[
     faults.here("evaluation_files")
     stem = f"{summary['benchmark']}_{summary['step']:05d}"
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    durable.write_atomically(directory / f"{stem}.samples.jsonl", lambda file: file.write(text.encode()))
+    durable.write_text(directory / f"{stem}.samples.jsonl", text)
     path = directory / f"{stem}.json"
     durable.write_json(path, summary)
     return path

@@ -88,8 +88,8 @@ class ClipFingerprints:
             if known != now:
                 raise ClipChangedError(
                     f"{record.where}: {record.id}: {name} is not the clip that this run saw under that name before: "
-                    f"got {_words(now)}, expected {_words(known)}. Put the earlier file back to go on with the run, or "
-                    "choose another train.run_name for a new one."
+                    f"got {in_words(now)}, expected {in_words(known)}. Put the earlier file back to go on with the "
+                    "run, or choose another train.run_name for a new one."
                 )
             found[key] = now
         return found
@@ -116,6 +116,7 @@ class ClipFingerprints:
             return None
 
 
-def _words(fingerprint: str) -> str:
+def in_words(fingerprint: str) -> str:
+    """A fingerprint as messages name it."""
     size, _, digest = fingerprint.partition("-")
     return f"{size} bytes with hash {digest[:12]}"

@@ -15,9 +15,11 @@ import time
 
 import jax
 
+from mer_r1_jax.disk import writing
 from mer_r1_jax.parallel.tpu_flags import VARIABLE
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.planning.traced import traced_flops
+from mer_r1_jax.training import durable
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 _OVER = re.compile(
@@ -67,12 +69,13 @@ def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.P
         return Compiled(**kept, text=gzip.decompress(text.read_bytes()).decode() if text.is_file() else "")
     asked = traced_flops(traced.jaxpr, program.longest_loop)
     compiled = dataclasses.replace(_compile(lowered), traced_flops=asked)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    with writing("a compiled answer", cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
     if compiled.text:
-        text.write_bytes(gzip.compress(compiled.text.encode()))
+        durable.write_atomically(text, lambda file: file.write(gzip.compress(compiled.text.encode())))
     values = dataclasses.asdict(compiled)
     del values["text"]
-    facts.write_text(json.dumps(values, indent=1) + "\n")
+    durable.write_text(facts, json.dumps(values, indent=1) + "\n")  # last: it says that the text is there
     return compiled
 
 

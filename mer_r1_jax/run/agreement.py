@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mer_r1_jax import __version__
+from mer_r1_jax import __version__, kernels
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import DataSets
@@ -19,6 +19,7 @@ from mer_r1_jax.run.setup import DataSets
 MAY_DIFFER = ("data.cache_dir", "media.decode_workers", "train.local_dir")  # what a host may have of its own
 MAX_LISTED = 12
 SOURCES = Path(__file__).parents[1]  # this package, as this process runs it
+KERNELS = Path(kernels.__path__[0])  # which lie elsewhere in a checkout
 _ABSENT = object()
 
 
@@ -32,7 +33,7 @@ def check_config(config: RunConfig) -> None:
     Raises:
         DisagreementError: on every process.
     """
-    versions = {"versions": {"mer_r1_jax": __version__, "jax": jax.__version__, "code": code_hash(SOURCES)}}
+    versions = {"versions": {"mer_r1_jax": __version__, "jax": jax.__version__, "code": code_hash(SOURCES, KERNELS)}}
     _check("the configuration", dataclasses.asdict(config) | versions)
 
 
@@ -46,12 +47,13 @@ def check_data(data: DataSets) -> None:
     _check("the data sets", {"data": data.fingerprints(), "records": numbers})
 
 
-def code_hash(folder: Path) -> str:
-    """Hexadecimal hash of every Python file below a folder: two checkouts of one version may differ."""
+def code_hash(*folders: Path) -> str:
+    """Hexadecimal hash of every Python file below some folders: two checkouts of one version may differ."""
     found = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        content = file.read_bytes()
-        found.update(f"{file.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            content = file.read_bytes()
+            found.update(f"{file.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
     return found.hexdigest()[:16]
 
 

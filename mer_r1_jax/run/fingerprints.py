@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.config.schema import RunConfig
-from mer_r1_jax.media.fingerprints import of_ends
+from mer_r1_jax.media.fingerprints import ClipChangedError, in_words, of_ends
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training import durable
@@ -84,14 +84,25 @@ def read_clips(folder: RunDirectory) -> dict[str, str]:
 
 
 def write_clips(setup: Setup, folder: RunDirectory) -> None:
-    """Keeps what was newly seen of clips, on any process, in the run's folder; all processes call it."""
+    """Keeps what was newly seen of clips, on any process, in the run's folder; all processes call it.
+
+    Raises:
+        ClipChangedError: two processes have seen other bytes under one name.
+    """
     told = processes.gather("the clips that were seen", setup.source.clips.take_new())
-    new = {name: value for seen in told or () for name, value in seen.items()}
-    if not new:
+    if not any(told or ()):
         return
-    setup.source.clips.restore(new)
     path = folder.path / CLIPS_FILE
-    durable.write_json(path, new | _read(path))
+    kept = _read(path)
+    for process, seen in enumerate(told):
+        for name, value in seen.items():
+            if kept.setdefault(name, value) != value:
+                raise ClipChangedError(
+                    f"{name}: process {process} has another clip under that name than the run has seen elsewhere: got "
+                    f"{in_words(value)}, expected {in_words(kept[name])}. Put the same files on every host."
+                )
+    setup.source.clips.restore(kept)
+    durable.write_json(path, kept)
 
 
 def _read(path: Path) -> dict[str, str]:

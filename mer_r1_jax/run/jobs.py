@@ -197,7 +197,7 @@ class _Runner:
         self._pending.remove(job)
         cores = self._free.pop()
         settings = self._out / JOBS / f"{job.name}.json"
-        durable.write_atomically(settings, lambda file: file.write(to_json(job.config).encode()))
+        durable.write_text(settings, to_json(job.config))
         with open(self._log(job), "ab") as log, _pinned(cores):
             process = subprocess.Popen(
                 [*self._program, str(settings)],

@@ -18,10 +18,9 @@ from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.omni.finite import not_finite
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
-from mer_r1_jax.run.session import check_host
+from mer_r1_jax.run.session import check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training import durable, run_lock
 from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
@@ -59,8 +58,10 @@ def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]
         PolicyError, CheckpointError: nothing there to load.
     """
     setup = make_setup(_without_data(_run_config(run_dir), None))
-    leaves, _ = checkpoint_leaves(setup, run_dir)
-    setup.source.close()
+    try:
+        leaves, _ = checkpoint_leaves(setup, run_dir)
+    finally:
+        setup.source.close()
     return setup.backbone.config, merge(leaves), setup.tokenizer_path
 
 
@@ -96,13 +97,7 @@ def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Leaves
     if restored is None:
         raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
     leaves = restored.arrays["trainable"] | restored.arrays["frozen"]
-    if broken := not_finite(leaves):
-        names = ", ".join(broken[:5]) + (" and others" if len(broken) > 5 else "")
-        raise CheckpointError(
-            f"{_join(where, str(restored.step))}: NaN or infinite values in {len(broken)} of {len(leaves)} parameters "
-            f"({names}), expected finite numbers: the training had broken. Move that step's folder away, so that the "
-            "one before it is read, or train again"
-        )
+    check_numbers(leaves, _join(where, str(restored.step)))
     if live := run_lock.liveness(run_dir):
         log.warning("%s %s; what is read is its checkpoint %d", printable(run_dir), live, restored.step)
     return leaves, ReadStep(restored.step, restored.manifest_sha256)

@@ -41,7 +41,7 @@ from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write
 from mer_r1_jax.run.layout import mesh_changes
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
-from mer_r1_jax.run.session import Session, check_host
+from mer_r1_jax.run.session import Session, check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.sft import SftPhase, describe
 from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
@@ -52,6 +52,7 @@ from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
 from mer_r1_jax.training.state import Leaves, TrainState, merge
 from mer_r1_jax.training.stopping import Stop
+from mer_r1_jax.training.stored_arrays import named_leaves
 
 BENCHMARK = "heldout"
 PROMPTS_TRIED = 8  # records looked through for a prompt to show
@@ -122,6 +123,8 @@ class _Road:
         """Does what is not done yet; see `run`."""
         checkpoints = self.folder.open_checkpoints(RUN_MARKER, self.config.train.save_total_limit)
         restored = checkpoints.restore(self._abstract)
+        if restored:
+            check_numbers(_all_leaves(restored.arrays), f"{checkpoints.directory}/{restored.step}")
         if processes.is_first():
             self._introduce(restored)
         resume_at = (restored.host["phase"], restored.host["step"]) if restored else None
@@ -311,6 +314,11 @@ class _Road:
         ):
             if path.exists():
                 output.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+
+
+def _all_leaves(state: TrainState) -> Leaves:
+    """Parameters by their names, and beside them the optimizer's moments: as broken, they break the next update."""
+    return state.trainable | state.frozen | named_leaves({"optimizer": state.opt_state})
 
 
 def _in_no_score(scores: dict[str, Any]) -> str:

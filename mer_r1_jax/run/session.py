@@ -16,11 +16,12 @@ from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.omni.finite import not_finite
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.fingerprints import write_clips
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.checkpoints import Checkpoints, Restored
+from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints, Restored
 from mer_r1_jax.training.damage import DamagedStepError, is_count
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.run_directory import RunDirectory
@@ -144,6 +145,25 @@ class Session:
                 f"finite and were left out; the run stops at train.max_nonfinite_steps={limit}. Lower "
                 f"{phase}.optimizer.learning_rate and go on from an earlier checkpoint under a new train.run_name"
             )
+
+
+def check_numbers(leaves: Mapping[str, jax.Array], where: str) -> None:
+    """Refuses a checkpoint with numbers that are none; every process of a run has to call it.
+
+    Args:
+        leaves: what was restored of it, by name.
+        where: the checkpoint.
+
+    Raises:
+        CheckpointError: naming some of those leaves.
+    """
+    if broken := not_finite(leaves):
+        names = ", ".join(broken[:5]) + (" and others" if len(broken) > 5 else "")
+        raise CheckpointError(
+            f"{where}: NaN or infinite values in {len(broken)} of {len(leaves)} parameters ({names}), expected finite "
+            "numbers: the training had broken. Move that step's folder away, so that the one before it is taken, or "
+            "train again"
+        )
 
 
 def check_host(host: Mapping[str, Any]) -> None:

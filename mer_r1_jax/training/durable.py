@@ -57,10 +57,15 @@ def append(file: BinaryIO, data: bytes) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes valid, readable JSON. ValueError on NaN and infinities, TypeError on what JSON has no form for."""
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def sha256_of(path: Path) -> str:

@@ -174,7 +174,7 @@ def discard_after(path: Path, discarded: Path, resume_at: tuple[str, int] | None
                 durable.append(file, "".join(f"{line}\n" for line in moved).encode())
                 os.fsync(file.fileno())
         text = "".join(f"{line}\n" for line in kept)
-        durable.write_atomically(path, lambda file: file.write(text.encode()))
+        durable.write_text(path, text)
         log.info("%d lines of %s lie after the step resumed from and moved to %s", len(moved), path.name, discarded)
     return len(moved)
 

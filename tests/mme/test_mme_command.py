@@ -20,6 +20,7 @@ from support.small_run import command, environment, with_config
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.run.benchmark import open_policy
 from mer_r1_jax.run.policy import write_settings
+from mer_r1_jax.training.signals import EXIT_SAVED
 from mer_r1_jax.training.state import merge
 
 KEY = "sk-planted-0123456789abcdef"
@@ -123,6 +124,25 @@ def test_killed_while_the_judge_is_asked_and_resumed(standin, tmp_path, at):
         assert server.asked[server.requests[at - 1].question] == 2
     assert "pooled: recognition" in said and "16 of 16 items rated" in said and KEY not in said + err
     assert not list(out.rglob(".*.new"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("at", [5, COUNT + 7])  # among the steps, among the ratings
+def test_a_signal_while_the_judge_is_asked_ends_with_the_documented_status(standin, tmp_path, at, name):
+    flags = (f"--responses={standin / 'responses'}",)
+    out = tmp_path / "out"
+    with JudgeServer(follow_rule) as server:
+        process = start(standin, out, *flags, *judge_flags(server))
+        server.on_request = lambda count: process.send_signal(signal.Signals[name]) if count == at else None
+        code, _, err = ended(process)
+        assert code == EXIT_SAVED, err
+        assert f"{name} received" in err and "the same command goes on" in err and "Traceback" not in err
+        asked = len(server.requests)
+        assert at <= asked < 2 * COUNT
+        code, said, err = ended(start(standin, out, *flags, *judge_flags(server)))
+        assert code == 0, err
+        assert len(server.requests) <= 2 * COUNT + 1  # at most the one that was left is asked again
+    assert "16 of 16 items rated" in said
 
 
 def test_mistakes_end_in_one_message(standin, tmp_path, capsys):

@@ -59,8 +59,9 @@ def test_a_longer_data_set_on_one_process_is_refused_with_both_numbers_on_every_
 
 def test_other_code_of_the_same_version_on_one_process_is_refused_on_every_process(lost):
     for ended in lost[:2]:
-        told = said(ended)["code"]
-        assert "versions.code: " in told and told.count(" on process 1") == 1
+        for part in ("code", "kernels"):
+            told = said(ended)[part]
+            assert "versions.code: " in told and told.count(" on process 1") == 1
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(lost):

@@ -69,7 +69,9 @@ def test_a_runs_checkpoint_that_is_not_finite_is_refused_by_every_reader(small, 
     leaves[name] = jnp.full_like(leaves[name], value)
     flags = trainable_names(**tower_flags(config, "sft"))
     state = small.new_state(leaves, flags, make_optimizer(config.sft.optimizer, total_steps=1), "float32")
-    Checkpoints(run / "checkpoints").save(7, state, {"phase": "sft"})
+    data = {"stream": {}, "quarantine": []}
+    host = {"phase": "sft", "step": 7, "data": data, "counters": {"num_tokens": 0}}
+    Checkpoints(run / "checkpoints").save(7, state, host)
     for read in (load_policy, lambda path: open_model(path, devices=jax.devices()[:1])):
         with pytest.raises(CheckpointError) as error:
             read(run)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import types
 
 import pytest
 from support.killing import train
@@ -16,6 +17,7 @@ from mer_r1_jax.emotion import wheels as wheels_module
 from mer_r1_jax.media.cache import ClipCache
 from mer_r1_jax.media.fingerprints import END_BYTES, ClipChangedError, ClipFingerprints, of_ends
 from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.run import fingerprints
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, of_source
 from mer_r1_jax.run.road import run
 from mer_r1_jax.run.setup import make_setup
@@ -305,3 +307,20 @@ def test_the_source_of_a_reward_function_is_found_without_importing_it(tmp_path,
     (package / "kind.py").write_text(REWARD + "#\n")
     assert of_source("own_package_of_the_test.kind.warmth") != before
     assert of_source("no_such_package_of_the_test.kind.warmth") == "no source file"
+
+
+def test_hosts_with_other_bytes_under_one_name_are_refused(tmp_path, monkeypatch):
+    """What the second of two processes has seen, first in the same step and then in a later one."""
+    setup = types.SimpleNamespace(source=types.SimpleNamespace(clips=ClipFingerprints()))
+    folder = types.SimpleNamespace(path=tmp_path)
+
+    def seen(*of_processes):
+        monkeypatch.setattr(fingerprints.processes, "gather", lambda what, value: list(of_processes))
+        fingerprints.write_clips(setup, folder)
+
+    with pytest.raises(ClipChangedError, match="a.mp4: process 1 has another clip"):
+        seen({"a.mp4": "3-aa"}, {"a.mp4": "3-bb"})
+    seen({"a.mp4": "3-aa"}, {"a.mp4": "3-aa", "b.mp4": "4-cc"})
+    assert json.loads((tmp_path / "clips.json").read_text()) == {"a.mp4": "3-aa", "b.mp4": "4-cc"}
+    with pytest.raises(ClipChangedError, match="got 3 bytes with hash bb, expected 3 bytes with hash aa"):
+        seen({}, {"a.mp4": "3-bb"})

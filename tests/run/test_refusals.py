@@ -1,8 +1,11 @@
 """Input a run cannot use ends in one message that says where, what was got and how to mend it, and status 2."""
 
+import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,8 +13,11 @@ from support.small_run import CONFIG_FILE, make_data, run_command, small_config_
 
 from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.run.fingerprints import of_inputs
 from mer_r1_jax.run.road import run
-from mer_r1_jax.training.state import merge
+from mer_r1_jax.run.setup import make_setup, tower_flags
+from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.training.state import make_optimizer, merge, trainable_names
 
 # The tests have eight emulated devices, and a step of the small run has four rows.
 MESH = {"data": 4, "tensor": 2}
@@ -128,6 +134,32 @@ def test_too_many_broken_clips_stop_the_run(refusal, config_of, own_data, tmp_pa
     paths = {name: str(folder / f"{name[:-5]}.jsonl") for name in ("sft_path", "rl_path", "eval_path")}
     told = refusal(config_of(data=paths | {"max_quarantined_fraction": 0.1}))
     assert "data.max_quarantined_fraction = 10.0%" in told and "empty" in told and "clip-" in told
+
+
+@pytest.mark.parametrize("part", ["parameters", "moments"])
+def test_a_checkpoint_with_numbers_that_are_none_is_not_gone_on_from(refusal, config_of, own_data, tmp_path, part):
+    config = config_of(data={"sft_path": str(own_data / "sft.jsonl")}, train={"run_name": "broken"})
+    setup = make_setup(config)
+    config = setup.config
+    flags, optimizer = trainable_names(**tower_flags(config, "sft")), make_optimizer(config.sft.optimizer, 1)
+    state = setup.new_state(setup.initial_leaves(), flags, optimizer, config.sft.optimizer.dtype)
+    setup.close()
+    spoil = lambda leaf: jnp.full_like(leaf, np.nan)  # noqa: E731
+    if part == "parameters":
+        name = "text/norm/scale"
+        state = dataclasses.replace(state, trainable=state.trainable | {name: spoil(state.trainable[name])})
+    else:
+        name = "optimizer"
+        is_number = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+        moments = jax.tree.map(lambda leaf: spoil(leaf) if is_number(leaf) else leaf, state.opt_state)
+        state = dataclasses.replace(state, opt_state=moments)
+    folder = tmp_path / "runs/broken"
+    with RunDirectory.open(folder, dataclasses.asdict(config), fingerprints=of_inputs(setup)) as run_folder:
+        data = {"stream": {}, "quarantine": []}
+        host = {"phase": "sft", "step": 1, "data": data, "counters": {"num_tokens": 0}}
+        run_folder.open_checkpoints("checkpoints", 2).save(1, state, host)
+    told = refusal(config_of(data={"sft_path": str(own_data / "sft.jsonl")}, train={"run_name": "broken"}))
+    assert f"{folder}/checkpoints/1: NaN or infinite values in" in told and name in told
 
 
 def test_folder_that_belongs_to_something_else_is_left_alone(refusal, config_of, tmp_path):

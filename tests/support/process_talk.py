@@ -45,7 +45,8 @@ def main(ending: str) -> None:
         "config": refusal_of(check_config, config(beta=0.04 + own, decode_workers=own)),
         "data": refusal_of(check_data, data_of("sad" if own else "happy")),
         "length": refusal_of(check_data, data_of("happy", records=1 + own)),
-        "code": refusal_of_other_code(own),
+        "code": refusal_of_other_code(own, "SOURCES", "training/rl.py"),
+        "kernels": refusal_of_other_code(own, "KERNELS", "attention/__init__.py"),
         "stopped": stopped_at(own),
         "announced": processes.is_announced(ANNOUNCED),
     }
@@ -89,15 +90,15 @@ def config(beta: float, decode_workers: int) -> RunConfig:
     )
 
 
-def refusal_of_other_code(own: int) -> str | None:
-    """What comes of a process whose checkout has one more comment, at the same version."""
+def refusal_of_other_code(own: int, part: str, file: str) -> str | None:
+    """What comes of a process whose checkout has one more comment in a file, at the same version."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "mer_r1_jax"
-        shutil.copytree(agreement.SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        copy = Path(folder) / "copy"
+        shutil.copytree(getattr(agreement, part), copy, ignore=shutil.ignore_patterns("__pycache__"))
         if own:
-            with open(copy / "training/rl.py", "a") as file:
-                file.write("# another line\n")
-        with mock.patch.object(agreement, "SOURCES", copy):
+            with open(copy / file, "a") as opened:
+                opened.write("# another line\n")
+        with mock.patch.object(agreement, part, copy):
             return refusal_of(check_config, config(beta=0.04, decode_workers=own))
 
 

@@ -71,6 +71,15 @@ def test_resume_with_a_changed_config_is_refused_field_by_field(tmp_path):
         assert run.resumed
 
 
+def test_what_a_decoding_worker_may_use_may_change(tmp_path):
+    media = {"decode_timeout": 30.0, "decode_memory_mb": 4096, "decode_workers": 2, "max_frames": 8}
+    RunDirectory.open(tmp_path / "run", CONFIG | {"media": media}).close()
+    wider = media | {"decode_timeout": 90.0, "decode_memory_mb": 8192, "decode_workers": 1}
+    RunDirectory.open(tmp_path / "run", CONFIG | {"media": wider}).close()
+    with pytest.raises(RunDirectoryError, match="media.max_frames: 8 in the run, 9 now"):
+        RunDirectory.open(tmp_path / "run", CONFIG | {"media": wider | {"max_frames": 9}})
+
+
 def test_resume_with_other_data_is_refused(tmp_path):
     RunDirectory.open(tmp_path / "run", CONFIG, fingerprints={"data.rl_path": "aa"}).close()
     with pytest.raises(RunDirectoryError, match='fingerprint.data.rl_path: "aa" in the run, "bb" now'):

@@ -23,6 +23,7 @@ from mer_r1_jax.data.synthetic.world import (
     draw_scene,
     load_lexicon,
 )
+from mer_r1_jax.disk import writing
 
 VERSION = 8  # counts changes of the drawing that settings do not show
 CLIPS_PER_TASK = 32
@@ -260,8 +261,13 @@ def _ceiling(scenes: list[Scene], oracle) -> dict:
 
 def _write(path: Path, content: str) -> None:
     partial = path.with_name(f".{path.name}.part")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path.name, path):
+        try:
+            partial.write_text(content, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def _write_lines(path: Path, rows: Iterator[dict]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mer_r1_jax.data.synthetic import face, voice
 from mer_r1_jax.data.synthetic.world import SLOTS_PER_MODALITY, Scene, random_stream
+from mer_r1_jax.disk import writing
 
 FPS = 8
 FRAMES = 16
@@ -44,7 +45,17 @@ def write_clip(path: str | Path, frames: np.ndarray, sound: np.ndarray) -> None:
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with av.open(str(partial), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+    with writing("a clip", path):
+        try:
+            _encode(partial, frames, sound)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _encode(path: Path, frames: np.ndarray, sound: np.ndarray) -> None:
+    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         video = container.add_stream("libx264", rate=FPS, options=VIDEO_OPTIONS)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
@@ -60,7 +71,6 @@ def write_clip(path: str | Path, frames: np.ndarray, sound: np.ndarray) -> None:
             block.sample_rate, block.pts, block.time_base = voice.RATE, start, Fraction(1, voice.RATE)
             container.mux(audio.encode(block))
         container.mux(audio.encode(None))
-    os.replace(partial, path)
 
 
 def _to_yuv(frames: np.ndarray) -> np.ndarray:
