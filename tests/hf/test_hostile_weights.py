@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.tiny_hf import make_tiny_thinker
 
-from mer_r1_jax.omni.config import ConfigError
+from mer_r1_jax.omni.architecture_checks import ConfigError
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.hf.load import find_weights, load_params
