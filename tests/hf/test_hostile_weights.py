@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.tiny_hf import make_tiny_thinker
 
 from mer_r1_jax.omni.architecture_checks import ConfigError
 from mer_r1_jax.omni.hf.config import load_config
@@ -21,13 +20,6 @@ from mer_r1_jax.omni.hf.tensor_files import WeightError
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    make_tiny_thinker(directory, seed=3)
-    return directory
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soxr
 from PIL import Image
-from support.media_files import frame_numbers, numbered_pictures, rotate_mp4, write_sound, write_video
+from support.media_files import frame_numbers, numbered_pictures, rotate_mp4, tone, write_sound, write_video
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.decode import read_audio_track, read_image, read_stills, read_video
@@ -18,10 +18,6 @@ from mer_r1_jax.media.resize import resize
 
 MEDIA = MediaConfig()
 TINY = MediaConfig(video_min_pixels=28 * 28, video_max_pixels=2 * 28 * 28)
-
-
-def tone(seconds: float, rate: int = 16_000, frequency: float = 440.0, loudness: float = 0.5) -> np.ndarray:
-    return (loudness * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
 @pytest.mark.parametrize(

@@ -8,28 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.small_run import CONFIG_FILE, make_data, run_command, small_config_of
 
-from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.omni.hf.export import export_model
-from mer_r1_jax.run.road import run
 from mer_r1_jax.training.state import merge
 
 # The tests have eight emulated devices, and a step of the small run has four rows.
 MESH = {"data": 4, "tensor": 2}
-
-
-@pytest.fixture
-def refusal(capsys, tmp_path):
-    """Runs a configuration that cannot be used and gives the message that stands on standard error."""
-
-    def refusal(config):
-        with pytest.raises(SystemExit) as ended, explained():
-            run(config)
-        assert ended.value.code == EXIT_ERROR == 2
-        told = capsys.readouterr().err
-        assert told.count("error: ") == 1
-        return told.partition("error: ")[2]
-
-    return refusal
 
 
 @pytest.fixture
