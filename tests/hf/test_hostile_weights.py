@@ -145,9 +145,10 @@ def test_an_index_that_cannot_be_followed_is_refused(folder, index, words):
 
 
 def test_a_file_may_be_a_link_as_in_a_hubs_cache(folder, tmp_path):
+    listed = set(find_weights(folder, load_config(folder)).tensors)
     (folder / FILE).rename(tmp_path / "blob")
     (folder / FILE).symlink_to(tmp_path / "blob")
-    find_weights(folder, load_config(folder))
+    assert set(find_weights(folder, load_config(folder)).tensors) == listed and NORM in listed
 
 
 @pytest.mark.parametrize(
