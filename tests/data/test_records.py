@@ -86,6 +86,24 @@ def test_null_columns_blank_lines_and_a_byte_order_mark_are_fine(write, tmp_path
     assert (second.id, second.line) == ("7", 3)
 
 
+@pytest.mark.parametrize("said", ["😀 oh 👩‍👩‍👧", "مرحبا بك", "שלום (he said)", "e\u0301té", "a\u2028b"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_writing_of_every_script_and_both_line_ends_are_read(tmp_path, said, end):
+    path = tmp_path / "data.jsonl"
+    rows = [{**GOOD, "subtitle": said}, {**GOOD, "id": said, "subtitle": f"{said} {said}"}]
+    path.write_bytes(end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    first, second = read_records(path)
+    assert (first.subtitle, second.subtitle, second.id) == (said, f"{said} {said}", said)
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "developer"])
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_turns_of_tools_are_refused_by_name(write, role, column):
+    turns = [{"role": "user", "content": "?"}, {"role": role, "content": "x"}, {"role": "user", "content": "!"}]
+    problem = fault(write({**GOOD, column: turns}))
+    assert problem.line == 1 and problem.field.endswith("[1].role") and repr(role) in problem.got
+
+
 @pytest.mark.parametrize(
     ("row", "field", "got", "expected"),
     [

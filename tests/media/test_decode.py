@@ -109,6 +109,25 @@ def test_other_rates_go_through_soxr_at_high_quality(tmp_path, rate):
     np.testing.assert_allclose(heard[:length], expected[:length], atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 1 << 30])
+def test_a_wav_whose_header_was_never_finished_is_read_to_its_end(tmp_path, size):
+    """Recorders that write to a pipe cannot go back to put the size of the sound into the header."""
+    path = write_sound(tmp_path / "clip.wav", tone(2.0)[None], codec="pcm_s16le")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = data[4:8] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    assert read_audio_track(path, MEDIA).samples.size == 2 * 16_000
+
+
+@pytest.mark.parametrize("size", [3_000, 200_000])
+def test_a_large_tag_before_an_mp3_is_passed_over(tmp_path, size):
+    path = write_sound(tmp_path / "clip.mp3", tone(2.0)[None], codec="libmp3lame")
+    sevens = bytes((size >> shift) & 0x7F for shift in (21, 14, 7, 0))
+    (tmp_path / "tagged.mp3").write_bytes(b"ID3\x04\x00\x00" + sevens + bytes(size) + path.read_bytes())
+    assert read_audio_track(tmp_path / "tagged.mp3", MEDIA).samples.size == pytest.approx(2 * 16_000, abs=2500)
+
+
 @pytest.mark.parametrize(
     ("ending", "codec"),
     [("wav", "pcm_s16le"), ("flac", "flac"), ("mp3", "libmp3lame"), ("m4a", "aac"), ("opus", "libopus")],

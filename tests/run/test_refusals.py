@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 from support.small_run import CONFIG_FILE, make_data, run_command, small_config_of
 
 from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.sums import SUMS_FILE
 from mer_r1_jax.training.state import merge
 
 # The tests have eight emulated devices, and a step of the small run has four rows.
@@ -144,6 +145,7 @@ def test_model_directory_with_missing_and_misshapen_tensors_lists_them_all(refus
     del tensors["lm_head.weight"], tensors["visual.blocks.0.norm1.weight"]
     tensors["model.norm.weight"] = np.ones(3, np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / SUMS_FILE).unlink()  # a folder that was not exported here has none
     told = refusal(config_of(model=NO_SIZES | {"path": str(folder), "tokenizer_path": ""}))
     for word in ("lm_head.weight", "visual.blocks.0.norm1.weight", "model.norm.weight", "3", "32"):
         assert word in told
