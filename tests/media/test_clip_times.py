@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
@@ -123,6 +125,33 @@ def test_a_subtitle_or_chapter_far_beyond_the_end_does_not_make_a_clip_long(tmp_
     media = MediaConfig(max_clip_seconds=5.0)
     assert read_video(path, media).duration == pytest.approx(1.0, abs=0.1)
     assert read_audio_track(path, media).samples.size == pytest.approx(16_000, abs=2048)
+
+
+@pytest.mark.parametrize(("ending", "words"), [("mkv", "subrip"), ("mkv", "ass"), ("webm", "webvtt")])
+def test_a_line_of_subtitles_at_twenty_minutes_does_not_make_a_clip_long(tmp_path, ending, words):
+    web = ending == "webm"
+    with av.open(str(tmp_path / f"clip.{ending}"), "w") as container:
+        video = container.add_stream("libvpx" if web else "libx264", rate=16)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        audio = container.add_stream("libopus" if web else "aac", rate=48_000)
+        audio.layout = "mono"
+        lines = container.add_mux_stream(words)
+        for picture in numbered_pictures(16):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode(None))
+        frame = av.AudioFrame.from_ndarray(tone(1.0, 48_000)[None], format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        for block in av.AudioResampler(format=audio.format, layout="mono", rate=48_000).resample(frame):
+            container.mux(audio.encode(block))
+        container.mux(audio.encode(None))
+        line = av.Packet(b"the end")
+        line.stream, line.time_base, line.duration = lines, Fraction(1, 1000), 2000
+        line.pts = line.dts = 1_200_000
+        container.mux(line)
+    with av.open(str(tmp_path / f"clip.{ending}")) as container:
+        assert container.duration / av.time_base > 1200
+    assert read_video(tmp_path / f"clip.{ending}", MEDIA).duration == pytest.approx(1.0, abs=0.1)
+    assert read_audio_track(tmp_path / f"clip.{ending}", MEDIA).samples.size == pytest.approx(16_000, abs=2048)
 
 
 def test_a_duration_guessed_from_a_bit_rate_is_not_believed(tmp_path):
