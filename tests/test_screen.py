@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pathlib
-import pty
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import textwrap
 import xml.etree.ElementTree
 
 from rich.table import Table
+from support.terminal import in_a_terminal
 
 from mer_r1_jax import screen
 from mer_r1_jax.evaluation.figures import Line, Panel, draw
@@ -68,24 +68,10 @@ def test_on_a_terminal_only_styles_of_ours_are_sent():
         "early.getLogger('x').warning('%s', evil)\nlogging.use_absl_handler()\nlogging.warning('%s', evil)\n"
         "raise RuntimeError(evil)\n"
     )
-    ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "200", "PYTHONIOENCODING": "ascii"}
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=theirs, stderr=theirs, stdin=theirs, env=environment, cwd=ROOT
-    ) as process:
-        os.close(theirs)
-        got = b""
-        while True:
-            try:
-                data = os.read(ours, 65536)
-            except OSError:  # how a terminal says that its program is gone
-                break
-            if not data:
-                break
-            got += data
-    os.close(ours)
+    environment = os.environ | {"COLUMNS": "200", "PYTHONIOENCODING": "ascii"}
+    code, got = in_a_terminal([sys.executable, "-c", program], environment, ROOT)
     text = got.decode()
-    assert process.returncode == 1 and "RuntimeError: a [v2]" in text and "Traceback" in text
+    assert code == 1 and "RuntimeError: a [v2]" in text and "Traceback" in text
     assert "\x1b[1m" in text and "\x1b" not in re.sub(r"\x1b\[[0-9;]*m", "", text)  # bold on, bold off
     assert "\x1b]" not in text and "\x1b[2J" not in text and text.count(r"\x1b[2J\x1b]0;owned\x07") >= 5
 

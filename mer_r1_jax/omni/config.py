@@ -7,63 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.omni.architecture_checks import ints, is_int, require, require_positive, require_real
 from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("nothing", "attention", "dots", "everything")
-
-
-class ConfigError(ValueError):
-    """An architecture that cannot exist; the message names the field, what it is and what it has to be."""
-
-
-def _require(condition: bool, field: str, got: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{field} is {printable(repr(got), 100)}: expected {expected}")
-
-
-# Far beyond any model there is: a number above is a damaged or hostile file, and would exhaust the host's memory.
-MOST_LAYERS = 1024
-MOST_OF_A_SIZE = 1 << 24
-MOST_OF_A_NUMBER = 1e18
-_REAL = f"a number above 0 and up to {MOST_OF_A_NUMBER:g}"
-
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        most = MOST_LAYERS if name in ("depth", "encoder_layers", "num_hidden_layers") else MOST_OF_A_SIZE
-        _require(
-            is_int(value) and 0 < value <= most,
-            f"{type(config).__name__}.{name}",
-            value,
-            f"an integer from 1 to {most}",
-        )
-
-
-def _require_real(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        real = is_int(value) or isinstance(value, float)
-        _require(real and 0 < value <= MOST_OF_A_NUMBER, f"{type(config).__name__}.{name}", value, _REAL)
-
-
-def is_int(value: object) -> bool:
-    """Whether a value is an integer; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _ints(config: object, name: str) -> tuple[int, ...]:
-    """A field that holds several integers, as a tuple."""
-    value = getattr(config, name)
-    _require(
-        isinstance(value, (list, tuple)) and all(map(is_int, value)),
-        f"{type(config).__name__}.{name}",
-        value,
-        "a list of integers",
-    )
-    return tuple(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,26 +37,26 @@ class AudioConfig:
     output_dim: int = 3584
 
     def __post_init__(self) -> None:
-        _require_positive(self, *(field.name for field in dataclasses.fields(self)))
-        _require(
+        require_positive(self, *(field.name for field in dataclasses.fields(self)))
+        require(
             self.d_model % self.encoder_attention_heads == 0,
             "AudioConfig.d_model",
             self.d_model,
             f"a multiple of encoder_attention_heads={self.encoder_attention_heads}",
         )
-        _require(
+        require(
             self.d_model % 2 == 0 and self.d_model > 2,
             "AudioConfig.d_model",
             self.d_model,
             "an even number above 2, half of it sines and half cosines",
         )
-        _require(
+        require(
             2 * self.n_window == MEL_FRAMES_PER_UNIT,
             "AudioConfig.n_window",
             self.n_window,
             f"{MEL_FRAMES_PER_UNIT // 2}, the unit a batch is cut into",
         )
-        _require(
+        require(
             self.max_source_positions >= self.n_window,
             "AudioConfig.max_source_positions",
             self.max_source_positions,
@@ -150,32 +98,32 @@ class VisionConfig:
     rope_theta: float = 1e4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fullatt_block_indexes", _ints(self, "fullatt_block_indexes"))
-        _require_positive(
+        object.__setattr__(self, "fullatt_block_indexes", ints(self, "fullatt_block_indexes"))
+        require_positive(
             self,
             *("depth", "hidden_size", "intermediate_size", "num_heads", "in_channels", "patch_size"),
             *("temporal_patch_size", "window_size", "out_hidden_size"),
         )
-        _require_real(self, "rms_norm_eps", "rope_theta")
-        _require(
+        require_real(self, "rms_norm_eps", "rope_theta")
+        require(
             self.spatial_merge_size == 2,
             "VisionConfig.spatial_merge_size",
             self.spatial_merge_size,
             "2, the block a batch's patches come in",
         )
-        _require(
+        require(
             self.hidden_size % (4 * self.num_heads) == 0,
             "VisionConfig.hidden_size",
             self.hidden_size,
             f"a multiple of 4 * num_heads={4 * self.num_heads}: a head holds row and column rotations",
         )
-        _require(
+        require(
             self.window_size >= self.spatial_merge_size * self.patch_size,
             "VisionConfig.window_size",
             self.window_size,
             f"at least one merged cell of {self.spatial_merge_size * self.patch_size} pixels",
         )
-        _require(
+        require(
             all(0 <= index < self.depth for index in self.fullatt_block_indexes),
             "VisionConfig.fullatt_block_indexes",
             self.fullatt_block_indexes,
@@ -227,26 +175,26 @@ class TextConfig:
     max_position_embeddings: int = 32768
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mrope_section", _ints(self, "mrope_section"))
-        _require_positive(
+        object.__setattr__(self, "mrope_section", ints(self, "mrope_section"))
+        require_positive(
             self,
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
             *("num_key_value_heads", "max_position_embeddings"),
         )
-        _require_real(self, "rms_norm_eps", "rope_theta")
-        _require(
+        require_real(self, "rms_norm_eps", "rope_theta")
+        require(
             self.hidden_size % (2 * self.num_attention_heads) == 0,
             "TextConfig.hidden_size",
             self.hidden_size,
             f"a multiple of 2 * num_attention_heads={2 * self.num_attention_heads}",
         )
-        _require(
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "TextConfig.num_attention_heads",
             self.num_attention_heads,
             f"a multiple of num_key_value_heads={self.num_key_value_heads}",
         )
-        _require(
+        require(
             len(self.mrope_section) == 3
             and min(self.mrope_section) >= 0
             and 2 * sum(self.mrope_section) == self.head_dim,
@@ -299,38 +247,38 @@ class ThinkerConfig:
     remat: str = "nothing"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eos_token_ids", _ints(self, "eos_token_ids"))
+        object.__setattr__(self, "eos_token_ids", ints(self, "eos_token_ids"))
         width = self.text.hidden_size
-        _require(
+        require(
             self.audio.output_dim == width, "AudioConfig.output_dim", self.audio.output_dim, f"text hidden_size={width}"
         )
-        _require(
+        require(
             self.vision.out_hidden_size == width,
             "VisionConfig.out_hidden_size",
             self.vision.out_hidden_size,
             f"text hidden_size={width}",
         )
         for name, token_id in self.special_token_ids.items():
-            _require(
+            require(
                 is_int(token_id) and 0 <= token_id < self.text.vocab_size,
                 f"ThinkerConfig.{name}",
                 token_id,
                 f"an id below vocab_size={self.text.vocab_size}",
             )
-        _require(len(self.eos_token_ids) > 0, "ThinkerConfig.eos_token_ids", self.eos_token_ids, "at least one id")
-        _require_positive(self, "position_id_per_seconds", "seconds_per_chunk")
-        _require_real(self, "initializer_range")
-        _require(is_int(self.user_token_id), "ThinkerConfig.user_token_id", self.user_token_id, "an integer")
+        require(len(self.eos_token_ids) > 0, "ThinkerConfig.eos_token_ids", self.eos_token_ids, "at least one id")
+        require_positive(self, "position_id_per_seconds", "seconds_per_chunk")
+        require_real(self, "initializer_range")
+        require(is_int(self.user_token_id), "ThinkerConfig.user_token_id", self.user_token_id, "an integer")
         tied = self.tie_word_embeddings
-        _require(isinstance(tied, bool), "ThinkerConfig.tie_word_embeddings", tied, "true or false")
+        require(isinstance(tied, bool), "ThinkerConfig.tie_word_embeddings", tied, "true or false")
         for name in ("param_dtype", "compute_dtype"):
-            _require(
+            require(
                 getattr(self, name) in DTYPES,
                 f"ThinkerConfig.{name}",
                 getattr(self, name),
                 f"one of {', '.join(DTYPES)}",
             )
-        _require(self.remat in REMAT, "ThinkerConfig.remat", self.remat, f"one of {', '.join(REMAT)}")
+        require(self.remat in REMAT, "ThinkerConfig.remat", self.remat, f"one of {', '.join(REMAT)}")
 
     @property
     def special_token_ids(self) -> dict[str, int]:

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from support.record_files import fault
 
-from mer_r1_jax.data.records import RecordError, read_records
+from mer_r1_jax.data.records import read_records
 from mer_r1_jax.data.validation import DataFile, validate
 
 GOOD = {"video": "a.mp4", "audio": "a.mp4", "solution": ["happy"]}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_rows(*rows):
-        path = tmp_path / "data.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write_rows
-
-
-def fault(path, **options):
-    with pytest.raises(RecordError) as caught:
-        read_records(path, **options)
-    (problem,) = caught.value.problems
-    return problem
 
 
 @pytest.mark.parametrize(

@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.record_files import GOOD, fault
 
 from mer_r1_jax.config.schema import DataConfig
 from mer_r1_jax.data.problems import MAX_LISTED
 from mer_r1_jax.data.records import RecordError, dataset_hash, read_records, scan_records
-
-GOOD = {"id": "a", "videos": ["a.mp4"], "solution": ["happy"]}
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes rows (dicts or raw lines) to a data file and returns its path."""
-
-    def write_rows(*rows, name="data.jsonl"):
-        path = tmp_path / name
-        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return path
-
-    return write_rows
-
-
-def fault(path, **options):
-    """The single problem of a data file, after checking that the raised message holds all of it."""
-    with pytest.raises(RecordError) as caught:
-        read_records(path, **options)
-    (problem,) = caught.value.problems
-    message = str(caught.value)
-    for part in (problem.where, problem.field, problem.got, problem.expected, problem.mend):
-        assert part in message
-    assert "; expected " in message and "; to mend it, " in message
-    return problem
 
 
 def test_reads_every_column_under_its_aliases(write):
@@ -114,6 +84,24 @@ def test_null_columns_blank_lines_and_a_byte_order_mark_are_fine(write, tmp_path
     first, second = read_records(path)
     assert first.subtitle is None and first.audios == ()
     assert (second.id, second.line) == ("7", 3)
+
+
+@pytest.mark.parametrize("said", ["😀 oh 👩‍👩‍👧", "مرحبا بك", "שלום (he said)", "e\u0301té", "a\u2028b"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_writing_of_every_script_and_both_line_ends_are_read(tmp_path, said, end):
+    path = tmp_path / "data.jsonl"
+    rows = [{**GOOD, "subtitle": said}, {**GOOD, "id": said, "subtitle": f"{said} {said}"}]
+    path.write_bytes(end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    first, second = read_records(path)
+    assert (first.subtitle, second.subtitle, second.id) == (said, f"{said} {said}", said)
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "developer"])
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_turns_of_tools_are_refused_by_name(write, role, column):
+    turns = [{"role": "user", "content": "?"}, {"role": role, "content": "x"}, {"role": "user", "content": "!"}]
+    problem = fault(write({**GOOD, column: turns}))
+    assert problem.line == 1 and problem.field.endswith("[1].role") and repr(role) in problem.got
 
 
 @pytest.mark.parametrize(
@@ -240,61 +228,6 @@ def test_duplicate_ids_are_refused_within_and_across_files(write):
     assert [p.where for p in caught.value.problems] == [f"{one}:2", f"{two}:1"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "../a.mp4",
-        "x/../../a.mp4",
-        "x\\..\\a.mp4",
-        "/etc/passwd",
-        "~/a.mp4",
-        "C:\\a.mp4",
-        "C:/a.mp4",
-        "HTTPS://host/a.mp4",
-        "s3://bucket/a.mp4",
-        "data:,AA",
-        "\\\\host\\a.mp4",
-        "http://host/a.mp4",
-        "file:///a.mp4",
-        "//host/a.mp4",
-        "data:video/mp4;base64,AA",
-        "",
-        " ",
-        ".",
-        "a\nb.mp4",
-        "a\x00.mp4",
-    ],
-)
-def test_media_paths_stay_inside_the_media_root(write, path):
-    problem = fault(write({**GOOD, "videos": [path]}))
-    assert problem.field == "videos[0]"
-    assert "media root" in problem.expected
-
-
-def test_a_symbolic_link_may_not_leave_the_media_root(write, tmp_path):
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    (root / "inner").mkdir(parents=True)
-    outside.mkdir()
-    (outside / "a.mp4").touch()
-    (root / "inner" / "b.mp4").touch()
-    os.symlink(outside / "a.mp4", root / "link.mp4")
-    os.symlink(outside, root / "folder")
-    os.symlink(root / "inner" / "b.mp4", root / "fine.mp4")
-    for path in ("link.mp4", "folder/a.mp4"):
-        problem = fault(write({**GOOD, "videos": [path]}), media_root=root)
-        assert str(outside / "a.mp4") in problem.got
-        assert "symbolic link" in problem.mend
-    assert read_records(write({**GOOD, "videos": ["fine.mp4"]}), root)[0].videos == ("fine.mp4",)
-
-
-def test_a_folder_whose_name_begins_like_the_root_is_outside(write, tmp_path):
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root2").mkdir()
-    os.symlink(tmp_path / "root2", tmp_path / "root" / "x")
-    problem = fault(write({**GOOD, "videos": ["x/a.mp4"]}), media_root=tmp_path / "root")
-    assert problem.field == "videos[0]" and str(tmp_path / "root2" / "a.mp4") in problem.got
-
-
 def test_every_fault_is_collected_and_the_list_is_capped(write):
     bad = [{**GOOD, "id": f"bad{n}", "subtitle": 1, "videos": ["../x"]} for n in range(MAX_LISTED)]
     with pytest.raises(RecordError) as caught:
@@ -340,190 +273,3 @@ def test_the_hash_follows_the_content_not_the_place(write):
         [rows[0], {**rows[1], "x": 1}],
     ):
         assert dataset_hash(read_records(write(*changed))) != base
-
-
-@pytest.mark.parametrize(
-    ("line", "field", "got"),
-    [
-        ('{"id": "clip\\ud83d", "subtitle": "hi"}', "id", "half of a surrogate pair"),
-        ('{"video": ["a\\udc00.mp4"]}', "video", "half of a surrogate pair"),
-        ('{"subtitle": "hi", "solution": ["ha\\ud83d"]}', "solution", "half of a surrogate pair"),
-        ('{"subtitle": "hi", "oracle": {"deep": [1, "\\ud83d"]}}', "oracle", "half of a surrogate pair"),
-        ('{"subtitle": "hi", "x\\ud83d": 1}', "x\\ud83d", "half of a surrogate pair"),
-        ('{"id": ' + "1" * 5000 + ', "subtitle": "hi"}', "", "a whole number of 5000 digits"),
-        ('{"subtitle": "hi", "n": -' + "9" * 5000 + "}", "", "a whole number of 5000 digits"),
-        ('{"subtitle": "hi", "w": 1e999}', "", "the number 1e999, which is too large"),
-        ('{"subtitle": "hi", "w": [-1E+400]}', "", "which is too large"),
-        ('{"subtitle": "hi", "w": ' + "[" * 100 + "]" * 100 + "}", "w", "nested more than"),
-        ('{"video": "' + "a" * 5000 + '.mp4"}', "videos[0]", "a path of 5004 bytes"),
-        ('{"video": "' + "漢" * 90 + '.mp4"}', "videos[0]", "a name of 274"),
-        ('{"video": "' + "a/" * 2500 + 'b.mp4"}', "videos[0]", "a path of 5005 bytes"),
-        ('{"video": "a\\u0000.mp4"}', "videos[0]", "control characters"),
-        ('{"video": "a\\u009b.mp4"}', "videos[0]", "control characters"),
-        ('{"id": "\\u001b[2J", "subtitle": "hi"}', "id", "control characters"),
-        ('{"subtitle": "hi", "' + "k" * 5000 + '": 1, "' + "k" * 5000 + '": 2}', "", "twice in one object"),
-        ('{"video": "data:video/mp4;base64,' + "A" * 100_000 + '"}', "videos[0]", "the URL"),
-    ],
-)
-def test_hostile_lines_are_named_and_the_message_stays_readable(write, line, field, got):
-    problem = fault(write(GOOD | {"id": "first"}, line))
-    assert (problem.line, problem.field) == (2, field) and got in problem.got
-    message = str(problem)
-    assert len(message) < 800 and message.isprintable() and message.encode("utf-8")
-
-
-def test_halves_of_surrogate_pairs_as_bytes_are_named(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"video": "a.mp4", "subtitle": "x\xed\xa0\xbd"}\n')
-    problem = fault(path)
-    assert (problem.line, problem.got) == (2, "half of a surrogate pair")
-
-
-@pytest.mark.parametrize(
-    "label",
-    [
-        "[angry, worried, sad]",
-        "['angry', 'worried', 'sad']",
-        '["angry", "worried", "sad"].',
-        "['angry' 'worried' 'sad']",
-        "angry，worried、sad。",
-        "【angry；worried；sad】",
-        "“angry”, “worried”, “sad”",
-        "「angry」「worried」「sad」",
-        "angry; worried; sad.",
-        "angry/worried|sad",
-        "1. angry 2. worried 3. sad",
-        "①angry ②worried ③sad",
-        "- angry\n- worried\n- sad\n",
-        "angry, worried, and sad!",
-        "ａｎｇｒｙ，ｗｏｒｒｉｅｄ，ｓａｄ",
-        "\u200bangry , worried ,, sad\ufeff",
-        "angry 和 worried 与 sad",
-        "angry and worried & sad",
-        "angry、worried或sad。",
-        "angry + worried + sad",
-        "angry — worried - sad",
-        "• angry • worried • sad",
-        "angry · worried → sad",
-        "（1）angry（2）worried（3）sad",
-        "a) angry b) worried c) sad",
-        "一、angry 二、worried 三、sad",
-        "angry…worried…sad…",
-        "angry\u3000worried\u3000sad",
-        "Emotions: angry, worried, or sad",
-        "情绪：angry，worried，sad",
-        ["angry.", "'worried'", " [sad] "],
-        ["angry and worried", "sad"],
-    ],
-)
-def test_a_label_keeps_every_word_however_it_is_written(write, label):
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>x</think><answer>{}</answer>"}]
-    (record,) = read_records(write({"videos": ["a.mp4"], "solution": label}))
-    assert record.solution == ("angry", "worried", "sad")
-    if isinstance(label, str):
-        turns[1]["content"] = turns[1]["content"].format(label)
-        (record,) = read_records(write({"videos": ["a.mp4"], "messages": turns}))
-        assert record.solution == ("angry", "worried", "sad")
-
-
-@pytest.mark.parametrize("label", ["can't cope, very sad", ["can't cope", "very sad"], "[can't cope (a bit), sad]"])
-def test_apostrophes_and_brackets_inside_a_phrase_stay(write, label):
-    (record,) = read_records(write({"videos": ["a.mp4"], "solution": label}))
-    assert record.solution in (("can't cope", "very sad"), ("can't cope (a bit)", "sad"))
-
-
-@pytest.mark.parametrize("word", ["温和", "well-meaning", "a bit sad", "hand-in-hand"])
-def test_a_word_with_a_joining_sign_inside_is_one_word(write, word):
-    (record,) = read_records(write({"videos": ["a.mp4"], "solution": f"angry, {word}"}))
-    assert record.solution == ("angry", word)
-
-
-@pytest.mark.parametrize("word", ["happy，sad", "[happy, sad]", "happy; sad", "happy\nsad"])
-def test_an_entry_of_a_list_is_one_word(write, word):
-    problem = fault(write({**GOOD, "solution": ["angry", word]}))
-    assert problem.field == "solution[1]" and "no comma or other separator" in problem.expected
-
-
-HOSTILE = [
-    "\ud83d",
-    "a\udc00b",
-    "\x1b[2J",
-    "\x00",
-    "\u202e",
-    "a" * 5000 + ".mp4",
-    "x/" * 3000,
-    "[",
-    "['sad' 'x']",
-    "1.",
-]
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(min_value=10**4299, max_value=10**4300 - 1)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.text(st.characters(categories=("Cs", "Cc", "Cf", "Lo", "Po", "Ps", "Pe")), max_size=8)
-    | st.sampled_from(["<video>", "<|x|>", "../a", "user", *HOSTILE]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["role", "content", "from", "value", "videos", "audio", "messages", "conversations", "solution"]
-                + ["type", "text", "video", "image_url", "url", "path", "label", "prompt", "system", "\ud83d"]
-            )
-            | st.text(max_size=4),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=12,
-)
-COLUMN = st.sampled_from(
-    [
-        "id",
-        "messages",
-        "conversations",
-        "question",
-        "videos",
-        "video",
-        "audios",
-        "images",
-        "subtitle",
-        "solution",
-        "reasoning",
-        "prompt",
-        "system",
-        "label",
-        "meta",
-        "\ud83d",
-    ]
-)
-
-
-def _dumped(row):
-    """JSON with every character outside ASCII escaped; Python does not write out whole numbers of 4300 digits."""
-    sys.set_int_max_str_digits(0)
-    try:
-        return json.dumps(row)
-    finally:
-        sys.set_int_max_str_digits(4300)
-
-
-@settings(max_examples=100)
-@given(st.lists(st.dictionaries(COLUMN, JSON, max_size=5) | JSON, min_size=1, max_size=3))
-def test_no_line_whatever_raises_anything_but_named_problems(rows):
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "data.jsonl"
-        path.write_text("".join(_dumped(row) + "\n" for row in rows))
-        records, problems = scan_records(path)
-        accounted = {record.line for record in records} | {problem.line for problem in problems}
-        whole_file_refused = any(problem.expected.startswith("JSON lines") for problem in problems)
-        assert accounted - {0} == set(range(1, len(rows) + 1)) or whole_file_refused
-        assert len(dataset_hash(records)) == 64
-        assert all(str(problem).isprintable() and len(str(problem)) < 3000 for problem in problems)
-        json.dumps([record.content() for record in records], ensure_ascii=False).encode("utf-8")
-        assert all(record.messages[-1]["role"] == "user" for record in records)

@@ -2,33 +2,28 @@
 
 import json
 import math
-import os
-import pathlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import official_data
+from support.official_data import needs_official_data
 
 from mer_r1_jax.emotion import answers, metrics
 from mer_r1_jax.emotion.wheels import VARIANTS, load_wheels
 
 WHEELS = load_wheels()
 MER2026 = load_wheels(variant="mer2026")
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SHARED = pathlib.Path(os.environ.get("MER_R1_SHARED", ROOT.parent / "shared")) / "data"
-EXAMPLES = SHARED / "unibench" / "examples.json"
-
-needs_official_data = pytest.mark.skipif(not EXAMPLES.is_file(), reason="the official examples are not at hand")
 
 
 @pytest.fixture(scope="module")
 def examples():
-    return json.loads(EXAMPLES.read_text(encoding="utf-8"))
+    return json.loads(official_data.EXAMPLES.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def official():
-    return {variant: load_wheels(SHARED / "emotion_wheel", variant) for variant in VARIANTS}
+    return {variant: load_wheels(official_data.WHEELS, variant) for variant in VARIANTS}
 
 
 def _null(value: float) -> float | None:

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from support import official_data
 from support.benchmark_answers import request_of, write_answers
+from support.official_data import needs_official_data
 from support.unibench_standins import write_sets
 
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
@@ -12,7 +14,7 @@ from mer_r1_jax.evaluation.benchmarks.report import make_benchmark_report
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, PAPER_ROWS
 from mer_r1_jax.evaluation.benchmarks.tables import Columns, analysis_table, main_table
 
-OFFICIAL = "../shared/data/emotion_wheel"
+OFFICIAL = str(official_data.WHEELS)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,7 @@ def test_counts_and_gaps_are_told(html):
     assert "40 clips answered both ways" in html and "Confidence, wrong categories" in html
 
 
+@needs_official_data
 def test_protocols_never_share_a_column(folder, tmp_path):
     two = EvaluationFolder(tmp_path / "out")
     (tmp_path / "out").mkdir()

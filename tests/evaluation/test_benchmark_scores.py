@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from support import official_data
 from support.judge_server import JudgeServer
+from support.official_data import needs_official_data
 
 from mer_r1_jax.emotion import metrics
 from mer_r1_jax.emotion.wheels import load_wheels
@@ -16,7 +18,7 @@ from mer_r1_jax.evaluation.benchmarks.protocol import OFFICIAL_WHEELS, extract, 
 from mer_r1_jax.evaluation.benchmarks.scores import score_benchmark
 from mer_r1_jax.evaluation.judge.client import ChatClient
 
-OFFICIAL = "../shared/data/emotion_wheel"
+OFFICIAL = str(official_data.WHEELS)
 WORDS = ("happy", "sad", "angry", "surprised", "calm", "afraid", "bored", "neutral", "unheard")
 
 
@@ -166,6 +168,7 @@ def test_confusion_and_calibration_by_hand(wheels):
     assert analysis.calibration([])["ece"] is None
 
 
+@needs_official_data
 def test_protocols_have_keys_of_their_own(wheels):
     class Named:
         model = "some-llm"

@@ -104,6 +104,46 @@ def test_html_and_scripts_in_a_completion_are_escaped(tmp_path):
     assert html.escape("<script>") in (folder / "report.html").read_text()
 
 
+ATTACKS = [
+    "<script>document.title=1</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</style><style>body{background:url(http://127.0.0.1:9/x)}",
+    "</pre></details><script>alert(1)</script>",
+    "{{ 7*7 }}{% raw %}<!--",
+    "javascript:alert(1)",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_text_of_a_run_acts_in_its_report_wherever_it_stands(tmp_path, attack):
+    """In the configuration, the environment, names of metrics and records, and where a number is expected."""
+    settings = {"name": attack, "train": {"run_name": attack}, "data": {"question": attack}}
+    folder = write_run(tmp_path / "run", clips=2, rl_steps=4, config=settings)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    own = {f"rewards/{attack}/mean": 1.0, f"rewards/{attack}/unscored": 0.0, f"rewards/{attack}/faults": 0.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line | own) + "\n" for line in lines))
+    environment = json.loads((folder / "env.json").read_text())
+    (folder / "env.json").write_text(json.dumps(environment | {attack: attack}))
+    for path in (folder / "eval").glob("*[0-9].json"):
+        names = {"majority_answer": [attack], "skipped": [{"id": attack, "reason": attack}]}
+        path.write_text(json.dumps(json.loads(path.read_text()) | names))
+    for path in (folder / "eval").glob("*.samples.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row |= {"video": attack, "subtitle": {"a": [attack]}}
+            row["fast"] |= {"text": attack, "words": [attack], "reasoning": [attack]}
+        rows[1]["slow"] |= {"f1": attack, "words": attack}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(make_report(folder))
+    acting = {"script", "iframe", "object", "embed", "link", "base", "form", "a"} & {tag for tag, _ in page.tags}
+    assert not acting and len(page.all("style")) == 1
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        sources = [value for name, value in attributes.items() if name in ("src", "href", "action", "style")]
+        assert not any(re.match(r"\s*(javascript|http|//)", value or "") for value in sources)
+    assert " ".join(attack.split()) in page.text  # shown, as text
+
+
 def test_reward_functions_of_ones_own_have_curves(tmp_path):
     folder = write_run(tmp_path / "run", clips=1, rl_steps=4)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,8 @@ import json
 import pytest
 from support.small_run import run_command
 
-from mer_r1_jax.omni.config import ConfigError, ThinkerConfig
+from mer_r1_jax.omni.architecture_checks import ConfigError
+from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.config import config_to_hf, load_config
 from mer_r1_jax.run.policy import PolicyError, open_model
 

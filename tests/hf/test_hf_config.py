@@ -7,7 +7,8 @@ from support.omni_dir import older_config
 from support.tiny_hf import tiny_thinker_config
 from transformers import Qwen2_5OmniThinkerConfig
 
-from mer_r1_jax.omni.config import ConfigError, ThinkerConfig
+from mer_r1_jax.omni.architecture_checks import ConfigError
+from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.config import config_from_hf, config_to_hf, load_config
 
 PRESETS = {

@@ -26,13 +26,6 @@ from mer_r1_jax.omni.thinker import abstract_thinker
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    make_tiny_thinker(directory, seed=3)
-    return directory
-
-
 @pytest.fixture
 def copy(tiny, tmp_path):
     """A copy of the tiny directory to damage, with a function that rewrites its tensors."""

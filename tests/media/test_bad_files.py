@@ -84,6 +84,7 @@ def test_cover_art_is_no_video(tmp_path):
         container.mux(audio.encode(frame))
         container.mux(audio.encode(None))
     assert refusal(path, "video").reason == "no_video"
+    assert decode_file(str(path), "audio", MEDIA, 28, 128).facts["samples"] == pytest.approx(16_000, abs=2500)
 
 
 def test_a_video_of_one_frame(tmp_path):

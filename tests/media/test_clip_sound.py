@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.media_files import numbered_pictures, retimed, write_sound, write_video
+from support.media_files import numbered_pictures, retimed, tone, write_sound, write_video
 from support.prompts import TinyRecord, tiny_thinker
 
 from mer_r1_jax.config.schema import MediaConfig
@@ -14,10 +14,6 @@ from mer_r1_jax.media.loader import ClipLoader
 
 MEDIA = MediaConfig(video_min_pixels=784, video_max_pixels=6 * 784, decode_workers=0)
 RATE = 16_000
-
-
-def tone(seconds: float, loudness: float = 0.5) -> np.ndarray:
-    return (loudness * np.sin(2 * np.pi * 440 * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
 
 
 def quiet_seconds(samples: np.ndarray) -> list[tuple[float, float]]:
@@ -97,7 +93,7 @@ SOUNDS = {  # channels -> (silent, cancelled)
     "two silent channels": (np.zeros((2, RATE), np.float32), (True, False)),
     "one upside down": (np.stack([tone(1.0), -tone(1.0)]), (False, True)),
     "one upside down, nearly": (np.stack([tone(1.0), -0.999 * tone(1.0)]), (False, True)),
-    "a quiet voice": (tone(1.0, 0.001)[None], (False, False)),
+    "a quiet voice": (tone(1.0, loudness=0.001)[None], (False, False)),
     "one channel": (np.stack([tone(1.0), 0 * tone(1.0)]), (False, False)),
     "opposed but unlike": (np.stack([tone(1.0), -0.7 * tone(1.0)]), (False, False)),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
-from support.media_files import frame_numbers, numbered_pictures, retimed, write_sound, write_tracks, write_video
+from support.media_files import frame_numbers, numbered_pictures, retimed, tone, write_sound, write_tracks, write_video
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.decode import read_audio_track, read_stills, read_video
@@ -16,14 +18,10 @@ DEFAULT = av.stream.Disposition.default
 NONE = av.stream.Disposition(0)
 
 
-def tone(seconds: float, loudness: float = 0.5) -> np.ndarray:
-    return (loudness * np.sin(2 * np.pi * 440 * np.arange(round(seconds * 16_000)) / 16_000)).astype(np.float32)[None]
-
-
 @pytest.fixture
 def plain(tmp_path):
     """Forty frames at 16 a second whose packets come in the order they are shown in."""
-    return write_video(tmp_path / "plain.mp4", numbered_pictures(40), options={"bf": "0"}, samples=tone(2.5))
+    return write_video(tmp_path / "plain.mp4", numbered_pictures(40), options={"bf": "0"}, samples=tone(2.5)[None])
 
 
 def stretched(second: float) -> float:
@@ -107,7 +105,9 @@ def test_a_last_picture_that_stands_counts(tmp_path):
 
 def test_recordings_that_were_joined_last_as_long_as_both(tmp_path):
     parts = [
-        write_video(tmp_path / f"{n}.ts", numbered_pictures(40), options={"bf": "0"}, samples=tone(2.5)).read_bytes()
+        write_video(
+            tmp_path / f"{n}.ts", numbered_pictures(40), options={"bf": "0"}, samples=tone(2.5)[None]
+        ).read_bytes()
         for n in range(2)
     ]
     (tmp_path / "both.ts").write_bytes(b"".join(parts))
@@ -138,13 +138,40 @@ def test_a_subtitle_or_chapter_far_beyond_the_end_does_not_make_a_clip_long(tmp_
             container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(video.encode(None))
         for stream, seconds in ((audio, 1.0), (other, 20.0)):
-            frame = av.AudioFrame.from_ndarray(tone(seconds), format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(tone(seconds)[None], format="fltp", layout="mono")
             frame.sample_rate = 16_000
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
     media = MediaConfig(max_clip_seconds=5.0)
     assert read_video(path, media).duration == pytest.approx(1.0, abs=0.1)
     assert read_audio_track(path, media).samples.size == pytest.approx(16_000, abs=2048)
+
+
+@pytest.mark.parametrize(("ending", "words"), [("mkv", "subrip"), ("mkv", "ass"), ("webm", "webvtt")])
+def test_a_line_of_subtitles_at_twenty_minutes_does_not_make_a_clip_long(tmp_path, ending, words):
+    web = ending == "webm"
+    with av.open(str(tmp_path / f"clip.{ending}"), "w") as container:
+        video = container.add_stream("libvpx" if web else "libx264", rate=16)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        audio = container.add_stream("libopus" if web else "aac", rate=48_000)
+        audio.layout = "mono"
+        lines = container.add_mux_stream(words)
+        for picture in numbered_pictures(16):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode(None))
+        frame = av.AudioFrame.from_ndarray(tone(1.0, 48_000)[None], format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        for block in av.AudioResampler(format=audio.format, layout="mono", rate=48_000).resample(frame):
+            container.mux(audio.encode(block))
+        container.mux(audio.encode(None))
+        line = av.Packet(b"the end")
+        line.stream, line.time_base, line.duration = lines, Fraction(1, 1000), 2000
+        line.pts = line.dts = 1_200_000
+        container.mux(line)
+    with av.open(str(tmp_path / f"clip.{ending}")) as container:
+        assert container.duration / av.time_base > 1200
+    assert read_video(tmp_path / f"clip.{ending}", MEDIA).duration == pytest.approx(1.0, abs=0.1)
+    assert read_audio_track(tmp_path / f"clip.{ending}", MEDIA).samples.size == pytest.approx(16_000, abs=2048)
 
 
 def test_a_duration_guessed_from_a_bit_rate_is_not_believed(tmp_path):
@@ -154,7 +181,7 @@ def test_a_duration_guessed_from_a_bit_rate_is_not_believed(tmp_path):
         options = {"write_xing": "0", "id3v2_version": "0"}
         with av.open(str(tmp_path / f"{number}.mp3"), "w", options=options) as container:
             audio = container.add_stream("libmp3lame", rate=16_000, options={"b": bit_rate})
-            frame = av.AudioFrame.from_ndarray(tone(seconds), format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(tone(seconds)[None], format="fltp", layout="mono")
             frame.sample_rate = 16_000
             container.mux(audio.encode(frame))
             container.mux(audio.encode(None))
@@ -169,13 +196,13 @@ def test_a_duration_guessed_from_a_bit_rate_is_not_believed(tmp_path):
 @pytest.mark.parametrize("ending", ["mp3", "aac", "wav", "opus"])
 def test_sound_that_is_too_long_is_refused_without_a_header_to_say_so(tmp_path, ending):
     codec = {"mp3": "libmp3lame", "aac": "aac", "wav": "pcm_s16le", "opus": "libopus"}[ending]
-    path = write_sound(tmp_path / f"clip.{ending}", tone(12.0), codec=codec)
+    path = write_sound(tmp_path / f"clip.{ending}", tone(12.0)[None], codec=codec)
     with pytest.raises(MediaError, match="expected at most 8 s") as caught:
         read_audio_track(path, MediaConfig(max_clip_seconds=8.0))
     assert caught.value.reason == "too_long"
 
 
-QUIET, LOUD = tone(1.0, 0.0), tone(1.0)
+QUIET, LOUD = tone(1.0, loudness=0.0)[None], tone(1.0)[None]
 STEREO = np.repeat(LOUD, 2, axis=0)
 
 

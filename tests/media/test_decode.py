@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soxr
 from PIL import Image
-from support.media_files import frame_numbers, numbered_pictures, rotate_mp4, write_sound, write_video
+from support.media_files import frame_numbers, numbered_pictures, rotate_mp4, tone, write_sound, write_video
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.decode import read_audio_track, read_image, read_stills, read_video
@@ -18,10 +18,6 @@ from mer_r1_jax.media.resize import resize
 
 MEDIA = MediaConfig()
 TINY = MediaConfig(video_min_pixels=28 * 28, video_max_pixels=2 * 28 * 28)
-
-
-def tone(seconds: float, rate: int = 16_000, frequency: float = 440.0, loudness: float = 0.5) -> np.ndarray:
-    return (loudness * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +107,25 @@ def test_other_rates_go_through_soxr_at_high_quality(tmp_path, rate):
     expected = soxr.resample(samples, rate, 16_000, quality="HQ")
     length = min(heard.size, expected.size)
     np.testing.assert_allclose(heard[:length], expected[:length], atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 1 << 30])
+def test_a_wav_whose_header_was_never_finished_is_read_to_its_end(tmp_path, size):
+    """Recorders that write to a pipe cannot go back to put the size of the sound into the header."""
+    path = write_sound(tmp_path / "clip.wav", tone(2.0)[None], codec="pcm_s16le")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = data[4:8] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    assert read_audio_track(path, MEDIA).samples.size == 2 * 16_000
+
+
+@pytest.mark.parametrize("size", [3_000, 200_000])
+def test_a_large_tag_before_an_mp3_is_passed_over(tmp_path, size):
+    path = write_sound(tmp_path / "clip.mp3", tone(2.0)[None], codec="libmp3lame")
+    sevens = bytes((size >> shift) & 0x7F for shift in (21, 14, 7, 0))
+    (tmp_path / "tagged.mp3").write_bytes(b"ID3\x04\x00\x00" + sevens + bytes(size) + path.read_bytes())
+    assert read_audio_track(tmp_path / "tagged.mp3", MEDIA).samples.size == pytest.approx(2 * 16_000, abs=2500)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from jax.sharding import AxisType, PartitionSpec
 from mer_r1_jax.kernels.attention.api import attention, shared_prompt_attention
 from support.omni_model import tiny_port
 
+from mer_r1_jax.omni.architecture_checks import ConfigError
 from mer_r1_jax.omni.audio import sinusoids
-from mer_r1_jax.omni.config import AudioConfig, ConfigError, TextConfig, ThinkerConfig, VisionConfig
+from mer_r1_jax.omni.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from mer_r1_jax.omni.layers import LayerNorm, RMSNorm, Settings, axis_rules, constrain, gelu
 
 SETTINGS = Settings("float32", "float32", 0.02)

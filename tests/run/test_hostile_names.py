@@ -1,14 +1,12 @@
 """Real commands in a real terminal, on names, ids and texts made to be obeyed."""
 
 import json
-import os
-import pty
 import re
 import shutil
-import subprocess
 
 import pytest
 from support.small_run import CONFIG_FILE, command, environment
+from support.terminal import in_a_terminal
 
 ESCAPES = "\x1b[2J\x07"
 WRITTEN = r"\x1b[2J\x07"
@@ -16,25 +14,10 @@ STYLES = re.compile(r"\x1b\[[0-9;]*[A-Zm]")  # of Rich's and tqdm's: colours, an
 BRACKETS = "clip [v2].mp4"
 
 
-def in_a_terminal(script, *arguments, cache):
-    """Runs a command with a terminal for its output; returns its exit code and what came, without styles."""
-    ours, theirs = pty.openpty()
-    settings = environment(cache) | {"TERM": "xterm-256color"}
-    with subprocess.Popen(
-        command(script, *arguments), stdin=theirs, stdout=theirs, stderr=theirs, env=settings
-    ) as process:
-        os.close(theirs)
-        got = b""
-        while True:
-            try:
-                data = os.read(ours, 65536)
-            except OSError:  # how a terminal says that its program is gone
-                break
-            if not data:
-                break
-            got += data
-    os.close(ours)
-    return process.returncode, STYLES.sub("", got.decode(errors="replace")).replace("\r\n", "\n")
+def shown(script, *arguments, cache):
+    """Runs a command in a terminal; returns its exit code and what came, without styles."""
+    code, got = in_a_terminal(command(script, *arguments), environment(cache))
+    return code, STYLES.sub("", got.decode(errors="replace")).replace("\r\n", "\n")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +36,7 @@ def hostile(small_folder, tmp_path_factory):
 
 
 def test_a_run_begins_and_ends_and_its_model_answers(hostile, compiled, tmp_path):
-    code, told = in_a_terminal(
+    code, told = shown(
         "train.py",
         f"--config={CONFIG_FILE}:{hostile}",
         f"--config.train.output_dir={tmp_path / 'runs [y]'}",
@@ -69,14 +52,12 @@ def test_a_run_begins_and_ends_and_its_model_answers(hostile, compiled, tmp_path
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "\x1b" not in page and "clip[/0] [bold]" in page and WRITTEN in page
     assert all("\x1b" not in path.read_text() for path in run.glob("logs/*/log.txt"))
-    for name, shown in ((BRACKETS, BRACKETS), (f"a{ESCAPES}\u202e\n[b].mp4", rf"a{WRITTEN}\u202e\n[b].mp4")):
+    for name, written in ((BRACKETS, BRACKETS), (f"a{ESCAPES}\u202e\n[b].mp4", rf"a{WRITTEN}\u202e\n[b].mp4")):
         clip = tmp_path / name
         shutil.copy(hostile / "clips/0.mp4", clip)
-        code, told = in_a_terminal(
-            "infer.py", f"--model={run / 'export/hf'}", f"--video={clip}", "--mode=fast", cache=compiled
-        )
+        code, told = shown("infer.py", f"--model={run / 'export/hf'}", f"--video={clip}", "--mode=fast", cache=compiled)
         assert code == 0, told
-        assert f"{tmp_path}/{shown}: 2 frames, " in told and "\x1b" not in told and "\u202e" not in told
+        assert f"{tmp_path}/{written}: 2 frames, " in told and "\x1b" not in told and "\u202e" not in told
 
 
 def test_validate_and_errors_name_things_as_they_are(hostile, compiled, tmp_path):
@@ -84,8 +65,8 @@ def test_validate_and_errors_name_things_as_they_are(hostile, compiled, tmp_path
     row = json.loads((hostile / "rl.jsonl").read_text().splitlines()[1])
     broken = row | {"id": f"[/a] {ESCAPES}", "videos": [f"clips/[b] {ESCAPES}.mp4"], f"{ESCAPES}[/c]": 1}
     data.write_text(json.dumps(row) + "\n" + json.dumps(broken) + "\n")
-    code, told = in_a_terminal("validate.py", f"--data={data}", f"--media_root={hostile}", cache=compiled)
+    code, told = shown("validate.py", f"--data={data}", f"--media_root={hostile}", cache=compiled)
     assert code == 1 and "\x1b" not in told and "\x07" not in told and "Traceback" not in told
     assert f"d [x] {WRITTEN}.jsonl:2: " in told and f"[b] {WRITTEN}.mp4" in told.replace("\\\\", "\\")
-    code, told = in_a_terminal("infer.py", f"--model={tmp_path}/[m] {ESCAPES}", "--video=x.mp4", cache=compiled)
+    code, told = shown("infer.py", f"--model={tmp_path}/[m] {ESCAPES}", "--video=x.mp4", cache=compiled)
     assert code == 2 and "\x1b" not in told and "\x07" not in told and f"[m] {WRITTEN}" in told

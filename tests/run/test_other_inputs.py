@@ -11,7 +11,6 @@ from support.killing import train
 from support.small_run import make_data, small_config_of
 
 from mer_r1_jax import faults
-from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.emotion import wheels as wheels_module
 from mer_r1_jax.media.cache import ClipCache
@@ -77,13 +76,6 @@ def moved(begun, tmp_path, monkeypatch):
     return folder
 
 
-def refusal(config, capsys):
-    with pytest.raises(SystemExit) as ended, explained():
-        run(config)
-    assert ended.value.code == EXIT_ERROR == 2
-    return capsys.readouterr().err.partition("error: ")[2]
-
-
 def shipped_wheels(folder):
     """A copy of the wheels that come with the package."""
     source = os.path.join(os.path.dirname(wheels_module.__file__), "wheels")
@@ -97,38 +89,38 @@ def test_moved_folders_and_copies_of_the_same_bytes_go_on(moved, tmp_path):
     assert (moved / "runs/small/logs/attempt_2").is_dir()
 
 
-def test_another_tokenizer_is_refused_by_name(moved, capsys):
+def test_another_tokenizer_is_refused_by_name(moved, refusal):
     file = moved / "tokenizer/tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 77}))
-    told = refusal(config_of(moved), capsys)
+    told = refusal(config_of(moved))
     assert "fingerprint.tokenizer: " in told and "train.run_name" in told and "put the files back" in told
 
 
-def test_other_wheels_are_refused_by_name(moved, tmp_path, capsys):
+def test_other_wheels_are_refused_by_name(moved, tmp_path, refusal):
     wheels = shipped_wheels(tmp_path / "wheels")
     table = wheels / "format.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join(lines[:-1]) + "\n")
-    told = refusal(config_of(moved, emotion={"wheel_dir": str(wheels)}), capsys)
+    told = refusal(config_of(moved, emotion={"wheel_dir": str(wheels)}))
     assert "fingerprint.wheels: " in told
 
 
-def test_another_reward_function_under_the_same_name_is_refused_by_name(moved, capsys):
+def test_another_reward_function_under_the_same_name_is_refused_by_name(moved, refusal):
     (moved / "own_reward_of_the_test.py").write_text(REWARD.replace("1.0", "2.0"))
-    told = refusal(config_of(moved), capsys)
+    told = refusal(config_of(moved))
     assert "fingerprint.reward_funcs.own_reward_of_the_test.warmth: " in told
 
 
 @pytest.mark.parametrize(("section", "name", "value"), [("train", "seed", 1), ("rl", "beta", 0.5)])
-def test_another_seed_or_setting_is_refused_with_both_values(section, name, value, moved, capsys):
-    told = refusal(config_of(moved, **{section: {name: value}}), capsys)
+def test_another_seed_or_setting_is_refused_with_both_values(section, name, value, moved, refusal):
+    told = refusal(config_of(moved, **{section: {name: value}}))
     assert f"{section}.{name}: " in told and f"in the run, {value} now" in told
 
 
-def test_other_records_under_the_same_name_are_refused_by_name(moved, capsys):
+def test_other_records_under_the_same_name_are_refused_by_name(moved, refusal):
     text = (moved / "sft.jsonl").read_text()
     (moved / "sft.jsonl").write_text(text.replace("The voice", "The brows", 1))
-    assert "fingerprint.sft: " in refusal(config_of(moved), capsys)
+    assert "fingerprint.sft: " in refusal(config_of(moved))
 
 
 def swap(path, at=-1):
@@ -142,7 +134,7 @@ def swap(path, at=-1):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_other_bytes_of_a_clip_under_the_same_name_size_and_time_are_refused_by_name(held_out, moved, capsys):
+def test_other_bytes_of_a_clip_under_the_same_name_size_and_time_are_refused_by_name(held_out, moved, refusal):
     clip = moved / ("clips/6.mp4" if held_out else "clips/0.mp4")
     name = str(clip.relative_to(moved))
     # What an earlier start has seen; that a run writes it, the test with commands below shows.
@@ -159,7 +151,7 @@ def test_other_bytes_of_a_clip_under_the_same_name_size_and_time_are_refused_by_
     finally:
         setup.close()
     if not held_out:
-        told = refusal(config_of(moved), capsys)
+        told = refusal(config_of(moved))
         assert f"{name} is not the clip that this run saw under that name before" in told
         assert "Put the earlier file" in told and "sft.jsonl:1" in told
 
@@ -182,9 +174,9 @@ def test_commands_keep_what_clips_were_and_go_on_only_with_those(tmp_path, compi
     assert train(data, output, compiled, *short).returncode == 0
 
 
-def test_a_damaged_list_of_clips_is_named(moved, capsys):
+def test_a_damaged_list_of_clips_is_named(moved, refusal):
     (moved / "runs/small/clips.json").write_text('{"clips/0.mp4": 3')
-    assert "clips.json: cannot be read" in refusal(config_of(moved), capsys)
+    assert "clips.json: cannot be read" in refusal(config_of(moved))
 
 
 def test_a_run_of_an_older_version_goes_on_and_says_what_is_not_checked(tmp_path, caplog):

@@ -11,31 +11,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.small_run import CONFIG_FILE, make_data, run_command, small_config_of
 
-from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.sums import SUMS_FILE
 from mer_r1_jax.run.fingerprints import of_inputs
-from mer_r1_jax.run.road import run
 from mer_r1_jax.run.setup import make_setup, tower_flags
 from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.state import make_optimizer, merge, trainable_names
 
 # The tests have eight emulated devices, and a step of the small run has four rows.
 MESH = {"data": 4, "tensor": 2}
-
-
-@pytest.fixture
-def refusal(capsys, tmp_path):
-    """Runs a configuration that cannot be used and gives the message that stands on standard error."""
-
-    def refusal(config):
-        with pytest.raises(SystemExit) as ended, explained():
-            run(config)
-        assert ended.value.code == EXIT_ERROR == 2
-        told = capsys.readouterr().err
-        assert told.count("error: ") == 1
-        return told.partition("error: ")[2]
-
-    return refusal
 
 
 @pytest.fixture
@@ -193,6 +177,7 @@ def test_model_directory_with_missing_and_misshapen_tensors_lists_them_all(refus
     del tensors["lm_head.weight"], tensors["visual.blocks.0.norm1.weight"]
     tensors["model.norm.weight"] = np.ones(3, np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / SUMS_FILE).unlink()  # a folder that was not exported here has none
     told = refusal(config_of(model=NO_SIZES | {"path": str(folder), "tokenizer_path": ""}))
     for word in ("lm_head.weight", "visual.blocks.0.norm1.weight", "model.norm.weight", "3", "32"):
         assert word in told

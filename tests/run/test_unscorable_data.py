@@ -5,7 +5,6 @@ import json
 import pytest
 from support.small_run import small_config_of
 
-from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import read_records
 from mer_r1_jax.run.road import run
@@ -39,38 +38,31 @@ def config_of(small_folder, tmp_path):
     return config_of
 
 
-def refusal(config, capsys):
-    with pytest.raises(SystemExit) as ended, explained():
-        run(config)
-    assert ended.value.code == EXIT_ERROR == 2
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize("unscorable", ["drop", "format_only"])
 @pytest.mark.parametrize("sft_steps", [0, 40])
 @pytest.mark.parametrize("held_out", [True, False])
 def test_rl_on_nothing_scorable_stops_before_anything_begins(
-    unscorable, sft_steps, held_out, neutral, config_of, tmp_path, capsys
+    unscorable, sft_steps, held_out, neutral, config_of, tmp_path, refusal
 ):
     data = neutral("rl") | ({} if held_out else {"eval_path": ""})
     config = config_of(data, sft={"max_steps": sft_steps}, rl={"unscorable": unscorable})
-    told = refusal(config, capsys)
+    told = refusal(config)
     assert NOTHING in told and data["rl_path"] in told and not (tmp_path / "runs").exists()
 
 
-def test_held_out_records_of_which_none_can_be_scored_are_refused(neutral, config_of, tmp_path, capsys):
+def test_held_out_records_of_which_none_can_be_scored_are_refused(neutral, config_of, tmp_path, refusal):
     data = neutral("eval")
-    told = refusal(config_of(data), capsys)
+    told = refusal(config_of(data))
     assert data["eval_path"] in told and "no solution of its 5 records has a word on a wheel" in told
     assert not (tmp_path / "runs").exists()
 
 
-def test_held_out_records_within_the_limit_are_the_ones_that_count(small_folder, config_of, tmp_path, capsys):
+def test_held_out_records_within_the_limit_are_the_ones_that_count(small_folder, config_of, tmp_path, refusal):
     rows = [json.loads(line) for line in (small_folder / "eval.jsonl").read_text().splitlines()]
     rows[0]["solution"] = rows[1]["solution"] = ["neutral"]
     path = tmp_path / "eval.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = refusal(config_of({"eval_path": str(path)}, eval={"limit": 2}), capsys)
+    told = refusal(config_of({"eval_path": str(path)}, eval={"limit": 2}))
     assert "no solution of its 2 records" in told and "eval.limit" in told
     assert make_setup(config_of({"eval_path": str(path)}, eval={"limit": 3})).data.unscorable_eval == 2
 

@@ -100,6 +100,11 @@ def write_tracks(path: Path, sounds: Sequence[tuple[np.ndarray, int]], pictures:
     return path
 
 
+def tone(seconds: float, rate: int = 16_000, frequency: float = 440.0, loudness: float = 0.5) -> np.ndarray:
+    """float32[samples]: a sine of `loudness`, at `rate` and `frequency` in Hz."""
+    return (loudness * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
 def numbered_pictures(count: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
     """uint8[count, h, w, 3]: each picture one grey, brighter by a constant step, so that a frame tells its number."""
     greys = np.round(np.linspace(30, 220, count)).astype(np.uint8)

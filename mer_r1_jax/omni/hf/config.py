@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.omni.config import (
-    MOST_OF_A_NUMBER,
-    AudioConfig,
-    ConfigError,
-    TextConfig,
-    ThinkerConfig,
-    VisionConfig,
-    is_int,
-)
+from mer_r1_jax.omni.architecture_checks import MOST_OF_A_NUMBER, ConfigError, is_int
+from mer_r1_jax.omni.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from mer_r1_jax.omni.hf.foreign import family, path_problem, quantisation_problem, read_json_object
 
 CONFIG_FILE = "config.json"
