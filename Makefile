@@ -12,13 +12,20 @@ ARGS ?=
 # A second transformers, one major version back, that exported models must load in as well.
 TRANSFORMERS4 := .compat/transformers4
 
-.PHONY: train smoke test plan clean
+.PHONY: train smoke check test plan clean
 
 train: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG) $(ARGS)
 
 smoke: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG):smoke $(ARGS)
+
+# What every commit passes, in about a minute: without PyTorch, whole runs or the TPU compiler.
+check: $(BIN)/.installed-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/basedpyright
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --fast -q $(ARGS)
 
 test: $(TEST_BIN)/.installed $(TRANSFORMERS4)/.installed
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TEST_BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -39,6 +46,10 @@ $(BIN)/python $(TEST_BIN)/python:
 
 $(BIN)/.installed: $(BIN)/python setup.cfg requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e .
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[dev]'
 	touch $@
 
 # The TPU compiler, without PyTorch.

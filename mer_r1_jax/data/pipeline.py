@@ -19,7 +19,7 @@ import grain
 from mer_r1_jax.data.records import Record, dataset_hash
 
 STATE_VERSION = 1
-INDICES_CACHED = 4096
+STEPS_CACHED = 8  # prefetching looks two or three ahead
 
 
 class StreamError(ValueError):
@@ -90,7 +90,7 @@ class PromptStream:
         order_seed = int.from_bytes(hashlib.sha256(f"prompt order {seed}".encode()).digest()[:4], "little")
         order = grain.MapDataset.source(range(len(records))).shuffle(seed=order_seed).repeat()
         # Cached, because an index of a very small data set costs grain milliseconds and prefetching asks repeatedly.
-        self._record_index = functools.lru_cache(maxsize=INDICES_CACHED)(order.__getitem__)
+        self._record_index = functools.lru_cache(maxsize=STEPS_CACHED * prompts_per_step)(order.__getitem__)
         self._next_index = 0
 
     def __iter__(self):
