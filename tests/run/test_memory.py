@@ -9,7 +9,9 @@ from support.memory_of_steps import EVERY
 from support.small_run import CONFIG_FILE, REPOSITORY, command, environment, make_data
 
 STEPS = {"sft": 128, "rl": 48}
-MOST_BYTES_A_STEP = 2048  # noise is a few hundred; an array of a step's tokens kept for every step would be more
+# Noise is a few hundred bytes. In RL the spelling of a token that is sampled for the first time is kept, up to those of
+# the whole vocabulary; an untrained policy meets about 40 new ones a step, some 3 kB.
+MOST_BYTES_A_STEP = {"sft": 2048, "rl": 8192}
 
 
 def test_a_step_leaves_nothing_in_memory(tmp_path):
@@ -36,4 +38,4 @@ def test_a_step_leaves_nothing_in_memory(tmp_path):
         window = len(used) // 4
         middle, end = min(used[window : 2 * window]), min(used[-window:])
         growth = (end - middle) / (2 * window * EVERY)
-        assert growth < MOST_BYTES_A_STEP, f"{phase}: {growth:.0f} bytes a step"
+        assert growth < MOST_BYTES_A_STEP[phase], f"{phase}: {growth:.0f} bytes a step"

@@ -24,11 +24,14 @@ class _Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
 
 
+# Made once: each CDLL is a class of its own, and would be counted.
+_mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+_mallinfo.restype = _Mallinfo
+
+
 def in_use() -> int:
     """Bytes handed out and not given back, mapped blocks included."""
-    mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
-    mallinfo.restype = _Mallinfo
-    told = mallinfo()
+    told = _mallinfo()
     return told.uordblks + told.hblkhd
 
 
