@@ -24,7 +24,6 @@ smoke: $(BIN)/.installed
 check: $(BIN)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/basedpyright
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --fast -q $(ARGS)
 
 test: $(TEST_BIN)/.installed $(TRANSFORMERS4)/.installed

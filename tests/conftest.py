@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 EMULATED_DEVICES = 8
@@ -39,3 +40,13 @@ def pytest_make_parametrize_id(val):
     """Names bytes by their number among a test's parameters: they may hold a time or an address, and two workers that
     share the tests between them must find them under the same names."""
     return "bytes" if isinstance(val, bytes) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Makes what tests logged fit to be sent by a worker: some log half surrogates on purpose."""
+    report = yield
+    report.sections = [
+        (name, content.encode("utf-8", "backslashreplace").decode()) for name, content in report.sections
+    ]
+    return report

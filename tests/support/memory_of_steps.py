@@ -1,8 +1,8 @@
 """Runs a training command and prints what its process has in use: `python memory_of_steps.py SCRIPT ...`.
 
-The last line of standard output is JSON, phase -> bytes after every fourth step. Counted are the bytes the C library has
-handed out (with PYTHONMALLOC=malloc those of Python's objects too), not the pages the process holds: how many of those
-stay behind after being freed depends on the machine.
+The last line of standard output is JSON, phase -> bytes after every fourth step. Counted are the bytes that the C
+library has handed out (with PYTHONMALLOC=malloc those of Python's objects too), not the pages the process holds: how
+many of those stay behind after being freed depends on the machine.
 """
 
 from __future__ import annotations
