@@ -16,6 +16,7 @@ from support.run_contents import checkpoint, contents, differences, leftovers
 from support.small_run import run_command
 
 from mer_r1_jax.omni.hf.load import load_params
+from mer_r1_jax.omni.hf.sums import SUMS_FILE
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.policy import load_policy, open_model
 from mer_r1_jax.training.metrics import read_metrics
@@ -180,12 +181,13 @@ NO_SIZES = [
 
 
 def test_updates_that_are_not_finite_are_left_out_and_stop_the_run(alone, small_folder, compiled, tmp_path):
-    """A checkpoint with a NaN in it, trained on: nothing is learnt, every step is counted, the third stops the run."""
+    """Weights that are finite and overflow, trained on: nothing is learnt, steps count, the third stops the run."""
     run, _ = alone
     poisoned = tmp_path / "poisoned"
     shutil.copytree(run / "export/hf", poisoned)
     tensors = load_file(poisoned / "model.safetensors")
-    tensors["model.norm.weight"][0] = np.nan
+    tensors["model.norm.weight"][:] = 3e38
+    (poisoned / SUMS_FILE).unlink()  # changed on purpose
     save_file(tensors, poisoned / "model.safetensors", metadata={"format": "pt"})
     ended = train(
         small_folder,
