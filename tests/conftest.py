@@ -50,3 +50,32 @@ def pytest_runtest_makereport():
         (name, content.encode("utf-8", "backslashreplace").decode()) for name, content in report.sections
     ]
     return report
+
+
+# What `--fast` leaves out without importing it: whole runs, several processes, compiles, PyTorch as an oracle.
+SLOW = (
+    *("run", "bucket", "parallel", "planning", "omni", "hf", "kernels", "mme", "speed", "training", "evaluation"),
+    "judge",
+)
+SLOW_FILES = (
+    *("media/test_frames.py", "media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py"),
+    *(
+        "media/test_opening.py",
+        "media/test_pool.py",
+        "rl/test_advantage.py",
+        "rl/test_losses.py",
+        "rl/test_sampling.py",
+    ),
+    *("rl/test_rollout.py", "rl/test_compaction.py", "rl/test_packing.py", "rl/test_reward_funcs.py"),
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="leave out what takes long or needs PyTorch")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves slow tests out under --fast."""
+    place = collection_path.relative_to(Path(__file__).parent)
+    left_out = str(place) in SLOW_FILES or (place.parts and place.parts[0] in SLOW)
+    return True if config.getoption("--fast") and left_out else None
