@@ -221,8 +221,7 @@ def test_the_default_sound_track_is_heard(tmp_path, ending, tracks, heard):
     path = write_tracks(tmp_path / f"clip.{ending}", tracks)
     with av.open(str(path)) as container:
         written = [bool(stream.disposition & DEFAULT) for stream in container.streams.audio]
-    if written != [bool(disposition & DEFAULT) for _, disposition in tracks]:
-        pytest.skip("the muxer changed the flags")
+    assert written == [bool(disposition & DEFAULT) for _, disposition in tracks]  # the muxer kept the flags
     assert (np.abs(read_audio_track(path, MEDIA).samples).max() > 0.1) == heard
 
 
