@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         screen.say(
             f"error: torch is not installed here, so transformers cannot run. The cases are in {_CASES.value}; check "
             f"them where torch and transformers are: python {SCRIPT} {_CASES.value} {_EXPORT.value}",
-            file=sys.stderr,
+            error=True,
         )
         return EXIT_ERROR
     results = [_check(folder) for folder in ("", *_ALSO.value)]

@@ -74,9 +74,9 @@ def resumed(export, root, small_folder, compiled, tmp_path_factory):
     asked = []
     answer = Evaluator._answer
 
-    def counted(self, leaves, weights, records, prompts, modes):
+    def counted(self, leaves, weights, records, prompts, modes, stop):
         asked.extend((record.file, record.id, mode) for record in records for mode in modes)
-        return answer(self, leaves, weights, records, prompts, modes)
+        return answer(self, leaves, weights, records, prompts, modes, stop)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_answer", counted)

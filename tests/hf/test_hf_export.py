@@ -358,4 +358,4 @@ def test_export_command_puts_a_thinker_into_a_full_directory(omni, tmp_path):
     assert stored_bytes(tmp_path / "out") == stored_bytes(omni)
     done = run(f"--model={omni / 'nothing'}", f"--out={tmp_path / 'other'}")
     assert done.returncode == 2
-    assert "error: " in done.stderr and "no such file" in done.stderr and "Traceback" not in done.stderr
+    assert "error: " in done.stderr and "no such folder" in done.stderr and "Traceback" not in done.stderr
