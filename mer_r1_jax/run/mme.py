@@ -58,7 +58,7 @@ class PolicyAnswers:
                 failures: list[tuple[Item, Failure]] = []
                 prompts = self._prompts(source, [(item, records[item.key]) for item in items], failures)
                 of_record = {item.key: item for item in items}
-                for batch, answers in evaluator.batches((self._policy.leaves, {}), prompts, modes, [], self._stop):
+                for batch, answers in evaluator.batches(self._policy.params, prompts, modes, [], self._stop):
                     for row, record in enumerate(batch):
                         for mode in modes:
                             yield Asked(of_record[record.id], mode), answer_row(answers[mode][row])

@@ -19,22 +19,24 @@ from mer_r1_jax import faults
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.run.experience import ExperienceMaker, Rollout
 from mer_r1_jax.run.session import Session, StepLog
-from mer_r1_jax.run.setup import Setup, tower_flags
+from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.run.sft import total_steps
 from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training.checkpoints import CheckpointError, Restored
 from mer_r1_jax.training.damage import DamagedStepError
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.restoring import AllDamagedError
-from mer_r1_jax.training.rl import beta_at
+from mer_r1_jax.training.rl_step import Rollout, beta_at
 from mer_r1_jax.training.state import (
-    Leaves,
+    Params,
     TrainState,
+    as_stored,
     learning_rate_schedule,
     make_optimizer,
     partition,
+    stored_params,
+    tower_flags,
     trainable_names,
 )
 
@@ -65,15 +67,15 @@ class RlPhase:
         self.is_trainable = trainable_names(**towers)
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps)
         self._schedule = learning_rate_schedule(self.config.optimizer, self.total_steps)
-        self._maker = ExperienceMaker(setup, self.buckets, encode_inside=any(towers.values()))
+        self._step = setup.rl_step(self.buckets)
 
     def run(
         self,
         session: Session,
-        leaves: Leaves | None,
+        params: Params | None,
         restored: Restored | None,
         evaluate: Callable[[TrainState, int], None],
-    ) -> Leaves | None:
+    ) -> Params | None:
         """Trains from the SFT result or a checkpoint to the end of the phase.
 
         Args:
@@ -83,10 +85,10 @@ class RlPhase:
             All parameters, or None when a signal stopped the run (a checkpoint was saved).
         """
         setup = self.setup
-        with session.begin(self, setup.data.rl, leaves, restored) as begun:
+        with session.begin(self, setup.data.rl, params, restored) as begun:
             state, data, done = begun.state, begun.data, begun.done
             reference = self._reference(session, state, fresh=restored is None)
-            update = setup.programs.make_update(self.optimizer, setup.candidates.ids_ZY)
+            update = setup.programs.make_update(self.optimizer)
             with StepLog(session, self.name, self.total_steps, done, begun.num_tokens) as log:
                 try:
                     evaluate(state, done)
@@ -121,15 +123,15 @@ class RlPhase:
                         if self._save_is_due(step):
                             saved = step
                         log.restart_clock()
-        return state.trainable | state.frozen
+        return state.params
 
     def _rollout(
-        self, session: Session, state: TrainState, reference: Leaves | None, data: ClipPrefetcher, step: int
+        self, session: Session, state: TrainState, reference: Params | None, data: ClipPrefetcher, step: int
     ) -> Rollout:
         """The experience of the updates from `step` on; raises StopRequested where a signal leaves it."""
-        return self._maker.make(
-            (state.trainable, state.frozen),
-            reference and (reference, state.frozen),
+        return self._step.rollout(
+            state.params,
+            reference and state.params | reference,
             data.next(step, session.stop.asked),
             (step - 1) // self.config.num_iterations,
             session.stop,
@@ -167,14 +169,14 @@ class RlPhase:
         every, last = train.logging_steps, step + self.config.num_iterations - 1
         return train.log_completions and last // every > (step - 1) // every
 
-    def _reference(self, session: Session, state: TrainState, fresh: bool) -> Leaves | None:
+    def _reference(self, session: Session, state: TrainState, fresh: bool) -> Params | None:
         """The frozen copy of the trainable leaves the phase started from, kept on disk once for later attempts."""
         if not self.config.beta:
             return None
         kept = session.folder.open_checkpoints("reference", max_to_keep=1)
         if fresh:
             # A copy, because the state's own buffers are donated to the first update.
-            reference = jax.tree.map(lambda leaf: leaf.copy(), state.trainable)
+            reference = jax.tree.map(lambda leaf: leaf.copy(), state.split()[0])
             kept.save(0, reference, {})
             return reference
         shapes = partition(self.setup.backbone.shapes, self.is_trainable)[0]
@@ -195,7 +197,7 @@ class RlPhase:
         kept.save(0, reference, {})
         return reference
 
-    def _start_of_rl(self, session: Session, abstract: Leaves, lost: str) -> tuple[Leaves, str]:
+    def _start_of_rl(self, session: Session, abstract: Params, lost: str) -> tuple[Params, str]:
         """The trainable leaves that RL started from, and where they were found.
 
         Raises:
@@ -203,16 +205,14 @@ class RlPhase:
         """
         if not session.sft_steps:
             origin = self.setup.config.model.path or f"random weights of seed {self.setup.config.train.seed}"
-            return partition(self.setup.initial_leaves(), self.is_trainable)[0], origin
+            return partition(self.setup.initial_params(), self.is_trainable)[0], origin
 
-        def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Leaves]:
+        def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Params]:
             if host.get("phase") != "sft":
                 raise DamagedStepError("it is no checkpoint of SFT")
-            in_sft = self.setup.abstract_state_of(
-                "sft"
-            )  # where a tower is trained, its leaves lie elsewhere than in RL
+            stored = as_stored(self.setup.abstract_state_of("sft"))  # which trains other towers than RL, perhaps
             return {
-                kind: {name: abstract[name] for name in getattr(in_sft, kind) if name in abstract}
+                kind: {name: abstract[name] for name in stored[kind] if name in abstract}
                 for kind in ("trainable", "frozen")
             }
 
@@ -224,7 +224,7 @@ class RlPhase:
                 f"could be made from again ({error}). Expected one of them: put a copy of {session.folder.path}/"
                 f"reference/0 or of checkpoint {session.sft_steps} back, or begin again under another train.run_name"
             ) from error
-        return arrays["trainable"] | arrays["frozen"], f"checkpoint {session.sft_steps}, the end of SFT"
+        return stored_params(arrays), f"checkpoint {session.sft_steps}, the end of SFT"
 
     def _log_completions(self, session: Session, log: StepLog, step: int, rollout: Rollout) -> None:
         session.metrics.write_completions(step, rollout.table)

@@ -50,7 +50,7 @@ from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
-from mer_r1_jax.training.state import Leaves, TrainState, merge
+from mer_r1_jax.training.state import Params, TrainState, as_stored, nest, stored_params
 from mer_r1_jax.training.stopping import Stop
 from mer_r1_jax.training.stored_arrays import named_leaves
 
@@ -124,22 +124,22 @@ class _Road:
         checkpoints = self.folder.open_checkpoints(RUN_MARKER, self.config.train.save_total_limit)
         restored = checkpoints.restore(self._abstract)
         if restored:
-            check_numbers(_all_leaves(restored.arrays), f"{checkpoints.directory}/{restored.step}")
+            check_numbers(_all_arrays(restored.arrays), f"{checkpoints.directory}/{restored.step}")
         if processes.is_first():
             self._introduce(restored)
         resume_at = (restored.host["phase"], restored.host["step"]) if restored else None
         report_to = self.config.train.report_to
         with MetricsWriter(self.folder, resume_at, report_to) if processes.is_first() else NoMetrics() as metrics:
             session = Session(self.setup, self.folder, checkpoints, metrics, self.stop, self.sft_steps)
-            leaves = self._train(session, restored)
-        if leaves is None:
+            params = self._train(session, restored)
+        if params is None:
             newest = processes.from_first("the newest checkpoint", checkpoints.latest_step)
             place = "the beginning, as nothing was saved yet" if newest is None else f"checkpoint {newest}"
             self.console.print(f"stopped; the same command goes on from {place}")
             return EXIT_SAVED
         final_step = self.rl.total_steps if self.rl else 0
-        self._evaluate(leaves, "rl" if self.rl else "sft", self.sft_steps + final_step)
-        self._export(leaves)
+        self._evaluate(params, "rl" if self.rl else "sft", self.sft_steps + final_step)
+        self._export(params)
         if processes.is_first():
             faults.here("report")
             data = self.config.data
@@ -147,33 +147,33 @@ class _Road:
             self._conclude()
         return 0
 
-    def _abstract(self, step: int, host: dict[str, Any]) -> TrainState:
+    def _abstract(self, step: int, host: dict[str, Any]) -> dict[str, Any]:
         check_host(host)
-        return self.setup.abstract_state_of(host["phase"])
+        return as_stored(self.setup.abstract_state_of(host["phase"]))
 
-    def _train(self, session: Session, restored: Restored | None) -> Leaves | None:
+    def _train(self, session: Session, restored: Restored | None) -> Params | None:
         phase = restored.host["phase"] if restored else None
         if phase != "rl":
-            leaves = self._train_sft(session, restored)
-            if leaves is None or self.rl is None:
-                return leaves
-            return self.rl.run(session, leaves, None, self._evaluate_state)
+            params = self._train_sft(session, restored)
+            if params is None or self.rl is None:
+                return params
+            return self.rl.run(session, params, None, self._evaluate_state)
         return self.rl.run(session, None, restored, self._evaluate_state)
 
-    def _train_sft(self, session: Session, restored: Restored | None) -> Leaves | None:
+    def _train_sft(self, session: Session, restored: Restored | None) -> Params | None:
         if self.sft is None:
-            return self.setup.initial_leaves()
+            return self.setup.initial_params()
         if restored is not None and restored.host["step"] == self.sft.total_steps:
-            return restored.arrays.trainable | restored.arrays.frozen
-        return self.sft.run(session, None if restored else self.setup.initial_leaves(), restored)
+            return stored_params(restored.arrays)
+        return self.sft.run(session, None if restored else self.setup.initial_params(), restored)
 
     def _evaluate_state(self, state: TrainState, step: int) -> None:
         """Evaluates before RL and every `eval.eval_steps` updates; the end is evaluated by `walk`."""
         every = self.config.eval.eval_steps
         if step == 0 or (every and step % every == 0 and step < self.rl.total_steps):
-            self._evaluate(state.trainable | state.frozen, "rl", self.sft_steps + step)
+            self._evaluate(state.params, "rl", self.sft_steps + step)
 
-    def _evaluate(self, leaves: Leaves, phase: str, step: int) -> None:
+    def _evaluate(self, params: Params, phase: str, step: int) -> None:
         if not self.setup.data.eval:
             return
         if processes.from_first("evaluations", (self.folder.eval / f"{BENCHMARK}_{step:05d}.json").exists):
@@ -182,7 +182,7 @@ class _Road:
             self._evaluator = make_evaluator(self.setup)
         records, batches = self._own_records()
         prompts = load_prompts(self.setup, records)
-        evaluation = self._evaluator.run((leaves, {}), prompts, stop=self.stop, at_least=batches)
+        evaluation = self._evaluator.run(params, prompts, stop=self.stop, at_least=batches)
         write_clips(self.setup, self.folder)
         if not processes.is_first():
             return
@@ -205,27 +205,27 @@ class _Road:
         own = self.setup.data.eval[share.index * size : (share.index + 1) * size]
         return own, -(-size // rows) if share.count > 1 else 0
 
-    def _export(self, leaves: Leaves) -> None:
+    def _export(self, params: Params) -> None:
         if not self.config.train.export:
             return
         if processes.from_first("the export", (self.folder.export / SETTINGS_FILE).exists):
             return
         if processes.count() > 1:
-            leaves = on_first(leaves)
+            params = on_first(params)
         left = False
         if processes.is_first():
             try:
-                self._write_export(leaves)
+                self._write_export(params)
             except StopRequested:
                 left = True
         if processes.from_first("whether the export was left", lambda: left):
             raise StopRequested("a signal came while the model was exported")
 
-    def _write_export(self, leaves: Leaves) -> None:
+    def _write_export(self, params: Params) -> None:
         export_model(
             self.folder.export,
             self.setup.backbone.config,
-            merge(leaves),
+            nest(params),
             source=self.setup.tokenizer_path,
             overwrite=True,
             asked=self.stop.asked,
@@ -284,9 +284,9 @@ class _Road:
         return lines
 
     def _decoded_sizes(self) -> str:
-        rows, generations = self.rl.buckets[0].rows * self.setup.share.count, self.config.rl.num_generations
+        rows = self.rl.buckets[0].rows * self.setup.share.count
         programs = self.setup.programs
-        sizes = programs.chunked_rollout(generations, programs.sampling).sizes(rows)
+        sizes = programs.chunks.sizes(rows, programs.sampling)
         return ", then ".join(f"{size.rows} x {size.generations}" for size in sizes) + " completions a device"
 
     def _conclude(self) -> None:
@@ -316,9 +316,9 @@ class _Road:
                 output.print(f"{name}: {path}", soft_wrap=True, highlight=False)
 
 
-def _all_leaves(state: TrainState) -> Leaves:
+def _all_arrays(stored: dict[str, Any]) -> Params:
     """Parameters by their names, and beside them the optimizer's moments: as broken, they break the next update."""
-    return state.trainable | state.frozen | named_leaves({"optimizer": state.opt_state})
+    return stored_params(stored) | named_leaves({"optimizer": stored["opt_state"]})
 
 
 def _in_no_score(scores: dict[str, Any]) -> str:

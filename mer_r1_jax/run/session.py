@@ -25,7 +25,7 @@ from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints, Restor
 from mer_r1_jax.training.damage import DamagedStepError, is_count
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.run_directory import RunDirectory
-from mer_r1_jax.training.state import Leaves, TrainState
+from mer_r1_jax.training.state import Params, TrainState, as_stored, from_stored
 from mer_r1_jax.training.stopping import Stop
 
 
@@ -96,25 +96,25 @@ class Session:
 
     @contextlib.contextmanager
     def begin(
-        self, phase: Any, records: tuple[Record, ...], leaves: Leaves | None, restored: Restored | None
+        self, phase: Any, records: tuple[Record, ...], params: Params | None, restored: Restored | None
     ) -> Iterator[Begun]:
         """What a phase starts from: fresh parameters, or a checkpoint of its own.
 
         Args:
             phase: an SftPhase or RlPhase.
             records: its prompts.
-            leaves: parameters to start from; None when `restored` is given.
+            params: to start from; None when `restored` is given.
             restored: a checkpoint of this phase, or None.
         """
         setup, config = self.setup, phase.config
         with self.prefetcher(records, config.prompts_per_step, setup.source.load, phase.name) as data:
             if restored is None:
-                state = setup.new_state(leaves, phase.is_trainable, phase.optimizer, config.optimizer.dtype)
+                state = setup.backbone.new_state(params, phase.is_trainable, phase.optimizer, config.optimizer.dtype)
                 yield Begun(state, data, done=0, num_tokens=0)
                 return
             data.restore(restored.host["data"])
             num_tokens = restored.host["counters"]["num_tokens"]
-            yield Begun(restored.arrays, data, done=restored.host["step"], num_tokens=num_tokens)
+            yield Begun(from_stored(restored.arrays), data, done=restored.host["step"], num_tokens=num_tokens)
 
     def save(self, phase: str, step: int, state: Any, position: Any, log: StepLog) -> None:
         """Saves a checkpoint of `step` steps done in `phase`.
@@ -130,7 +130,7 @@ class Session:
             self.folder.publish()
             first = self.sft_steps if phase == "rl" else 0
             host = {"phase": phase, "step": step, "data": position, "counters": {"num_tokens": log.num_tokens}}
-            self.checkpoints.save(first + step, state, host)
+            self.checkpoints.save(first + step, as_stored(state), host)
 
     def check_finite(self, skipped_in_a_row: float, phase: str, step: int) -> None:
         """Stops the run after too many skipped updates.
@@ -147,20 +147,20 @@ class Session:
             )
 
 
-def check_numbers(leaves: Mapping[str, jax.Array], where: str) -> None:
+def check_numbers(arrays: Mapping[str, jax.Array], where: str) -> None:
     """Refuses a checkpoint with numbers that are none; every process of a run has to call it.
 
     Args:
-        leaves: what was restored of it, by name.
+        arrays: what was restored of it, by name.
         where: the checkpoint.
 
     Raises:
-        CheckpointError: naming some of those leaves.
+        CheckpointError: naming some of them.
     """
-    if broken := not_finite(leaves):
+    if broken := not_finite(arrays):
         names = ", ".join(broken[:5]) + (" and others" if len(broken) > 5 else "")
         raise CheckpointError(
-            f"{where}: NaN or infinite values in {len(broken)} of {len(leaves)} parameters ({names}), expected finite "
+            f"{where}: NaN or infinite values in {len(broken)} of {len(arrays)} parameters ({names}), expected finite "
             "numbers: the training had broken. Move that step's folder away, so that the one before it is taken, or "
             "train again"
         )

@@ -19,15 +19,16 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags, TagError
 from mer_r1_jax.run.session import Session, StepLog
-from mer_r1_jax.run.setup import Setup, tower_flags
+from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training.checkpoints import Restored
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
-from mer_r1_jax.training.sft import SftBatch, Targets, make_sft_step
+from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
 from mer_r1_jax.training.state import (
-    Leaves,
+    Params,
     learning_rate_schedule,
     make_optimizer,
+    tower_flags,
     trainable_names,
 )
 
@@ -61,20 +62,20 @@ class SftPhase:
         self.buckets = plan_buckets(config, setup.backbone.config, setup.data.sft, rows)
         towers = tower_flags(config, "sft")
         self.is_trainable = trainable_names(**towers)
-        self.encode_inside = any(towers.values())
+        self.towers_trained = any(towers.values())
         self.optimizer = make_optimizer(self.config.optimizer, self.total_steps)
         self._schedule = learning_rate_schedule(self.config.optimizer, self.total_steps)
 
-    def run(self, session: Session, leaves: Leaves | None, restored: Restored | None) -> Leaves | None:
-        """Trains from fresh leaves or a checkpoint to the end of the phase.
+    def run(self, session: Session, params: Params | None, restored: Restored | None) -> Params | None:
+        """Trains from fresh parameters or a checkpoint to the end of the phase.
 
         Returns:
             All parameters, or None when a signal stopped the run (a checkpoint was saved).
         """
         setup, config = self.setup, self.setup.config
-        with session.begin(self, setup.data.sft, leaves, restored) as begun:
+        with session.begin(self, setup.data.sft, params, restored) as begun:
             state, data, done = begun.state, begun.data, begun.done
-            step_function = make_sft_step(setup.backbone, self.optimizer, self.config, self.encode_inside)
+            step_function = make_sft_step(setup.backbone, self.optimizer, self.config, self.towers_trained)
             with StepLog(session, self.name, self.total_steps, done, begun.num_tokens) as log:
                 saved = done
                 for step in range(done + 1, self.total_steps + 1):
@@ -96,7 +97,7 @@ class SftPhase:
                         log.restart_clock()
                     if stopping:
                         return None
-        return state.trainable | state.frozen
+        return state.params
 
     def batch(self, loaded: Sequence[LoadedItem]) -> tuple[SftBatch, int]:
         """The host batch of a step, and how many real tokens it has."""
@@ -111,7 +112,7 @@ class SftPhase:
         )
         tokens = sum(len(prompt.ids) for prompt in prompts if prompt is not None)
         tokens += sum(int(kind.continuation.exists_BGC.sum()) for kind in (slow, fast) if kind is not None)
-        return SftBatch(prompts=rows.batch, next_position_B=rows.next_position_B, slow=slow, fast=fast), tokens
+        return SftBatch(prompts=rows, slow=slow, fast=fast), tokens
 
 
 def total_steps(config: RunConfig, phase: str, records: int) -> int:

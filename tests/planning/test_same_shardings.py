@@ -12,7 +12,7 @@ from support.small_run import small_setup, visits_of
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.workload import Workload
-from mer_r1_jax.run.experience import ExperienceMaker
+from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.run.rl import RlPhase
 from mer_r1_jax.run.sft import SftPhase
 
@@ -43,7 +43,7 @@ def called(cut):
 
     def recorded(name, function):
         def call(*args):
-            calls[name] = args
+            calls[name] = [arg for arg in args if not isinstance(arg, SamplingConfig)]  # which is static
             return function(*args)
 
         return call
@@ -55,25 +55,23 @@ def called(cut):
 
     rl, programs = RlPhase(cut), cut.programs
     state = _state(cut, rl)
-    policy = (state.trainable, state.frozen)
-    sampler = programs.sample_program
     watched = {
-        "encode_program": recorded("encode", programs.encode_program),
-        "cast_program": recorded("cast", programs.cast_program),
-        "sample_program": lambda *settings: recorded("sample", sampler(*settings)),
+        "encode_media": recorded("encode", programs.encode_media),
+        "cast": recorded("cast", programs.cast),
+        "rollout": recorded("sample", programs.rollout),
         "score": recorded("score", programs.score),
         "logprobs": recorded("reference", programs.logprobs),
     }
-    programs.__dict__.update(watched)  # before what its class computes
-    maker = ExperienceMaker(cut, rl.buckets, encode_inside=False)
-    rollout = maker.make(policy, policy, visits_of(cut, cut.data.rl, NUMBERS), 0)
+    programs.__dict__.update(watched)
+    maker = cut.rl_step(rl.buckets)
+    rollout = maker.rollout(state.params, state.params, visits_of(cut, cut.data.rl, NUMBERS), 0)
     calls["update"] = (state, rollout.experience, np.float32(0.04))
     return calls
 
 
 def _state(setup, phase):
-    leaves = setup.backbone.init(seed=0)
-    return setup.new_state(leaves, phase.is_trainable, phase.optimizer, phase.config.optimizer.dtype)
+    params = setup.backbone.init(seed=0)
+    return setup.backbone.new_state(params, phase.is_trainable, phase.optimizer, phase.config.optimizer.dtype)
 
 
 def test_every_program_is_watched(planned, called):
