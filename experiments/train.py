@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.parallel.processes import joined
-from mer_r1_jax.run.road import run
+from mer_r1_jax.run.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)
 flags.mark_flag_as_required("config")
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.rl.num_generations=8")
     # The outer one explains why the processes of a run could not be joined; the inner one comes before they part.
     with explained(), joined(), explained():
-        code = run(from_mapping(_CONFIG.value))
+        code = train(from_mapping(_CONFIG.value))
     return ended(code)
 
 

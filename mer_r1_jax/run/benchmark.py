@@ -27,8 +27,8 @@ from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.run.answering import eval_length, make_evaluator
 from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, require_model, saved_config
-from mer_r1_jax.run.road import eval_length, make_evaluator
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.prompts import PromptSource

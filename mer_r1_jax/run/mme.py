@@ -17,8 +17,8 @@ from mer_r1_jax.evaluation.mme.stages import Asked, Failure
 from mer_r1_jax.evaluation.mme.tasks import TASKS
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.run.answering import make_evaluator
 from mer_r1_jax.run.benchmark import Policy, answer_fingerprint
-from mer_r1_jax.run.road import make_evaluator
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.stopping import NEVER, Stop
 

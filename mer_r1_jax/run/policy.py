@@ -20,12 +20,11 @@ from mer_r1_jax.config.schema import MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
-from mer_r1_jax.run.session import check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training import durable, run_lock
 from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.training.state import Params, as_stored, nest, stored_params
+from mer_r1_jax.training.state import Params, as_stored, check_host, check_numbers, nest, stored_params
 
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
 RUN_MARKER = "checkpoints"  # folder that a run has and an export has not

@@ -32,8 +32,10 @@ from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.run.inputs import fetch_clips, with_local_inputs
 from mer_r1_jax.training.backbone import Backbone, thinker_config
+from mer_r1_jax.training.phase import Phase, phase_parts
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.rl_step import RlPrograms, RlStep
+from mer_r1_jax.training.sft_step import SftPhase
 from mer_r1_jax.training.state import Params, TrainState, make_optimizer, tower_flags, trainable_names
 
 log = logging.getLogger(__name__)
@@ -116,6 +118,14 @@ class Setup:
         """Parameters the run starts from: a checkpoint's, or random ones."""
         model = self.config.model
         return self.backbone.load(model.path) if model.path else self.backbone.init(self.config.train.seed)
+
+    def sft_phase(self) -> SftPhase:
+        """The SFT phase, its targets checked."""
+        return SftPhase.of(self.config, self.data.sft, self.backbone, self.tags)
+
+    def rl_phase(self) -> Phase:
+        """The RL phase."""
+        return Phase(**phase_parts(self.config, "rl", self.data.rl, self.backbone))
 
     def rl_step(self, buckets: Sequence[BatchShape]) -> RlStep:
         """The RL step of this run, for prompts of these shapes."""

@@ -16,7 +16,10 @@ import optax
 from flax import traverse_util
 
 from mer_r1_jax.config.schema import OptimizerConfig, RunConfig
+from mer_r1_jax.omni.finite import not_finite
 from mer_r1_jax.parallel.rows import split_rows
+from mer_r1_jax.training.damage import DamagedStepError, is_count
+from mer_r1_jax.training.stored_arrays import CheckpointError
 
 Params = dict[str, Any]  # flat: path joined by "/" -> array
 
@@ -229,3 +232,41 @@ def state_shardings(state: TrainState, shardings: Params, scalar: Any) -> TrainS
         return shardings[name] if name in shardings else scalar
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+def check_numbers(arrays: Mapping[str, jax.Array], where: str) -> None:
+    """Refuses a checkpoint with numbers that are none; every process of a run has to call it.
+
+    Args:
+        arrays: what was restored of it, by name.
+        where: the checkpoint.
+
+    Raises:
+        CheckpointError: naming some of them.
+    """
+    if broken := not_finite(arrays):
+        names = ", ".join(broken[:5]) + (" and others" if len(broken) > 5 else "")
+        raise CheckpointError(
+            f"{where}: NaN or infinite values in {len(broken)} of {len(arrays)} parameters ({names}), expected finite "
+            "numbers: the training had broken. Move that step's folder away, so that the one before it is taken, or "
+            "train again"
+        )
+
+
+def check_host(host: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint's host state that no training run has saved.
+
+    Raises:
+        DamagedStepError: naming what is not as it ought to be.
+    """
+    counters, data = host.get("counters"), host.get("data")
+    right = {
+        "phase": host.get("phase") in ("sft", "rl"),
+        "step": is_count(host.get("step")),
+        "counters": isinstance(counters, Mapping) and is_count(counters.get("num_tokens")),
+        "data": isinstance(data, Mapping)
+        and isinstance(data.get("stream"), Mapping)
+        and isinstance(data.get("quarantine"), list),
+    }
+    if wrong := [name for name, as_saved in right.items() if not as_saved]:
+        raise DamagedStepError(f"its host state is no training run's: {', '.join(wrong)} missing or of another type")

@@ -9,7 +9,6 @@ from support.small_run import small_setup, visits_of
 
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.rules import replicated
-from mer_r1_jax.run.sft import SftPhase
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.sft_step import make_sft_step
 from mer_r1_jax.training.state import init_state, state_shardings, trainable_names
@@ -73,7 +72,7 @@ def test_parameters_are_really_cut(cut, trained):
 def test_cut_sft_step_equals_the_one_on_one_device(small, cut, trained):
     results = []
     for setup in (small, cut):
-        phase = SftPhase(setup)
+        phase = setup.sft_phase()
         batch, _ = phase.batch(visits_of(setup, setup.data.sft, NUMBERS))
         step = make_sft_step(setup.backbone, OPTIMIZER, setup.config.sft, towers_trained=True)
         state, metrics = step(fresh_state(setup, trained, EVERYTHING), put(batch, setup.backbone.mesh))

@@ -12,7 +12,6 @@ from support.small_run import visits_of
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.workload import Workload
-from mer_r1_jax.run.rl import RlPhase
 from mer_r1_jax.training.sft_step import make_sft_step
 
 NUMBERS = [0, 1, None, 3]  # one clip broke
@@ -92,7 +91,7 @@ def called(small, sft_phase):
     step = make_sft_step(small.backbone, sft_phase.optimizer, sft_phase.config, sft_phase.towers_trained)
     calls["sft_step"] = (step, (state, put(batch, small.backbone.mesh)))
 
-    phase, programs = RlPhase(small), small.programs
+    phase, programs = small.rl_phase(), small.programs
     state = zeros(small.abstract_state_of("rl"))
     watched = {
         "encode_media": recorded("encode", programs.encode_media),

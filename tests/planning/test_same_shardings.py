@@ -13,8 +13,6 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.workload import Workload
 from mer_r1_jax.rl.sampling import SamplingConfig
-from mer_r1_jax.run.rl import RlPhase
-from mer_r1_jax.run.sft import SftPhase
 
 NUMBERS = [0, 1, None, 3]  # one clip broke
 NAMES = ["sft_step", "encode", "cast", "sample", "score", "reference", "update"]
@@ -29,7 +27,7 @@ def cut(small_folder, compiled):
 
 @pytest.fixture(scope="module")
 def planned(cut):
-    slow, fast = SftPhase(cut).lengths
+    slow, fast = cut.sft_phase().lengths
     records = {"sft_records": len(cut.data.sft), "rl_records": len(cut.data.rl)}
     run = RunPrograms(cut.config, jax.devices(), Workload(slow_target=slow, fast_target=fast, **records))
     programs = [program for phase in run.phases() for program in run.of_phase(phase, run.buckets(phase)[-1])]
@@ -48,12 +46,12 @@ def called(cut):
 
         return call
 
-    sft = SftPhase(cut)
+    sft = cut.sft_phase()
     state = _state(cut, sft)
     batch, _ = sft.batch(visits_of(cut, cut.data.sft, NUMBERS))
     calls["sft_step"] = (state, put(batch, cut.backbone.mesh))
 
-    rl, programs = RlPhase(cut), cut.programs
+    rl, programs = cut.rl_phase(), cut.programs
     state = _state(cut, rl)
     watched = {
         "encode_media": recorded("encode", programs.encode_media),

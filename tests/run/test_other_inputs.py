@@ -18,8 +18,8 @@ from mer_r1_jax.media.fingerprints import END_BYTES, ClipChangedError, ClipFinge
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.run import fingerprints
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, of_source
-from mer_r1_jax.run.road import run
 from mer_r1_jax.run.setup import make_setup
+from mer_r1_jax.run.train import train as run
 from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError
 from mer_r1_jax.training.state import nest
 
