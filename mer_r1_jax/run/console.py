@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +17,6 @@ from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.answering import eval_buckets, eval_length, load_prompts
-from mer_r1_jax.run.layout import mesh_changes
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.checkpoints import Restored
 from mer_r1_jax.training.phase import Phase
@@ -40,7 +40,7 @@ def introduce(
     say(f"{folder.path}, attempt {folder.attempt}", style="bold")
     if restored:
         say(f"going on after {restored.host['phase']} step {restored.host['step']}")
-        if changes := mesh_changes(restored.saved_on, setup.backbone.mesh):
+        if changes := _mesh_changes(restored.saved_on, setup.backbone.mesh):
             log.warning("mesh changed: %s; from here on the run need not be equal bit for bit", changes)
     count = sum(shape.size for shape in setup.backbone.shapes.values())
     say(f"{count / 1e6:.2f} M parameters on mesh {dict(setup.backbone.mesh.shape)}")
@@ -56,6 +56,18 @@ def introduce(
     for line in _shapes(setup, *phases):
         say(f"  {line}", highlight=False)
     _show_prompt(console, setup)
+
+
+def _mesh_changes(saved_on: Mapping[str, int], mesh: Mesh) -> str:
+    """Changes such as `fsdp 2 -> 4, processes 1 -> 2`; empty when there are none, or none are known.
+
+    Args:
+        saved_on: of `Restored`.
+        mesh: of this attempt.
+    """
+    now = dict(mesh.shape) | {"processes": processes.count()}
+    changed = [name for name in now if saved_on.get(name, now[name]) != now[name]]
+    return ", ".join(f"{name} {saved_on[name]} -> {now[name]}" for name in changed)
 
 
 def _show_prompt(console: Console, setup: Setup) -> None:

@@ -96,13 +96,12 @@ def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = 
         shape, rows=row_cut(setup.backbone.mesh), tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
     )
     with setup.programs.rollout_params(params) as decoding:
-        return prompt, [_read(setup, (params, decoding), prompt, bucket, mode) for mode in modes]
+        return prompt, [_read(setup, params, decoding, prompt, bucket, mode) for mode in modes]
 
 
-def _read(setup: Setup, both: tuple[Params, Params], prompt: Prompt, bucket: BatchShape, mode: str) -> Reading:
+def _read(setup: Setup, params: Params, decoding: Params, prompt: Prompt, bucket: BatchShape, mode: str) -> Reading:
     programs, scorer = setup.programs, setup.eval_scorer
     rows = put(prompt_rows([prompt], [bucket], setup.backbone.config, [0]), setup.backbone.mesh)
-    params, decoding = both
     rows = programs.encode(params, rows)
     sampling = greedy(programs.sampling, scorer.tags.empty_think if mode == "fast" else ())
     completions = programs.sample(decoding, rows, jax.random.key(0), sampling)
