@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
 from mer_r1_jax.rl.advantage import AdvantageConfig, Rewards, advantages
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 _OUT = flags.DEFINE_string("out", "docs/variance.svg", "Where the picture goes.")
 

@@ -12,8 +12,8 @@ import os
 import typing
 from typing import Annotated, Any, Literal
 
-from mer_r1_jax.bucket.storage import is_bucket, problem_of
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.storage.bucket import is_bucket, problem_of
 
 _SHOWN = 80  # characters of a value that an error shows
 _PATH_BYTES, _NAME_BYTES = 4096, 200  # Linux takes 4096 and 255; a run's name leaves room for suffixes of its files

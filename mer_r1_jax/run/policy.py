@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mer_r1_jax.bucket import storage
-from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
@@ -22,9 +20,10 @@ from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.session import check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
-from mer_r1_jax.training import durable, run_lock
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
+from mer_r1_jax.storage import bucket, durable, run_lock
+from mer_r1_jax.storage.bucket import is_bucket
+from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import Leaves, Params, merge
 
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
@@ -192,7 +191,7 @@ def _join(run_dir: str | pathlib.Path, name: str) -> str:
 
 def _read_config(file: str | pathlib.Path) -> RunConfig:
     try:
-        content = storage.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
+        content = bucket.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
         return from_mapping(json.loads(content or b""))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):

@@ -19,8 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mer_r1_jax import faults, screen
-from mer_r1_jax.bucket import storage
-from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
@@ -44,15 +42,17 @@ from mer_r1_jax.run.rl import RlPhase
 from mer_r1_jax.run.session import Session, check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.sft import SftPhase, describe
-from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
-from mer_r1_jax.training.checkpoints import Restored
+from mer_r1_jax.storage import bucket
+from mer_r1_jax.storage.bucket import is_bucket
+from mer_r1_jax.storage.bucket_run_directory import BucketRunDirectory
+from mer_r1_jax.storage.checkpoints import Restored
+from mer_r1_jax.storage.run_directory import RunDirectory
+from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.prompts import plan_buckets
-from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
 from mer_r1_jax.training.state import Leaves, TrainState, merge
 from mer_r1_jax.training.stopping import Stop
-from mer_r1_jax.training.stored_arrays import named_leaves
 
 BENCHMARK = "heldout"
 PROMPTS_TRIED = 8  # records looked through for a prompt to show
@@ -70,7 +70,7 @@ def run(config: RunConfig) -> int:
     config = checked(config)
     check_config(config)
     if is_bucket(config.train.output_dir):
-        storage.require()
+        bucket.require()
     setup = make_setup(config, _clip_progress(console))
     if not (setup.data.sft or setup.data.rl or setup.data.eval):
         raise ConfigError(

@@ -20,11 +20,11 @@ from mer_r1_jax.omni.finite import not_finite
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.fingerprints import write_clips
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints, Restored
-from mer_r1_jax.training.damage import DamagedStepError, is_count
+from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints, Restored
+from mer_r1_jax.storage.damage import DamagedStepError, is_count
+from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
-from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.state import Leaves, TrainState
 from mer_r1_jax.training.stopping import Stop
 

@@ -21,7 +21,7 @@ from mer_r1_jax.rl.tags import AnswerTags, TagError
 from mer_r1_jax.run.session import Session, StepLog
 from mer_r1_jax.run.setup import Setup, tower_flags
 from mer_r1_jax.stop_requested import StopRequested
-from mer_r1_jax.training.checkpoints import Restored
+from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.sft import SftBatch, Targets, make_sft_step
 from mer_r1_jax.training.state import (

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mer_r1_jax.bucket.storage import BucketError
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.checkpoints import CheckpointError
+from mer_r1_jax.storage.bucket import BucketError
+from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.storage.checkpoints import CheckpointError
 
 ADDRESS = "gs://bucket/runs/one/checkpoints"
 HOST = {"iterator": {"next": 7}, "text": "é"}

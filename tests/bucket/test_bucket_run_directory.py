@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from mer_r1_jax.bucket.storage import BucketError
-from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
-from mer_r1_jax.training.checkpoints import CheckpointError
-from mer_r1_jax.training.run_directory import RunDirectoryError
-from mer_r1_jax.training.working_copy import TakenOverError
+from mer_r1_jax.storage.bucket import BucketError
+from mer_r1_jax.storage.bucket_run_directory import BucketRunDirectory
+from mer_r1_jax.storage.checkpoints import CheckpointError
+from mer_r1_jax.storage.run_directory import RunDirectoryError
+from mer_r1_jax.storage.working_copy import TakenOverError
 
 ADDRESS = "gs://bucket/runs/one"
 CONFIG = {"name": "one", "rl": {"beta": 0.04}}

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.checkpoints import CheckpointError
-from mer_r1_jax.training.run_lock import liveness
+from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.storage.checkpoints import CheckpointError
+from mer_r1_jax.storage.run_lock import liveness
 
 RUN = "gs://bucket/runs/one"
 ADDRESS = f"{RUN}/checkpoints"

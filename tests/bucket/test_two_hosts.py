@@ -9,7 +9,7 @@ from support.bucket_processes import WHOLE
 from support.several import end_of, start_processes
 from support.small_run import REPOSITORY
 
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
 
 LIMIT = 400  # seconds, on a busy machine
 

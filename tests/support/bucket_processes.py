@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mer_r1_jax.cli import explained
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
+from mer_r1_jax.storage.bucket_run_directory import BucketRunDirectory
 
 WHOLE = np.arange(32, dtype=np.float32).reshape(8, 4)
 

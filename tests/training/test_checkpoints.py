@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mer_r1_jax.training.checkpoints import MANIFEST, CheckpointError, Checkpoints
+from mer_r1_jax.storage.checkpoints import MANIFEST, CheckpointError, Checkpoints
 
 HOST = {"iterator": {"next": 7}, "quarantine": ["clip-3"], "counters": {"tokens": 2**40}, "text": "é"}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.training.damage import DamagedStepError
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
+from mer_r1_jax.storage.damage import DamagedStepError
 
 HOST = {"text": "é"}
 DEEP = {

@@ -10,13 +10,13 @@ import sys
 import numpy as np
 import pytest
 
-from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.training.run_directory import RunDirectory
-from mer_r1_jax.training.run_lock import holder_of, liveness
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
+from mer_r1_jax.storage.run_directory import RunDirectory
+from mer_r1_jax.storage.run_lock import holder_of, liveness
 
 OPENED = """
 import sys
-from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.storage.run_directory import RunDirectory
 with RunDirectory.open(sys.argv[1], {"a": 1}) as run:
     print("open", flush=True)
     sys.stdin.read()
@@ -151,7 +151,7 @@ SAVING = """
 import sys
 import numpy as np
 from mer_r1_jax import faults
-from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.storage.run_directory import RunDirectory
 
 def here(place, detail=""):
     if place == "checkpoint_manifest" and "saving-2" in str(detail):

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError, config_differences
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError, config_differences
 
 CONFIG = {
     "name": "tiny",
@@ -146,7 +146,7 @@ def test_unusable_output_folder_is_a_clear_error(tmp_path):
 def test_two_processes_never_write_one_run_and_a_dead_one_holds_nothing(tmp_path):
     script = f"""
         import os, time
-        from mer_r1_jax.training.run_directory import RunDirectory
+        from mer_r1_jax.storage.run_directory import RunDirectory
         run = RunDirectory.open({str(tmp_path / "run")!r}, {CONFIG!r})
         if os.fork() == 0:
             time.sleep(30)  # a worker that outlives its parent must not keep the lock

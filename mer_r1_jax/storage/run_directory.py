@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax import screen
-from mer_r1_jax.disk import WriteError, writing
-from mer_r1_jax.training import durable, run_lock
-from mer_r1_jax.training.checkpoints import Checkpoints
+from mer_r1_jax.storage import durable, run_lock
+from mer_r1_jax.storage.checkpoints import Checkpoints
+from mer_r1_jax.storage.durable import WriteError, writing
 
 PROGRAM = "mer_r1_jax"
 LIBRARIES = (

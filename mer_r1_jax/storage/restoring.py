@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.training.damage import DamagedStepError, described
-from mer_r1_jax.training.stored_arrays import CheckpointError, Restored, check_settings, restore_arrays
+from mer_r1_jax.storage.damage import DamagedStepError, described
+from mer_r1_jax.storage.stored_arrays import CheckpointError, Restored, check_settings, restore_arrays
 
 TRIES = 20  # steps that may vanish under a reader before it gives up
 

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mer_r1_jax.bucket.storage import BucketError
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError
-from mer_r1_jax.training.run_lock import is_in_use
-from mer_r1_jax.training.working_copy import WorkingCopy
+from mer_r1_jax.storage.bucket import BucketError
+from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
+from mer_r1_jax.storage.run_lock import is_in_use
+from mer_r1_jax.storage.working_copy import WorkingCopy
 
 log = logging.getLogger(__name__)
 

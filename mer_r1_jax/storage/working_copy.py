@@ -21,9 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.bucket import copies, storage
-from mer_r1_jax.bucket.storage import BucketError
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import bucket, copies, durable
+from mer_r1_jax.storage.bucket import BucketError
 
 OWNER = "owner.json"
 IN_BUCKET = ("checkpoints", "reference")  # folders of checkpoints
@@ -67,7 +66,7 @@ class WorkingCopy:
             return
         found = {
             name: stored
-            for name, stored in storage.listing(self.address).items()
+            for name, stored in bucket.listing(self.address).items()
             if name != OWNER and name.partition("/")[0] not in IN_BUCKET
         }
         if found and not {"config.json", "env.json"} & found.keys():
@@ -91,7 +90,7 @@ class WorkingCopy:
         """From now on this start owns the run."""
         self._token = secrets.token_hex(8)
         content = {"attempt": attempt, "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "token": self._token}
-        storage.write(f"{self.address}/{OWNER}", json.dumps(content).encode())
+        bucket.write(f"{self.address}/{OWNER}", json.dumps(content).encode())
         self._write_record()
 
     def check_owner(self) -> None:
@@ -120,13 +119,13 @@ class WorkingCopy:
         changed = [name for name, path in self._files() if self._given.get(name) != self._state_of(path)]
         for name in sorted(changed, key=lambda name: (self._state_of(self.local / name)[1], name)):
             state = self._state_of(self.local / name)  # before it is read: what is added meanwhile is given next time
-            storage.upload(self.local / name, f"{self.address}/{name}")
+            bucket.upload(self.local / name, f"{self.address}/{name}")
             self._given[name] = state
         self._write_record()
 
     def give_back_one(self, file: Path) -> None:
         """Writes one file, such as the log of a process that owns nothing else."""
-        storage.upload(file, f"{self.address}/{file.relative_to(self.local).as_posix()}")
+        bucket.upload(file, f"{self.address}/{file.relative_to(self.local).as_posix()}")
 
     def _files(self) -> list[tuple[str, Path]]:
         found = []
@@ -138,7 +137,7 @@ class WorkingCopy:
         return found
 
     def _owner(self) -> dict[str, Any] | None:
-        content = storage.read(f"{self.address}/{OWNER}")
+        content = bucket.read(f"{self.address}/{OWNER}")
         return None if content is None else _mapping(content)
 
     def _record(self) -> dict[str, Any]:

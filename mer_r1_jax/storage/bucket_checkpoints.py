@@ -25,14 +25,14 @@ from typing import Any
 from etils import epath
 
 from mer_r1_jax import faults
-from mer_r1_jax.bucket import storage
-from mer_r1_jax.bucket.storage import Stored
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.training.checkpoints import ARRAYS, HOST_STATE, MANIFEST
-from mer_r1_jax.training.damage import MAX_REASON, DamagedStepError, checked_manifest, host_state, is_count
-from mer_r1_jax.training.restoring import Found, StoredSteps
-from mer_r1_jax.training.stored_arrays import (
+from mer_r1_jax.storage import bucket
+from mer_r1_jax.storage.bucket import Stored
+from mer_r1_jax.storage.checkpoints import ARRAYS, HOST_STATE, MANIFEST
+from mer_r1_jax.storage.damage import MAX_REASON, DamagedStepError, checked_manifest, host_state, is_count
+from mer_r1_jax.storage.restoring import Found, StoredSteps
+from mer_r1_jax.storage.stored_arrays import (
     CheckpointError,
     check_step,
     hash_of_json,
@@ -86,7 +86,7 @@ class BucketCheckpoints(StoredSteps):
         try:
             save_arrays(epath.Path(folder) / ARRAYS, named)
             if processes.is_first():
-                storage.write(f"{folder}/{HOST_STATE}", _as_json(state))
+                bucket.write(f"{folder}/{HOST_STATE}", _as_json(state))
                 self._before_commit()
                 self._commit(step, name)
         except Exception as error:
@@ -105,7 +105,7 @@ class BucketCheckpoints(StoredSteps):
         steps.check(step)
         folder = f"{self.directory}/{step}/{steps.manifest(step)['save']}"
         with _reading(HOST_STATE):
-            content = storage.read(f"{folder}/{HOST_STATE}")
+            content = bucket.read(f"{folder}/{HOST_STATE}")
         if content is None:
             raise DamagedStepError(f"{HOST_STATE} is missing")
         state = host_state(content, HOST_STATE)
@@ -114,8 +114,8 @@ class BucketCheckpoints(StoredSteps):
     def manifest_hash(self, step: int) -> str | None:
         """As `StoredSteps.manifest_hash`."""
         try:
-            content = storage.read(f"{self.directory}/{step}/{MANIFEST}")
-        except storage.BucketError:
+            content = bucket.read(f"{self.directory}/{step}/{MANIFEST}")
+        except bucket.BucketError:
             return None
         return None if content is None else hashlib.sha256(content).hexdigest()
 
@@ -135,11 +135,11 @@ class BucketCheckpoints(StoredSteps):
         faults.here("checkpoint_commit", name)
         objects = {
             relative: _described(stored)
-            for relative, stored in storage.listing(f"{self.directory}/{step}/{name}").items()
+            for relative, stored in bucket.listing(f"{self.directory}/{step}/{name}").items()
         }
         content = {"step": step, "save": name, "objects": objects}
         manifest = content | {"sha256": hash_of_json(content)}
-        storage.write(f"{self.directory}/{step}/{MANIFEST}", _as_json(manifest))
+        bucket.write(f"{self.directory}/{step}/{MANIFEST}", _as_json(manifest))
 
     def _collect_garbage(self, newest: int) -> None:
         """Removes steps that are too old or above `newest`, which was just saved. A failure costs room, not the run."""
@@ -153,16 +153,16 @@ class BucketCheckpoints(StoredSteps):
             kept = [step for step in steps.valid() if step <= newest][-self.max_to_keep :]
             gone = [step for step in committed if step not in kept]
             # Without its manifest a step does not count: a kill half-way leaves no damaged one.
-            storage.remove(f"{self.directory}/{step}/{MANIFEST}" for step in gone)
+            bucket.remove(f"{self.directory}/{step}/{MANIFEST}" for step in gone)
             self._remove_leftovers(_Steps(self.directory))
-        except storage.BucketError as error:
+        except bucket.BucketError as error:
             log.warning("old checkpoints could not be removed: %s", error)
 
     def _remove_leftovers(self, steps: _Steps) -> None:
         leftovers = steps.leftovers()
         if leftovers:
             log.info("removing %d objects below %s that no checkpoint names", len(leftovers), self.directory)
-            storage.remove(f"{self.directory}/{name}" for name in leftovers)
+            bucket.remove(f"{self.directory}/{name}" for name in leftovers)
 
     def _failure(self, step: int, error: Exception) -> str:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -177,7 +177,7 @@ class _Steps:
 
     def __init__(self, directory: str):
         self._directory = directory
-        self._objects = storage.listing(directory)
+        self._objects = bucket.listing(directory)
         self._manifests: dict[int, dict[str, Any] | DamagedStepError] = {}
         self._hashes: dict[int, str] = {}
 
@@ -218,7 +218,7 @@ class _Steps:
 
     def _read_manifest(self, step: int) -> dict[str, Any]:
         with _reading(MANIFEST):
-            content = storage.read(f"{self._directory}/{step}/{MANIFEST}") or b""
+            content = bucket.read(f"{self._directory}/{step}/{MANIFEST}") or b""
         self._hashes[step] = hashlib.sha256(content).hexdigest()
         manifest = checked_manifest(content, MANIFEST, step, ("step", "save", "objects"))
         save, objects = manifest["save"], manifest["objects"]
@@ -278,7 +278,7 @@ def _new_name() -> str:
 def _reading(what: str) -> Iterator[None]:
     try:
         yield
-    except storage.BucketError as error:
+    except bucket.BucketError as error:
         raise DamagedStepError(f"{what} cannot be read: {printable(str(error), MAX_REASON)}") from error
 
 

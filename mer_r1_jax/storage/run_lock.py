@@ -13,9 +13,9 @@ import struct
 import sys
 from pathlib import Path
 
-from mer_r1_jax.bucket import storage
-from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.storage import bucket
+from mer_r1_jax.storage.bucket import is_bucket
 
 NAME = ".lock"  # in a run's folder; it holds who has it open
 HELD: set[Path] = set()  # folders locked by this process: record locks do not refuse their own process
@@ -88,8 +88,8 @@ def liveness(run_dir: str | os.PathLike) -> str | None:
 
 def _owner_of(address: str) -> str | None:
     try:
-        owner = json.loads(storage.read(f"{address}/owner.json") or b"null")
-    except (storage.BucketError, ValueError, RecursionError):
+        owner = json.loads(bucket.read(f"{address}/owner.json") or b"null")
+    except (bucket.BucketError, ValueError, RecursionError):
         return None
     if not isinstance(owner, dict):
         return None

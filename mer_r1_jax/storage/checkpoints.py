@@ -24,8 +24,8 @@ from typing import Any
 from mer_r1_jax import faults
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.training import durable
-from mer_r1_jax.training.damage import (
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.damage import (
     DamagedStepError,
     checked_manifest,
     described,
@@ -33,8 +33,8 @@ from mer_r1_jax.training.damage import (
     is_count,
     reading,
 )
-from mer_r1_jax.training.restoring import Found, StoredSteps
-from mer_r1_jax.training.stored_arrays import (
+from mer_r1_jax.storage.restoring import Found, StoredSteps
+from mer_r1_jax.storage.stored_arrays import (
     CheckpointError,
     Restored,
     check_step,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.training.stored_arrays import CheckpointError, hash_of_json
+from mer_r1_jax.storage.stored_arrays import CheckpointError, hash_of_json
 
 MAX_REASON = 300  # characters of a system's message that are shown
 
