@@ -22,7 +22,6 @@ from mer_r1_jax.run.session import check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.storage import bucket, durable, run_lock
 from mer_r1_jax.storage.bucket import is_bucket
-from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import Leaves, Params, merge
 
@@ -91,8 +90,7 @@ def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Leaves
         return {"trainable": state.trainable, "frozen": state.frozen}  # nobody asks for the optimizer's moments
 
     where = _join(run_dir, RUN_MARKER)
-    checkpoints = BucketCheckpoints(where) if is_bucket(where) else Checkpoints(where)
-    restored = checkpoints.restore(parameters, part=True)
+    restored = Checkpoints(where).restore(parameters, part=True)
     if restored is None:
         raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
     leaves = restored.arrays["trainable"] | restored.arrays["frozen"]

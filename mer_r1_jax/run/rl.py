@@ -24,9 +24,8 @@ from mer_r1_jax.run.session import Session, StepLog
 from mer_r1_jax.run.setup import Setup, tower_flags
 from mer_r1_jax.run.sft import total_steps
 from mer_r1_jax.stop_requested import StopRequested
-from mer_r1_jax.storage.checkpoints import CheckpointError, Restored
+from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Restored
 from mer_r1_jax.storage.damage import DamagedStepError
-from mer_r1_jax.storage.restoring import AllDamagedError
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.rl import beta_at
 from mer_r1_jax.training.state import (

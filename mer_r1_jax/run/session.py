@@ -20,7 +20,6 @@ from mer_r1_jax.omni.finite import not_finite
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.fingerprints import write_clips
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints, Restored
 from mer_r1_jax.storage.damage import DamagedStepError, is_count
 from mer_r1_jax.storage.run_directory import RunDirectory
@@ -65,7 +64,7 @@ class Session:
 
     setup: Setup
     folder: RunDirectory
-    checkpoints: Checkpoints | BucketCheckpoints
+    checkpoints: Checkpoints
     metrics: MetricsWriter | NoMetrics
     stop: Stop
     sft_steps: int

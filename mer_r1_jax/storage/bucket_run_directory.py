@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mer_r1_jax.storage.bucket import BucketError
-from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.storage.checkpoints import Checkpoints
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 from mer_r1_jax.storage.run_lock import is_in_use
 from mer_r1_jax.storage.working_copy import WorkingCopy
@@ -66,12 +66,11 @@ class BucketRunDirectory(RunDirectory):
         run.copy = copy
         return run
 
-    def open_checkpoints(self, name: str, max_to_keep: int) -> BucketCheckpoints:
+    def open_checkpoints(self, name: str, max_to_keep: int) -> Checkpoints:
         """Checkpoints in the bucket, below this folder's address."""
         address = f"{self.copy.address}/{name}"
-        checkpoints = BucketCheckpoints(address, max_to_keep=max_to_keep, before_commit=self.copy.check_owner)
-        if self.owns:
-            checkpoints.clear()
+        checkpoints = Checkpoints(address, max_to_keep=max_to_keep, before_commit=self.copy.check_owner)
+        checkpoints.clear()
         return checkpoints
 
     def publish(self) -> None:

@@ -1,86 +1,97 @@
-"""Checkpoints that are either whole or ignored: Orbax for the arrays, a SHA-256 manifest written last.
+"""Checkpoints that are either whole or ignored, on a disk or in a bucket: Orbax for the arrays, a manifest last.
 
 Orbax alone restores flipped bits without a word, stops at a truncated file instead of falling back, and takes an empty
 numeric folder for the latest step. So a step only counts here when its manifest is there, is unharmed, and names every
-file with the right size and hash:
+file with the right size and checksum. `step_store` says what lies where, and in which order it is written.
 
-    <directory>/<step>/arrays/        Orbax: one flat {name: array} mapping
-                       host.json      names, shapes and dtypes of the arrays, and the caller's host state
-                       manifest.json  bytes and SHA-256 of every other file, and a hash of itself
-
-A save is built in `.saving-<step>`, synced to disk and renamed, so a kill at any moment leaves the earlier steps as
-they were. Saving is synchronous: a failure surfaces in the call that caused it.
+Saving is synchronous: a failure surfaces in the call that caused it. Reading changes nothing, so that a run that is
+going on can be looked at; what that run removes or replaces meanwhile is noticed, and its newest step is read instead.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import logging
 import os
-import shutil
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
+from etils import epath
+
 from mer_r1_jax import faults
-from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.damage import (
-    DamagedStepError,
-    checked_manifest,
-    described,
-    host_state,
-    is_count,
-    reading,
-)
-from mer_r1_jax.storage.restoring import Found, StoredSteps
+from mer_r1_jax.storage.bucket import BucketError, is_bucket
+from mer_r1_jax.storage.bucket_steps import BucketSteps
+from mer_r1_jax.storage.damage import DamagedStepError, described
+from mer_r1_jax.storage.disk_steps import DiskSteps
+from mer_r1_jax.storage.step_store import ARRAYS, HOST_STATE, MANIFEST, Found, StepStore
 from mer_r1_jax.storage.stored_arrays import (
     CheckpointError,
     Restored,
-    check_step,
-    hash_of_json,
     host_content,
     named_leaves,
+    restore_arrays,
     save_arrays,
 )
 
-__all__ = ["ARRAYS", "HOST_STATE", "MANIFEST", "CheckpointError", "Checkpoints", "Restored"]
+__all__ = ["ARRAYS", "HOST_STATE", "MANIFEST", "AllDamagedError", "CheckpointError", "Checkpoints", "Restored"]
 
-MANIFEST, HOST_STATE, ARRAYS = "manifest.json", "host.json", "arrays"
-_SAVING, _REPLACED, _DELETING = ".saving-", ".replaced-", ".deleting-"
+TRIES = 20  # steps that may vanish under a reader before it gives up
+_REASON = 600  # characters of a system's message that an error shows
 
 log = logging.getLogger(__name__)
 
 
-class Checkpoints(StoredSteps):
-    """The checkpoints of one run, in `<directory>/<step>/`.
+class VanishedError(CheckpointError):
+    """The run that is being read removes its steps faster than they can be read."""
+
+
+class AllDamagedError(CheckpointError):
+    """Steps were saved, and none of them can be restored; each is named."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
 
     Making this object and `restore` change nothing there: anybody may read while the run goes on. Only one process (or
-    one set of jax processes) may save; `RunDirectory` holds the lock.
+    one set of jax processes) may save; `RunDirectory` sees to that.
 
     Args:
-        directory: folder of the steps, made by the first save.
+        directory: folder, or `gs://` address, of the steps.
         max_to_keep: newest steps kept after a save, at least 1.
         layout_version: version of the tree's layout. A step of another version is refused, never guessed at.
+        before_commit: called by the first process before a step counts; what it raises stops the save.
     """
 
-    directory: Path
-
-    def __init__(self, directory: str | os.PathLike, max_to_keep: int = 2, layout_version: int = 1):
-        super().__init__(Path(directory).absolute(), max_to_keep, layout_version)
-        self._found_damaged: set[int] = set()  # steps whose hashes were read and are wrong
-        self._cleared = False
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        max_to_keep: int = 2,
+        layout_version: int = 1,
+        before_commit: Callable[[], None] = lambda: None,
+    ):
+        if max_to_keep < 1:
+            raise ValueError(
+                f"max_to_keep is {max_to_keep}, but at least one checkpoint must be kept: set it to 1 or more"
+            )
+        self.max_to_keep = max_to_keep
+        self.layout_version = layout_version
+        self._before_commit = before_commit
+        self._store: StepStore = (
+            BucketSteps(epath.Path(str(directory).rstrip("/")))
+            if is_bucket(directory)
+            else DiskSteps(Path(directory).absolute())
+        )
+        self.directory = self._store.directory
+        self._found_damaged: set[int] = set()  # steps that were read and are wrong
 
     def clear(self) -> None:
         """Removes what an interrupted save or removal has left behind; only for the start that owns the run."""
         if processes.is_first():
-            self._clear()
+            self._store.clear()
         processes.barrier("opening the checkpoints")
-
-    def _clear(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(self.directory)
-        self._cleared = True
 
     def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
         """Saves one step and removes those beyond `max_to_keep`.
@@ -95,24 +106,21 @@ class Checkpoints(StoredSteps):
         Raises:
             CheckpointError: nothing was saved; the earlier steps are as they were.
         """
-        check_step(step)
+        if step < 0:
+            raise CheckpointError(f"step {step} cannot be saved: steps count from 0")
         named = named_leaves(arrays)
         state = host_content(self.layout_version, named, host)
-        building = self.directory / f"{_SAVING}{step}"
+        place = None
         try:
+            place = self.directory / processes.from_first("beginning a checkpoint", lambda: self._store.begin(step))
+            save_arrays(place / ARRAYS, named)  # comes back when every process has written its part
             if processes.is_first():
-                if not self._cleared:
-                    self._clear()
-                shutil.rmtree(building, ignore_errors=True)
-                building.mkdir()
-            processes.barrier("beginning a checkpoint")
-            save_arrays(building / ARRAYS, named)
-            if processes.is_first():
-                durable.write_json(building / HOST_STATE, state)
-                _write_manifest(building, step)
-                self._commit(building, step)
+                self._store.write_host_state(place, state)
+                self._before_commit()
+                self._store.commit(place, step)
         except Exception as error:
-            shutil.rmtree(building, ignore_errors=True)
+            if place is not None:
+                self._store.abandon(place)
             raise CheckpointError(self._failure(step, error)) from error
         processes.barrier("ending a checkpoint")
         self._found_damaged.discard(step)
@@ -120,184 +128,172 @@ class Checkpoints(StoredSteps):
             self._collect_garbage(step)
 
     def valid_steps(self) -> list[int]:
-        """Steps with an unharmed manifest and files of the right sizes, ascending. Hashes are checked in `restore`."""
-        return [
-            step
-            for step in sorted(self._step_folders())
-            if step not in self._found_damaged and _seems_whole(self.directory / str(step), step)
-        ]
+        """Steps whose files are those of their manifest as far as that is told without reading them, ascending."""
+        return [step for step in sorted(self._store.committed()) if self._seems_whole(step)]
 
-    def candidates(self) -> list[int]:
-        """Numbers of the folders that look like steps, newest first; what else lies there is named."""
-        return self._step_folders(warn=True)
+    def latest_step(self) -> int | None:
+        """The newest of `valid_steps`, or None."""
+        return max(self.valid_steps(), default=None)
 
-    def open_step(self, step: int) -> Found:
-        """A step, every file of it read and compared. As `StoredSteps.open_step`."""
-        folder = self.directory / str(step)
-        with reading("it"):
-            if not folder.is_dir():
-                raise DamagedStepError("it does not exist")
-        content = _check_files(folder, step, read_files=True)
-        with reading(HOST_STATE):
-            state = host_state((folder / HOST_STATE).read_bytes(), HOST_STATE)
-        return Found(step, str(folder), folder / ARRAYS, state, hashlib.sha256(content).hexdigest())
+    def restore(
+        self,
+        abstract_arrays: Any | Callable[[int, dict[str, Any]], Any],
+        step: int | None = None,
+        part: bool = False,
+    ) -> Restored | None:
+        """Restores the newest valid step, or `step`; None when nothing was ever saved.
 
-    def manifest_hash(self, step: int) -> str | None:
-        """As `StoredSteps.manifest_hash`."""
-        path = self.directory / str(step) / MANIFEST
+        A damaged step is named in a warning and the next older one is taken. A sound step that does not fit (another
+        layout version, other names, shapes or dtypes) is an error and no reason to fall back.
+
+        Args:
+            abstract_arrays: pytree like the one saved, of arrays or `jax.ShapeDtypeStruct`; or a function
+                (step, host state) -> such a tree, for when the tree depends on where the run stood (it may raise
+                DamagedStepError). A leaf comes back with the sharding its abstract leaf carries, each device reading
+                its own part, and as a numpy array when it carries none. Typed PRNG keys without a sharding come back
+                on the default device.
+            step: this step and no other; an error when it is not there or damaged.
+            part: the tree may leave out arrays of the checkpoint, which are not read then.
+
+        Raises:
+            CheckpointError: listing every mismatch, why `step` is not valid, or that all steps are damaged and how.
+        """
+        unreadable: dict[int, str] = {}  # steps whose arrays failed after their files were found right
+        for _ in range(TRIES):
+            found = self._agreed(lambda: self._newest_valid(step, unreadable))
+            if found is None:
+                return None
+            read = functools.partial(restore_arrays, found, self.layout_version, abstract_arrays, part)
+            restored = self._read(found, read, unreadable)
+            if restored is not None:
+                return restored
+        raise self._vanished()
+
+    def _agreed(self, find: Callable[[], Found | None]) -> Found | None:
+        """What `find` gives, or raises, on the first process, on every process."""
+
+        def told() -> Found | CheckpointError | BucketError | None:
+            try:
+                return find()
+            except (CheckpointError, BucketError) as error:
+                return type(error)(str(error))
+
+        found = processes.from_first("the checkpoint to go on from", told)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _newest_valid(self, step: int | None, unreadable: dict[int, str]) -> Found | None:
+        if step is not None:
+            return self._this_one(step, unreadable)
+        for _ in range(TRIES):
+            damaged: dict[int, str] = {}
+            for candidate in self._store.numbers(warn=True):
+                before = self._store.manifest_hash(candidate)
+                try:
+                    return self._open(candidate, unreadable)
+                except DamagedStepError as error:
+                    if self._store.manifest_hash(candidate) != before or candidate not in self._store.numbers():
+                        break  # the run goes on meanwhile: look again
+                    self._found_damaged.add(candidate)
+                    log.warning("checkpoint %s/%d is damaged and ignored: %s", self.directory, candidate, error)
+                    damaged[candidate] = str(error)
+            else:
+                self._refuse_loss(damaged)
+                return None
+        raise self._vanished()
+
+    def _this_one(self, step: int, unreadable: dict[int, str]) -> Found:
         try:
-            return durable.sha256_of(path) if path.is_file() else None
-        except OSError:
-            return None
-
-    def is_ours(self, step: int) -> bool:
-        """Whether a save of ours lay in a folder: anything of it is there, or the folder cannot be looked into."""
-        try:
-            return bool({MANIFEST, HOST_STATE, ARRAYS} & set(os.listdir(self.directory / str(step))))
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-
-    def note_damage(self, step: int) -> None:
-        """Such a step takes no other's place when old ones are removed."""
-        self._found_damaged.add(step)
-
-    def _commit(self, building: Path, step: int) -> None:
-        """Puts a finished folder in its place. A kill between the two renames is mended by `_clear_leftovers`."""
-        faults.here("checkpoint_commit", building.name)
-        final, replaced = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
-        if final.exists():
-            final.rename(replaced)
-        building.rename(final)
-        durable.sync_folder(self.directory)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    def _collect_garbage(self, newest: int) -> None:
-        """Removes our own steps that are too old or above `newest`, which was just saved and therefore stays."""
-        faults.here("checkpoint_saved", newest)
-        ours = [step for step in self._step_folders() if (self.directory / str(step) / MANIFEST).is_file()]
-        abandoned = [step for step in ours if step > newest]
-        if abandoned:
-            log.warning("checkpoints %s lie after step %d, which was saved just now: removed", abandoned, newest)
-        valid = [step for step in self.valid_steps() if step <= newest]
-        kept = set(valid[-self.max_to_keep :])
-        for step in ours:
-            if step not in kept:
-                _remove(self.directory / str(step), step)
-
-    def _step_folders(self, warn: bool = False) -> list[int]:
-        """Numeric folders, newest first. With `warn`, everything else that lies there is named."""
-        steps = []
-        try:
-            entries = [(entry, entry.is_dir()) for entry in sorted(self.directory.iterdir())]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
+            return self._open(step, unreadable)
+        except DamagedStepError as error:
+            self._found_damaged.add(step)
             raise CheckpointError(
-                f"{self.directory} cannot be read: {described(error)}. Mend the folder or its permissions: what is "
-                "saved there is not taken for lost."
+                f"checkpoint {self.directory}/{step} cannot be restored: {error}. Valid steps: "
+                f"{self.valid_steps() or 'none'}. Choose one of those, or let the newest valid one be found."
             ) from error
-        for entry, is_folder in entries:
-            if is_folder and entry.name.isascii() and entry.name.isdigit() and str(int(entry.name)) == entry.name:
-                steps.append(int(entry.name))
-            elif warn and not entry.name.startswith("."):
-                log.warning("%s is not a checkpoint and is ignored", printable(entry))
-        return sorted(steps, reverse=True)
 
-    def _failure(self, step: int, error: Exception) -> str:
-        free = shutil.disk_usage(self.directory).free / 2**30 if self.directory.is_dir() else float("nan")
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return (
-            f"the checkpoint of step {step} could not be saved in {self.directory} ({free:.2f} GiB free): "
-            f"{reason[:400]}. Earlier checkpoints are unharmed: {self._known_steps()}. Make room or mend the "
-            "folder's permissions, then run the same command again: it goes on from the newest one."
+    def _open(self, step: int, unreadable: dict[int, str]) -> Found:
+        if step in unreadable:
+            raise DamagedStepError(unreadable[step])
+        return self._store.open_step(step)
+
+    def _read(self, found: Found, read: Callable[[], Restored], unreadable: dict[int, str]) -> Restored | None:
+        """The arrays of a step; None, with the reason noted, when it cannot be read and another is to be tried."""
+        failure = ""
+        try:
+            restored = read()
+        except DamagedStepError as error:  # of the caller's function, on every process alike
+            failure = str(error)
+        except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # of the run or the device, not of what is stored
+        except Exception as error:  # of Orbax and TensorStore, which have no class in common
+            if processes.count() > 1:  # the others may be reading still, and would be waited for in vain
+                raise CheckpointError(
+                    f"checkpoint {found.where} cannot be read by process {processes.index()}: {described(error)}. See "
+                    "that every host can read it; if it is damaged, remove it, and the one before is taken"
+                ) from error
+            failure = f"its arrays cannot be read: {described(error)}"
+        now = processes.from_first("whether a checkpoint is still there", lambda: self._store.manifest_hash(found.step))
+        if now != found.manifest_sha256:
+            log.warning("checkpoint %s was replaced or removed while it was read: the newest is read", found.where)
+            return None
+        if failure:
+            unreadable[found.step] = failure
+            return None
+        return restored
+
+    def _refuse_loss(self, damaged: dict[int, str]) -> None:
+        """Nothing is begun again in silence where something was saved."""
+        lost = {step: reason for step, reason in damaged.items() if self._store.is_ours(step)}
+        if lost:
+            raise AllDamagedError(
+                f"{self.directory} holds no checkpoint that can be restored; all {len(lost)} are damaged:\n"
+                + "\n".join(f"  {step}: {reason}" for step, reason in lost.items())
+                + "\nNothing was touched. Mend what stands there or put a copy of one of them back; to begin again, "
+                "remove that folder, or choose another train.run_name."
+            )
+
+    def _vanished(self) -> VanishedError:
+        return VanishedError(
+            f"{self.directory}: its steps were removed or replaced {TRIES} times while they were read: the run that "
+            "writes there saves too often to be looked at; wait for its end, or copy a step elsewhere and read that"
         )
 
-    def _known_steps(self) -> str:
+    def _seems_whole(self, step: int) -> bool:
+        # What was once read and found wrong takes no other step's place when old ones are removed.
+        if step in self._found_damaged:
+            return False
         try:
-            return str(self.valid_steps() or "none")
-        except CheckpointError:
-            return "the folder cannot be looked into"
+            self._store.check(step, read_files=False)
+        except DamagedStepError:
+            return False
+        return True
 
+    def _collect_garbage(self, newest: int) -> None:
+        """Removes our own steps that are too old or above `newest`, which was just saved and therefore stays.
 
-def _write_manifest(folder: Path, step: int) -> None:
-    """Syncs every file below `folder` to disk, then writes their sizes and hashes, then syncs that."""
-    faults.here("checkpoint_manifest", folder)
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        durable.sync_file(path)
-        relative = path.relative_to(folder).as_posix()
-        files[relative] = {"bytes": path.stat().st_size, "sha256": durable.sha256_of(path)}
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            durable.sync_folder(path)
-    content = {"step": step, "files": files}
-    durable.write_json(folder / MANIFEST, content | {"sha256": hash_of_json(content)})
+        A failure costs room, not the run.
+        """
+        faults.here("checkpoint_saved", newest)
+        try:
+            saved = self._store.committed()
+            abandoned = [step for step in saved if step > newest]
+            if abandoned:
+                log.warning("checkpoints %s lie after step %d, which was saved just now: removed", abandoned, newest)
+            kept = [step for step in self.valid_steps() if step <= newest][-self.max_to_keep :]
+            self._store.remove([step for step in saved if step not in kept])
+        except (OSError, BucketError, CheckpointError) as error:
+            log.warning("old checkpoints could not be removed: %s", error)
 
-
-def _seems_whole(folder: Path, step: int) -> bool:
-    try:
-        _check_files(folder, step, read_files=False)
-    except DamagedStepError:
-        return False
-    return True
-
-
-def _check_files(folder: Path, step: int, read_files: bool) -> bytes:
-    """Compares a step's files with its manifest, whose bytes it gives. `read_files` checks the hashes.
-
-    Raises:
-        DamagedStepError: saying what is wrong.
-    """
-    path = folder / MANIFEST
-    with reading(MANIFEST):
-        if not path.is_file():
-            raise DamagedStepError(f"it has no {MANIFEST}, so it is empty, foreign or was never finished")
-        content = path.read_bytes()
-    files = checked_manifest(content, MANIFEST, step, ("step", "files"))["files"]
-    if not isinstance(files, dict) or not all(map(_is_file, files, files.values())):
-        raise DamagedStepError(f"{MANIFEST} cannot be read as a manifest: its files are not names, sizes and hashes")
-    if HOST_STATE not in files:
-        raise DamagedStepError(f"{MANIFEST} names no {HOST_STATE}")
-    for relative, expected in files.items():
-        file, shown = folder / relative, printable(relative)
-        with reading(shown):
-            if not file.is_file():
-                raise DamagedStepError(f"{shown} is missing")
-            if file.stat().st_size != expected["bytes"]:
-                raise DamagedStepError(f"{shown} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-            if read_files and durable.sha256_of(file) != expected["sha256"]:
-                raise DamagedStepError(f"{shown} does not match its checksum")
-    return content
-
-
-def _is_file(relative: str, expected: Any) -> bool:
-    """Whether an entry of a manifest names a file of the step, with what is compared of it."""
-    parts = PurePosixPath(relative).parts
-    inside = bool(parts) and not relative.startswith("/") and ".." not in parts
-    return inside and isinstance(expected, dict) and is_count(expected.get("bytes")) and "sha256" in expected
-
-
-def _clear_leftovers(directory: Path) -> None:
-    """Removes half-made and half-removed steps; puts back a step that was about to be replaced."""
-    for entry in directory.iterdir():
-        if entry.name.startswith(_REPLACED):
-            original = directory / entry.name.removeprefix(_REPLACED)
-            if not original.exists():
-                entry.rename(original)
-                continue
-        if entry.name.startswith((_SAVING, _REPLACED, _DELETING)):
-            log.info("removing %s, left by an interrupted save", entry)
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _remove(folder: Path, step: int) -> None:
-    """Renamed first, so that a kill half-way leaves no damaged step. A failure costs room, not the run."""
-    try:
-        gone = folder.with_name(f"{_DELETING}{step}")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone)
-    except OSError as error:
-        log.warning("the old checkpoint %s could not be removed: %s", folder, error)
+    def _failure(self, step: int, error: Exception) -> str:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        try:
+            known = str(self.valid_steps() or "none")
+        except (OSError, BucketError, CheckpointError):
+            known = f"{self.directory} cannot be looked into"
+        return (
+            f"the checkpoint of step {step} could not be saved in {self.directory}{self._store.room()}: "
+            f"{reason[:_REASON]}. Earlier checkpoints are unharmed: {known}. Make room or mend the permissions there, "
+            "then run the same command again: it goes on from the newest one."
+        )

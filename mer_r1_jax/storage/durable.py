@@ -129,9 +129,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes valid, readable JSON. ValueError on NaN and infinities, TypeError on what JSON has no form for."""
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    write_text(path, text)
+    """Writes `json_bytes`."""
+    data = json_bytes(content)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def json_bytes(content: Any) -> bytes:
+    """Valid, readable JSON. ValueError on NaN and infinities, TypeError on what JSON has no form for."""
+    return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def sha256_of(path: Path) -> str:

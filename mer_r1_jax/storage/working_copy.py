@@ -2,7 +2,7 @@
 
     <address>/owner.json         which start of the run may write here: the latest
              /...                everything that `RunDirectory` describes
-             /checkpoints/...    written there directly (bucket_checkpoints.py), never copied
+             /checkpoints/...    written there directly (bucket_steps.py), never copied
 
 The bucket is the truth. A file that a killed process had not given back yet is lost with its host, and belongs to
 steps that are made again; on the same host it is found and kept.

@@ -10,8 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mer_r1_jax.storage.bucket import BucketError
-from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.storage.checkpoints import CheckpointError
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 
 ADDRESS = "gs://bucket/runs/one/checkpoints"
 HOST = {"iterator": {"next": 7}, "text": "é"}
@@ -38,7 +37,7 @@ def raw(leaf):
 
 
 def save_steps(*steps, keep=5):
-    checkpoints = BucketCheckpoints(ADDRESS, max_to_keep=keep)
+    checkpoints = Checkpoints(ADDRESS, max_to_keep=keep)
     for step in steps:
         checkpoints.save(step, arrays_of(step), HOST | {"step": step})
     return checkpoints
@@ -46,7 +45,7 @@ def save_steps(*steps, keep=5):
 
 def restored_step():
     """The step that a new process goes on from, with exactly what was saved at it."""
-    restored = BucketCheckpoints(ADDRESS).restore(abstract())
+    restored = Checkpoints(ADDRESS).restore(abstract())
     if restored is None:
         return None
     assert jax.tree.map(raw, restored.arrays) == jax.tree.map(raw, arrays_of(restored.step))
@@ -66,15 +65,15 @@ def test_round_trip_is_bit_exact_and_the_manifest_is_written_last(bucket):
 
 
 def test_nothing_saved_restores_nothing(bucket):
-    assert BucketCheckpoints(ADDRESS).restore(abstract()) is None
-    assert BucketCheckpoints(ADDRESS).latest_step() is None
+    assert Checkpoints(ADDRESS).restore(abstract()) is None
+    assert Checkpoints(ADDRESS).latest_step() is None
 
 
 def test_sharded_arrays_come_back_on_their_devices(bucket):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, P("fsdp", "tensor"))
     array = jax.device_put(jnp.arange(64.0).reshape(8, 8), sharding)
-    checkpoints = BucketCheckpoints(ADDRESS)
+    checkpoints = Checkpoints(ADDRESS)
     checkpoints.save(1, {"w": array}, {})
     found = checkpoints.restore({"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)}).arrays["w"]
     assert found.sharding == sharding
@@ -109,7 +108,7 @@ def test_a_damaged_step_is_named_and_the_one_before_counts(bucket, caplog, part,
         assert restored_step() == 1
     assert "checkpoints/2 is damaged and ignored" in caplog.text and told in caplog.text
     with pytest.raises(CheckpointError, match=rf"checkpoints/2 cannot be restored.*{told}.*Valid steps: \[1\]"):
-        BucketCheckpoints(ADDRESS).restore(abstract(), step=2)
+        Checkpoints(ADDRESS).restore(abstract(), step=2)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"step": 2, "save": "x", "objects": {}, "sha256": ""}'])
@@ -118,7 +117,7 @@ def test_a_manifest_that_is_none_makes_no_checkpoint(bucket, text):
     bucket.put("runs/one/checkpoints/2/manifest.json", text)
     before = dict(bucket.objects)
     assert restored_step() == 1
-    BucketCheckpoints(ADDRESS).clear()
+    Checkpoints(ADDRESS).clear()
     assert bucket.objects == before  # nobody knows what is left over
 
 
@@ -148,7 +147,7 @@ def test_what_is_asked_before_a_step_counts_can_stop_it(bucket):
 
     checkpoints = save_steps(1)
     with pytest.raises(CheckpointError, match="another has taken over"):
-        BucketCheckpoints(ADDRESS, before_commit=taken_over).save(2, arrays_of(2), HOST)
+        Checkpoints(ADDRESS, before_commit=taken_over).save(2, arrays_of(2), HOST)
     assert checkpoints.valid_steps() == [1]
 
 

@@ -11,8 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mer_r1_jax.storage.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.storage.checkpoints import CheckpointError
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.storage.run_lock import liveness
 
 RUN = "gs://bucket/runs/one"
@@ -35,14 +34,14 @@ def arrays_of(step):
 @pytest.fixture
 def saved(bucket):
     """The bucket with steps 1 and 2."""
-    checkpoints = BucketCheckpoints(ADDRESS)
+    checkpoints = Checkpoints(ADDRESS)
     for step in (1, 2):
         checkpoints.save(step, arrays_of(step), {"step": step})
     return bucket
 
 
 def restored_step():
-    restored = BucketCheckpoints(ADDRESS).restore(arrays_of(0))
+    restored = Checkpoints(ADDRESS).restore(arrays_of(0))
     np.testing.assert_array_equal(restored.arrays["w"], arrays_of(restored.step)["w"])
     return restored.step
 
@@ -62,7 +61,7 @@ def test_a_manifest_that_is_none_makes_its_step_damaged(saved, caplog, content):
         assert restored_step() == 1
     assert "2 is damaged and ignored: manifest.json cannot be read as a manifest" in caplog.text
     before = dict(saved.objects)
-    BucketCheckpoints(ADDRESS).clear()
+    Checkpoints(ADDRESS).clear()
     assert saved.objects == before  # nobody knows what is left over
 
 
@@ -122,7 +121,7 @@ def test_a_reader_writes_nothing_and_says_who_owns_the_run(saved):
 
 
 def test_a_step_that_the_run_removes_while_it_is_read_gives_way_to_the_newest(saved, caplog):
-    run = BucketCheckpoints(ADDRESS, max_to_keep=1)
+    run = Checkpoints(ADDRESS, max_to_keep=1)
 
     def tree(step, host):
         if step == 2:
@@ -130,7 +129,7 @@ def test_a_step_that_the_run_removes_while_it_is_read_gives_way_to_the_newest(sa
         return arrays_of(0)
 
     with caplog.at_level(logging.WARNING):
-        restored = BucketCheckpoints(ADDRESS).restore(tree)
+        restored = Checkpoints(ADDRESS).restore(tree)
     assert restored.step == 3 and restored.arrays["w"][0] == 3
     assert "replaced or removed while it was read" in caplog.text and "damaged" not in caplog.text
 
@@ -141,11 +140,9 @@ def test_arrays_go_onto_another_mesh(bucket):
         return NamedSharding(mesh, P("fsdp", "tensor"))
 
     value = jnp.arange(64.0).reshape(8, 8)
-    BucketCheckpoints(ADDRESS).save(1, {"w": jax.device_put(value, on(2, 2))}, {})
+    Checkpoints(ADDRESS).save(1, {"w": jax.device_put(value, on(2, 2))}, {})
     for shape in ((4, 2), (1, 8), (1, 1)):
-        restored = BucketCheckpoints(ADDRESS).restore(
-            {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=on(*shape))}
-        )
+        restored = Checkpoints(ADDRESS).restore({"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=on(*shape))})
         assert restored.arrays["w"].sharding == on(*shape)
         assert restored.saved_on == {"fsdp": 2, "tensor": 2, "processes": 1}
         np.testing.assert_array_equal(restored.arrays["w"], value)
