@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -44,7 +43,6 @@ from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.sft import SftPhase, describe
 from mer_r1_jax.storage import bucket
 from mer_r1_jax.storage.bucket import is_bucket
-from mer_r1_jax.storage.bucket_run_directory import BucketRunDirectory
 from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.storage.stored_arrays import named_leaves
@@ -92,20 +90,19 @@ def run(config: RunConfig) -> int:
 
 def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
     """Opens the run's folder on the first process, whose lock and log it is, and joins it on the others."""
-    train, name = config.train, config.train.run_name or config.name
-    if is_bucket(train.output_dir):
-        place = f"{train.output_dir.rstrip('/')}/{name}", train.local_dir
-        open_folder, join = BucketRunDirectory.open_in_bucket, BucketRunDirectory.join_in_bucket
-    else:
-        place = (pathlib.Path(train.output_dir) / name,)
-        open_folder, join = RunDirectory.open, RunDirectory.join
+    train = config.train
+    path = os.path.join(train.output_dir, train.run_name or config.name)
     folder = None
     if processes.is_first():
-        resume = train.resume_from_checkpoint == "auto"
-        fingerprints = of_inputs(setup)
-        folder = open_folder(*place, dataclasses.asdict(config), fingerprints=fingerprints, resume=resume)
+        folder = RunDirectory.open(
+            path,
+            dataclasses.asdict(config),
+            fingerprints=of_inputs(setup),
+            resume=train.resume_from_checkpoint == "auto",
+            local_dir=train.local_dir,
+        )
     opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
-    return folder or join(*place, *opened, process=processes.index())
+    return folder or RunDirectory.join(path, *opened, process=processes.index(), local_dir=train.local_dir)
 
 
 class _Road:

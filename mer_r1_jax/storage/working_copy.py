@@ -59,7 +59,7 @@ class WorkingCopy:
         Raises:
             BucketError: the address holds something else than a run, or cannot be read.
         """
-        owner, record = self._owner(), self._record()
+        owner, record = owner_of(self.address), self._record()
         last_writer = owner is not None and owner.get("token") and owner.get("token") == record.get("token")
         if last_writer and self.local.is_dir():
             self._given = record.get("given", {})
@@ -99,7 +99,7 @@ class WorkingCopy:
         Raises:
             TakenOverError: it was.
         """
-        owner = self._owner() or {"attempt": "none"}
+        owner = owner_of(self.address) or {"attempt": "none"}
         if owner.get("token") != self._token:
             raise TakenOverError(
                 f"{self.address} was taken over by a later start of the same run (attempt {owner.get('attempt')}): "
@@ -136,10 +136,6 @@ class WorkingCopy:
                 found.append(("/".join(parts), path))
         return found
 
-    def _owner(self) -> dict[str, Any] | None:
-        content = bucket.read(f"{self.address}/{OWNER}")
-        return None if content is None else _mapping(content)
-
     def _record(self) -> dict[str, Any]:
         try:
             return _mapping(self._record_file.read_bytes())
@@ -152,6 +148,16 @@ class WorkingCopy:
     def _state_of(self, path: Path) -> list[int]:
         status = path.stat()
         return [status.st_size, status.st_mtime_ns]
+
+
+def owner_of(address: str) -> dict[str, Any] | None:
+    """Which start of a run owns its folder in a bucket: "attempt", "since" and "token"; None where nobody does.
+
+    Raises:
+        BucketError: the bucket cannot be read.
+    """
+    content = bucket.read(f"{address}/{OWNER}")
+    return None if content is None else _mapping(content)
 
 
 def _mapping(content: bytes) -> dict[str, Any]:

@@ -197,7 +197,6 @@ def failing_writes():
 BY_HAND = {
     "mer_r1_jax/storage/durable.py": "what all others use",
     "mer_r1_jax/training/metrics.py": "lines that are taken back",
-    "mer_r1_jax/storage/run_directory.py": "a lock",
     "mer_r1_jax/storage/run_lock.py": "a lock",
     "mer_r1_jax/evaluation/result_log.py": "lines that are taken back",
     "mer_r1_jax/evaluation/judge/cache.py": "a lock",

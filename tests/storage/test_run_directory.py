@@ -1,4 +1,4 @@
-"""The run folder: made, taken up again, refused when it is not ours, locked, and free of secrets."""
+"""The run folder, on a disk and in a bucket: made, taken up again, refused when it is not ours, locked, no secrets."""
 
 import json
 import logging
@@ -10,7 +10,8 @@ import textwrap
 
 import pytest
 
-from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError, config_differences
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
+from mer_r1_jax.storage.run_settings import config_differences
 
 CONFIG = {
     "name": "tiny",

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from mer_r1_jax.storage.bucket import BucketError
-from mer_r1_jax.storage.bucket_run_directory import BucketRunDirectory
 from mer_r1_jax.storage.checkpoints import CheckpointError
-from mer_r1_jax.storage.run_directory import RunDirectoryError
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 from mer_r1_jax.storage.working_copy import TakenOverError
 
 ADDRESS = "gs://bucket/runs/one"
@@ -20,7 +19,7 @@ CONFIG = {"name": "one", "rl": {"beta": 0.04}}
 @pytest.fixture
 def opened(tmp_path):
     """Opens the run on a host, which has a disk of its own."""
-    return lambda host, **changes: BucketRunDirectory.open_in_bucket(ADDRESS, tmp_path / host, CONFIG | changes)
+    return lambda host, **changes: RunDirectory.open(ADDRESS, CONFIG | changes, local_dir=tmp_path / host)
 
 
 def names(bucket):
