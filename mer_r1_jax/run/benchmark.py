@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.emotion.candidates import CandidateTable
@@ -30,7 +31,6 @@ from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, require_model
 from mer_r1_jax.run.road import eval_length, make_evaluator
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.bucket import is_bucket
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.state import Leaves
 from mer_r1_jax.training.stopping import NEVER, Stop

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.checks import lookup
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import DataConfig, RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.storage import bucket, copies
-from mer_r1_jax.storage.bucket import is_bucket
 
 FOLDERS = ("model.path", "model.tokenizer_path", "emotion.wheel_dir")
 FILES = ("data.sft_path", "data.rl_path", "data.eval_path")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
@@ -21,7 +22,6 @@ from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.session import check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.storage import bucket, durable, run_lock
-from mer_r1_jax.storage.bucket import is_bucket
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import Leaves, Params, merge
 

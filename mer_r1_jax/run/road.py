@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mer_r1_jax import faults, screen
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
@@ -42,7 +43,6 @@ from mer_r1_jax.run.session import Session, check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.sft import SftPhase, describe
 from mer_r1_jax.storage import bucket
-from mer_r1_jax.storage.bucket import is_bucket
 from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.storage.stored_arrays import named_leaves

@@ -37,10 +37,8 @@ class BucketSteps(StepStore):
     def begin(self, step: int) -> str:
         return f"{step}/save-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
-    def write_host_state(self, place: epath.Path, state: dict[str, Any]) -> None:
+    def commit(self, place: epath.Path, step: int, state: dict[str, Any]) -> None:
         bucket.write(str(place / HOST_STATE), durable.json_bytes(state))
-
-    def commit(self, place: epath.Path, step: int) -> None:
         faults.here("checkpoint_commit", place.name)
         objects = {name: _as_stated(stored) for name, stored in bucket.listing(str(place)).items()}
         manifest = signed({"step": step, "save": place.name, "objects": objects})
@@ -59,9 +57,6 @@ class BucketSteps(StepStore):
         if leftovers:
             log.info("removing %d objects below %s that no checkpoint names", len(leftovers), self.directory)
             bucket.remove(str(self.directory / name) for name in leftovers)
-
-    def room(self) -> str:
-        return ""
 
     def _entries(self) -> dict[str, bool]:
         objects = bucket.listing(str(self.directory))

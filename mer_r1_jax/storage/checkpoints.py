@@ -21,8 +21,10 @@ import jax
 from etils import epath
 
 from mer_r1_jax import faults
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.storage.bucket import BucketError, is_bucket
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.bucket import BucketError
 from mer_r1_jax.storage.bucket_steps import BucketSteps
 from mer_r1_jax.storage.damage import DamagedStepError, described
 from mer_r1_jax.storage.disk_steps import DiskSteps
@@ -115,9 +117,8 @@ class Checkpoints:
             place = self.directory / processes.from_first("beginning a checkpoint", lambda: self._store.begin(step))
             save_arrays(place / ARRAYS, named)  # comes back when every process has written its part
             if processes.is_first():
-                self._store.write_host_state(place, state)
                 self._before_commit()
-                self._store.commit(place, step)
+                self._store.commit(place, step, state)
         except Exception as error:
             if place is not None:
                 self._store.abandon(place)
@@ -292,8 +293,9 @@ class Checkpoints:
             known = str(self.valid_steps() or "none")
         except (OSError, BucketError, CheckpointError):
             known = f"{self.directory} cannot be looked into"
+        room = "" if is_bucket(self.directory) else f" ({durable.room(self.directory)})"
         return (
-            f"the checkpoint of step {step} could not be saved in {self.directory}{self._store.room()}: "
+            f"the checkpoint of step {step} could not be saved in {self.directory}{room}: "
             f"{reason[:_REASON]}. Earlier checkpoints are unharmed: {known}. Make room or mend the permissions there, "
             "then run the same command again: it goes on from the newest one."
         )

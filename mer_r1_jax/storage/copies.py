@@ -12,8 +12,9 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from mer_r1_jax.config.bounds import SCHEME
 from mer_r1_jax.storage import bucket
-from mer_r1_jax.storage.bucket import SCHEME, BucketError, Stored
+from mer_r1_jax.storage.bucket import BucketError, Stored
 
 DEFAULT_DIR = "~/.cache/mer-r1-jax"
 FETCHING = ".fetching-"

@@ -49,10 +49,8 @@ class DiskSteps(StepStore):
         place.mkdir()
         return place.name
 
-    def write_host_state(self, place: Path, state: dict[str, Any]) -> None:
+    def commit(self, place: Path, step: int, state: dict[str, Any]) -> None:
         durable.write_json(place / HOST_STATE, state)
-
-    def commit(self, place: Path, step: int) -> None:
         self._write_manifest(place, step)
         faults.here("checkpoint_commit", place.name)
         final, replaced = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
@@ -87,9 +85,6 @@ class DiskSteps(StepStore):
                 log.info("removing %s, left by an interrupted save", entry)
                 shutil.rmtree(entry, ignore_errors=True)
         self._cleared = True
-
-    def room(self) -> str:
-        return f" ({durable.room(self.directory)})"
 
     def _entries(self) -> dict[str, bool]:
         try:

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mer_r1_jax import screen
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.storage import durable, run_lock
-from mer_r1_jax.storage.bucket import BucketError, is_bucket
+from mer_r1_jax.storage.bucket import BucketError
 from mer_r1_jax.storage.checkpoints import Checkpoints
 from mer_r1_jax.storage.run_lock import RunDirectoryError
 from mer_r1_jax.storage.run_settings import (

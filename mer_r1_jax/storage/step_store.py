@@ -31,6 +31,8 @@ from mer_r1_jax.storage.stored_arrays import hash_of_json
 
 ARRAYS, HOST_STATE, MANIFEST = "arrays", "host.json", "manifest.json"
 
+Place = Path | epath.Path  # a folder on a disk, or an address in a bucket
+
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +64,7 @@ class StepStore(abc.ABC):
     FILES: str  # the manifest's field that describes the files
     FIELDS: tuple[str, ...]  # all of the manifest's fields that its hash covers
 
-    def __init__(self, directory: Path | epath.Path):
+    def __init__(self, directory: Place):
         self.directory = directory
 
     def numbers(self, warn: bool = False) -> list[int]:
@@ -79,7 +81,7 @@ class StepStore(abc.ABC):
                 log.warning("%s is not a checkpoint and is ignored", printable(self.directory / name))
         return sorted(steps, reverse=True)
 
-    def check(self, step: int, read_files: bool = True) -> tuple[Path | epath.Path, str]:
+    def check(self, step: int, read_files: bool = True) -> tuple[Place, str]:
         """Compares a step's files with its manifest; gives their folder, and the hash of the manifest's bytes.
 
         Args:
@@ -145,15 +147,11 @@ class StepStore(abc.ABC):
         """A place for a save, as a path below the directory; for the first process."""
 
     @abc.abstractmethod
-    def write_host_state(self, place: Path | epath.Path, state: dict[str, Any]) -> None:
-        """Writes what lies beside the arrays; for the first process."""
+    def commit(self, place: Place, step: int, state: dict[str, Any]) -> None:
+        """Writes the host state beside the arrays, then the manifest, and makes them count; for the first process."""
 
     @abc.abstractmethod
-    def commit(self, place: Path | epath.Path, step: int) -> None:
-        """Writes the manifest of a finished save and makes it count; for the first process."""
-
-    @abc.abstractmethod
-    def abandon(self, place: Path | epath.Path) -> None:
+    def abandon(self, place: Place) -> None:
         """Removes a save that failed, where that can do no harm; any process may call it."""
 
     @abc.abstractmethod
@@ -168,23 +166,19 @@ class StepStore(abc.ABC):
         """Removes what interrupted saves and removals have left; for the start that owns the run."""
 
     @abc.abstractmethod
-    def room(self) -> str:
-        """How much is free there, for an error; "" where there is no such limit."""
-
-    @abc.abstractmethod
     def _entries(self) -> dict[str, bool]:
         """Names of what lies in the directory, and whether each may be a step."""
 
     @abc.abstractmethod
-    def _read(self, folder: Path | epath.Path, name: str) -> bytes | None:
+    def _read(self, folder: Place, name: str) -> bytes | None:
         """A file's content; None when it is not there. DamagedStepError when it cannot be read."""
 
     @abc.abstractmethod
-    def _folder(self, manifest: dict[str, Any]) -> Path | epath.Path:
+    def _folder(self, manifest: dict[str, Any]) -> Place:
         """Where the files that a manifest describes lie. DamagedStepError when it does not say so."""
 
     @abc.abstractmethod
-    def _describer(self, folder: Path | epath.Path, read_files: bool) -> Callable[[str], dict[str, Any] | None]:
+    def _describer(self, folder: Place, read_files: bool) -> Callable[[str], dict[str, Any] | None]:
         """A function from a file's name to its "bytes" and checksums as they are now; None for a missing file."""
 
     @abc.abstractmethod

@@ -122,9 +122,9 @@ def test_content_that_breaks_on_its_way_makes_its_step_damaged(bucket, saved, ca
 
     def flipped(name, headers):
         status, about, data = content(name, headers)
-        return status, about, bytes([data[0], data[1] ^ 1, *data[2:]]) if name == broken else data
+        return status, about, data.replace(b'"next": 7', b'"next": 6') if name == broken else data
 
     monkeypatch.setattr(bucket, "_content", flipped)
     with caplog.at_level(logging.WARNING):
         assert restored_step(ADDRESS) == 1
-    assert "2 is damaged and ignored: host.json" in caplog.text
+    assert "2 is damaged and ignored: host.json cannot be read" in caplog.text  # though it is valid JSON
