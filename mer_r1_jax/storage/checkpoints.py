@@ -10,7 +10,6 @@ going on can be looked at; what that run removes or replaces meanwhile is notice
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable
@@ -47,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class VanishedError(CheckpointError):
-    """The run that is being read removes its steps faster than they can be read."""
+    """A step went, or failed, while it was read: what is newest now may still be whole."""
 
 
 class AllDamagedError(CheckpointError):
@@ -161,14 +160,15 @@ class Checkpoints:
         """
         unreadable: dict[int, str] = {}  # steps whose arrays failed after their files were found right
         for _ in range(TRIES):
-            found = self._agreed(lambda: self._newest_valid(step, unreadable))
-            if found is None:
-                return None
-            read = functools.partial(restore_arrays, found, self.layout_version, abstract_arrays, part)
-            restored = self._read(found, read, unreadable)
-            if restored is not None:
-                return restored
-        raise self._vanished()
+            try:
+                found = self._agreed(lambda: self._newest_valid(step, unreadable))
+                return None if found is None else self._read(found, abstract_arrays, part, unreadable)
+            except VanishedError:
+                continue
+        raise VanishedError(
+            f"{self.directory}: its steps were removed or replaced {TRIES} times while they were read: the run that "
+            "writes there saves too often to be looked at; wait for its end, or copy a step elsewhere and read that"
+        )
 
     def _agreed(self, find: Callable[[], Found | None]) -> Found | None:
         """What `find` gives, or raises, on the first process, on every process."""
@@ -187,22 +187,19 @@ class Checkpoints:
     def _newest_valid(self, step: int | None, unreadable: dict[int, str]) -> Found | None:
         if step is not None:
             return self._this_one(step, unreadable)
-        for _ in range(TRIES):
-            damaged: dict[int, str] = {}
-            for candidate in self._store.numbers(warn=True):
-                before = self._store.manifest_hash(candidate)
-                try:
-                    return self._open(candidate, unreadable)
-                except DamagedStepError as error:
-                    if self._store.manifest_hash(candidate) != before or candidate not in self._store.numbers():
-                        break  # the run goes on meanwhile: look again
-                    self._found_damaged.add(candidate)
-                    log.warning("checkpoint %s/%d is damaged and ignored: %s", self.directory, candidate, error)
-                    damaged[candidate] = str(error)
-            else:
-                self._refuse_loss(damaged)
-                return None
-        raise self._vanished()
+        damaged: dict[int, str] = {}
+        for candidate in self._store.numbers(warn=True):
+            before = self._store.manifest_hash(candidate)
+            try:
+                return self._open(candidate, unreadable)
+            except DamagedStepError as error:
+                if self._store.manifest_hash(candidate) != before or candidate not in self._store.numbers():
+                    raise VanishedError(str(error)) from error  # the run goes on meanwhile
+                self._found_damaged.add(candidate)
+                log.warning("checkpoint %s/%d is damaged and ignored: %s", self.directory, candidate, error)
+                damaged[candidate] = str(error)
+        self._refuse_loss(damaged)
+        return None
 
     def _this_one(self, step: int, unreadable: dict[int, str]) -> Found:
         try:
@@ -219,11 +216,11 @@ class Checkpoints:
             raise DamagedStepError(unreadable[step])
         return self._store.open_step(step)
 
-    def _read(self, found: Found, read: Callable[[], Restored], unreadable: dict[int, str]) -> Restored | None:
-        """The arrays of a step; None, with the reason noted, when it cannot be read and another is to be tried."""
+    def _read(self, found: Found, abstract_arrays: Any, part: bool, unreadable: dict[int, str]) -> Restored:
+        """The arrays of a step. VanishedError, with the reason noted, when another one is to be tried."""
         failure = ""
         try:
-            restored = read()
+            restored = restore_arrays(found, self.layout_version, abstract_arrays, part)
         except DamagedStepError as error:  # of the caller's function, on every process alike
             failure = str(error)
         except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
@@ -238,10 +235,10 @@ class Checkpoints:
         now = processes.from_first("whether a checkpoint is still there", lambda: self._store.manifest_hash(found.step))
         if now != found.manifest_sha256:
             log.warning("checkpoint %s was replaced or removed while it was read: the newest is read", found.where)
-            return None
+            raise VanishedError(found.where)
         if failure:
             unreadable[found.step] = failure
-            return None
+            raise VanishedError(failure)
         return restored
 
     def _refuse_loss(self, damaged: dict[int, str]) -> None:
@@ -254,12 +251,6 @@ class Checkpoints:
                 + "\nNothing was touched. Mend what stands there or put a copy of one of them back; to begin again, "
                 "remove that folder, or choose another train.run_name."
             )
-
-    def _vanished(self) -> VanishedError:
-        return VanishedError(
-            f"{self.directory}: its steps were removed or replaced {TRIES} times while they were read: the run that "
-            "writes there saves too often to be looked at; wait for its end, or copy a step elsewhere and read that"
-        )
 
     def _seems_whole(self, step: int) -> bool:
         # What was once read and found wrong takes no other step's place when old ones are removed.

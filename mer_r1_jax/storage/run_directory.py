@@ -110,7 +110,7 @@ class RunDirectory:
                         f"{path} is being written by another process of this host (its copy in {local_dir} is locked): "
                         "wait for it to end, or choose another train.run_name"
                     )
-                copy.bring_up_to_date()
+                copy.bring_up_to_date(lambda names: _refuse_foreign(path, names, maybe_ours=True))
             run = cls._locked(Path(os.path.abspath(copy.local if copy else path)), copy)
             try:
                 run._begin(plain(config), may_change, plain(fingerprints or {}), resume)
@@ -209,7 +209,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunDirectoryError(f"{path} cannot be made: {error}. Choose another train.output_dir.") from error
-        _refuse_foreign(path)
+        _refuse_foreign(path, set(os.listdir(path)), _is_ours(path))
         return cls(path, copy, run_lock.take(path))
 
     def _begin(
@@ -270,16 +270,15 @@ def _naming(copy: WorkingCopy | None) -> Iterator[None]:
         ) from error
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Refuses a folder with content that no attempt of ours has begun."""
-    names = {entry.name for entry in path.iterdir()}
-    if "config.json" in names or "env.json" in names:
-        try:
-            ours = json.loads((path / "env.json").read_text()).get("program") == PROGRAM
-        except (OSError, ValueError, AttributeError, RecursionError):
-            ours = False
-        if ours:
-            return
+def _refuse_foreign(path: str | os.PathLike, names: set[str], maybe_ours: bool) -> None:
+    """Refuses a folder with content that no attempt of ours has begun.
+
+    Args:
+        names: of what lies in the folder.
+        maybe_ours: whether its files of settings, where it has any, may be a run's.
+    """
+    if maybe_ours and names & {"config.json", "env.json"}:
+        return
     # A start that was killed before config.json was written has left only these.
     begun = {"completions", "tensorboard", "checkpoints", "eval", "logs", run_lock.NAME}
     begun |= {".config.json.new", ".env.json.new"}
@@ -289,6 +288,13 @@ def _refuse_foreign(path: Path) -> None:
             f"{path} is not a run of {PROGRAM} but holds {shown}: nothing was touched. "
             "Choose another train.output_dir or train.run_name."
         )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return json.loads((path / "env.json").read_text()).get("program") == PROGRAM
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:

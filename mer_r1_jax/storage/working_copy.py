@@ -18,6 +18,7 @@ import logging
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,14 @@ class WorkingCopy:
         self._token: str | None = None
         self._given: dict[str, list[int]] = {}  # file -> size and time of modification when it was given back
 
-    def bring_up_to_date(self) -> None:
+    def bring_up_to_date(self, check: Callable[[set[str]], None] = lambda names: None) -> None:
         """Makes the local copy what the bucket holds, unless this host was the last to write there.
 
+        Args:
+            check: called with the names that lie there before any is fetched; what it raises stops that.
+
         Raises:
-            BucketError: the address holds something else than a run, or cannot be read.
+            BucketError: the bucket cannot be read.
         """
         owner, record = owner_of(self.address), self._record()
         last_writer = owner is not None and owner.get("token") and owner.get("token") == record.get("token")
@@ -69,11 +73,7 @@ class WorkingCopy:
             for name, stored in bucket.listing(self.address).items()
             if name != OWNER and name.partition("/")[0] not in IN_BUCKET
         }
-        if found and not {"config.json", "env.json"} & found.keys():
-            raise BucketError(
-                f"{self.address} is no run's folder but holds {', '.join(list(found)[:5])}: nothing was touched. "
-                "Choose another train.output_dir or train.run_name."
-            )
+        check({name.partition("/")[0] for name in found})
         if self.local.exists():
             log.warning("%s is older than %s, and is replaced by what that holds", self.local, self.address)
         fetching = self.local.with_name(f"{copies.FETCHING}{self.local.name}")

@@ -1,7 +1,9 @@
 """What checkpoints are held to wherever they lie: every test here runs on a disk and in a bucket."""
 
 import itertools
+import json
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -56,6 +58,24 @@ def test_checkpoint_round_trip_is_bit_exact_and_typed(place):
     assert jax.random.bits(restored.arrays["key"]) == jax.random.bits(arrays["key"])
     by_function = Checkpoints(place.directory).restore(lambda step, host: abstract(make_arrays(host["step"])))
     assert as_bytes(by_function.arrays) == as_bytes(arrays)
+
+
+def test_the_layout_is_that_of_every_run_so_far(place):
+    save_steps(place.directory, 3)
+    manifest = json.loads(place.get("3/manifest.json"))
+    inside = "3" if place.files == "files" else f"3/{manifest['save']}"
+    described = manifest[place.files]
+    assert set(place.names()) == {"3/manifest.json", *(f"{inside}/{name}" for name in described)}
+    assert "host.json" in described and all(name == "host.json" or name.startswith("arrays/") for name in described)
+    if place.files == "files":
+        assert manifest.keys() == {"step", "files", "sha256"} and described["host.json"].keys() == {"bytes", "sha256"}
+    else:
+        assert manifest.keys() == {"step", "save", "objects", "sha256"}
+        assert described["host.json"].keys() == {"bytes", "crc32c", "md5"}
+        assert re.fullmatch(r"save-\d{8}T\d{6}-[0-9a-f]{8}", manifest["save"])
+    state = json.loads(place.get(f"{inside}/host.json"))
+    assert state.keys() == {"layout_version", "arrays", "saved_on", "host"} and state["layout_version"] == 1
+    assert state["arrays"]["w"] == {"shape": [64], "dtype": "float32"}
 
 
 def test_arrays_go_onto_another_mesh(place):

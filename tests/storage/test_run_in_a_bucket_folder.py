@@ -103,7 +103,7 @@ def test_files_are_given_back_oldest_first_and_unfinished_ones_not_at_all(bucket
 
 def test_other_things_and_other_configurations_are_refused_by_name(bucket, opened, tmp_path):
     bucket.put("runs/one/photo.jpg", b"mine")
-    with pytest.raises(BucketError, match=r"gs://bucket/runs/one is no run's folder but holds photo.jpg"):
+    with pytest.raises(RunDirectoryError, match=r"gs://bucket/runs/one is not a run of mer_r1_jax but holds photo.jpg"):
         opened("a")
     assert names(bucket) == {"photo.jpg"}
     bucket.objects.clear()
