@@ -36,6 +36,7 @@ from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.whole import on_first
 from mer_r1_jax.run.agreement import check_config, check_data
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
+from mer_r1_jax.run.layout import mesh_changes
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.rl import RlPhase
 from mer_r1_jax.run.session import Session, check_host, check_numbers
@@ -44,7 +45,7 @@ from mer_r1_jax.run.sft import SftPhase, describe
 from mer_r1_jax.storage import bucket
 from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
-from mer_r1_jax.storage.stored_arrays import mesh_changes, named_leaves
+from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals

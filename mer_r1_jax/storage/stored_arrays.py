@@ -98,18 +98,6 @@ def restore_arrays(
     return Restored(found.step, arrays, state["host"], found.manifest_sha256, state.get("saved_on", {}))
 
 
-def mesh_changes(saved_on: Mapping[str, int], mesh: jax.sharding.Mesh) -> str:
-    """Changes such as `fsdp 2 -> 4, processes 1 -> 2`; empty when there are none, or none are known.
-
-    Args:
-        saved_on: of `Restored`.
-        mesh: of this attempt.
-    """
-    now = dict(mesh.shape) | {"processes": processes.count()}
-    changed = [name for name in now if saved_on.get(name, now[name]) != now[name]]
-    return ", ".join(f"{name} {saved_on[name]} -> {now[name]}" for name in changed)
-
-
 def hash_of_json(content: dict[str, Any]) -> str:
     """Hexadecimal SHA-256 of JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
