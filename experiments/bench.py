@@ -17,7 +17,7 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 _TASKS = flags.DEFINE_list("tasks", ["text", "omni"], "What to measure: text, omni.")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Repetitions of each side.", lower_bound=1)

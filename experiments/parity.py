@@ -20,7 +20,7 @@ from mer_r1_jax.omni.border import InputError, ProcessorInputs
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.parity import run_port
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory of a Thinker or a full Omni model.", required=True)
 _INPUTS = flags.DEFINE_string("inputs", None, ".npz file of processor tensors.", required=True)

@@ -16,11 +16,11 @@ from ml_collections import config_flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.disk import writing
 from mer_r1_jax.planning.markdown import markdown
 from mer_r1_jax.planning.plan import PROGRAMS, plan
 from mer_r1_jax.run.inputs import FOLDERS, require_files
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import writing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Slices as Cloud TPU spells them, such as v5p:2x2x4.")

@@ -25,7 +25,7 @@ from mer_r1_jax.evaluation.probes import MODALITIES, Swap, swap_modality, swap_r
 from mer_r1_jax.evaluation.statistics import POINTS, signed
 from mer_r1_jax.run.held_out import open_held_out
 from mer_r1_jax.run.policy import refuse_in_run
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 PARTS = (*MODALITIES, "reasoning")
 

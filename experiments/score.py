@@ -13,10 +13,10 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
-from mer_r1_jax.disk import writing
 from mer_r1_jax.emotion import predictions
 from mer_r1_jax.emotion.wheels import VARIANTS, load_wheels
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import writing
 
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "JSON lines to score.", required=True)
 _METRIC = flags.DEFINE_enum("metric", None, list(predictions.METRICS), "Which score.", required=True)

@@ -26,7 +26,6 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.data.report import print_report
 from mer_r1_jax.data.synthetic.make import WorldPaths
 from mer_r1_jax.data.validation import Checks, DataFile, validate
-from mer_r1_jax.disk import writing
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import PromptBuilder
@@ -34,7 +33,8 @@ from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.run.inputs import require_files
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import writing
 from mer_r1_jax.training.backbone import thinker_config
 
 _DATA = flags.DEFINE_list("data", [], "JSON-lines files; empty = those of --config.")

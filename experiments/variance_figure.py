@@ -20,7 +20,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.rl.advantage import Rewards, advantages
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 _OUT = flags.DEFINE_string("out", "docs/variance.svg", "Where the picture goes.")
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
 
-from mer_r1_jax.disk import explanation
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.storage.durable import explanation
 
 _LOG_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

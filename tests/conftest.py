@@ -54,7 +54,7 @@ def pytest_runtest_makereport():
 
 # What `--fast` leaves out without importing it: whole runs, several processes, compiles, PyTorch as an oracle.
 SLOW = (
-    *("run", "bucket", "parallel", "planning", "omni", "hf", "kernels", "mme", "speed", "training", "evaluation"),
+    *("run", "storage", "parallel", "planning", "omni", "hf", "kernels", "mme", "speed", "training", "evaluation"),
     "judge",
 )
 SLOW_FILES = (

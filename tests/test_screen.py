@@ -116,7 +116,7 @@ def test_orbaxs_tracebacks_go_to_the_log_file_where_there_is_one(tmp_path):
         from absl import logging as absl_logging
         from mer_r1_jax import screen
         from mer_r1_jax.cli import explained
-        from mer_r1_jax.training.checkpoints import Checkpoints
+        from mer_r1_jax.storage.checkpoints import Checkpoints
         absl_logging.use_absl_handler()  # as app.run does
         screen.guard_terminal()
         folder, kept = pathlib.Path(sys.argv[1]), len(sys.argv) > 2

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import typing
 from typing import Annotated, Any, Literal
 
-from mer_r1_jax.bucket.storage import is_bucket, problem_of
 from mer_r1_jax.foreign_text import printable
 
+SCHEME = "gs://"
+_ADDRESS = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](?:/(?P<name>.*))?")
 _SHOWN = 80  # characters of a value that an error shows
 _PATH_BYTES, _NAME_BYTES = 4096, 200  # Linux takes 4096 and 255; a run's name leaves room for suffixes of its files
 
@@ -76,7 +78,13 @@ class PlaceText:
                 "expected a path of a file system or gs://<bucket>/<path>; mount other storage at the same place on "
                 "every host (experiments/launch/README.md) and name that place"
             )
-        return problem_of(value) or ""
+        match = _ADDRESS.fullmatch(value)
+        if match is None:
+            return "expected gs://<bucket>/<path>"
+        parts = (match["name"] or "").removesuffix("/").split("/")
+        if any(part in (".", "..") for part in parts) or ("" in parts and parts != [""]):
+            return "expected gs://<bucket>/<path> without empty parts, '.' and '..'"
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +108,11 @@ class Text:
     def problem(self, value: str) -> str:
         """What is expected in place of a text; "" where nothing is wrong with it."""
         return "" if _is_utf8(value) else "expected text that UTF-8 can hold; half a surrogate pair stands in it"
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is an address in a bucket."""
+    return str(path).startswith(SCHEME)
 
 
 def _wrong_part(part: str) -> str:

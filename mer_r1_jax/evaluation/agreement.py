@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.disk import writing
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import Prompts
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.packing import Continuations, pack, predictor_hidden
 from mer_r1_jax.rl.sampling import SamplingConfig
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import writing
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.prompts import prompt_rows, uid_of
 from mer_r1_jax.training.state import Params

@@ -19,7 +19,7 @@ from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, per
 from mer_r1_jax.evaluation.page import render_page
 from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
 from mer_r1_jax.evaluation.statistics import signed
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 __all__ = ["ReportError", "make_report"]
 

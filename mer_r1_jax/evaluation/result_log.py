@@ -17,8 +17,8 @@ from typing import Any
 
 from mer_r1_jax import faults
 from mer_r1_jax.config.build import difference
-from mer_r1_jax.disk import writing
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import writing
 
 VERSION = 1  # of the lines' form
 FAILED = "failed"  # a line with it says why there is no result

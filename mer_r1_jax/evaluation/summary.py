@@ -15,7 +15,7 @@ from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 ORACLE_COLUMN = "oracle"  # extra column of the embedded world's held-out records: the answer of one who knows the cues
 

@@ -15,11 +15,11 @@ import time
 
 import jax
 
-from mer_r1_jax.disk import writing
 from mer_r1_jax.parallel.tpu_flags import VARIABLE
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.planning.traced import traced_flops
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import writing
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 _OVER = re.compile(

@@ -18,7 +18,7 @@ from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import ModelConfig, RlConfig, RunConfig
 from mer_r1_jax.rl.advantage import ARMS
-from mer_r1_jax.training.run_directory import MAY_CHANGE, config_differences
+from mer_r1_jax.storage.run_settings import MAY_CHANGE, config_differences
 
 SFT = "sft"  # row of the shared checkpoints
 CONTROLS = {

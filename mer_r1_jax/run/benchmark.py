@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.emotion.candidates import CandidateTable
@@ -30,7 +30,7 @@ from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.run.answering import eval_length, make_evaluator
 from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, require_model, saved_config
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.state import Params
 from mer_r1_jax.training.stopping import NEVER, Stop

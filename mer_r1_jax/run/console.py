@@ -18,9 +18,9 @@ from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.answering import eval_buckets, eval_length, load_prompts
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.training.checkpoints import Restored
+from mer_r1_jax.storage.checkpoints import Restored
+from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.training.phase import Phase
-from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.sft_step import SftPhase
 
 PROMPTS_TRIED = 8  # records looked through for a prompt to show

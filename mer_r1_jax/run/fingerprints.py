@@ -20,8 +20,8 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.media.fingerprints import ClipChangedError, in_words, of_ends
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.training import durable
-from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 
 CLIPS_FILE = "clips.json"
 CLIPS_RULE = f"by size and both ends, in {CLIPS_FILE}"  # of media/fingerprints.py; another one begins anew

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from mer_r1_jax.bucket import copies, storage
-from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.checks import lookup
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import DataConfig, RunConfig
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.storage import bucket, copies
 
 FOLDERS = ("model.path", "model.tokenizer_path", "emotion.wheel_dir")
 FILES = ("data.sft_path", "data.rl_path", "data.eval_path")
@@ -81,7 +81,7 @@ def fetch_clips(config: RunConfig, records: Iterable[Record]) -> None:
         if is_bucket(root):
             wanted.setdefault(root.rstrip("/"), set()).update((*record.videos, *record.audios, *record.images))
     for root, names in wanted.items():
-        there = storage.listing(root)
+        there = bucket.listing(root)
         folder = copy_of(config, root)
         for name in names - there.keys():
             (folder / name).unlink(missing_ok=True)  # a copy of what was there once

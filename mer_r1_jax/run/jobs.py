@@ -20,7 +20,7 @@ from typing import IO
 
 from mer_r1_jax.config.build import to_json
 from mer_r1_jax.run.ablation_plan import Job
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 from mer_r1_jax.training.signals import EXIT_SAVED, StopSignals
 
 PROGRAM = (sys.executable, "-m", "mer_r1_jax.run.job")

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mer_r1_jax.bucket import storage
-from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.errors import ConfigError
@@ -21,9 +20,8 @@ from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.setup import Setup, make_setup
-from mer_r1_jax.training import durable, run_lock
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
+from mer_r1_jax.storage import bucket, durable, run_lock
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import Params, as_stored, check_host, check_numbers, nest, stored_params
 
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
@@ -91,8 +89,7 @@ def checkpoint_params(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Params
         return {kind: stored[kind] for kind in ("trainable", "frozen")}  # nobody asks for the optimizer's moments
 
     where = _join(run_dir, RUN_MARKER)
-    checkpoints = BucketCheckpoints(where) if is_bucket(where) else Checkpoints(where)
-    restored = checkpoints.restore(parameters, part=True)
+    restored = Checkpoints(where).restore(parameters, part=True)
     if restored is None:
         raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
     params = stored_params(restored.arrays)
@@ -191,7 +188,7 @@ def _join(run_dir: str | pathlib.Path, name: str) -> str:
 
 def _read_config(file: str | pathlib.Path) -> RunConfig:
     try:
-        content = storage.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
+        content = bucket.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
         return from_mapping(json.loads(content or b""))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):

@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -32,8 +31,7 @@ import numpy as np
 from rich.console import Console
 
 from mer_r1_jax import faults, screen
-from mer_r1_jax.bucket import storage
-from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
@@ -54,15 +52,14 @@ from mer_r1_jax.run.console import conclude, introduce, unscored
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
-from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints, Restored
-from mer_r1_jax.training.damage import DamagedStepError
+from mer_r1_jax.storage import bucket
+from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Checkpoints, Restored
+from mer_r1_jax.storage.damage import DamagedStepError
+from mer_r1_jax.storage.run_directory import RunDirectory
+from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.phase import Phase
-from mer_r1_jax.training.restoring import AllDamagedError
 from mer_r1_jax.training.rl_step import Rollout, beta_at
-from mer_r1_jax.training.run_directory import RunDirectory
 from mer_r1_jax.training.sft_step import SftPhase, make_sft_step
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
 from mer_r1_jax.training.state import (
@@ -77,7 +74,6 @@ from mer_r1_jax.training.state import (
     stored_params,
 )
 from mer_r1_jax.training.stopping import Stop
-from mer_r1_jax.training.stored_arrays import named_leaves
 
 BENCHMARK = "heldout"  # names the files of evaluations
 EVALUATED_MODES = ("slow", "fast")
@@ -107,7 +103,7 @@ class Run(Setup):
     """
 
     folder: RunDirectory
-    checkpoints: Checkpoints | BucketCheckpoints
+    checkpoints: Checkpoints
     metrics: MetricsWriter | NoMetrics
     stop: Stop
     console: Console
@@ -127,7 +123,7 @@ def train(config: RunConfig) -> int:
     config = checked(config)
     check_config(config)  # the same on all processes
     if is_bucket(config.train.output_dir):
-        storage.require()
+        bucket.require()
     setup = make_setup(config, _clip_progress(console))
     if not (setup.data.sft or setup.data.rl or setup.data.eval):
         raise ConfigError(
@@ -149,20 +145,19 @@ def train(config: RunConfig) -> int:
 
 def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
     """Opens the run's folder on the first process, whose lock and log it is, and joins it on the others."""
-    section, name = config.train, config.train.run_name or config.name
-    if is_bucket(section.output_dir):
-        place = f"{section.output_dir.rstrip('/')}/{name}", section.local_dir
-        open_folder, join = BucketRunDirectory.open_in_bucket, BucketRunDirectory.join_in_bucket
-    else:
-        place = (pathlib.Path(section.output_dir) / name,)
-        open_folder, join = RunDirectory.open, RunDirectory.join
+    section = config.train
+    path = os.path.join(section.output_dir, section.run_name or config.name)
     folder = None
     if processes.is_first():
-        resume = section.resume_from_checkpoint == "auto"
-        fingerprints = of_inputs(setup)
-        folder = open_folder(*place, dataclasses.asdict(config), fingerprints=fingerprints, resume=resume)
+        folder = RunDirectory.open(
+            path,
+            dataclasses.asdict(config),
+            fingerprints=of_inputs(setup),
+            resume=section.resume_from_checkpoint == "auto",
+            local_dir=section.local_dir,
+        )
     opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
-    return folder or join(*place, *opened, process=processes.index())
+    return folder or RunDirectory.join(path, *opened, process=processes.index(), local_dir=section.local_dir)
 
 
 def _clip_progress(console: Console) -> Callable[[int, int], None]:

@@ -25,10 +25,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from mer_r1_jax import faults, screen
-from mer_r1_jax.disk import DISK_ERRORS, WriteError, writing
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.training import durable
-from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import DISK_ERRORS, WriteError, writing
+from mer_r1_jax.storage.run_directory import RunDirectory
 
 PHASES = ("sft", "rl")  # in the order a run goes through them
 

@@ -27,7 +27,7 @@ from mer_r1_jax.evaluation.summary import samples
 from mer_r1_jax.run import held_out as held_out_module
 from mer_r1_jax.run.policy import PolicyError
 from mer_r1_jax.run.train import train
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from support.small_run import CONFIG_FILE, REPOSITORY
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.run.policy import load_policy
-from mer_r1_jax.training.checkpoints import HOST_STATE, Checkpoints
+from mer_r1_jax.storage.checkpoints import HOST_STATE, Checkpoints
 from mer_r1_jax.training.metrics import read_metrics
 from mer_r1_jax.training.state import flatten
 

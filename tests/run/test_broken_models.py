@@ -13,8 +13,8 @@ from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.rl.rollout import RolloutError
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.policy import load_policy, open_model
-from mer_r1_jax.training import durable
-from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import as_stored, make_optimizer, nest, tower_flags, trainable_names
 
 NORM = "text/norm/scale"

@@ -20,7 +20,7 @@ from mer_r1_jax.run import fingerprints
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, of_source
 from mer_r1_jax.run.setup import make_setup
 from mer_r1_jax.run.train import train as run
-from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 from mer_r1_jax.training.state import nest
 
 REWARD = "def warmth(completions, **columns):\n    return [1.0 for _ in completions]\n"

@@ -15,7 +15,7 @@ from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.hf.sums import SUMS_FILE
 from mer_r1_jax.run.fingerprints import of_inputs
 from mer_r1_jax.run.setup import make_setup
-from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.training.state import as_stored, make_optimizer, nest, tower_flags, trainable_names
 
 # The tests have eight emulated devices, and a step of the small run has four rows.

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mer_r1_jax.cli import explained
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
+from mer_r1_jax.storage.run_directory import RunDirectory
 
 WHOLE = np.arange(32, dtype=np.float32).reshape(8, 4)
 
@@ -23,9 +23,9 @@ def main(address: str, base: str) -> None:
     own = processes.index()
     folder, disk = None, f"{base}/host_{own}"
     if own == 0:
-        folder = BucketRunDirectory.open_in_bucket(address, disk, {"name": "pair"})
+        folder = RunDirectory.open(address, {"name": "pair"}, local_dir=disk)
     opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
-    folder = folder or BucketRunDirectory.join_in_bucket(address, disk, *opened, process=own)
+    folder = folder or RunDirectory.join(address, *opened, process=own, local_dir=disk)
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P("fsdp"))
     with folder:

@@ -6,9 +6,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.training.metrics import MetricsWriter
-from mer_r1_jax.training.run_directory import RunDirectory
 
 TRUTHS = (["happy", "surprised"], ["sad"], ["angry", "disgusted"], ["afraid"])
 

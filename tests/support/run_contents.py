@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 
-from mer_r1_jax.training.checkpoints import HOST_STATE, Checkpoints
+from mer_r1_jax.storage.checkpoints import HOST_STATE, Checkpoints
 from mer_r1_jax.training.metrics import read_metrics
 
 TIMED = ("time", "step_time", "perf/throughput", "data/decode_ms")  # and everything below timing_s/

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboardX.proto import event_pb2
 
+from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.training.metrics import LOSS_HINT, MetricsWriter, Progress, read_metrics, to_floats
-from mer_r1_jax.training.run_directory import RunDirectory
 
 CONFIG = {"name": "tiny"}
 
@@ -74,7 +74,7 @@ def test_lines_written_before_sigkill_are_there(tmp_path):
     script = f"""
         import os, signal
         from mer_r1_jax.training.metrics import MetricsWriter
-        from mer_r1_jax.training.run_directory import RunDirectory
+        from mer_r1_jax.storage.run_directory import RunDirectory
         writer = MetricsWriter(RunDirectory.open({str(tmp_path / "run")!r}, {CONFIG!r}))
         for step in range(4):
             writer.write("sft", step, {{"loss": 1.0}})

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from mer_r1_jax.config.schema import OptimizerConfig, RlConfig
+from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.rl_step import beta_at
 from mer_r1_jax.training.state import (
     apply_gradients,
@@ -23,7 +24,6 @@ from mer_r1_jax.training.state import (
     state_shardings,
     trainable_names,
 )
-from mer_r1_jax.training.stored_arrays import named_leaves
 
 PARAMS = {"text/a": [1.0, -2.0], "text/b": [0.5], "vision/c": [3.0]}
 GRADIENTS = {"text/a": [3.0, -4.0], "text/b": [12.0]}

@@ -11,7 +11,7 @@ import numpy as np
 
 from mer_r1_jax.data.synthetic import face, voice
 from mer_r1_jax.data.synthetic.world import SLOTS_PER_MODALITY, Scene, random_stream
-from mer_r1_jax.disk import writing
+from mer_r1_jax.storage.durable import writing
 
 FPS = 8
 FRAMES = 16

@@ -14,7 +14,7 @@ from mer_r1_jax.evaluation.ablation.tables import markdown, tables_of
 from mer_r1_jax.evaluation.figures import data_uri
 from mer_r1_jax.evaluation.page import render_page
 from mer_r1_jax.foreign_text import for_markdown, printable
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 FIGURE = "ablation.svg"
 

@@ -24,7 +24,7 @@ from mer_r1_jax.evaluation.benchmarks.request import Request
 from mer_r1_jax.evaluation.benchmarks.scores import score_benchmark
 from mer_r1_jax.evaluation.benchmarks.sets import metric_of
 from mer_r1_jax.evaluation.result_log import LogForm, ResultLog, check_fingerprint, read_log
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 # A line of answers holds everything a score needs: clip, truth, the raw text, its words and their confidences.
 ANSWERS = LogForm(key=("id", "mode"), lines="answers", error=BenchmarkError)

@@ -20,7 +20,7 @@ from mer_r1_jax.evaluation.benchmarks import inert_pickle
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.inert_pickle import UnsafePickle
 from mer_r1_jax.foreign_text import printable, would_run_in_a_spreadsheet
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 SPLIT, NAME = "split", "name"  # the first columns of the CSV
 # The largest official file has a few megabytes and a handful of arrays.

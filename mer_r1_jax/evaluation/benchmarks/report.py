@@ -26,7 +26,7 @@ from mer_r1_jax.evaluation.clip_strip import clip_strips
 from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
 from mer_r1_jax.evaluation.page import render_page
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 FEW_CLIPS = 100  # below this a score says little
 TEXT_SHOWN = 900  # characters of reasoning

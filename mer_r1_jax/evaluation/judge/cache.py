@@ -9,9 +9,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.disk import WriteError, writing
 from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import WriteError, writing
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.scores import paired_modes, score_mode
 from mer_r1_jax.evaluation.mme.stages import asked_of
 from mer_r1_jax.evaluation.result_log import LogForm, read_log
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 NAME = "mme_emotion"
 RESULTS = LogForm(key=("key",), lines="results", error=MmeError, last_counts=True)  # of every stage

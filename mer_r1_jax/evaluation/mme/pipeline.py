@@ -16,7 +16,7 @@ from mer_r1_jax.evaluation.mme.reader import Benchmark, read_responses, response
 from mer_r1_jax.evaluation.mme.report import make_mme_report
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure, Predictor, Progress, asked_of, extract, judge, predict
 from mer_r1_jax.evaluation.result_log import ResultLog
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 RESPONSE = "response"  # the mode of answers that were made elsewhere
 

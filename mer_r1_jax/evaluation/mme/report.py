@@ -17,7 +17,7 @@ from mer_r1_jax.evaluation.mme.stages import Asked
 from mer_r1_jax.evaluation.mme.tasks import COT, METRICS, PAPER_COT, PAPER_JUDGE, PAPER_OVERALL, TASKS, TOTAL
 from mer_r1_jax.evaluation.page import render_page
 from mer_r1_jax.evaluation.result_log import FAILED, read_log
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
 
 FEW_ITEMS = 100  # below this a score says little
 TEXT_SHOWN = 1200  # characters of a response

@@ -38,26 +38,6 @@ class Restored(NamedTuple):
     saved_on: Mapping[str, int] = {}
 
 
-def check_settings(max_to_keep: int) -> None:
-    """Refuses settings of checkpoints that keep nothing.
-
-    Raises:
-        ValueError: saying what to set.
-    """
-    if max_to_keep < 1:
-        raise ValueError(f"max_to_keep is {max_to_keep}, but at least one checkpoint must be kept: set it to 1 or more")
-
-
-def check_step(step: int) -> None:
-    """Refuses a step that cannot be saved.
-
-    Raises:
-        CheckpointError: it is negative.
-    """
-    if step < 0:
-        raise CheckpointError(f"step {step} cannot be saved: steps count from 0")
-
-
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves under readable, unique names such as `optimizer.0.mu.text.embed`, in the order of the tree."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -94,9 +74,9 @@ def restore_arrays(
     """Reads a sound step into the caller's tree.
 
     Args:
-        found: the step, a `restoring.Found`.
+        found: the step, a `step_store.Found`.
         layout_version: that this program reads.
-        abstract_arrays, part: as for `StoredSteps.restore`.
+        abstract_arrays, part: as for `Checkpoints.restore`.
 
     Raises:
         CheckpointError: it does not fit.

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from support.small_run import small_setup
 
-from mer_r1_jax.bucket.copies import fetch_file, fetch_folder
-from mer_r1_jax.bucket.storage import BucketError
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.run.inputs import with_local_inputs
+from mer_r1_jax.storage.bucket import BucketError
+from mer_r1_jax.storage.copies import fetch_file, fetch_folder
 from mer_r1_jax.training.state import flatten, nest
 
 

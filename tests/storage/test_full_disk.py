@@ -15,7 +15,6 @@ import pytest
 from mer_r1_jax import faults
 from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.data.synthetic.render import write_clip
-from mer_r1_jax.disk import WriteError, writing
 from mer_r1_jax.evaluation import result_log
 from mer_r1_jax.evaluation.agreement import write_cases
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
@@ -25,9 +24,10 @@ from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.thinker import init_params
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import durable
+from mer_r1_jax.storage.durable import WriteError, writing
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 from mer_r1_jax.training.metrics import MetricsWriter, read_metrics
-from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 RESULTS = result_log.LogForm(key=("key",), lines="results", error=ValueError, last_counts=True)
@@ -195,10 +195,9 @@ def failing_writes():
 
 # Where files are written by hand, and why none of them is torn.
 BY_HAND = {
-    "mer_r1_jax/training/durable.py": "what all others use",
+    "mer_r1_jax/storage/durable.py": "what all others use",
     "mer_r1_jax/training/metrics.py": "lines that are taken back",
-    "mer_r1_jax/training/run_directory.py": "a lock",
-    "mer_r1_jax/training/run_lock.py": "a lock",
+    "mer_r1_jax/storage/run_lock.py": "a lock",
     "mer_r1_jax/evaluation/result_log.py": "lines that are taken back",
     "mer_r1_jax/evaluation/judge/cache.py": "a lock",
     "mer_r1_jax/run/jobs.py": "a lock, and what processes print",
@@ -223,7 +222,7 @@ def test_files_are_written_in_one_way():
         for path in (root / folder).rglob("*.py")
         if any(map(writes_a_file, ast.walk(ast.parse(path.read_text()))))
     }
-    assert found == BY_HAND.keys(), "use training/durable.py, or say here why nothing is torn"
+    assert found == BY_HAND.keys(), "use storage/durable.py, or say here why nothing is torn"
 
 
 def writes_a_file(node):

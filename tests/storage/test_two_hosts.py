@@ -9,7 +9,7 @@ from support.bucket_processes import WHOLE
 from support.several import end_of, start_processes
 from support.small_run import REPOSITORY
 
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.storage.checkpoints import Checkpoints
 
 LIMIT = 400  # seconds, on a busy machine
 
@@ -28,7 +28,7 @@ def test_two_hosts_save_their_parts_and_another_number_of_devices_reads_them(end
     written = {name for method, name in bucket.requests if method == "POST"}
     for process in (0, 1):
         assert any(f"/arrays/ocdbt.process_{process}/" in name for name in written)
-    checkpoints = BucketCheckpoints("gs://bucket/runs/pair/checkpoints")
+    checkpoints = Checkpoints("gs://bucket/runs/pair/checkpoints")
     assert checkpoints.valid_steps() == [2]
     restored = checkpoints.restore({"w": jax.ShapeDtypeStruct(WHOLE.shape, WHOLE.dtype)})
     np.testing.assert_array_equal(restored.arrays["w"], 2 * WHOLE)

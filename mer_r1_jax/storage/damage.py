@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.training.stored_arrays import CheckpointError, hash_of_json
+from mer_r1_jax.storage.bucket import BucketError
+from mer_r1_jax.storage.stored_arrays import CheckpointError, hash_of_json
 
 MAX_REASON = 300  # characters of a system's message that are shown
 
@@ -19,10 +20,10 @@ class DamagedStepError(CheckpointError):
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turns an error of the system while `what` is read into a damage of its step."""
+    """Turns an error of the system or the bucket while `what` is read into a damage of its step."""
     try:
         yield
-    except OSError as error:
+    except (OSError, BucketError) as error:
         raise DamagedStepError(f"{what} cannot be read: {described(error)}") from error
 
 

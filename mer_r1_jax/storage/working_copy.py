@@ -2,7 +2,7 @@
 
     <address>/owner.json         which start of the run may write here: the latest
              /...                everything that `RunDirectory` describes
-             /checkpoints/...    written there directly (bucket_checkpoints.py), never copied
+             /checkpoints/...    written there directly (bucket_steps.py), never copied
 
 The bucket is the truth. A file that a killed process had not given back yet is lost with its host, and belongs to
 steps that are made again; on the same host it is found and kept.
@@ -18,12 +18,12 @@ import logging
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.bucket import copies, storage
-from mer_r1_jax.bucket.storage import BucketError
-from mer_r1_jax.training import durable
+from mer_r1_jax.storage import bucket, copies, durable
+from mer_r1_jax.storage.bucket import BucketError
 
 OWNER = "owner.json"
 IN_BUCKET = ("checkpoints", "reference")  # folders of checkpoints
@@ -54,27 +54,26 @@ class WorkingCopy:
         self._token: str | None = None
         self._given: dict[str, list[int]] = {}  # file -> size and time of modification when it was given back
 
-    def bring_up_to_date(self) -> None:
+    def bring_up_to_date(self, check: Callable[[set[str]], None] = lambda names: None) -> None:
         """Makes the local copy what the bucket holds, unless this host was the last to write there.
 
+        Args:
+            check: called with the names that lie there before any is fetched; what it raises stops that.
+
         Raises:
-            BucketError: the address holds something else than a run, or cannot be read.
+            BucketError: the bucket cannot be read.
         """
-        owner, record = self._owner(), self._record()
+        owner, record = owner_of(self.address), self._record()
         last_writer = owner is not None and owner.get("token") and owner.get("token") == record.get("token")
         if last_writer and self.local.is_dir():
             self._given = record.get("given", {})
             return
         found = {
             name: stored
-            for name, stored in storage.listing(self.address).items()
+            for name, stored in bucket.listing(self.address).items()
             if name != OWNER and name.partition("/")[0] not in IN_BUCKET
         }
-        if found and not {"config.json", "env.json"} & found.keys():
-            raise BucketError(
-                f"{self.address} is no run's folder but holds {', '.join(list(found)[:5])}: nothing was touched. "
-                "Choose another train.output_dir or train.run_name."
-            )
+        check({name.partition("/")[0] for name in found})
         if self.local.exists():
             log.warning("%s is older than %s, and is replaced by what that holds", self.local, self.address)
         fetching = self.local.with_name(f"{copies.FETCHING}{self.local.name}")
@@ -91,7 +90,7 @@ class WorkingCopy:
         """From now on this start owns the run."""
         self._token = secrets.token_hex(8)
         content = {"attempt": attempt, "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "token": self._token}
-        storage.write(f"{self.address}/{OWNER}", json.dumps(content).encode())
+        bucket.write(f"{self.address}/{OWNER}", json.dumps(content).encode())
         self._write_record()
 
     def check_owner(self) -> None:
@@ -100,7 +99,7 @@ class WorkingCopy:
         Raises:
             TakenOverError: it was.
         """
-        owner = self._owner() or {"attempt": "none"}
+        owner = owner_of(self.address) or {"attempt": "none"}
         if owner.get("token") != self._token:
             raise TakenOverError(
                 f"{self.address} was taken over by a later start of the same run (attempt {owner.get('attempt')}): "
@@ -120,13 +119,13 @@ class WorkingCopy:
         changed = [name for name, path in self._files() if self._given.get(name) != self._state_of(path)]
         for name in sorted(changed, key=lambda name: (self._state_of(self.local / name)[1], name)):
             state = self._state_of(self.local / name)  # before it is read: what is added meanwhile is given next time
-            storage.upload(self.local / name, f"{self.address}/{name}")
+            bucket.upload(self.local / name, f"{self.address}/{name}")
             self._given[name] = state
         self._write_record()
 
     def give_back_one(self, file: Path) -> None:
         """Writes one file, such as the log of a process that owns nothing else."""
-        storage.upload(file, f"{self.address}/{file.relative_to(self.local).as_posix()}")
+        bucket.upload(file, f"{self.address}/{file.relative_to(self.local).as_posix()}")
 
     def _files(self) -> list[tuple[str, Path]]:
         found = []
@@ -136,10 +135,6 @@ class WorkingCopy:
             if not unfinished and parts[0] not in IN_BUCKET and path.is_file():
                 found.append(("/".join(parts), path))
         return found
-
-    def _owner(self) -> dict[str, Any] | None:
-        content = storage.read(f"{self.address}/{OWNER}")
-        return None if content is None else _mapping(content)
 
     def _record(self) -> dict[str, Any]:
         try:
@@ -153,6 +148,16 @@ class WorkingCopy:
     def _state_of(self, path: Path) -> list[int]:
         status = path.stat()
         return [status.st_size, status.st_mtime_ns]
+
+
+def owner_of(address: str) -> dict[str, Any] | None:
+    """Which start of a run owns its folder in a bucket: "attempt", "since" and "token"; None where nobody does.
+
+    Raises:
+        BucketError: the bucket cannot be read.
+    """
+    content = bucket.read(f"{address}/{OWNER}")
+    return None if content is None else _mapping(content)
 
 
 def _mapping(content: bytes) -> dict[str, Any]:

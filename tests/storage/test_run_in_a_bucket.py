@@ -9,10 +9,9 @@ import pytest
 from support.killing import train
 from support.run_contents import contents, differences
 
-from mer_r1_jax.bucket.copies import fetch_folder
 from mer_r1_jax.run.policy import PolicyError, load_policy, saved_config
-from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
-from mer_r1_jax.training.checkpoints import HOST_STATE, CheckpointError, Checkpoints
+from mer_r1_jax.storage.checkpoints import HOST_STATE, CheckpointError, Checkpoints
+from mer_r1_jax.storage.copies import fetch_folder
 
 SETTINGS = ("--config.sft.max_steps=0", "--config.rl.max_steps=3", "--config.train.save_steps=1")
 NOT_EVALUATED = "--config.data.eval_path="
@@ -43,7 +42,7 @@ def start(server, small_folder, compiled, tmp_path):
 def test_killed_on_one_host_and_gone_on_with_on_another_ends_as_left_alone(bucket, start, alone, tmp_path):
     killed = start("first", place="checkpoint_commit 3")  # arrays are there, and do not count
     assert killed.returncode == -9, killed.stderr[-3000:]
-    assert BucketCheckpoints(f"{RUN}/checkpoints").valid_steps() == [1]  # the first save is the reference
+    assert Checkpoints(f"{RUN}/checkpoints").valid_steps() == [1]  # the first save is the reference
     ended = start("second")
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "going on after rl step 1" in ended.stderr
@@ -65,7 +64,7 @@ def test_killed_on_one_host_and_gone_on_with_on_another_ends_as_left_alone(bucke
 def test_policy_of_a_run_in_a_bucket_is_that_of_the_same_run_on_a_disk(bucket, alone):
     put_folder(bucket, "runs/small", alone)
     restored = Checkpoints(alone / "checkpoints").restore(shapes_of(alone, LAST), step=LAST)
-    BucketCheckpoints(f"{RUN}/checkpoints").save(LAST, restored.arrays, restored.host)
+    Checkpoints(f"{RUN}/checkpoints").save(LAST, restored.arrays, restored.host)
     (_, params, _), (_, expected, _) = load_policy(RUN), load_policy(alone)
     assert saved_config(RUN) == saved_config(alone)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -90,7 +89,7 @@ def shapes_of(run, step):
 
 def assert_same_state(alone, step):
     expected = Checkpoints(alone / "checkpoints").restore(shapes_of(alone, step), step=step)
-    found = BucketCheckpoints(f"{RUN}/checkpoints").restore(shapes_of(alone, step), step=step)
+    found = Checkpoints(f"{RUN}/checkpoints").restore(shapes_of(alone, step), step=step)
     assert found.host == expected.host
     for name, array in expected.arrays.items():
         np.testing.assert_array_equal(np.asarray(found.arrays[name]), np.asarray(array), err_msg=name)

@@ -7,11 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from mer_r1_jax.bucket.storage import BucketError
-from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
-from mer_r1_jax.training.checkpoints import CheckpointError
-from mer_r1_jax.training.run_directory import RunDirectoryError
-from mer_r1_jax.training.working_copy import TakenOverError
+from mer_r1_jax.storage.bucket import BucketError
+from mer_r1_jax.storage.checkpoints import CheckpointError
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
+from mer_r1_jax.storage.working_copy import TakenOverError
 
 ADDRESS = "gs://bucket/runs/one"
 CONFIG = {"name": "one", "rl": {"beta": 0.04}}
@@ -20,7 +19,7 @@ CONFIG = {"name": "one", "rl": {"beta": 0.04}}
 @pytest.fixture
 def opened(tmp_path):
     """Opens the run on a host, which has a disk of its own."""
-    return lambda host, **changes: BucketRunDirectory.open_in_bucket(ADDRESS, tmp_path / host, CONFIG | changes)
+    return lambda host, **changes: RunDirectory.open(ADDRESS, CONFIG | changes, local_dir=tmp_path / host)
 
 
 def names(bucket):
@@ -104,7 +103,7 @@ def test_files_are_given_back_oldest_first_and_unfinished_ones_not_at_all(bucket
 
 def test_other_things_and_other_configurations_are_refused_by_name(bucket, opened, tmp_path):
     bucket.put("runs/one/photo.jpg", b"mine")
-    with pytest.raises(BucketError, match=r"gs://bucket/runs/one is no run's folder but holds photo.jpg"):
+    with pytest.raises(RunDirectoryError, match=r"gs://bucket/runs/one is not a run of mer_r1_jax but holds photo.jpg"):
         opened("a")
     assert names(bucket) == {"photo.jpg"}
     bucket.objects.clear()

@@ -1,4 +1,4 @@
-"""Whether a run is going on, found out by its lock.
+"""The lock of a run's folder: taken by the start that writes there, looked at by everybody else.
 
 What readers ask changes nothing in the run's folder and takes no lock: one taken for a moment only could refuse the
 start of the run itself.
@@ -6,22 +6,71 @@ start of the run itself.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import json
 import os
 import struct
 import sys
+import time
 from pathlib import Path
+from typing import TextIO
 
-from mer_r1_jax.bucket import storage
-from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.storage.bucket import BucketError
+from mer_r1_jax.storage.durable import WriteError, writing
+from mer_r1_jax.storage.working_copy import owner_of
 
 NAME = ".lock"  # in a run's folder; it holds who has it open
 HELD: set[Path] = set()  # folders locked by this process: record locks do not refuse their own process
 # struct flock: type, whence, start, length, process; elsewhere its fields have another order.
 _FLOCK = "hhqqi" if sys.platform == "linux" else ""
 _SHOWN = 100
+
+
+class RunDirectoryError(RuntimeError):
+    """The output folder cannot be used for this run; the message says why and what to do."""
+
+
+def take(path: Path) -> TextIO:
+    """An open file with a record lock: gone with its process, however that ends, and not inherited by workers.
+
+    Raises:
+        RunDirectoryError: another process, or this one, has the folder open, or it cannot be written.
+    """
+    if path in HELD:
+        raise RunDirectoryError(f"{path} is already open in this process: close that RunDirectory first")
+    try:
+        file = open(path / NAME, "a+")
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be written: {error}. Choose another train.output_dir.") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunDirectoryError(
+            f"{path} is being written by {holder}: wait for it to end, or choose another train.run_name"
+        ) from error
+    try:
+        with writing("the run's lock", path / NAME):
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+            file.flush()
+    except WriteError:
+        with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+            file.close()
+        raise
+    HELD.add(path)
+    return file
+
+
+def release(path: Path, file: TextIO) -> None:
+    """Lets go of what `take` gave."""
+    file.close()
+    HELD.discard(path)
 
 
 def holder_of(folder: str | os.PathLike) -> str | None:
@@ -81,20 +130,16 @@ def liveness(run_dir: str | os.PathLike) -> str | None:
             start of the run owns it.
     """
     if is_bucket(run_dir):
-        return _owner_of(str(run_dir).rstrip("/"))
+        try:
+            owner = owner_of(str(run_dir).rstrip("/"))
+        except BucketError:
+            return None
+        if not owner:
+            return None
+        attempt, since = (printable(str(owner.get(name)), _SHOWN) for name in ("attempt", "since"))
+        return f"may be live: attempt {attempt} has written it since {since}"
     holder = holder_of(run_dir)
     return holder and f"is live: {holder} is writing it, attempt {attempt_of(run_dir)}"
-
-
-def _owner_of(address: str) -> str | None:
-    try:
-        owner = json.loads(storage.read(f"{address}/owner.json") or b"null")
-    except (storage.BucketError, ValueError, RecursionError):
-        return None
-    if not isinstance(owner, dict):
-        return None
-    attempt, since = (printable(str(owner.get(name)), _SHOWN) for name in ("attempt", "since"))
-    return f"may be live: attempt {attempt} has written it since {since}"
 
 
 def _locking_process(descriptor: int) -> int | None:

@@ -12,8 +12,9 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from mer_r1_jax.bucket import storage
-from mer_r1_jax.bucket.storage import SCHEME, BucketError, Stored
+from mer_r1_jax.config.bounds import SCHEME
+from mer_r1_jax.storage import bucket
+from mer_r1_jax.storage.bucket import BucketError, Stored
 
 DEFAULT_DIR = "~/.cache/mer-r1-jax"
 FETCHING = ".fetching-"
@@ -37,7 +38,7 @@ def fetch_file(address: str, file: Path) -> None:
     Raises:
         BucketError: there is no such object, or it cannot be read.
     """
-    stored = storage.stat(address)
+    stored = bucket.stat(address)
     if stored is None:
         raise BucketError(f"{address}: there is no such object; expected a file in the bucket, check the path")
     fetch_all({address: stored}, {address: file})
@@ -49,7 +50,7 @@ def fetch_folder(address: str, folder: Path) -> None:
     Raises:
         BucketError: there is nothing, or it cannot be read.
     """
-    found = storage.listing(address)
+    found = bucket.listing(address)
     if not found:
         raise BucketError(f"{address}: there is nothing below it; expected a folder in the bucket, check the path")
     root = address.rstrip("/")
@@ -71,7 +72,7 @@ def fetch_all(objects: Mapping[str, Stored], files: Mapping[str, Path]) -> int:
     if missing:
         size = sum(objects[address].bytes for address in missing)
         log.info("fetching %d objects, %.2f GiB, from the bucket", len(missing), size / 2**30)
-    storage.at_once(lambda address: _fetch(address, objects[address], files[address]), missing)
+    bucket.at_once(lambda address: _fetch(address, objects[address], files[address]), missing)
     return len(missing)
 
 
@@ -88,7 +89,7 @@ def _fetch(address: str, stored: Stored, file: Path) -> None:
     # Two processes of a host may fetch the same object: each has a name of its own until the file is whole.
     beside = file.with_name(f"{FETCHING}{secrets.token_hex(4)}-{file.name}")
     try:
-        storage.download(address, beside, stored)
+        bucket.download(address, beside, stored)
         os.utime(beside, ns=(1000 * stored.generation,) * 2)
         os.replace(beside, file)
     except OSError as error:

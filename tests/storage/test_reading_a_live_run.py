@@ -1,7 +1,5 @@
 """Reading the checkpoints of a run that goes on changes nothing there, and copes with what the run does meanwhile."""
 
-import itertools
-import logging
 import os
 import shutil
 import subprocess
@@ -10,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.training.run_directory import RunDirectory
-from mer_r1_jax.training.run_lock import holder_of, liveness
+from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
+from mer_r1_jax.storage.run_directory import RunDirectory
+from mer_r1_jax.storage.run_lock import holder_of, liveness
 
 OPENED = """
 import sys
-from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.storage.run_directory import RunDirectory
 with RunDirectory.open(sys.argv[1], {"a": 1}) as run:
     print("open", flush=True)
     sys.stdin.read()
@@ -95,63 +93,11 @@ def test_a_first_save_clears_too_where_nobody_opened_a_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-def test_a_step_that_the_run_removes_while_it_is_read_gives_way_to_the_newest(tmp_path, caplog):
-    run = Checkpoints(tmp_path, max_to_keep=1)
-    run.save(1, arrays_of(1), {})
-
-    def tree(step, host):
-        if step == 1:  # comes when the hashes of step 1 were read
-            run.save(2, arrays_of(2), {})
-        return arrays_of(0)
-
-    with caplog.at_level(logging.WARNING):
-        restored = Checkpoints(tmp_path).restore(tree)
-    assert restored.step == 2 and restored.arrays["w"][0] == 2
-    assert "1 was replaced or removed while it was read" in caplog.text and "damaged" not in caplog.text
-
-
-def test_a_step_that_the_run_replaces_while_it_is_read_is_read_again(tmp_path):
-    run = Checkpoints(tmp_path)
-    run.save(7, arrays_of(1), {"save": 1})
-    saves = itertools.count(2)
-
-    def tree(step, host):
-        if host["save"] < 3:
-            run.save(7, arrays_of(next(saves)), {"save": host["save"] + 1})
-        return arrays_of(0)
-
-    restored = Checkpoints(tmp_path).restore(tree)
-    assert restored.host == {"save": 3} and restored.arrays["w"][0] == 3
-
-
-def test_a_run_that_replaces_its_steps_for_ever_is_given_up_with_a_message(tmp_path):
-    run = Checkpoints(tmp_path)
-    run.save(7, arrays_of(1), {"save": 1})
-    saves = itertools.count(2)
-
-    def tree(step, host):
-        run.save(7, arrays_of(1), {"save": next(saves)})
-        return arrays_of(0)
-
-    with pytest.raises(CheckpointError, match="saves too often to be looked at"):
-        Checkpoints(tmp_path).restore(tree)
-
-
-def test_a_part_of_the_arrays_is_read_alone(tmp_path):
-    Checkpoints(tmp_path).save(1, {"parameters": arrays_of(1), "moments": arrays_of(5)}, {})
-    found = Checkpoints(tmp_path).restore({"parameters": arrays_of(0)}, part=True).arrays
-    np.testing.assert_array_equal(found["parameters"]["w"], arrays_of(1)["w"])
-    with pytest.raises(CheckpointError, match="moments.w: in the checkpoint, not in the run"):
-        Checkpoints(tmp_path).restore({"parameters": arrays_of(0)})
-    with pytest.raises(CheckpointError, match="other: in the run, not in the checkpoint"):
-        Checkpoints(tmp_path).restore({"parameters": arrays_of(0), "other": np.zeros(1)}, part=True)
-
-
 SAVING = """
 import sys
 import numpy as np
 from mer_r1_jax import faults
-from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.storage.run_directory import RunDirectory
 
 def here(place, detail=""):
     if place == "checkpoint_manifest" and "saving-2" in str(detail):

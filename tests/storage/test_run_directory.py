@@ -1,5 +1,6 @@
-"""The run folder: made, taken up again, refused when it is not ours, locked, and free of secrets."""
+"""The run folder, on a disk and in a bucket: made, taken up again, refused when it is not ours, locked, no secrets."""
 
+import itertools
 import json
 import logging
 import os
@@ -10,13 +11,70 @@ import textwrap
 
 import pytest
 
-from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError, config_differences
+from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
+from mer_r1_jax.storage.run_settings import config_differences
 
 CONFIG = {
     "name": "tiny",
     "rl": {"beta": 0.04, "arm": "mer_r1", "max_steps": 10},
     "train": {"seed": 0, "save_steps": 5, "report_to": ("tensorboard",)},
 }
+
+
+class FolderOnDisk:
+    """A run's folder, looked at by what lies in it: names below it with their contents."""
+
+    def __init__(self, tmp_path):
+        self.path = tmp_path / "run"
+
+    def open(self, config=CONFIG, **options):
+        return RunDirectory.open(self.path, config, **options)
+
+    def get(self, name):
+        return (self.path / name).read_text()
+
+    def put(self, name, text):
+        self.path.mkdir(exist_ok=True)
+        (self.path / name).write_text(text)
+
+    def remove(self, name):
+        (self.path / name).unlink()
+
+    def files(self):
+        paths = [path for path in self.path.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path.relative_to(self.path).as_posix(): path.read_text() for path in paths}
+
+
+class FolderInBucket:
+    """The same in a bucket; every start comes from another host."""
+
+    path = "gs://bucket/runs/run"
+
+    def __init__(self, tmp_path, bucket):
+        self.hosts = (tmp_path / f"host_{number}" for number in itertools.count())
+        self.bucket = bucket
+
+    def open(self, config=CONFIG, **options):
+        return RunDirectory.open(self.path, config, local_dir=next(self.hosts), **options)
+
+    def get(self, name):
+        return self.bucket.objects[f"runs/run/{name}"].data.decode()
+
+    def put(self, name, text):
+        self.bucket.put(f"runs/run/{name}", text.encode())
+
+    def remove(self, name):
+        del self.bucket.objects[f"runs/run/{name}"]
+
+    def files(self):
+        return {name.removeprefix("runs/run/"): stored.data.decode() for name, stored in self.bucket.objects.items()}
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request, tmp_path):
+    if request.param == "disk":
+        return FolderOnDisk(tmp_path)
+    return FolderInBucket(tmp_path, request.getfixturevalue("bucket"))
 
 
 def changed(**fields):
@@ -27,8 +85,8 @@ def changed(**fields):
     return config
 
 
-def test_new_run_has_the_documented_layout(tmp_path):
-    with RunDirectory.open(tmp_path / "runs" / "tiny", CONFIG) as run:
+def test_new_run_has_the_documented_layout(folder):
+    with folder.open() as run:
         assert not run.resumed and run.attempt == 1
         for name in ("completions", "tensorboard", "checkpoints", "eval", "logs/attempt_1"):
             assert (run.path / name).is_dir()
@@ -40,51 +98,50 @@ def test_new_run_has_the_documented_layout(tmp_path):
         }  # fmt: skip
 
 
-def test_resume_counts_attempts_and_keeps_each_ones_record(tmp_path):
+def test_resume_counts_attempts_and_keeps_each_ones_record(folder):
     for attempt in (1, 2, 3):
-        with RunDirectory.open(tmp_path / "run", changed(train__save_steps=attempt)) as run:
+        with folder.open(changed(train__save_steps=attempt)) as run:
             assert run.attempt == attempt and run.resumed == (attempt > 1)
             logging.getLogger("mer_r1_jax.anything").warning("attempt %d speaks", attempt)
     for attempt in (1, 2, 3):
-        folder = tmp_path / "run" / "logs" / f"attempt_{attempt}"
-        assert json.loads((folder / "config.json").read_text())["train"]["save_steps"] == attempt
-        assert f"attempt {attempt} speaks" in (folder / "log.txt").read_text()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["save_steps"] == 3
+        assert json.loads(folder.get(f"logs/attempt_{attempt}/config.json"))["train"]["save_steps"] == attempt
+        assert f"attempt {attempt} speaks" in folder.get(f"logs/attempt_{attempt}/log.txt")
+    assert json.loads(folder.get("config.json"))["train"]["save_steps"] == 3
 
 
-def test_resume_with_a_changed_config_is_refused_field_by_field(tmp_path):
-    RunDirectory.open(tmp_path / "run", CONFIG).close()
+def test_resume_with_a_changed_config_is_refused_field_by_field(folder):
+    folder.open().close()
     other = changed(rl__beta=0.1, train__seed=1, train__save_steps=7)
     other["rl"]["new_field"] = True
     del other["rl"]["arm"]
     with pytest.raises(RunDirectoryError) as caught:
-        RunDirectory.open(tmp_path / "run", other)
+        folder.open(other)
     message = str(caught.value)
     assert "rl.beta: 0.04 in the run, 0.1 now" in message
     assert "train.seed: 0 in the run, 1 now" in message
     assert 'rl.arm: "mer_r1" in the run, absent now' in message
     assert "rl.new_field: absent in the run, true now" in message
     assert "save_steps" not in message and "train.run_name" in message
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
-    assert sorted(os.listdir(tmp_path / "run" / "logs")) == ["attempt_1"]
-    with RunDirectory.open(tmp_path / "run", changed(rl__beta=0.1), may_change=["rl.beta"]) as run:
+    assert json.loads(folder.get("config.json")) == json.loads(json.dumps(CONFIG))
+    assert {name.split("/")[1] for name in folder.files() if name.startswith("logs/")} == {"attempt_1"}
+    with folder.open(changed(rl__beta=0.1), may_change=["rl.beta"]) as run:
         assert run.resumed
 
 
-def test_what_a_decoding_worker_may_use_may_change(tmp_path):
+def test_what_a_decoding_worker_may_use_may_change(folder):
     media = {"decode_timeout": 30.0, "decode_memory_mb": 4096, "decode_workers": 2, "max_frames": 8}
-    RunDirectory.open(tmp_path / "run", CONFIG | {"media": media}).close()
+    folder.open(CONFIG | {"media": media}).close()
     wider = media | {"decode_timeout": 90.0, "decode_memory_mb": 8192, "decode_workers": 1}
-    RunDirectory.open(tmp_path / "run", CONFIG | {"media": wider}).close()
+    folder.open(CONFIG | {"media": wider}).close()
     with pytest.raises(RunDirectoryError, match="media.max_frames: 8 in the run, 9 now"):
-        RunDirectory.open(tmp_path / "run", CONFIG | {"media": wider | {"max_frames": 9}})
+        folder.open(CONFIG | {"media": wider | {"max_frames": 9}})
 
 
-def test_resume_with_other_data_is_refused(tmp_path):
-    RunDirectory.open(tmp_path / "run", CONFIG, fingerprints={"data.rl_path": "aa"}).close()
+def test_resume_with_other_data_is_refused(folder):
+    folder.open(fingerprints={"data.rl_path": "aa"}).close()
     with pytest.raises(RunDirectoryError, match='fingerprint.data.rl_path: "aa" in the run, "bb" now'):
-        RunDirectory.open(tmp_path / "run", CONFIG, fingerprints={"data.rl_path": "bb"})
-    with RunDirectory.open(tmp_path / "run", CONFIG, fingerprints={"data.rl_path": "aa"}) as run:
+        folder.open(fingerprints={"data.rl_path": "bb"})
+    with folder.open(fingerprints={"data.rl_path": "aa"}) as run:
         assert run.resumed
 
 
@@ -104,37 +161,37 @@ def test_differences_tell_types_apart_but_not_spellings_of_a_number():
         {"config.json": "{}", "env.json": "[]"},
     ],
 )
-def test_folder_of_something_else_is_refused_and_left_alone(tmp_path, files):
+def test_folder_of_something_else_is_refused_and_left_alone(folder, files):
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
+        folder.put(name, content)
     with pytest.raises(RunDirectoryError) as caught:
-        RunDirectory.open(tmp_path, CONFIG)
+        folder.open()
     assert next(iter(files)) in str(caught.value) and "train.run_name" in str(caught.value)
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == files
+    assert str(caught.value).startswith(str(folder.path)) and folder.files() == files
 
 
-def test_a_start_killed_before_the_config_was_written_can_be_repeated(tmp_path):
-    RunDirectory.open(tmp_path / "run", CONFIG).close()
-    (tmp_path / "run" / "config.json").unlink()
-    with RunDirectory.open(tmp_path / "run", changed(rl__beta=9)) as run:
+def test_a_start_killed_before_the_config_was_written_can_be_repeated(folder):
+    folder.open().close()
+    folder.remove("config.json")
+    with folder.open(changed(rl__beta=9)) as run:
         assert not run.resumed and run.attempt == 2
-    (tmp_path / "run" / "env.json").unlink()
-    (tmp_path / "run" / "config.json").unlink()
-    with RunDirectory.open(tmp_path / "run", CONFIG) as run:
+    folder.remove("env.json")
+    folder.remove("config.json")
+    with folder.open() as run:
         assert not run.resumed
 
 
-def test_never_resume_refuses_a_used_name(tmp_path):
-    RunDirectory.open(tmp_path / "run", CONFIG, resume=False).close()
+def test_never_resume_refuses_a_used_name(folder):
+    folder.open(resume=False).close()
     with pytest.raises(RunDirectoryError, match="holds a run already"):
-        RunDirectory.open(tmp_path / "run", CONFIG, resume=False)
+        folder.open(resume=False)
 
 
-def test_damaged_config_of_the_earlier_attempt_is_a_clear_error(tmp_path):
-    RunDirectory.open(tmp_path / "run", CONFIG).close()
-    (tmp_path / "run" / "config.json").write_text('{"name": ')
+def test_damaged_config_of_the_earlier_attempt_is_a_clear_error(folder):
+    folder.open().close()
+    folder.put("config.json", '{"name": ')
     with pytest.raises(RunDirectoryError, match="config.json of the earlier attempt cannot be read"):
-        RunDirectory.open(tmp_path / "run", CONFIG)
+        folder.open()
 
 
 def test_unusable_output_folder_is_a_clear_error(tmp_path):
@@ -146,7 +203,7 @@ def test_unusable_output_folder_is_a_clear_error(tmp_path):
 def test_two_processes_never_write_one_run_and_a_dead_one_holds_nothing(tmp_path):
     script = f"""
         import os, time
-        from mer_r1_jax.training.run_directory import RunDirectory
+        from mer_r1_jax.storage.run_directory import RunDirectory
         run = RunDirectory.open({str(tmp_path / "run")!r}, {CONFIG!r})
         if os.fork() == 0:
             time.sleep(30)  # a worker that outlives its parent must not keep the lock
@@ -171,21 +228,20 @@ def test_two_processes_never_write_one_run_and_a_dead_one_holds_nothing(tmp_path
             os.killpg(holder.pid, signal.SIGKILL)
 
 
-def test_secrets_and_variables_of_the_environment_are_in_no_file(tmp_path, monkeypatch):
+def test_secrets_and_variables_of_the_environment_are_in_no_file(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-planted-secret")
     monkeypatch.setenv("HOME", str(tmp_path / "planted-home"))
-    with RunDirectory.open(tmp_path / "run", CONFIG):
+    with folder.open():
         logging.getLogger().warning("something")
-    for path in (tmp_path / "run").rglob("*"):
-        if path.is_file():
-            assert "planted" not in path.read_text(), path
-            assert "JUDGE_API_KEY" not in path.read_text(), path
+    assert len(folder.files()) > 4
+    for name, text in folder.files().items():
+        assert "planted" not in text and "JUDGE_API_KEY" not in text, name
 
 
-def test_other_library_versions_are_named_on_resume(tmp_path, caplog):
-    RunDirectory.open(tmp_path / "run", CONFIG).close()
-    environment = json.loads((tmp_path / "run" / "env.json").read_text())
+def test_other_library_versions_are_named_on_resume(folder, caplog):
+    folder.open().close()
+    environment = json.loads(folder.get("env.json"))
     environment["libraries"]["jax"] = "0.0.1"
-    (tmp_path / "run" / "env.json").write_text(json.dumps(environment))
-    RunDirectory.open(tmp_path / "run", CONFIG).close()
+    folder.put("env.json", json.dumps(environment))
+    folder.open().close()
     assert 'jax: "0.0.1" in the run' in caplog.text

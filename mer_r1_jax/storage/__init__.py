@@ -1,0 +1,1 @@
+"""What a run keeps: files, checkpoints and its folder, on a disk or in a bucket, under one contract."""

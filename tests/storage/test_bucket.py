@@ -1,0 +1,49 @@
+"""Objects in a bucket are what was written, or an error: nothing is read or written unchecked."""
+
+import numpy as np
+import pytest
+
+from mer_r1_jax.storage import bucket as storage
+from mer_r1_jax.storage.bucket import BucketError
+from mer_r1_jax.storage.copies import fetch_file
+
+
+def flipped(data):
+    return bytes([data[0] ^ 1, *data[1:]])
+
+
+@pytest.mark.parametrize("size", [1, 1000, (1 << 24) + 1], ids=["a byte", "small", "in parts"])
+def test_a_bit_that_flips_on_the_way_is_noticed_both_ways(bucket, tmp_path, monkeypatch, size):
+    file, content, put = tmp_path / "file", bucket._content, bucket.put
+    file.write_bytes(np.random.default_rng(0).bytes(size))
+    storage.upload(file, "gs://bucket/file")
+    assert storage.read("gs://bucket/file") == file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "put", lambda name, data: put(name, flipped(data)))
+        with pytest.raises(BucketError, match="gs://bucket/file cannot be written: ChecksumError"):
+            storage.upload(file, "gs://bucket/file")
+    storage.upload(file, "gs://bucket/file")
+
+    def broken(name, headers):
+        status, about, data = content(name, headers)
+        return status, about, flipped(data)
+
+    monkeypatch.setattr(bucket, "_content", broken)
+    with pytest.raises(BucketError, match=f"gs://bucket/file: got {size} bytes that are not the {size} bytes"):
+        storage.read("gs://bucket/file")
+    with pytest.raises(BucketError, match=f"gs://bucket/file: got {size} bytes that are not the {size} bytes"):
+        fetch_file("gs://bucket/file", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_read_again(bucket, monkeypatch):
+    bucket.put("a", b"one")
+    content = bucket._content
+
+    def replaced(name, headers):
+        if bucket.objects["a"].data == b"one":
+            bucket.put("a", b"two")
+        return content(name, headers)
+
+    monkeypatch.setattr(bucket, "_content", replaced)
+    assert storage.read("gs://bucket/a") == b"two"
