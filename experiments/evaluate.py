@@ -34,6 +34,7 @@ from mer_r1_jax.evaluation.benchmarks.report import make_benchmark_report
 from mer_r1_jax.evaluation.benchmarks.request import Request, benchmark_names
 from mer_r1_jax.evaluation.benchmarks.sets import title_of
 from mer_r1_jax.evaluation.benchmarks.tables import METRIC_TITLES, percent
+from mer_r1_jax.evaluation.bootstrap import signed
 from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.judge.client import ChatClient
 from mer_r1_jax.evaluation.mme import pipeline as mme
@@ -41,7 +42,6 @@ from mer_r1_jax.evaluation.mme.folder import NAME as MME_EMOTION
 from mer_r1_jax.evaluation.mme.folder import MmeFolder
 from mer_r1_jax.evaluation.mme.reader import read_benchmark
 from mer_r1_jax.evaluation.mme.scores import lines_of
-from mer_r1_jax.evaluation.statistics import signed
 from mer_r1_jax.run.benchmark import Policy, answer_benchmarks, open_policy, read_benchmarks
 from mer_r1_jax.run.mme import PolicyAnswers
 from mer_r1_jax.run.policy import refuse_in_run

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mer_r1_jax.evaluation.bootstrap import Difference, mean_interval
 from mer_r1_jax.evaluation.run_record import Evaluation, RunRecord
-from mer_r1_jax.evaluation.statistics import Difference, mean_interval
 
 FEW_CLIPS = 100  # below this, intervals of F1 are wider than what RL usually gains
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation import figures
+from mer_r1_jax.evaluation.bootstrap import signed
 from mer_r1_jax.evaluation.clip_strip import clip_strips
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
 from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
 from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, percent, stages_of, warnings_of
 from mer_r1_jax.evaluation.page import render_page
 from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
-from mer_r1_jax.evaluation.statistics import signed
 from mer_r1_jax.training import durable
 
 __all__ = ["ReportError", "make_report"]

@@ -15,8 +15,8 @@ from mer_r1_jax.evaluation.ablation.comparison import compare
 from mer_r1_jax.evaluation.ablation.narrative import counted, describe
 from mer_r1_jax.evaluation.ablation.results import read_result
 from mer_r1_jax.evaluation.ablation.write import write
+from mer_r1_jax.evaluation.bootstrap import POINTS
 from mer_r1_jax.evaluation.run_record import MODES
-from mer_r1_jax.evaluation.statistics import POINTS
 from mer_r1_jax.rl.advantage import AdvantageConfig
 from mer_r1_jax.run.ablation_plan import PLATEAU, SFT, Job, Plan, setting_differences
 from mer_r1_jax.run.jobs import Outcome, cores_for, hold, is_finished, run_jobs

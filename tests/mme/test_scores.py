@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mer_r1_jax.evaluation.bootstrap import macro_interval
 from mer_r1_jax.evaluation.mme.reader import Item
 from mer_r1_jax.evaluation.mme.scores import item_scores, paired_modes, score_mode
 from mer_r1_jax.evaluation.mme.stages import Asked
 from mer_r1_jax.evaluation.mme.tasks import METRICS, PAPER_COT, PAPER_OVERALL, TASKS, TOTAL
-from mer_r1_jax.evaluation.statistics import macro_interval
 
 
 def asked(task, name, mode="slow"):

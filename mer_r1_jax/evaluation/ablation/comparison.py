@@ -10,9 +10,8 @@ import numpy as np
 
 from mer_r1_jax.evaluation.ablation.alikeness import Alikeness
 from mer_r1_jax.evaluation.ablation.results import COUNTS, SCORES, AblationError, SeedResult, is_scored, same_answers
+from mer_r1_jax.evaluation.bootstrap import Difference, Mean, Order, Resampled, mean_over_seeds, paired_difference
 from mer_r1_jax.evaluation.run_record import MODES
-from mer_r1_jax.evaluation.seeds import Mean, Order, Resampled, mean_over_seeds
-from mer_r1_jax.evaluation.statistics import Difference, paired_difference
 
 SFT = "sft"
 FAST = "fast "  # before the name of a row: its fast answers

@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mer_r1_jax.evaluation.ablation.comparison import SFT, Ablation, RowResult
 from mer_r1_jax.evaluation.ablation.narrative import label
+from mer_r1_jax.evaluation.bootstrap import POINTS
 from mer_r1_jax.evaluation.figures import FAST, MUTED, SLOW, STYLE, smooth, svg
-from mer_r1_jax.evaluation.statistics import POINTS
 
 COLORS = ("#475569", "#2a8c5f", "#8a4fbf", "#1f5fbf", "#b3261e", "#0f766e", "#a16207", "#be185d", "#4d7c0f")
 ROOM_FOR_LEVELS = 0.45  # rows above the first one, for the names of the dashed lines

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, SFT, Ablation, RowResult, Versus
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS
-from mer_r1_jax.evaluation.statistics import LEVEL, POINTS, Difference, signed
+from mer_r1_jax.evaluation.bootstrap import LEVEL, POINTS, Difference, signed
 
 CERTAIN = LEVEL / 100  # share of the draws from which on an order is called shown
 FEW_SEEDS = 5

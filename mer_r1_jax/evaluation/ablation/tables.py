@@ -8,8 +8,7 @@ from mer_r1_jax.evaluation.ablation.alikeness import OBJECTIVES
 from mer_r1_jax.evaluation.ablation.comparison import PAPER_F1, PAPER_OFFICIAL, Ablation, RowResult, Versus
 from mer_r1_jax.evaluation.ablation.narrative import SAMPLED_NOTE, counted, label, span
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS, SeedResult
-from mer_r1_jax.evaluation.seeds import Mean, mean_over_seeds
-from mer_r1_jax.evaluation.statistics import POINTS, signed
+from mer_r1_jax.evaluation.bootstrap import POINTS, Mean, mean_over_seeds, signed
 
 NONE = "–"
 

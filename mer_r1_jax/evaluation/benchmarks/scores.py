@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
+from mer_r1_jax.emotion.metrics import NAN, SENTIMENTS
 from mer_r1_jax.emotion.predictions import Predictions, score_predictions
 from mer_r1_jax.emotion.rewards import answer_rewards, is_scorable
 from mer_r1_jax.emotion.wheels import Wheels
-from mer_r1_jax.evaluation.benchmarks import analysis, resampling
+from mer_r1_jax.evaluation import bootstrap
+from mer_r1_jax.evaluation.benchmarks import analysis
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.protocol import Extracted, Extractor, Scoring, extract, wheels_digest
-from mer_r1_jax.evaluation.benchmarks.resampling import Summed
 from mer_r1_jax.evaluation.benchmarks.sets import HIT, SET_F1, WAF, title_of
+from mer_r1_jax.evaluation.bootstrap import Summed, mean_of, ratio
 from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 
@@ -163,18 +165,18 @@ def _listed(prediction: Any) -> Any:
 def _summed(scored: _Scored, metric: str, wheels: Wheels) -> dict[str, Summed]:
     """Every score with an interval: the headline, and for categories the set F and the mean F1 of single clips."""
     if metric == WAF:
-        return {"headline": resampling.waf(scored.predictions, scored.truths)}
-    found = {"headline": resampling.hit(scored.words, scored.truths, wheels)} if metric == HIT else {}
-    found["set_f"] = resampling.set_f(scored.words, scored.true_words, wheels)
+        return {"headline": waf(scored.predictions, scored.truths)}
+    found = {"headline": hit(scored.words, scored.truths, wheels)} if metric == HIT else {}
+    found["set_f"] = set_f(scored.words, scored.true_words, wheels)
     if metric == SET_F1:
         found["headline"] = found["set_f"]
     rewards = [answer_rewards(w, t, wheels) for w, t in zip(scored.words, scored.true_words, strict=True)]
-    found["clip_f1"] = resampling.mean_of([reward.f1 if reward.scorable else None for reward in rewards])
+    found["clip_f1"] = mean_of([reward.f1 if reward.scorable else None for reward in rewards])
     return found
 
 
 def _as_json(summed: Summed, seed: int) -> dict[str, Any]:
-    return {name: dataclasses.asdict(interval) for name, interval in resampling.intervals(summed, seed=seed).items()}
+    return {name: dataclasses.asdict(interval) for name, interval in bootstrap.intervals(summed, seed=seed).items()}
 
 
 def _slow_minus_fast(
@@ -188,11 +190,11 @@ def _slow_minus_fast(
         for mode, part in scored.items():
             pairs = analysis.confidences(part.lines, part.true_words, wheels)
             for label, correct in (("confidence_correct", True), ("confidence_wrong", False)):
-                summed[mode][label] = resampling.mean_of(analysis.mean_confidence(pairs, correct))
+                summed[mode][label] = mean_of(analysis.mean_confidence(pairs, correct))
     return {
         kind: {
             name: dataclasses.asdict(difference)
-            for name, difference in resampling.paired(
+            for name, difference in bootstrap.paired(
                 summed["slow"][kind].picked([places["slow"][clip] for clip in common]),
                 summed["fast"][kind].picked([places["fast"][clip] for clip in common]),
                 seed=seed,
@@ -235,7 +237,7 @@ def _sureness(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int) -> dict
     if not pairs:
         return {"confidence_correct": None, "confidence_wrong": None, "calibration": None}
     means = {
-        name: resampling.mean_of(analysis.mean_confidence(pairs, correct))
+        name: mean_of(analysis.mean_confidence(pairs, correct))
         for name, correct in (("confidence_correct", True), ("confidence_wrong", False))
     }
     return {name: _as_json(summed, seed)["score"] for name, summed in means.items()} | {
@@ -250,3 +252,59 @@ def _details(scored: _Scored, metric: str, wheels: Wheels) -> dict[str, Any]:
         "by_category": analysis.by_category(scored.words, scored.true_words, wheels),
         "confusion": analysis.confusion(scored.words, scored.true_words, wheels),
     }
+
+
+def set_f(predictions: Sequence[Sequence[str]], truths: Sequence[Sequence[str]], wheels: Wheels) -> Summed:
+    """`emotion.metrics.set_f1`: F, precision, recall."""
+    undefined = 0.0 if wheels.variant == "mer2026" else NAN
+    rows_NKS = np.zeros((len(truths), len(wheels), 3))  # scored, precision, recall
+    for clip, (words, truth) in enumerate(zip(predictions, truths, strict=True)):
+        for wheel in range(len(wheels)):
+            true = wheels.categories(truth, wheel)
+            if true:
+                predicted = wheels.categories(words, wheel)
+                right = len(true & predicted)
+                rows_NKS[clip, wheel] = 1, right / len(predicted) if predicted else 0, right / len(true)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        scored, precision, recall = np.moveaxis(sums.reshape(*sums.shape[:-1], len(wheels), 3), -1, 0)
+        precision, recall = ratio(precision, scored, undefined), ratio(recall, scored, undefined)
+        f1 = ratio(2 * precision * recall, precision + recall, undefined)
+        return np.stack([f1.mean(-1), precision.mean(-1), recall.mean(-1)], axis=-1)
+
+    return Summed(rows_NKS.reshape(len(truths), -1), value, ("score", "precision", "recall"))
+
+
+def hit(predictions: Sequence[Sequence[str]], labels: Sequence[str], wheels: Wheels) -> Summed:
+    """`emotion.metrics.hit`."""
+    rows_NKS = np.zeros((len(labels), len(wheels), 2))  # scored, hit
+    for clip, (words, label) in enumerate(zip(predictions, labels, strict=True)):
+        for wheel in range(len(wheels)):
+            true = wheels.category(label, wheel)
+            if true is not None:
+                rows_NKS[clip, wheel] = 1, true in wheels.categories(words, wheel)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        scored, hits = np.moveaxis(sums.reshape(*sums.shape[:-1], len(wheels), 2), -1, 0)
+        return ratio(hits, scored, NAN).mean(-1, keepdims=True)
+
+    return Summed(rows_NKS.reshape(len(labels), -1), value)
+
+
+def waf(sentiments: Sequence[str], labels: Sequence[float]) -> Summed:
+    """`emotion.metrics.waf`: weighted F1 of the sign, and accuracy."""
+    rows_NS = np.zeros((len(labels), 4))  # true positive, false positive, false negative, true negative
+    for clip, (sentiment, label) in enumerate(zip(sentiments, labels, strict=True)):
+        if label:
+            positive = SENTIMENTS.get(sentiment, 0.0) > 0
+            rows_NS[clip, (0 if positive else 2) if label > 0 else (1 if positive else 3)] = 1
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        tp, fp, fn, tn = np.moveaxis(sums, -1, 0)
+        positive = ratio(2 * tp, 2 * tp + fp + fn, 0.0)
+        negative = ratio(2 * tn, 2 * tn + fp + fn, 0.0)
+        total = tp + fp + fn + tn
+        weighted = ratio((tp + fn) * positive + (tn + fp) * negative, total, NAN)
+        return np.stack([weighted, ratio(tp + tn, total, NAN)], axis=-1)
+
+    return Summed(rows_NS, value, ("score", "accuracy"))

@@ -18,8 +18,8 @@ from mer_r1_jax.evaluation.benchmarks.sets import (
     WAF,
     title_of,
 )
+from mer_r1_jax.evaluation.bootstrap import POINTS, signed
 from mer_r1_jax.evaluation.evaluate import MODES
-from mer_r1_jax.evaluation.statistics import POINTS, signed
 
 METRIC_TITLES = {"set_f1": "set F", "hit": "HIT", "waf": "WAF"}
 NAMES_SHOWN = 5  # of clips with one fault

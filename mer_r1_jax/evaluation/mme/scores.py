@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mer_r1_jax.evaluation.bootstrap import POINTS, Difference, macro_interval, mean_interval, paired_difference
 from mer_r1_jax.evaluation.mme.stages import Asked
 from mer_r1_jax.evaluation.mme.tasks import METRICS, TASKS
 from mer_r1_jax.evaluation.result_log import FAILED
-from mer_r1_jax.evaluation.statistics import POINTS, Difference, macro_interval, mean_interval, paired_difference
 
 DROP, ZERO = TREATMENTS = ("drop", "zero")  # of items without ratings: left out (official), or 0
 STAGES = ("predict", "steps", "judge")

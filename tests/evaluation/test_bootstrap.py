@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mer_r1_jax.evaluation import statistics
-from mer_r1_jax.evaluation.statistics import Difference, mean_interval, paired_difference
+from mer_r1_jax.evaluation import bootstrap
+from mer_r1_jax.evaluation.bootstrap import Difference, mean_interval, paired_difference
 
 
 def scores(seed, clips=300, seeds=1):
@@ -67,13 +67,13 @@ def test_interval_is_a_function_of_scores_and_seed(monkeypatch):
     first = paired_difference(after, before, seed=1)
     assert first == paired_difference(after, before, seed=1)
     assert first != paired_difference(after, before, seed=2)
-    assert statistics.RESAMPLES >= 10_000
+    assert bootstrap.RESAMPLES >= 10_000
     drawn = []
-    means = statistics._bootstrap_means
-    monkeypatch.setattr(statistics, "_bootstrap_means", lambda *a: drawn.append(means(*a)) or drawn[-1])
-    monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", 70_000)  # drawn in pieces, the last one shorter
+    means = bootstrap._drawn_means
+    monkeypatch.setattr(bootstrap, "_drawn_means", lambda *a: drawn.append(means(*a)) or drawn[-1])
+    monkeypatch.setattr(bootstrap, "_DRAWS_AT_ONCE", 70_000)  # drawn in pieces, the last one shorter
     paired_difference(after, before)
-    assert drawn[0].shape == (statistics.RESAMPLES,)
+    assert drawn[0].shape == (bootstrap.RESAMPLES,)
 
 
 def test_no_difference_is_not_clear():
