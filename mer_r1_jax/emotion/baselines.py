@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
-from mer_r1_jax.emotion import answers, rewards
+from mer_r1_jax.emotion import answer_form, rewards
 from mer_r1_jax.emotion.wheels import Wheels
 
 _CANDIDATES = 40  # most frequent true words tried
@@ -28,7 +28,7 @@ def majority_answer(truths: Sequence[Sequence[str]], wheels: Wheels) -> tuple[st
 
     Only the most frequent true words are tried; of words in the same categories, the most frequent one.
     """
-    counts = collections.Counter(word for truth in truths for word in answers.distinct_words(truth))
+    counts = collections.Counter(word for truth in truths for word in answer_form.distinct_words(truth))
     candidates: dict[tuple, str] = {}
     for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if wheels.is_known(word):

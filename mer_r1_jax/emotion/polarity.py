@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mer_r1_jax.emotion import answers
+from mer_r1_jax.emotion import answer_form
 from mer_r1_jax.emotion.wheels import Wheels
 
 # Valence of level-1 categories, of our wheels and of the official ones; a category that is not here is negative.
@@ -22,7 +22,7 @@ def polarity(words: Iterable[str], wheels: Wheels) -> str:
     sign of the votes' sum decides. No known word, or a tie: neutral.
     """
     total = 0.0
-    for word in answers.distinct_words(words):
+    for word in answer_form.distinct_words(words):
         found = [wheels.category(word, wheel) for wheel in range(len(wheels))]
         votes = [_valence(category) for category in found if category is not None]
         total += sum(votes) / len(votes) if votes else 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from mer_r1_jax.emotion import answers
+from mer_r1_jax.emotion import answer_form
 from mer_r1_jax.emotion.wheels import Wheels
 
 
@@ -65,7 +65,7 @@ def answer_rewards(
         Rewards. An answer without a category on a wheel has precision, recall and F1 0 there. A truth without a
         category on any wheel ("neutral") gives zeros and `scorable` False.
     """
-    words, truth_words = answers.distinct_words(words), answers.distinct_words(truth_words)
+    words, truth_words = answer_form.distinct_words(words), answer_form.distinct_words(truth_words)
     predicted, true = category_sets(words, wheels), category_sets(truth_words, wheels)
     unknown = sum(not wheels.is_known(word) for word in words)
     scored = set_rewards(predicted, true)

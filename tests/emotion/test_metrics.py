@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import official_data
 from support.official_data import needs_official_data
 
-from mer_r1_jax.emotion import answers, metrics
+from mer_r1_jax.emotion import answer_form, metrics
 from mer_r1_jax.emotion.wheels import VARIANTS, load_wheels
 
 WHEELS = load_wheels()
@@ -34,9 +34,9 @@ def _null(value: float) -> float | None:
 def test_official_parse_and_clean_up(examples):
     assert examples["parse"] and examples["llm_postprocess"]
     for case in examples["parse"]:
-        assert answers.split_words(case["input"]) == case["output"]
+        assert answer_form.split_words(case["input"]) == case["output"]
     for case in examples["llm_postprocess"]:
-        assert answers.clean_extractor_text(case["input"]) == case["output"]
+        assert answer_form.clean_extractor_text(case["input"]) == case["output"]
 
 
 @needs_official_data
@@ -59,7 +59,7 @@ def test_official_pairs(examples, official, variant, level):
     wheels = official[variant]
     for case in examples["pair"]:
         want = case[variant][f"level{level}"]
-        truth, words = answers.split_words(case["gt"]), answers.split_words(case["pred"])
+        truth, words = answer_form.split_words(case["gt"]), answer_form.split_words(case["pred"])
         score = metrics.set_f1([words], [truth], wheels, level=level)
         assert [_null(v) for v in (score.score, score.precision, score.recall)] == [
             want["f"], want["precision"], want["recall"]
@@ -73,7 +73,7 @@ def test_official_pairs(examples, official, variant, level):
 @needs_official_data
 def test_official_hit(examples, official):
     for case in examples["hit"]:
-        words = [answers.split_words(text) for text in case["pred"]]
+        words = [answer_form.split_words(text) for text in case["pred"]]
         score = metrics.hit(words, case["gt"], official["unibench"])
         assert _null(score.score) == case["hit"] and _null(score.precision) == case["mscore"], case["id"]
         got = [[_null(wheel.score), _null(wheel.precision)] for wheel in score.per_wheel]

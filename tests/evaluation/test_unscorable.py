@@ -9,7 +9,7 @@ from support.commands import run_command
 from support.finished_run import write_run
 
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.emotion.answers import parse_answer
+from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.evaluation import summary

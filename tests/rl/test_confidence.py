@@ -8,7 +8,7 @@ import pytest
 from support.rl_policy import bound, log_softmax, packed_hidden, policy, prompts, row_logits
 from support.tiny_tokenizer import tiny_tokenizer
 
-from mer_r1_jax.emotion.answers import parse_answer
+from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.rl import confidence

@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from mer_r1_jax.emotion.answers import clean_extractor_text, distinct_words, split_words
+from mer_r1_jax.emotion.answer_form import clean_extractor_text, distinct_words, outside_think, split_words
 from mer_r1_jax.emotion.metrics import SENTIMENTS
 from mer_r1_jax.emotion.polarity import polarity
 from mer_r1_jax.emotion.wheels import Wheels
@@ -28,8 +27,6 @@ OFFICIAL_WHEELS = {  # digests of the published folder (zeroQiaoba/AffectGPT, em
     "cb97b0735bb7123d6560a08c9a0f2713ba5dc963b809af5fcbdb083cae489f99": "official",
     "2c0274d52114a2d40dcc7d6652478debc8d336ff49b87aa4658d320823d24e81": "official",
 }
-_THINK = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
-_TAG = re.compile(r"</?(?:think|answer)>")
 
 
 class Extractor(Protocol):
@@ -171,7 +168,7 @@ def extract(
 
 def _described(line: Mapping[str, Any]) -> str:
     """What the extractor reads: the answer block, or without one the text outside the think block."""
-    answer = line["answer"] if line["answer"] is not None else _TAG.sub(" ", _THINK.sub(" ", line["text"]))
+    answer = line["answer"] if line["answer"] is not None else outside_think(line["text"])
     return answer.strip()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
 from mer_r1_jax.data.records import Record, read_records
-from mer_r1_jax.emotion.answers import split_words
+from mer_r1_jax.emotion.answer_form import split_words
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import NAME, SPLIT, refusal
 from mer_r1_jax.evaluation.benchmarks.sets import HIT, LAYOUTS, SET_F1, SYNTHETIC, WAF, SetLayout

@@ -1,9 +1,9 @@
-"""From an answer's text to its emotion words.
+"""The form of an answer, `<think>R</think>\\n<answer>W</answer>`: its tags, how it is written, and how it is read.
 
-`parse_answer` reads `<think>R</think>\\n<answer>W</answer>`. W is split into words by the official MER-UniBench rule
-(zeroQiaoba/AffectGPT, toolkit/utils), quirks included: only quotes and ASCII commas separate, so "happy; sad",
-"happy/sad", "happy and sad", a newline or a Chinese comma leave one unknown word, and other punctuation stays ("happy."
-is unknown).
+This is the one place that knows the form; data, RL and evaluation take it from here. W is split into words by the
+official MER-UniBench rule (zeroQiaoba/AffectGPT, toolkit/utils), quirks included: only quotes and ASCII commas
+separate, so "happy; sad", "happy/sad", "happy and sad", a newline or a Chinese comma leave one unknown word, and other
+punctuation stays ("happy." is unknown).
 
 A *label* that somebody wrote into a data file is not an answer under that rule, so `split_label` reads it more widely:
 there a word that is lost is lost from the truth.
@@ -19,10 +19,14 @@ from collections.abc import Iterable, Sequence
 
 from mer_r1_jax.json_lines import cut
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+TAGS = THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = "<think>", "</think>", "<answer>", "</answer>"
+BRIDGE = f"{THINK_CLOSE}\n{ANSWER_OPEN}"  # one newline between the blocks (ours)
+EMPTY_THINK = THINK_OPEN + BRIDGE  # what a fast answer is given
+WORD = re.compile("""[^,'"]+""")  # what `split_words` separates words by
 
-_WELL_FORMED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_BLOCKS = re.compile(rf"\s*{THINK_OPEN}(.*?){THINK_CLOSE}\s*{ANSWER_OPEN}(.*?){ANSWER_CLOSE}\s*", re.DOTALL)
+_ONLY_TAGS = re.compile(rf"\s*((?:{'|'.join(TAGS)})\s*)+")
+_THINK_BLOCK = re.compile(rf"{THINK_OPEN}.*?({THINK_CLOSE}|$)", re.DOTALL)
 _EXTRACTOR_PREFIXES = ("输入", "输出", "翻译", "让我们来翻译一下", "output", "Output", "input", "Input")
 
 # of labels, after NFKC
@@ -63,6 +67,30 @@ class ParsedAnswer:
     format_reward: float
 
 
+def format_answer(reasoning: str, answer: str) -> str:
+    """The text of an answer with these two blocks."""
+    return f"{THINK_OPEN}{reasoning}{BRIDGE}{answer}{ANSWER_CLOSE}"
+
+
+def blocks_of(text: str) -> tuple[str, str] | None:
+    """The two blocks as they stand, where they and white space are all of the text; else None."""
+    found = _BLOCKS.fullmatch(text)
+    return (found[1], found[2]) if found else None
+
+
+def is_answer_tag(token: str) -> bool:
+    """Whether a token is one or several of the tags and white space, as cold-started models add them."""
+    return _ONLY_TAGS.fullmatch(token) is not None
+
+
+def outside_think(text: str) -> str:
+    """What is left of a text without its think blocks, closed or not, and without tags."""
+    text = _THINK_BLOCK.sub(" ", text)
+    for tag in TAGS:
+        text = text.replace(tag, " ")
+    return text
+
+
 def parse_answer(text: str) -> ParsedAnswer:
     """Reads the text of one completion, without the token that ends the turn.
 
@@ -83,8 +111,8 @@ def _first_block(text: str, opening: str, closing: str) -> str | None:
 
 def _format_reward(text: str) -> float:
     once = all(text.count(tag) == 1 for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE))
-    match = _WELL_FORMED.fullmatch(text) if once else None
-    return float(match is not None and all(block.strip() for block in match.groups()))
+    blocks = blocks_of(text) if once else None
+    return float(blocks is not None and all(block.strip() for block in blocks))
 
 
 def split_words(answer: str | Sequence[str] | None) -> list[str]:

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mer_r1_jax.emotion import answers
+from mer_r1_jax.emotion import answer_form
 
 GOOD = "<think>She smiles.</think>\n<answer>Happy, proud , happy</answer>"
 
 
 def test_well_formed_answer():
-    parsed = answers.parse_answer(GOOD)
-    assert parsed == answers.ParsedAnswer("She smiles.", "Happy, proud , happy", ("happy", "proud"), 1.0)
+    parsed = answer_form.parse_answer(GOOD)
+    assert parsed == answer_form.ParsedAnswer("She smiles.", "Happy, proud , happy", ("happy", "proud"), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -36,22 +36,22 @@ def test_well_formed_answer():
     ],
 )
 def test_malformed_answers_lose_the_format_reward_only(text, words):
-    parsed = answers.parse_answer(text)
+    parsed = answer_form.parse_answer(text)
     assert parsed.format_reward == 0.0
     assert parsed.words == words
 
 
 def test_think_blocks_of_malformed_answers():
-    assert answers.parse_answer("<think> a </think>").reasoning == "a"
-    assert answers.parse_answer("<think></think>\n<answer>x</answer>").reasoning == ""
-    assert answers.parse_answer("<think>a").reasoning is None
-    assert answers.parse_answer("a</think>").reasoning is None
+    assert answer_form.parse_answer("<think> a </think>").reasoning == "a"
+    assert answer_form.parse_answer("<think></think>\n<answer>x</answer>").reasoning == ""
+    assert answer_form.parse_answer("<think>a").reasoning is None
+    assert answer_form.parse_answer("a</think>").reasoning is None
 
 
 @pytest.mark.parametrize("space", ["", "\n", " \n\n"])
 def test_white_space_around_blocks_is_no_mistake(space):
     text = f"{space}<think>a</think>{space}<answer>x</answer>{space}"
-    assert answers.parse_answer(text).format_reward == 1.0
+    assert answer_form.parse_answer(text).format_reward == 1.0
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_white_space_around_blocks_is_no_mistake(space):
     ],
 )
 def test_official_splitter(text, words):
-    assert answers.split_words(text) == words
+    assert answer_form.split_words(text) == words
 
 
 @pytest.mark.parametrize("bad", [3, {"a": 1}, [1, 2], True])
 def test_splitter_refuses_other_types(bad):
     with pytest.raises(TypeError, match="expected text"):
-        answers.split_words(bad)
+        answer_form.split_words(bad)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_splitter_refuses_other_types(bad):
     ],
 )
 def test_official_clean_up(text, clean):
-    assert answers.clean_extractor_text(text) == clean
+    assert answer_form.clean_extractor_text(text) == clean
 
 
 @given(st.text(alphabet="<>/thinkanswer ,\n'[]", max_size=60) | st.lists(st.sampled_from(
     ["<think>", "</think>", "<answer>", "</answer>", "happy", ",", "\n", " "]), max_size=12).map("".join))  # fmt: skip
 def test_any_text_parses(text):
-    parsed = answers.parse_answer(text)
+    parsed = answer_form.parse_answer(text)
     assert parsed.format_reward in (0.0, 1.0)
     assert len(set(parsed.words)) == len(parsed.words)
     assert all(word and word == word.strip().lower() for word in parsed.words)
