@@ -27,10 +27,10 @@ from rich.table import Table
 from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.evaluation.benchmarks.benchmark_report import make_benchmark_report
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
 from mer_r1_jax.evaluation.benchmarks.protocol import POLARITY_CHOICES, WORDS_CHOICES, Extractor
-from mer_r1_jax.evaluation.benchmarks.report import make_benchmark_report
 from mer_r1_jax.evaluation.benchmarks.request import Request, benchmark_names
 from mer_r1_jax.evaluation.benchmarks.sets import title_of
 from mer_r1_jax.evaluation.benchmarks.tables import METRIC_TITLES, percent

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mer_r1_jax.evaluation.bootstrap import Difference, mean_interval
+from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, percent
 from mer_r1_jax.evaluation.run_record import Evaluation, RunRecord
-
-FEW_CLIPS = 100  # below this, intervals of F1 are wider than what RL usually gains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +214,3 @@ def _changed(difference: Difference) -> str:
     if not difference.is_clear:
         return "did not clearly change"
     return "raised" if difference.points > 0 else "lowered"
-
-
-def percent(value: float | None) -> str:
-    """A share as hundredths with one decimal; a dash when it was not measured."""
-    return "–" if value is None else f"{100 * value:.1f}"

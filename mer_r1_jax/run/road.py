@@ -27,7 +27,7 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import Evaluator
-from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.fingerprints import ClipFingerprints

@@ -18,7 +18,7 @@ from mer_r1_jax.evaluation.ablation.results import AblationError, read_result
 from mer_r1_jax.evaluation.comparison import CompareError, compare_samples
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
 from mer_r1_jax.evaluation.probes import ProbeError, Prober, swap_modality
-from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.rl.scoring import ScoredAnswer
 
 WHEELS = load_wheels()

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from typing import Protocol as Interface
 
+from mer_r1_jax.evaluation.clip_frames import Pictures
 from mer_r1_jax.evaluation.judge.client import ChatClient, JudgeError, Message
 from mer_r1_jax.evaluation.judge.ordered import map_ordered
 from mer_r1_jax.evaluation.mme import prompts
 from mer_r1_jax.evaluation.mme.parse import UnreadableReplyError, parse_scores, parse_steps
-from mer_r1_jax.evaluation.mme.pictures import Pictures
 from mer_r1_jax.evaluation.mme.protocol import digest_of
 from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.tasks import TASKS

@@ -5,21 +5,29 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import signed
-from mer_r1_jax.evaluation.clip_strip import clip_strips
+from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
-from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
-from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, percent, stages_of, warnings_of
-from mer_r1_jax.evaluation.page import render_page
+from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, stages_of, warnings_of
+from mer_r1_jax.evaluation.report_kit import (
+    Cell,
+    Figure,
+    Row,
+    Table,
+    WordMarks,
+    cut,
+    number,
+    percent,
+    row,
+    text_table,
+    write_page,
+)
 from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
-from mer_r1_jax.training import durable
 
 __all__ = ["ReportError", "make_report"]
 
@@ -80,10 +88,8 @@ def make_report(
     missing = list(run.missing)
     stages = stages_of(run, next(iter(run.evaluations))) if run.evaluations else None
     clips = _clips(run, stages, media_root, num_examples, missing) if stages else []
-    html = render_page(
-        "report.html.jinja",
+    values = dict(
         title=run.config.get("train", {}).get("run_name") or run.config.get("name") or run.path.resolve().name,
-        written=time.strftime("%Y-%m-%d %H:%M"),
         summary=describe(run),
         warnings=warnings_of(run),
         cards=_cards(stages.start, stages.end) if stages and stages.end else [],
@@ -96,12 +102,10 @@ def make_report(
         environment=_shown_json(run.environment),
         missing=list(dict.fromkeys(missing)),
     )
-    path = run.path / "report.html"
     try:
-        durable.write_text(path, html)
+        return write_page(run.path / "report.html", "run_report.html.jinja", **values)
     except OSError as error:
         raise ReportError(str(error)) from error
-    return path
 
 
 def _cards(start: Evaluation | None, end: Evaluation) -> list[dict[str, str]]:
@@ -128,7 +132,7 @@ def _named_step(stages: Stages) -> str:
     return f"RL step {stages.rl_step(stages.end)}" if stages.end_is_rl else "the end of SFT"
 
 
-def _table(stages: Stages) -> dict[str, Any]:
+def _table(stages: Stages) -> Table:
     """Start and end side by side, slow and fast apart."""
     columns = []
     if stages.start is not None:
@@ -140,29 +144,31 @@ def _table(stages: Stages) -> dict[str, Any]:
     for label, name, is_share, digits in TABLE_ROWS:
         values = [evaluation.score(mode, name) for _, evaluation in columns for mode in MODES]
         if any(value is not None for value in values):
-            cells = [
-                percent(value) if is_share else "–" if value is None else f"{value:.{digits}f}" for value in values
-            ]
-            rows.append({"label": label, "cells": cells, "strong": name == "f1"})
+            cells = [percent(value) if is_share else number(value, digits) for value in values]
+            rows.append(row(label, cells, "strong" if name == "f1" else ""))
     end = stages.end
-    return {
-        "benchmark": end.benchmark,
-        "n": end.n_scored,
-        "unscorable": end.n_unscorable,
-        "columns": [label for label, _ in columns],
-        "rows": rows,
-        "floor": percent(end.reference("majority_f1")),
-        "ceiling": percent(end.reference("oracle_f1")),
-        "majority": ", ".join(end.scores.get("majority_answer") or []),
-    }
+    unscorable = f"; {end.n_unscorable} more cannot be scored" if end.n_unscorable else ""
+    majority = ", ".join(end.scores.get("majority_answer") or [])
+    return Table(
+        heads=(
+            Row((Cell(""), *(Cell(label, kind="stage", span=len(MODES)) for label, _ in columns))),
+            Row((Cell(""), *(Cell(mode, kind=mode) for _ in columns for mode in MODES))),
+        ),
+        rows=tuple(rows),
+        title=f"Scores on held-out clips: {end.benchmark} ({end.n_scored} clips{unscorable})",
+        note=f"Floor: F1 {percent(end.reference('majority_f1'))} for the majority answer"
+        f"{f' ({majority})' if majority else ''} on every clip. Ceiling: F1 {percent(end.reference('oracle_f1'))} for "
+        "the oracle.",
+        kind="scores",
+    )
 
 
-def _figures(run: RunRecord) -> list[dict[str, str]]:
+def _figures(run: RunRecord) -> list[Figure]:
     found = []
     for benchmark, evaluations in run.evaluations.items():
         if panels := _held_out_panels(evaluations, stages_of(run, benchmark)):
             caption = f"Held-out clips ({benchmark}). Dashed: the majority answer as floor, the oracle as ceiling."
-            found.append({"caption": caption, "source": figures.draw(panels, 2)})
+            found.append(Figure(caption, figures.draw(panels, 2)))
     reward = _panel(run, "rl", "Reward", {"reward": ("", NEUTRAL)})
     parts = {
         "rewards/recall/mean": ("recall", RECALL),
@@ -172,18 +178,18 @@ def _figures(run: RunRecord) -> list[dict[str, str]]:
     sampled = [panel for panel in (reward, _panel(run, "rl", "Recall, precision, F1", parts)) if panel.lines]
     if sampled:
         caption = "Sampled training completions, per RL step. Pale: each step; strong: running mean."
-        found.append({"caption": caption, "source": figures.draw(sampled, 2)})
+        found.append(Figure(caption, figures.draw(sampled, 2)))
     own = {name: _panel(run, "rl", name, {f"rewards/{name}/mean": ("", NEUTRAL)}) for name in _own_rewards(run)}
     if own := {name: panel for name, panel in own.items() if panel.lines}:
         unscored = [f"{name} {percent(float(run.series('rl', f'rewards/{name}/unscored')[1].mean()))}%" for name in own]
         caption = "Reward functions of this run's own, per RL step: mean over the completions that got a value. "
         caption += f"Unscored: {', '.join(unscored)}."
-        found.append({"caption": caption, "source": figures.draw(list(own.values()), 2)})
+        found.append(Figure(caption, figures.draw(list(own.values()), 2)))
     if small := [panel for title, names in SMALL_PANELS if (panel := _panel(run, "rl", title, names)).lines]:
-        found.append({"caption": "Health of RL, per step.", "source": figures.draw(small, 4, 2.7, 1.8)})
+        found.append(Figure("Health of RL, per step.", figures.draw(small, 4, 2.7, 1.8)))
     sft_names = (("SFT loss", {"loss": ("", NEUTRAL)}), *SMALL_PANELS)
     if sft := [panel for title, names in sft_names if (panel := _panel(run, "sft", title, names)).lines]:
-        found.append({"caption": "Supervised fine-tuning, per step.", "source": figures.draw(sft, 4, 2.7, 1.8)})
+        found.append(Figure("Supervised fine-tuning, per step.", figures.draw(sft, 4, 2.7, 1.8)))
     return found
 
 
@@ -241,7 +247,8 @@ def _clips(
     """Rows of the table of clips: the first `count` of the last evaluation, in its order, so none is hand-picked."""
     if stages.end is None or not stages.end.samples:
         return []
-    wheels = _wheels(run, missing)
+    emotion = run.config.get("emotion", {})
+    marks = WordMarks(emotion.get("wheel_dir", ""), emotion.get("variant", "unibench"), missing)
     samples = dict(itertools.islice(stages.end.samples.items(), count))
     strips = clip_strips([sample.get("video") for sample in samples.values()], _media_root(run, media_root))
     rows = []
@@ -254,37 +261,26 @@ def _clips(
         rows.append(
             {
                 "id": clip,
-                "strip": strip.source,
-                "seconds": strip.seconds,
-                "problem": strip.problem,
+                "strip": strip,
                 "subtitle": sample.get("subtitle"),
-                "truth": [Word(word, truth_mark(word, slow_words, wheels)) for word in truth],
+                "truth": marks.truth(truth, slow_words),
                 "reasoning": sample.get("slow", {}).get("reasoning"),
-                "slow": _answer(sample.get("slow"), truth, wheels),
-                "fast": _answer(sample.get("fast"), truth, wheels),
-                "before": _answer(before, truth, wheels),
+                "slow": _answer(sample.get("slow"), truth, marks),
+                "fast": _answer(sample.get("fast"), truth, marks),
+                "before": _answer(before, truth, marks),
             }
         )
     return rows
 
 
-def _answer(answer: dict[str, Any] | None, truth: list[str], wheels: Wheels | None) -> dict[str, Any] | None:
+def _answer(answer: dict[str, Any] | None, truth: list[str], marks: WordMarks) -> dict[str, Any] | None:
     if not isinstance(answer, dict):
         return None
     f1 = answer.get("f1")
     f1 = float(f1) if isinstance(f1, int | float) else None
     verdict = "not scored" if f1 is None else "correct" if f1 > 0.995 else "wrong" if f1 < 0.005 else "partly"
-    words = [Word(str(word), answer_mark(str(word), truth, wheels)) for word in answer.get("words") or []]
-    return {"words": words, "f1": percent(f1), "verdict": verdict, "text": str(answer.get("text", ""))[:TEXT_SHOWN]}
-
-
-def _wheels(run: RunRecord, missing: list[str]) -> Wheels | None:
-    settings = run.config.get("emotion", {})
-    try:
-        return load_wheels(settings.get("wheel_dir", ""), settings.get("variant", "unibench"))
-    except (WheelError, OSError) as error:
-        missing.append(f"marks of single words: {error}")
-        return None
+    words = marks.answer(map(str, answer.get("words") or []), truth)
+    return {"words": words, "f1": percent(f1), "verdict": verdict}
 
 
 def _media_root(run: RunRecord, given: str | os.PathLike | None) -> Path:
@@ -293,29 +289,19 @@ def _media_root(run: RunRecord, given: str | os.PathLike | None) -> Path:
     return Path(given or data.get("media_root") or beside_records or data.get("synthetic_dir") or run.path)
 
 
-def _completions(run: RunRecord) -> dict[str, Any] | None:
+def _completions(run: RunRecord) -> Table | None:
     if run.completions is None or not run.completions[1]:
         return None
     step, rows = run.completions
-    return {
-        "step": step,
-        "total": len(rows),
-        "columns": list(rows[0]),
-        "rows": [[_shown(value) for value in row.values()] for row in rows[:COMPLETIONS_SHOWN]],
-    }
+    shown = [[_shown(value) for value in row.values()] for row in rows[:COMPLETIONS_SHOWN]]
+    title = f"{len(shown)} of {len(rows)} completions of RL step {step}"
+    return text_table(list(rows[0]), shown, texts=0, title=title, kind="completions")
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    text = (
-        value
-        if isinstance(value, str)
-        else "–"
-        if value is None
-        else json.dumps(value, default=str, ensure_ascii=False)
-    )
-    return text if len(text) <= TEXT_SHOWN else text[:TEXT_SHOWN] + " …"
+    if value is None or isinstance(value, float):
+        return number(value, 3)
+    return cut(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False), TEXT_SHOWN)
 
 
 def _shown_json(content: dict[str, Any]) -> str:

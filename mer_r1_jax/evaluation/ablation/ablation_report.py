@@ -1,28 +1,58 @@
-"""The tables of an ablation, as text cells, and their Markdown."""
+"""Writes an ablation where people look: ablation.json, ablation.md with ablation.svg, ablation.html."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from mer_r1_jax.evaluation.ablation.alikeness import OBJECTIVES
-from mer_r1_jax.evaluation.ablation.comparison import PAPER_F1, PAPER_OFFICIAL, Ablation, RowResult, Versus
-from mer_r1_jax.evaluation.ablation.narrative import SAMPLED_NOTE, counted, label, span
+from mer_r1_jax.evaluation.ablation.comparison import PAPER_F1, PAPER_OFFICIAL, Ablation, RowResult, Versus, as_json
+from mer_r1_jax.evaluation.ablation.figure import draw
+from mer_r1_jax.evaluation.ablation.narrative import SAMPLED_NOTE, counted, describe, label, span
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS, SeedResult
 from mer_r1_jax.evaluation.bootstrap import POINTS, Mean, mean_over_seeds, signed
+from mer_r1_jax.evaluation.figures import data_uri
+from mer_r1_jax.evaluation.report_kit import NONE, Table, markdown, number, percent, render_page, text_table
+from mer_r1_jax.foreign_text import for_markdown, printable
+from mer_r1_jax.training import durable
 
-NONE = "–"
+FIGURE = "ablation.svg"
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells of text; the first `texts` columns are words, the others numbers."""
+def write(folder: Path, ablation: Ablation, command: str, plan: Mapping[str, Any], setting: str) -> list[Path]:
+    """Writes the four files and returns their paths.
 
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    texts: int = 1
-    strong: frozenset[int] = frozenset()
+    Args:
+        folder: where.
+        command: that made the ablation.
+        plan: what was asked for, as JSON values.
+        setting: what all runs have in common, in a sentence.
+    """
+    picture = draw(ablation)
+    tables = tables_of(ablation)
+    paragraphs = describe(ablation)
+    text = "\n\n".join(
+        ["## Ablation of the arms", for_markdown(setting), *paragraphs, f"![Scores, gains and curves]({FIGURE})"]
+        + [markdown(table).rstrip() for table in tables]
+        + [f"Made by\n\n```bash\n{printable(command)}\n```\n"]
+    )
+    html = render_page(
+        "ablation/ablation_report.html.jinja",
+        setting=setting,
+        paragraphs=paragraphs,
+        figure=data_uri(picture),
+        tables=tables,
+        command=command,
+        plan=json.dumps(plan, indent=2, ensure_ascii=False),
+    )
+    content = json.dumps({"command": command, "plan": plan, **as_json(ablation)}, indent=1, allow_nan=False)
+    files = {FIGURE: picture, "ablation.md": text.encode(), "ablation.html": html.encode()}
+    files["ablation.json"] = (content + "\n").encode()
+    for name, data in files.items():
+        durable.write_atomically(folder / name, lambda file, data=data: file.write(data))
+    return [folder / name for name in files]
 
 
 def tables_of(ablation: Ablation) -> list[Table]:
@@ -32,16 +62,6 @@ def tables_of(ablation: Ablation) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def markdown(table: Table) -> str:
-    """A table in Markdown, under its title."""
-    lines = [table.columns, tuple(":-" if n < table.texts else "-:" for n in range(len(table.columns)))]
-    lines += [
-        tuple(f"**{cell}**" for cell in row) if number in table.strong else row for number, row in enumerate(table.rows)
-    ]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"### {table.title}\n\n{table.note}\n\n{body}\n"
-
-
 def _arms(ablation: Ablation) -> Table:
     rows = []
     for row in ablation.rows:
@@ -49,15 +69,15 @@ def _arms(ablation: Ablation) -> Table:
         cells += [_mean(row.means["slow", name]) for name in ("precision", "recall", "f1")]
         cells.append(_mean(row.means["fast", "f1"]))
         cells += [span(row.gain.difference) if row.gain else NONE, span(row.slow_minus_fast)]
-        cells += [f"{known[row.row]:.2f}" if row.row in known else NONE for known in (PAPER_F1, PAPER_OFFICIAL)]
+        cells += [number(known.get(row.row), 2) for known in (PAPER_F1, PAPER_OFFICIAL)]
         rows.append(tuple(cells))
     best = max(
         (n for n, row in enumerate(ablation.rows) if not row.row.startswith("control_")),
         key=lambda n: ablation.rows[n].means["slow", "f1"].mean,
     )
     known_levels = (("F1 of the best constant answer", ablation.floor), ("of one who knows the cues", ablation.ceiling))
-    levels = [f"{name} {POINTS * value:.1f}" for name, value in known_levels if value is not None]
-    return Table(
+    levels = [f"{name} {percent(value)}" for name, value in known_levels if value is not None]
+    return text_table(
         title="Arms",
         note=f"{len(ablation.clips)} held-out clips, in points: mean ± standard error over seeds; gains and gaps with "
         f"their 95% bootstrap interval over clips and seeds, paired. {'; '.join(levels)}. The two last columns are the "
@@ -66,18 +86,18 @@ def _arms(ablation: Ablation) -> Table:
             "row", "seeds", "slow precision", "slow recall", "slow F1", "fast F1", "slow F1 over SFT",
             "slow − fast F1", "paper: F1", "paper: official",
         ),
-        rows=tuple(rows),
-        strong=frozenset({best}),
+        rows=rows,
+        strong=[best],
     )  # fmt: skip
 
 
 def _versus(ablation: Ablation) -> Table:
-    return Table(
+    return text_table(
         title="Comparisons",
         note="Points of slow F1, the same clips and seeds on both sides, with 95% bootstrap intervals over clips and "
         "seeds. Clear: the interval excludes zero.",
         columns=("row", "against", "points", "clear", "seeds one by one", "seeds in favour"),
-        rows=tuple(_versus_cells(versus) for versus in ablation.versus),
+        rows=[_versus_cells(versus) for versus in ablation.versus],
         texts=2,
     )
 
@@ -100,11 +120,11 @@ def _answers(ablation: Ablation) -> Table:
         columns += [("fast", "mean_words", 2), ("fast", "distinct_answers", 0)]
         return (label(row.row), *(_mean(row.means.get((mode, name)), 1, digits) for mode, name, digits in columns))
 
-    return Table(
+    return text_table(
         title="How they answer",
         note="At the end, mean ± standard error over seeds: emotion words, tokens and distinct answers.",
         columns=("row", "slow words", "slow tokens", "distinct slow", "fast words", "distinct fast"),
-        rows=tuple(cells(row) for row in ablation.rows),
+        rows=[cells(row) for row in ablation.rows],
     )
 
 
@@ -116,7 +136,7 @@ def _sampled(ablation: Ablation) -> Table:
         if all(set(names) <= sampled.keys() for sampled in found):
             means = [mean_over_seeds([sampled[name] for sampled in found]) for name in names]
             rows.append((label(row.row), *(_mean(mean, 1, 3) for mean in means)))
-    return Table(
+    return text_table(
         title="What was sampled",
         note=f"{SAMPLED_NOTE} Mean ± standard error over seeds. Reward: F1 + rl.format_weight × format, whatever the "
         "arm; spreads are over all samples of a step.",
@@ -124,7 +144,7 @@ def _sampled(ablation: Ablation) -> Table:
             "row", "reward", "recall", "precision", "F1", "spread of recall", "spread of precision",
             "groups without spread", "KL",
         ),
-        rows=tuple(rows),
+        rows=rows,
     )  # fmt: skip
 
 
@@ -134,13 +154,13 @@ def _alike(ablation: Ablation) -> list[Table]:
         return []
     arms = [name for name in alike.names if name not in OBJECTIVES]
     return [
-        Table(
+        text_table(
             title="How alike the arms are",
             note=f"Correlation of the advantages that each arm gives to the same {alike.answers} answers, sampled in "
             f"the last {LAST_STEPS} steps of {counted(alike.runs, 'run')}; the last two columns are with recall and "
             "with precision alone, each normalised over its group.",
             columns=("row", *arms, *OBJECTIVES),
-            rows=tuple((arm, *(f"{alike.correlation[arm, name]:.3f}" for name in alike.names)) for arm in arms),
+            rows=[(arm, *(f"{alike.correlation[arm, name]:.3f}" for name in alike.names)) for arm in arms],
         )
     ]
 
@@ -150,32 +170,27 @@ def _seeds(ablation: Ablation) -> Table:
     for row in ablation.rows:
         for result in row.results:
             rows.append((label(row.row), str(result.seed), *_seed_cells(row, result)))
-    return Table(
+    return text_table(
         title="Every seed",
         note="In points; the gain over SFT of the same seed with its 95% interval over clips. " + SAMPLED_NOTE,
         columns=(
             "row", "seed", "slow P", "slow R", "slow F1", "fast P", "fast R", "fast F1", "slow F1 over SFT", "words",
             "tokens", "distinct", "sampled reward", "sampled recall", "sampled precision", "s of SFT", "s of RL",
         ),
-        rows=tuple(rows),
+        rows=rows,
         texts=2,
     )  # fmt: skip
 
 
 def _seed_cells(row: RowResult, result: SeedResult) -> list[str]:
-    cells = [
-        f"{POINTS * result.score(mode, name):.1f}"
-        for mode in ("slow", "fast")
-        for name in ("precision", "recall", "f1")
-    ]
+    cells = [percent(result.score(mode, name)) for mode in ("slow", "fast") for name in ("precision", "recall", "f1")]
     gain = row.gain.by_seed.get(result.seed) if row.gain else None
     cells.append(span(gain) if gain else NONE)
     for name, digits in (("mean_words", 2), ("mean_length", 1), ("distinct_answers", 0)):
-        value = result.end.score("slow", name)
-        cells.append(NONE if value is None else f"{value:.{digits}f}")
+        cells.append(number(result.end.score("slow", name), digits))
     for name in ("reward", "recall", "precision"):
-        cells.append(f"{result.sampled[name]:.3f}" if name in result.sampled else NONE)
-    cells += [f"{result.seconds[phase]:.0f}" if result.seconds.get(phase) else NONE for phase in ("sft", "rl")]
+        cells.append(number(result.sampled.get(name), 3))
+    cells += [number(result.seconds.get(phase) or None, 0) for phase in ("sft", "rl")]
     return cells
 
 

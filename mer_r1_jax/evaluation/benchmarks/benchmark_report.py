@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation.benchmarks import charts
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
 from mer_r1_jax.evaluation.benchmarks.sets import BENCHMARKS, WAF, title_of
 from mer_r1_jax.evaluation.benchmarks.tables import (
     Columns,
-    analysis_table,
+    analysis_tables,
     coverage_table,
     main_table,
     paper_f1_table,
     synthetic_table,
 )
-from mer_r1_jax.evaluation.clip_strip import clip_strips
+from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.evaluate import MODES
-from mer_r1_jax.evaluation.marks import Word, answer_mark, truth_mark
-from mer_r1_jax.evaluation.page import render_page
-from mer_r1_jax.training import durable
+from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, Figure, Word, WordMarks, write_page
 
-FEW_CLIPS = 100  # below this a score says little
 TEXT_SHOWN = 900  # characters of reasoning
 _CAPTION = (
     "{title}. Bars and confusion: categories of the first wheel. A true category that is missed is shared out over the "
@@ -57,14 +52,12 @@ def make_benchmark_report(out: str | os.PathLike, num_examples: int = 6) -> Path
     columns = Columns(scores)
     missing: list[str] = []
     examples = [_examples(folder, columns.scores_of(name), num_examples, missing) for name in columns.benchmarks]
-    html = render_page(
-        "benchmarks/report.html.jinja",
+    values = dict(
         title=f"Benchmarks of {Path(out).resolve().name}",
-        written=time.strftime("%Y-%m-%d %H:%M"),
         warnings=_warnings(scores, columns),
         main=main_table(columns),
         synthetic=synthetic_table(columns),
-        analysis=analysis_table(columns),
+        analysis=analysis_tables(columns),
         paper_f1=paper_f1_table(),
         coverage=coverage_table(columns),
         protocols=columns.protocols,
@@ -74,10 +67,9 @@ def make_benchmark_report(out: str | os.PathLike, num_examples: int = 6) -> Path
         fingerprint=json.dumps(scores[0]["answers"]["fingerprint"], indent=2, ensure_ascii=False),
     )
     try:
-        durable.write_atomically(folder.report, lambda file: file.write(html.encode("utf-8", "replace")))
+        return write_page(folder.report, "benchmarks/benchmark_report.html.jinja", **values)
     except OSError as error:
         raise BenchmarkError(str(error)) from error
-    return folder.report
 
 
 def _warnings(scores: Sequence[dict[str, Any]], columns: Columns) -> list[str]:
@@ -117,13 +109,13 @@ def _warnings(scores: Sequence[dict[str, Any]], columns: Columns) -> list[str]:
     return found
 
 
-def _figures(scores: Sequence[dict[str, Any]], columns: Columns) -> list[dict[str, str]]:
+def _figures(scores: Sequence[dict[str, Any]], columns: Columns) -> list[Figure]:
     found = []
     for score in scores:
         caption = (_CAPTION_WAF if score["metric"] == WAF else _CAPTION).format(title=title_of(score["benchmark"]))
         if len(columns.protocols) > 1:
             caption += f" Protocol {columns.letter(score)}."
-        found.append({"caption": caption, "source": charts.details(score["modes"])})
+        found.append(Figure(caption, charts.details(score["modes"])))
     return found
 
 
@@ -134,7 +126,7 @@ def _examples(
     score = scores[0]
     name = score["benchmark"]
     _, answers = folder.read_answers(name)
-    wheels = _wheels(score, missing)
+    marks = WordMarks(score["wheel_dir"], score["protocol"]["variant"], missing)
     chosen = {
         clip: {mode: answers[clip, mode] for mode in MODES if (clip, mode) in answers}
         for clip in list(dict.fromkeys(clip for clip, _ in answers))[:count]
@@ -152,28 +144,20 @@ def _examples(
         clips.append(
             {
                 "id": clip,
-                "strip": strip.source,
-                "seconds": strip.seconds,
+                "strip": strip,
                 "subtitle": line["subtitle"],
                 "reasoning": (lines["slow"]["reasoning"] or "")[:TEXT_SHOWN] if "slow" in lines else None,
                 "answers": [
-                    {"mode": mode, "words": _marked(given, words, wheels), "text": given["text"][:TEXT_SHOWN]}
+                    {"mode": mode, "words": _marked(given["words"], words, marks), "text": given["text"][:TEXT_SHOWN]}
                     for mode, given in lines.items()
                 ],
-                "truth": [Word(word, truth_mark(word, answered, wheels)) for word in words],
+                "truth": marks.truth(words, answered),
                 "valence": None if words or not isinstance(truth, int | float) else f"{truth:+.2f}",
             }
         )
     return {"title": title_of(name), "clips": clips}
 
 
-def _marked(line: dict[str, Any], truth: list[str], wheels: Wheels | None) -> list[Word]:
-    return [Word(word, answer_mark(word, truth, wheels) if truth else "") for word in line["words"]]
-
-
-def _wheels(score: dict[str, Any], missing: list[str]) -> Wheels | None:
-    try:
-        return load_wheels(score["wheel_dir"], score["protocol"]["variant"])
-    except (WheelError, OSError) as error:
-        missing.append(f"marks of single words: {error}")
-        return None
+def _marked(words: Sequence[str], truth: Sequence[str], marks: WordMarks) -> list[Word]:
+    """Words of an answer; without marks where the truth is a number."""
+    return marks.answer(words, truth) if truth else [Word(word, "") for word in words]

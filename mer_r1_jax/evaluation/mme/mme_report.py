@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.evaluation.clip_strip import clip_strips
+from mer_r1_jax.evaluation.bootstrap import signed
+from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.mme.errors import MmeError
 from mer_r1_jax.evaluation.mme.folder import RESULTS, MmeFolder
 from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.stages import Asked
 from mer_r1_jax.evaluation.mme.tasks import COT, METRICS, PAPER_COT, PAPER_JUDGE, PAPER_OVERALL, TASKS, TOTAL
-from mer_r1_jax.evaluation.page import render_page
+from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, NONE, Cell, Row, Table, cut, number, row, write_page
 from mer_r1_jax.evaluation.result_log import FAILED, read_log
-from mer_r1_jax.training import durable
 
-FEW_ITEMS = 100  # below this a score says little
 TEXT_SHOWN = 1200  # characters of a response
 TITLES = {"slow": "slow", "fast": "fast", "response": "given responses"}
 _STAGE_WORDS = {"predict": "no answer", "steps": "no steps", "judge": "no ratings"}
@@ -43,61 +42,69 @@ def make_mme_report(out: str | os.PathLike, num_examples: int = 6) -> Path:
     if not scores:
         raise MmeError(f"{folder.path}: holds no scores; evaluate something there first")
     benchmark, _ = folder.read_items()
-    html = render_page(
-        "mme/report.html.jinja",
+    return write_page(
+        folder.report,
+        "mme/mme_report.html.jinja",
         title=f"MME-Emotion: {Path(out).resolve().name}",
-        written=time.strftime("%Y-%m-%d %H:%M"),
-        metrics=METRICS,
         paper_judge=PAPER_JUDGE,
         protocols=[_protocol(folder, benchmark, score, num_examples) for score in scores],
         made_by=json.dumps(scores[0]["predictions"], indent=1, ensure_ascii=False),
     )
-    durable.write_atomically(folder.report, lambda file: file.write(html.encode("utf-8", "replace")))
-    return folder.report
 
 
 def _protocol(folder: MmeFolder, benchmark: Benchmark, score: Mapping[str, Any], count: int) -> dict[str, Any]:
     modes = {
         mode: table for mode, table in score["modes"].items() if table["pooled"]["rated"] or len(score["modes"]) == 1
     }
-    tasks = [task for task in TASKS if any(task in table["tasks"] for table in modes.values())]
-    rows = [_row(TASKS[task].title, task, [table["tasks"].get(task) for table in modes.values()]) for task in tasks]
-    rows.append(_row("all items together", "pooled", [table["pooled"] for table in modes.values()], strong=True))
-    rows.append(_row("mean over tasks", "macro", [table["macro"] for table in modes.values()]))
     return {
         "description": score["protocol"]["description"],
-        "modes": [TITLES.get(mode, mode) for mode in modes],
-        "rows": rows,
+        "scores": _scores(modes),
         "overall": PAPER_OVERALL,
         "warnings": _warnings(score),
         "difference": _difference(score["slow_minus_fast"]),
-        "coverage": [line for mode, table in modes.items() for line in _coverage(mode, table)],
+        "coverage": _coverage(modes),
         "examples": _examples(folder, benchmark, score, list(modes), count),
         "fingerprint": json.dumps(score["protocol"], indent=1, ensure_ascii=False),
     }
 
 
-def _row(title: str, name: str, tables: list[Mapping[str, Any] | None], strong: bool = False) -> dict[str, Any]:
-    """A line of the main table: of each mode, counts, the three scores and CoT with failures as zero."""
+def _scores(modes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The main table: of each mode, counts, the three scores and CoT with failures as zero; the paper's beside them."""
+    tables = list(modes.values())
+    tasks = [task for task in TASKS if any(task in table["tasks"] for table in tables)]
+    rows = [_row(task, TASKS[task].title, [table["tasks"].get(task) for table in tables]) for task in tasks]
+    rows.append(_row("pooled", "all items together", [table["pooled"] for table in tables], "strong"))
+    rows.append(_row("macro", "mean over tasks", [table["macro"] for table in tables]))
+    groups = [Cell(TITLES.get(mode, mode), kind="group", span=2 + len(METRICS)) for mode in modes]
+    own = ["rated", *("CoT" if metric == COT else metric.capitalize() for metric in METRICS), "CoT,\nfailures 0"]
+    paper = [Cell(model, kind="paper") for model in PAPER_OVERALL]
+    return Table(
+        heads=(
+            Row((Cell(""), *groups, Cell("the paper's,\nCoT", kind="group paper", span=len(paper)))),
+            Row((Cell("Task"), *map(Cell, own * len(modes)), *paper)),
+        ),
+        rows=tuple(rows),
+        kind="numbers main",
+    )
+
+
+def _row(name: str, title: str, tables: list[Mapping[str, Any] | None], kind: str = "") -> Row:
     cells = []
     for table in tables:
-        found = [table["drop"][metric] for metric in METRICS] if table else [None] * len(METRICS)
-        counts = f"{table['rated']} of {table['n']}" if table and "n" in table else ""
-        cells.append(
-            {"counts": counts, "scores": list(map(_cell, found)), "zero": _cell(table["zero"][COT] if table else None)}
-        )
+        cells.append(Cell(f"{table['rated']} of {table['n']}" if table and "n" in table else ""))
+        cells += [_cell(table["drop"][metric] if table else None) for metric in METRICS]
+        cells.append(_cell(table["zero"][COT] if table else None))
     if name == "pooled":
         paper = [f"{PAPER_OVERALL[model][COT]:.1f}" for model in PAPER_COT]
     else:
-        paper = [f"{row[name]:.1f}" if name in row else "" for row in PAPER_COT.values()]
-    return {"title": title, "name": name, "cells": cells, "paper": paper, "strong": strong}
+        paper = [f"{by_task[name]:.1f}" if name in by_task else "" for by_task in PAPER_COT.values()]
+    return row(Cell(name, note=title), [*cells, *(Cell(value, kind="paper") for value in paper)], kind)
 
 
-def _cell(score: Mapping[str, float | None] | None) -> dict[str, str]:
+def _cell(score: Mapping[str, float | None] | None) -> Cell:
     if score is None or score["score"] is None:
-        return {"value": "–", "interval": ""}
-    interval = "" if score["low"] is None else f"{score['low']:.1f}–{score['high']:.1f}"
-    return {"value": f"{score['score']:.1f}", "interval": interval}
+        return Cell(NONE)
+    return Cell(number(score["score"]), "" if score["low"] is None else f"{score['low']:.1f}–{score['high']:.1f}")
 
 
 def _warnings(score: Mapping[str, Any]) -> list[str]:
@@ -130,7 +137,7 @@ def _mode_warnings(pooled: Mapping[str, Any]) -> list[str]:
             f"{pooled['n'] - pooled['rated']} of {pooled['n']} items have no ratings. The scores leave them out, as "
             "the official code does; the last column counts them as zero."
         )
-    if pooled["n"] < FEW_ITEMS:
+    if pooled["n"] < FEW_CLIPS:
         lines.append(f"{pooled['n']} items are few; the whole set has {TOTAL}.")
     if pooled["without_reasoning"]:
         lines.append(
@@ -145,32 +152,25 @@ def _difference(paired: Mapping[str, Any] | None) -> str:
     parts = []
     for metric in METRICS:
         found, name = paired[metric], "CoT" if metric == COT else metric
-        parts.append(f"{name} {found['score']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})")
+        parts.append(f"{name} {signed(found['score'])} ({signed(found['low'])} to {signed(found['high'])})")
     return f"Slow minus fast over the {paired['items']} items rated in both: {', '.join(parts)} points."
 
 
-def _coverage(mode: str, table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    lines = []
-    for task, row in table["tasks"].items():
-        reasons = [
-            f"{_STAGE_WORDS[stage]}: {count} {reason}"
-            for stage, counts in row["failed"].items()
-            for reason, count in counts.items()
-        ]
-        steps = "–" if row["mean_steps"] is None else f"{row['mean_steps']:.1f}"
-        lines.append(
-            {
-                "mode": TITLES.get(mode, mode),
-                "task": task,
-                "released": TASKS[task].count,
-                "n": row["n"],
-                "rated": row["rated"],
-                "steps": steps,
-                "without_reasoning": row["without_reasoning"],
-                "failed": "; ".join(reasons) or "none",
-            }
-        )
-    return lines
+def _coverage(modes: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
+    for mode, table in modes.items():
+        for task, counts in table["tasks"].items():
+            reasons = [
+                f"{_STAGE_WORDS[stage]}: {count} {reason}"
+                for stage, by_reason in counts["failed"].items()
+                for reason, count in by_reason.items()
+            ]
+            cells = [TASKS[task].count, counts["n"], counts["rated"], number(counts["mean_steps"])]
+            cells = [*map(str, [*cells, counts["without_reasoning"]]), Cell("; ".join(reasons) or "none", kind="text")]
+            rows.append(row(TITLES.get(mode, mode), [Cell(task, kind="text"), *cells]))
+    heads = ("in the release", "asked", "rated", "steps, mean", "without reasoning")
+    first, last = (Cell("Answers"), Cell("Task", kind="text")), Cell("not rated, and why", kind="text")
+    return Table((Row((*first, *map(Cell, heads), last)),), tuple(rows))
 
 
 def _examples(
@@ -189,6 +189,8 @@ def _examples(
     strips = clip_strips([item.video for item in shown], benchmark.root)
     examples = []
     for item, strip in zip(shown, strips, strict=True):
+        if item.video is None:
+            strip = dataclasses.replace(strip, problem="the clip is not there")
         answers = [
             _answer(
                 TITLES.get(mode, mode), *(log.get(Asked(item, mode).key, {}) for log in (predictions, steps, judged))
@@ -197,11 +199,10 @@ def _examples(
         ]
         examples.append(
             {
-                "id": item.video_id,
-                "task": item.task,
+                "id": f"{item.task} · {item.video_id}",
                 "truth": item.labels,
-                "strip": strip.source,
-                "problem": "the clip is not there" if item.video is None else strip.problem or "",
+                "subtitle": None,
+                "strip": strip,
                 "answers": answers,
             }
         )
@@ -218,7 +219,7 @@ def _answer(mode: str, prediction: Mapping, split: Mapping, rated: Mapping) -> d
     problems = [row["message"] for row in (prediction, split, rated) if FAILED in row]
     return {
         "mode": mode,
-        "text": text if len(text) <= TEXT_SHOWN else text[:TEXT_SHOWN] + " …",
+        "text": cut(text, TEXT_SHOWN),
         "steps": rated_steps,
         "problem": problems[0] if problems else "",
     }
