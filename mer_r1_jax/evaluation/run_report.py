@@ -13,7 +13,6 @@ from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import signed
 from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
-from mer_r1_jax.evaluation.narrative import Stages, describe, f1_difference, stages_of, warnings_of
 from mer_r1_jax.evaluation.report_kit import (
     Cell,
     Figure,
@@ -27,6 +26,7 @@ from mer_r1_jax.evaluation.report_kit import (
     text_table,
     write_page,
 )
+from mer_r1_jax.evaluation.run_narrative import Stages, describe, f1_difference, stages_of, warnings_of
 from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
 
 __all__ = ["ReportError", "make_report"]

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from support.finished_run import write_run
 
+from mer_r1_jax.evaluation.ablation.ablation_narrative import describe
 from mer_r1_jax.evaluation.ablation.ablation_report import tables_of, write
 from mer_r1_jax.evaluation.ablation.alikeness import alikeness
-from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, as_json, compare
-from mer_r1_jax.evaluation.ablation.narrative import describe
+from mer_r1_jax.evaluation.ablation.arm_comparison import PAPER_ORDER, as_json, compare
 from mer_r1_jax.evaluation.ablation.results import AblationError, SeedResult, read_result
 from mer_r1_jax.evaluation.run_record import Evaluation
 from mer_r1_jax.rl.advantage import AdvantageConfig

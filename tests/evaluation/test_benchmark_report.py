@@ -8,10 +8,9 @@ from support.benchmark_answers import request_of, write_answers
 from support.official_data import needs_official_data
 from support.unibench_standins import write_sets
 
+from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.benchmark_report import make_benchmark_report
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
-from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, PAPER_ROWS
+from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, PAPER_ROWS, BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.tables import Columns, analysis_tables, main_table
 
 OFFICIAL = str(official_data.WHEELS)
@@ -81,7 +80,7 @@ def test_counts_and_gaps_are_told(html):
 
 @needs_official_data
 def test_protocols_never_share_a_column(folder, tmp_path):
-    two = EvaluationFolder(tmp_path / "out")
+    two = BenchmarkFolder(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "answers").symlink_to(folder.path / "answers")
     request = request_of(two.path)

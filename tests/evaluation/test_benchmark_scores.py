@@ -12,11 +12,17 @@ from support.official_data import needs_official_data
 from mer_r1_jax.emotion import metrics
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.evaluation import bootstrap
-from mer_r1_jax.evaluation.benchmarks import analysis, scores
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.prompts import POLARITY_VERSION, WORDS_VERSION
-from mer_r1_jax.evaluation.benchmarks.protocol import OFFICIAL_WHEELS, extract, make_scoring, wheels_digest
-from mer_r1_jax.evaluation.benchmarks.scores import score_benchmark
+from mer_r1_jax.evaluation.benchmarks import analysis, benchmark_scores
+from mer_r1_jax.evaluation.benchmarks.benchmark_scores import score_benchmark
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.word_protocol import (
+    OFFICIAL_WHEELS,
+    POLARITY_VERSION,
+    WORDS_VERSION,
+    extract,
+    make_scoring,
+    wheels_digest,
+)
 from mer_r1_jax.evaluation.judge.client import ChatClient
 
 OFFICIAL = str(official_data.WHEELS)
@@ -58,11 +64,11 @@ def test_resampled_scores_are_the_official_ones_over_all_clips(variant):
     sentiments = [str(rng.choice(["positive", "negative", "neutral", "mixed"])) for _ in range(40)]
     values = [float(value) for value in rng.choice([-1.5, -0.5, 0, 0.5, 2], 40)]
     expected = metrics.set_f1(predictions, truths, wheels)
-    found = scores.set_f(predictions, truths, wheels).point()
+    found = benchmark_scores.set_f(predictions, truths, wheels).point()
     assert found == pytest.approx({n: getattr(expected, n) for n in ("score", "precision", "recall")}, rel=1e-12)
-    found = scores.hit(predictions, labels, wheels).point()["score"]
+    found = benchmark_scores.hit(predictions, labels, wheels).point()["score"]
     assert found == pytest.approx(metrics.hit(predictions, labels, wheels).score, rel=1e-12)
-    expected, found = metrics.waf(sentiments, values), scores.waf(sentiments, values).point()
+    expected, found = metrics.waf(sentiments, values), benchmark_scores.waf(sentiments, values).point()
     assert (found["score"], found["accuracy"]) == pytest.approx((expected.score, expected.accuracy), rel=1e-12)
 
 
@@ -71,17 +77,17 @@ def test_undefined_scores_stay_undefined(variant):
     wheels = dataclasses.replace(load_wheels(), variant=variant)
     for predictions, truths in (([["happy"], []], [["sad"], ["angry"]]), ([["happy"]] * 2, [["neutral"]] * 2)):
         expected = metrics.set_f1(predictions, truths, wheels).score
-        summed = scores.set_f(predictions, truths, wheels)
+        summed = benchmark_scores.set_f(predictions, truths, wheels)
         np.testing.assert_equal(summed.point()["score"], expected)
         interval = bootstrap.intervals(summed)["score"]
         assert (interval.value, interval.low) == ((None, None) if variant == "unibench" else (0, 0))
-    assert bootstrap.intervals(scores.waf(["positive"], [0.0]))["score"].value is None
+    assert bootstrap.intervals(benchmark_scores.waf(["positive"], [0.0]))["score"].value is None
 
 
 def test_an_interval_is_that_of_scores_computed_anew(wheels):
     rng = np.random.default_rng(1)
     predictions, truths = drawn_words(rng, 30), drawn_words(rng, 30)
-    summed = scores.set_f(predictions, truths, wheels)
+    summed = benchmark_scores.set_f(predictions, truths, wheels)
     interval = bootstrap.intervals(summed, seed=3, resamples=400)["score"]
     again = []
     draws = np.random.default_rng(3).integers(30, size=(400, 30))
@@ -97,7 +103,7 @@ def test_slow_and_fast_are_compared_over_the_same_draws(wheels):
     truths = [[str(rng.choice(["happy", "sad", "angry"]))] for _ in range(50)]
     hits = [word if rng.random() < 0.6 else ["bored"] for word in truths]
     better = [word if rng.random() < 0.5 else given for word, given in zip(truths, hits, strict=True)]
-    after, before = (scores.set_f(words, truths, wheels) for words in (better, hits))
+    after, before = (benchmark_scores.set_f(words, truths, wheels) for words in (better, hits))
     same = bootstrap.paired(before, before)["score"]
     assert (same.points, same.low, same.high) == (0, 0, 0)
     gain = bootstrap.paired(after, before)["score"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.evaluation.narrative import stages_of
+from mer_r1_jax.evaluation.run_narrative import stages_of
 from mer_r1_jax.evaluation.run_record import MODES, Evaluation, RunRecord, read_run
 
 LAST_STEPS = 40  # of RL, whose sampled rewards are averaged

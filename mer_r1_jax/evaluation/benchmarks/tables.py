@@ -30,7 +30,7 @@ class Columns:
     """Scores by benchmark, protocol and mode.
 
     Args:
-        scores: of `EvaluationFolder.scores`, in the order of the benchmarks.
+        scores: of `BenchmarkFolder.scores`, in the order of the benchmarks.
 
     Attributes:
         benchmarks: those that have scores.

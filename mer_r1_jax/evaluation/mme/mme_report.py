@@ -11,11 +11,19 @@ from typing import Any
 
 from mer_r1_jax.evaluation.bootstrap import signed
 from mer_r1_jax.evaluation.clip_frames import clip_strips
-from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.folder import RESULTS, MmeFolder
-from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
+from mer_r1_jax.evaluation.mme.mme_folder import RESULTS, MmeFolder
+from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
+from mer_r1_jax.evaluation.mme.mme_tasks import (
+    COT,
+    METRICS,
+    PAPER_COT,
+    PAPER_JUDGE,
+    PAPER_OVERALL,
+    TASKS,
+    TOTAL,
+    MmeError,
+)
 from mer_r1_jax.evaluation.mme.stages import Asked
-from mer_r1_jax.evaluation.mme.tasks import COT, METRICS, PAPER_COT, PAPER_JUDGE, PAPER_OVERALL, TASKS, TOTAL
 from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, NONE, Cell, Row, Table, cut, number, row, write_page
 from mer_r1_jax.evaluation.result_log import FAILED, read_log
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from mer_r1_jax.evaluation.mme.prompts import MAX_STEPS
+from mer_r1_jax.evaluation.mme.judging import MAX_STEPS
 
 _STEPS_BLOCK = re.compile(r"<steps?>(.*?)</steps?>", re.DOTALL | re.IGNORECASE)
 _SCORE_BLOCK = re.compile(r"<scores?>(.*?)</scores?>", re.DOTALL | re.IGNORECASE)

@@ -11,11 +11,11 @@ from typing import Protocol as Interface
 from mer_r1_jax.evaluation.clip_frames import Pictures
 from mer_r1_jax.evaluation.judge.client import ChatClient, JudgeError, Message
 from mer_r1_jax.evaluation.judge.ordered import map_ordered
-from mer_r1_jax.evaluation.mme import prompts
+from mer_r1_jax.evaluation.mme import judging
+from mer_r1_jax.evaluation.mme.judging import digest_of
+from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
+from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
 from mer_r1_jax.evaluation.mme.parse import UnreadableReplyError, parse_scores, parse_steps
-from mer_r1_jax.evaluation.mme.protocol import digest_of
-from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
-from mer_r1_jax.evaluation.mme.tasks import TASKS
 from mer_r1_jax.evaluation.result_log import FAILED, ResultLog
 from mer_r1_jax.media.errors import MediaError
 
@@ -90,8 +90,8 @@ def extract(
         return digest_of(predictions.rows[one.key]["text"])
 
     def work(one: Asked) -> Mapping[str, Any] | Failure:
-        messages = prompts.steps_messages(TASKS[one.item.task], predictions.rows[one.key]["text"])
-        asking = _Asking(client, prompts.STEPS_VERSION, prompts.STEPS_MAX_TOKENS, reasks)
+        messages = judging.steps_messages(TASKS[one.item.task], predictions.rows[one.key]["text"])
+        asking = _Asking(client, judging.STEPS_VERSION, judging.STEPS_MAX_TOKENS, reasks)
         steps = asking.read(messages, parse_steps)
         if isinstance(steps, Failure):
             return steps
@@ -126,8 +126,8 @@ def judge(
                 frames = pictures.of(benchmark.root / item.video, benchmark.root)
             except MediaError as error:
                 return Failure(f"clip_{error.reason}", str(error))
-        messages = prompts.judge_messages(TASKS[item.task], item.labels, item.audio_clue, found, frames)
-        asking = _Asking(client, prompts.JUDGE_VERSION, prompts.JUDGE_MAX_TOKENS, reasks)
+        messages = judging.judge_messages(TASKS[item.task], item.labels, item.audio_clue, found, frames)
+        asking = _Asking(client, judging.JUDGE_VERSION, judging.JUDGE_MAX_TOKENS, reasks)
         scores = asking.read(messages, lambda reply: parse_scores(reply, len(found), len(item.labels)))
         if isinstance(scores, Failure):
             return scores
@@ -191,7 +191,7 @@ class _Asking:
                 return parse(reply)
             except UnreadableReplyError as error:
                 problem = str(error)
-                asked = prompts.again_messages(messages, reply, problem, self.asks + 1)
+                asked = judging.again_messages(messages, reply, problem, self.asks + 1)
         failure = Failure(UNREADABLE, f"no reply of {self.client.model} can be read; the last: {problem}")
         self.client.reject(JudgeError(failure.reason, failure.message))
         return failure

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
-from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.tasks import TASKS, Task
+from mer_r1_jax.evaluation.mme.mme_tasks import TASKS, MmeError, Task
 
 _SHOWN = 10  # problems listed in one error
 

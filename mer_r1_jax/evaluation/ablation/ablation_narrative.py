@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, SFT, Ablation, RowResult, Versus
+from mer_r1_jax.evaluation.ablation.arm_comparison import PAPER_ORDER, SFT, Ablation, RowResult, Versus
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS
 from mer_r1_jax.evaluation.bootstrap import LEVEL, POINTS, Difference, signed
 

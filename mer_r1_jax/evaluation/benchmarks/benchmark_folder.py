@@ -17,28 +17,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mer_r1_jax.emotion.wheels import load_wheels
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.protocol import Extractor, make_scoring
-from mer_r1_jax.evaluation.benchmarks.readers import BenchmarkData, truth_of
-from mer_r1_jax.evaluation.benchmarks.request import Request
-from mer_r1_jax.evaluation.benchmarks.scores import score_benchmark
-from mer_r1_jax.evaluation.benchmarks.sets import metric_of
-from mer_r1_jax.evaluation.result_log import LogForm, ResultLog, check_fingerprint, read_log
-from mer_r1_jax.training import durable
+from mer_r1_jax.evaluation.benchmarks.benchmark_reader import BenchmarkData, truth_of
+from mer_r1_jax.evaluation.benchmarks.benchmark_scores import score_benchmark
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError, Request, metric_of
+from mer_r1_jax.evaluation.benchmarks.word_protocol import Extractor, make_scoring
+from mer_r1_jax.evaluation.result_log import LogForm, ResultFolder, ResultLog, check_fingerprint, read_log
 
 # A line of answers holds everything a score needs: clip, truth, the raw text, its words and their confidences.
 ANSWERS = LogForm(key=("id", "mode"), lines="answers", error=BenchmarkError)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationFolder:
-    """Where everything of an evaluation is.
+class BenchmarkFolder(ResultFolder):
+    """Where everything of an evaluation on benchmarks is."""
 
-    Attributes:
-        path: the folder.
-    """
-
-    path: pathlib.Path
+    error = BenchmarkError
+    kept_scores = "scores/*.json"
 
     def answers(self, benchmark: str) -> pathlib.Path:
         """A benchmark's answer file."""
@@ -77,11 +71,6 @@ class EvaluationFolder:
         """Replies of the extractor."""
         return self.path / "extractor"
 
-    @property
-    def report(self) -> pathlib.Path:
-        """The report."""
-        return self.path / "report.html"
-
     def write_coverage(
         self,
         data: BenchmarkData,
@@ -108,7 +97,7 @@ class EvaluationFolder:
             "limited": data.limited,
             "truths": truths | ({} if data.limited else data.absent),
         }
-        durable.write_json(self.coverage(data.name), content)
+        self.keep(f"answers/{self.coverage(data.name).name}", content)
 
     def score(self, name: str, request: Request, extractor: Extractor | None = None) -> dict[str, Any]:
         """Scores a benchmark's answers under the request's protocol and keeps the result.
@@ -137,21 +126,5 @@ class EvaluationFolder:
             answer_wheels=header["fingerprint"]["confidence"]["wheels"],
         )
         scores |= {"coverage": coverage, "answers": header, "wheel_dir": folder}
-        path = self.path / "scores" / f"{name}.{scoring.key}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path, scores)
+        self.keep(f"scores/{name}.{scoring.key}.json", scores)
         return scores
-
-    def scores(self) -> list[dict[str, Any]]:
-        """Every score that is kept.
-
-        Raises:
-            BenchmarkError: one cannot be read.
-        """
-        found = []
-        for path in sorted((self.path / "scores").glob("*.json")):
-            try:
-                found.append(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
-                raise BenchmarkError(f"{path}: cannot be read ({error}); remove it and score again") from error
-        return found

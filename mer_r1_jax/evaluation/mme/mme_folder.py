@@ -18,32 +18,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.protocol import Protocol, describe
-from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
-from mer_r1_jax.evaluation.mme.scores import paired_modes, score_mode
+from mer_r1_jax.evaluation.mme.judging import Protocol, describe
+from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
+from mer_r1_jax.evaluation.mme.mme_scores import paired_modes, score_mode
+from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
 from mer_r1_jax.evaluation.mme.stages import asked_of
-from mer_r1_jax.evaluation.result_log import LogForm, read_log
-from mer_r1_jax.training import durable
+from mer_r1_jax.evaluation.result_log import LogForm, ResultFolder, read_log
 
 NAME = "mme_emotion"
 RESULTS = LogForm(key=("key",), lines="results", error=MmeError, last_counts=True)  # of every stage
 
 
 @dataclasses.dataclass(frozen=True)
-class MmeFolder:
-    """Where everything of an evaluation is.
+class MmeFolder(ResultFolder):
+    """Where everything of an evaluation on MME-Emotion is."""
 
-    Attributes:
-        path: the folder.
-    """
-
-    path: Path
-
-    @classmethod
-    def of(cls, path: str | Path) -> MmeFolder:
-        """The evaluation in a folder that is there or will be."""
-        return cls(Path(path))
+    error = MmeError
+    kept_scores = "scores.*.json"
 
     @property
     def predictions(self) -> Path:
@@ -54,11 +45,6 @@ class MmeFolder:
     def cache(self) -> Path:
         """Replies of extractor and judge."""
         return self.path / "judge_cache"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.path / "report.html"
 
     def steps(self, protocol: Protocol) -> Path:
         """The steps under a protocol."""
@@ -91,16 +77,12 @@ class MmeFolder:
             modes = tuple(dict.fromkeys((*earlier_modes, *modes)))
             kept = [item for item in earlier.items if item.key not in known]
             benchmark = dataclasses.replace(benchmark, items=(*benchmark.items, *kept))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MmeError(f"{self.path} cannot be made ({error}); choose another --out") from error
         content = dataclasses.asdict(benchmark) | {"root": str(benchmark.root), "modes": list(modes)}
-        durable.write_json(self.path / "items.json", content)
+        self.keep("items.json", content)
 
     def write_metrics(self, metrics: dict[str, dict[str, float]]) -> None:
         """Keeps what the judge's clients counted."""
-        durable.write_json(self.path / "judge_metrics.json", metrics)
+        self.keep("judge_metrics.json", metrics)
 
     def read_items(self) -> tuple[Benchmark, tuple[str, ...]]:
         """What was asked, and in which modes.
@@ -150,19 +132,5 @@ class MmeFolder:
             "modes": {mode: score_mode([one for one in asked if one.mode == mode], logs) for mode in modes},
             "slow_minus_fast": paired_modes(asked, judged),
         }
-        durable.write_json(self.path / f"scores.{scores['protocol']['key']}.json", scores)
+        self.keep(f"scores.{scores['protocol']['key']}.json", scores)
         return scores
-
-    def scores(self) -> list[dict[str, Any]]:
-        """Every score that is kept.
-
-        Raises:
-            MmeError: one cannot be read.
-        """
-        found = []
-        for path in sorted(self.path.glob("scores.*.json")):
-            try:
-                found.append(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
-                raise MmeError(f"{path}: cannot be read ({error}); score again") from error
-        return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.disk import WriteError, writing
-from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError
+from mer_r1_jax.evaluation.judge.endpoint import JudgeAbortedError
 from mer_r1_jax.training import durable
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from typing import Any
 
 from mer_r1_jax.evaluation.clip_frames import Pictures
 from mer_r1_jax.evaluation.judge.client import ChatClient
-from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.folder import RESULTS, MmeFolder
+from mer_r1_jax.evaluation.mme.judging import Protocol
+from mer_r1_jax.evaluation.mme.mme_folder import RESULTS, MmeFolder
+from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, read_responses, response_files
 from mer_r1_jax.evaluation.mme.mme_report import make_mme_report
-from mer_r1_jax.evaluation.mme.protocol import Protocol
-from mer_r1_jax.evaluation.mme.reader import Benchmark, read_responses, response_files
+from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure, Predictor, Progress, asked_of, extract, judge, predict
 from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.training import durable

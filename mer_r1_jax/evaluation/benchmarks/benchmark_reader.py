@@ -12,9 +12,8 @@ from typing import Any
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.emotion.answer_form import split_words
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import NAME, SPLIT, refusal
-from mer_r1_jax.evaluation.benchmarks.sets import HIT, LAYOUTS, SET_F1, SYNTHETIC, WAF, SetLayout
+from mer_r1_jax.evaluation.benchmarks.sets import HIT, LAYOUTS, SET_F1, SYNTHETIC, WAF, BenchmarkError, SetLayout
 
 VALENCE = "valence"  # extra column of a record whose truth is a number
 NEUTRAL = "neutral"  # what an empty open-vocabulary label is read as; it has no category and is never scored

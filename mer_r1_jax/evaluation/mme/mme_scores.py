@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from mer_r1_jax.evaluation.bootstrap import POINTS, Difference, macro_interval, mean_interval, paired_difference
+from mer_r1_jax.evaluation.mme.mme_tasks import METRICS, TASKS
 from mer_r1_jax.evaluation.mme.stages import Asked
-from mer_r1_jax.evaluation.mme.tasks import METRICS, TASKS
 from mer_r1_jax.evaluation.result_log import FAILED
 
 DROP, ZERO = TREATMENTS = ("drop", "zero")  # of items without ratings: left out (official), or 0

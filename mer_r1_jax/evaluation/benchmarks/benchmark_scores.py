@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
 from mer_r1_jax.emotion.metrics import NAN, SENTIMENTS
 from mer_r1_jax.emotion.predictions import Predictions, score_predictions
-from mer_r1_jax.emotion.rewards import answer_rewards, is_scorable
+from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, is_scorable, majority_answer
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation import bootstrap
 from mer_r1_jax.evaluation.benchmarks import analysis
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.protocol import Extracted, Extractor, Scoring, extract, wheels_digest
-from mer_r1_jax.evaluation.benchmarks.sets import HIT, SET_F1, WAF, title_of
+from mer_r1_jax.evaluation.benchmarks.sets import HIT, SET_F1, WAF, BenchmarkError, title_of
+from mer_r1_jax.evaluation.benchmarks.word_protocol import Extracted, Extractor, Scoring, extract, wheels_digest
 from mer_r1_jax.evaluation.bootstrap import Summed, mean_of, ratio
 from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
+
+class MmeError(ValueError):
+    """MME-Emotion data, predictions or results that cannot be used as they are."""
+
+
 RECOGNITION, REASONING, COT = METRICS = ("recognition", "reasoning", "cot")
 
 
