@@ -27,13 +27,13 @@ from rich.table import Table
 from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.benchmark_report import make_benchmark_report
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError, Request, benchmark_names, title_of
 from mer_r1_jax.evaluation.benchmarks.tables import METRIC_TITLES, percent
 from mer_r1_jax.evaluation.benchmarks.word_protocol import POLARITY_CHOICES, WORDS_CHOICES, Extractor
 from mer_r1_jax.evaluation.bootstrap import signed
-from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.judge.client import ChatClient
 from mer_r1_jax.evaluation.mme import mme_pipeline as mme
 from mer_r1_jax.evaluation.mme.mme_folder import NAME as MME_EMOTION

@@ -139,7 +139,7 @@ def _client(url: str, model: str, key_env: str) -> ChatClient:
 @contextlib.contextmanager
 def _policy(benchmark, stop: StopSignals) -> Iterator:
     # Imported here: rating answers made elsewhere needs no JAX.
-    from mer_r1_jax.evaluation.evaluate import MODES
+    from mer_r1_jax.emotion.answer_form import MODES
     from mer_r1_jax.run.benchmark import open_policy
     from mer_r1_jax.run.mme import PolicyAnswers
     from mer_r1_jax.run.policy import refuse_in_run

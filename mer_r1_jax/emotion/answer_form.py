@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 
 from mer_r1_jax.json_lines import cut
 
+MODES = ("slow", "fast")  # reasoning first, or the answer at once
 TAGS = THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = "<think>", "</think>", "<answer>", "</answer>"
 BRIDGE = f"{THINK_CLOSE}\n{ANSWER_OPEN}"  # one newline between the blocks (ours)
 EMPTY_THINK = THINK_OPEN + BRIDGE  # what a fast answer is given

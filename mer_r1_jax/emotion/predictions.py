@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from mer_r1_jax.emotion import answer_form, metrics
+from mer_r1_jax.emotion import answer_form, official_scores
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.json_lines import Fault, JsonLineError, cut, numbered_lines, parse_value, unfit_values
@@ -86,10 +86,10 @@ def score_predictions(columns: Predictions, metric: str, wheels: Wheels) -> dict
         often each predicted word that has no category on any wheel occurs (waf: each word that is no sentiment).
     """
     if metric == "waf":
-        score = metrics.waf(columns.predictions, columns.truths)
-        unknown = collections.Counter(word for word in columns.predictions if word not in metrics.SENTIMENTS)
+        score = official_scores.waf(columns.predictions, columns.truths)
+        unknown = collections.Counter(word for word in columns.predictions if word not in official_scores.SENTIMENTS)
     else:
-        scorer = metrics.set_f1 if metric == "set_f1" else metrics.hit
+        scorer = official_scores.set_f1 if metric == "set_f1" else official_scores.hit
         score = scorer(columns.predictions, columns.truths, wheels)
         lowered = (answer_form.distinct_words(words) for words in columns.predictions)
         unknown = collections.Counter(word for words in lowered for word in words if not wheels.is_known(word))

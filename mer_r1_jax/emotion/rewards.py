@@ -1,4 +1,4 @@
-"""Rewards of one answer: recall, precision and F1 of emotion categories, averaged over the wheels.
+"""Rewards of one answer, recall, precision and F1 of emotion categories, and the best constant answer as their floor.
 
 MER-R1, rewards: R_R = |Y & G| / |G|, R_P = |Y & G| / |Y| with Y the predicted and G the true set of level-1 categories
 of a wheel. Each is computed on every wheel on which the truth has a category, then averaged over those wheels.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import signed
 from mer_r1_jax.evaluation.clip_frames import clip_strips
@@ -27,7 +28,7 @@ from mer_r1_jax.evaluation.report_kit import (
     write_page,
 )
 from mer_r1_jax.evaluation.run_narrative import Stages, describe, f1_difference, stages_of, warnings_of
-from mer_r1_jax.evaluation.run_record import MODES, Evaluation, ReportError, RunRecord, read_run
+from mer_r1_jax.evaluation.run_record import Evaluation, ReportError, RunRecord, read_run
 
 __all__ = ["ReportError", "make_report"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.bootstrap import POINTS, Difference, paired_difference
-from mer_r1_jax.evaluation.evaluate import MODES
 
 SCORES = ("f1", "precision", "recall")
 GAP = "slow minus fast f1"

@@ -9,7 +9,7 @@ from support import official_data
 from support.judge_server import JudgeServer
 from support.official_data import needs_official_data
 
-from mer_r1_jax.emotion import metrics
+from mer_r1_jax.emotion import official_scores
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.evaluation import bootstrap
 from mer_r1_jax.evaluation.benchmarks import analysis, benchmark_scores
@@ -63,12 +63,12 @@ def test_resampled_scores_are_the_official_ones_over_all_clips(variant):
     labels = [str(rng.choice(WORDS)) for _ in range(40)]
     sentiments = [str(rng.choice(["positive", "negative", "neutral", "mixed"])) for _ in range(40)]
     values = [float(value) for value in rng.choice([-1.5, -0.5, 0, 0.5, 2], 40)]
-    expected = metrics.set_f1(predictions, truths, wheels)
+    expected = official_scores.set_f1(predictions, truths, wheels)
     found = benchmark_scores.set_f(predictions, truths, wheels).point()
     assert found == pytest.approx({n: getattr(expected, n) for n in ("score", "precision", "recall")}, rel=1e-12)
     found = benchmark_scores.hit(predictions, labels, wheels).point()["score"]
-    assert found == pytest.approx(metrics.hit(predictions, labels, wheels).score, rel=1e-12)
-    expected, found = metrics.waf(sentiments, values), benchmark_scores.waf(sentiments, values).point()
+    assert found == pytest.approx(official_scores.hit(predictions, labels, wheels).score, rel=1e-12)
+    expected, found = official_scores.waf(sentiments, values), benchmark_scores.waf(sentiments, values).point()
     assert (found["score"], found["accuracy"]) == pytest.approx((expected.score, expected.accuracy), rel=1e-12)
 
 
@@ -76,7 +76,7 @@ def test_resampled_scores_are_the_official_ones_over_all_clips(variant):
 def test_undefined_scores_stay_undefined(variant):
     wheels = dataclasses.replace(load_wheels(), variant=variant)
     for predictions, truths in (([["happy"], []], [["sad"], ["angry"]]), ([["happy"]] * 2, [["neutral"]] * 2)):
-        expected = metrics.set_f1(predictions, truths, wheels).score
+        expected = official_scores.set_f1(predictions, truths, wheels).score
         summed = benchmark_scores.set_f(predictions, truths, wheels)
         np.testing.assert_equal(summed.point()["score"], expected)
         interval = bootstrap.intervals(summed)["score"]
@@ -92,7 +92,7 @@ def test_an_interval_is_that_of_scores_computed_anew(wheels):
     again = []
     draws = np.random.default_rng(3).integers(30, size=(400, 30))
     for drawn in draws:
-        again.append(metrics.set_f1([predictions[i] for i in drawn], [truths[i] for i in drawn], wheels).score)
+        again.append(official_scores.set_f1([predictions[i] for i in drawn], [truths[i] for i in drawn], wheels).score)
     defined = [value for value in again if np.isfinite(value)]
     assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(defined, [2.5, 97.5])), rel=1e-9)
     assert interval.undefined == pytest.approx(1 - len(defined) / 400) and interval.low < interval.value < interval.high

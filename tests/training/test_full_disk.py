@@ -17,9 +17,9 @@ from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.data.synthetic.render import write_clip
 from mer_r1_jax.disk import WriteError, writing
 from mer_r1_jax.evaluation import result_log
-from mer_r1_jax.evaluation.agreement import write_cases
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
+from mer_r1_jax.evaluation.export_cases import write_cases
 from mer_r1_jax.evaluation.judge.answer_cache import AnswerCache
 from mer_r1_jax.evaluation.judge.endpoint import JudgeAbortedError
 from mer_r1_jax.omni.config import ThinkerConfig

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.sets import BENCHMARKS, WAF, BenchmarkError, title_of
 from mer_r1_jax.evaluation.benchmarks.tables import (
@@ -22,7 +23,6 @@ from mer_r1_jax.evaluation.benchmarks.tables import (
     synthetic_table,
 )
 from mer_r1_jax.evaluation.clip_frames import clip_strips
-from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, SLOW, as_svg
 from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, Figure, Word, WordMarks, write_page
 

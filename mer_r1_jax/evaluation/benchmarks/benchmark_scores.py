@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.emotion.metrics import NAN, SENTIMENTS
+from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.emotion.official_scores import NAN, SENTIMENTS, hit_rows, set_rows, undefined_f
 from mer_r1_jax.emotion.predictions import Predictions, score_predictions
 from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, is_scorable, majority_answer
 from mer_r1_jax.emotion.wheels import Wheels
@@ -18,7 +19,6 @@ from mer_r1_jax.evaluation.benchmarks import analysis
 from mer_r1_jax.evaluation.benchmarks.sets import HIT, SET_F1, WAF, BenchmarkError, title_of
 from mer_r1_jax.evaluation.benchmarks.word_protocol import Extracted, Extractor, Scoring, extract, wheels_digest
 from mer_r1_jax.evaluation.bootstrap import Summed, mean_of, ratio
-from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 
 UNKNOWN_SHOWN = 40  # words on no wheel that are listed
@@ -253,16 +253,9 @@ def _details(scored: _Scored, metric: str, wheels: Wheels) -> dict[str, Any]:
 
 
 def set_f(predictions: Sequence[Sequence[str]], truths: Sequence[Sequence[str]], wheels: Wheels) -> Summed:
-    """`emotion.metrics.set_f1`: F, precision, recall."""
-    undefined = 0.0 if wheels.variant == "mer2026" else NAN
-    rows_NKS = np.zeros((len(truths), len(wheels), 3))  # scored, precision, recall
-    for clip, (words, truth) in enumerate(zip(predictions, truths, strict=True)):
-        for wheel in range(len(wheels)):
-            true = wheels.categories(truth, wheel)
-            if true:
-                predicted = wheels.categories(words, wheel)
-                right = len(true & predicted)
-                rows_NKS[clip, wheel] = 1, right / len(predicted) if predicted else 0, right / len(true)
+    """`emotion.official_scores.set_f1`: F, precision, recall."""
+    undefined = undefined_f(wheels)
+    rows_NKS = set_rows(predictions, truths, wheels)
 
     def value(sums: np.ndarray) -> np.ndarray:
         scored, precision, recall = np.moveaxis(sums.reshape(*sums.shape[:-1], len(wheels), 3), -1, 0)
@@ -274,23 +267,18 @@ def set_f(predictions: Sequence[Sequence[str]], truths: Sequence[Sequence[str]],
 
 
 def hit(predictions: Sequence[Sequence[str]], labels: Sequence[str], wheels: Wheels) -> Summed:
-    """`emotion.metrics.hit`."""
-    rows_NKS = np.zeros((len(labels), len(wheels), 2))  # scored, hit
-    for clip, (words, label) in enumerate(zip(predictions, labels, strict=True)):
-        for wheel in range(len(wheels)):
-            true = wheels.category(label, wheel)
-            if true is not None:
-                rows_NKS[clip, wheel] = 1, true in wheels.categories(words, wheel)
+    """`emotion.official_scores.hit`."""
+    rows_NKS = hit_rows(predictions, labels, wheels)
 
     def value(sums: np.ndarray) -> np.ndarray:
-        scored, hits = np.moveaxis(sums.reshape(*sums.shape[:-1], len(wheels), 2), -1, 0)
+        scored, hits, _ = np.moveaxis(sums.reshape(*sums.shape[:-1], len(wheels), 3), -1, 0)
         return ratio(hits, scored, NAN).mean(-1, keepdims=True)
 
     return Summed(rows_NKS.reshape(len(labels), -1), value)
 
 
 def waf(sentiments: Sequence[str], labels: Sequence[float]) -> Summed:
-    """`emotion.metrics.waf`: weighted F1 of the sign, and accuracy."""
+    """`emotion.official_scores.waf`: weighted F1 of the sign, and accuracy."""
     rows_NS = np.zeros((len(labels), 4))  # true positive, false positive, false negative, true negative
     for clip, (sentiment, label) in enumerate(zip(sentiments, labels, strict=True)):
         if label:

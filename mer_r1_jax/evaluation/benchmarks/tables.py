@@ -6,6 +6,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.benchmarks.sets import (
     LAYOUTS,
     PAPER_F1,
@@ -18,7 +19,6 @@ from mer_r1_jax.evaluation.benchmarks.sets import (
     title_of,
 )
 from mer_r1_jax.evaluation.bootstrap import POINTS, signed
-from mer_r1_jax.evaluation.evaluate import MODES
 from mer_r1_jax.evaluation.report_kit import NONE, Cell, Row, Table, number, percent, row
 
 METRIC_TITLES = {"set_f1": "set F", "hit": "HIT", "waf": "WAF"}

@@ -3,6 +3,9 @@
 Words: `answer` takes what stands in the answer tag, by the official splitter (ours, the default); `extractor` has an
 LLM read the answer, as the official pipeline does with another prompt and model. Polarity: `wheels` is an offline rule
 over the wheels (ours, the default); `extractor` asks the LLM.
+
+The extractor's prompts are our own wording, pinned by a version: a changed text needs a new one. The official prompts
+(AffectGPT, toolkit/utils/qwen.py) are others.
 """
 
 from __future__ import annotations
@@ -13,9 +16,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from mer_r1_jax.emotion import answer_form
 from mer_r1_jax.emotion.answer_form import clean_extractor_text, distinct_words, outside_think, split_words
-from mer_r1_jax.emotion.metrics import SENTIMENTS
+from mer_r1_jax.emotion.official_scores import SENTIMENTS
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.benchmarks.sets import WAF, BenchmarkError
 
@@ -255,7 +257,7 @@ def polarity(words: Iterable[str], wheels: Wheels) -> str:
     sign of the votes' sum decides. No known word, or a tie: neutral.
     """
     total = 0.0
-    for word in answer_form.distinct_words(words):
+    for word in distinct_words(words):
         found = [wheels.category(word, wheel) for wheel in range(len(wheels))]
         votes = [_valence(category) for category in found if category is not None]
         total += sum(votes) / len(votes) if votes else 0.0

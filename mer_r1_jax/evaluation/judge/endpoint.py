@@ -219,7 +219,7 @@ REDACTED = "[key]"
 
 
 class KeyFromEnvironment(httpx.Auth):
-    """Puts the key of an environment variable into each request. Without one, requests go without: local servers.
+    """Puts the key of an environment variable into each request, and keeps it nowhere. Local servers need none.
 
     Args:
         variable: name of the environment variable.

@@ -1,5 +1,7 @@
-"""What the model, the extractor and the judge are told. Our own wording, each pinned by a version: a changed text needs
-a new one.
+"""What the model, the extractor and the judge are told, and the protocol that this makes.
+
+Our own wording, each pinned by a version: a changed text needs a new one. Scores of different protocols are not
+comparable; each has files of its own.
 
 Text of others (responses, labels, clues) goes in as JSON strings in which every `<` is escaped: it cannot close what it
 stands in, whatever it says.

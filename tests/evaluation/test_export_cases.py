@@ -14,7 +14,7 @@ from support.prompts import noise_audio, noise_image, noise_video, simple_prompt
 from support.subtitle_world import run_config, write_world
 from support.transformers4 import VERSION, transformers4_path
 
-from mer_r1_jax.evaluation.agreement import MEL_PADDING, processor_tensors
+from mer_r1_jax.evaluation.export_cases import MEL_PADDING, processor_tensors
 from mer_r1_jax.media.collate import collate, prompt_shape
 from mer_r1_jax.omni.border import ProcessorInputs, to_batch
 from mer_r1_jax.omni.hf.export import export_model

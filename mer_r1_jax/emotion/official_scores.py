@@ -73,23 +73,32 @@ def set_f1(
         ValueError: the two do not have the same length.
     """
     _check_lengths(predictions, truths)
-    undefined = 0.0 if wheels.variant == "mer2026" else NAN
-    per_wheel, scored_anywhere = [], set()
-    for wheel in range(len(wheels)):
-        precisions, recalls = [], []
-        for i, (words, truth) in enumerate(zip(predictions, truths, strict=True)):
-            true = wheels.categories(truth, wheel, level)
-            if not true:
-                continue
-            predicted = wheels.categories(words, wheel, level)
-            right = len(true & predicted)
-            precisions.append(right / len(predicted) if predicted else 0.0)
-            recalls.append(right / len(true))
-            scored_anywhere.add(i)
-        precision, recall = _mean(precisions, undefined), _mean(recalls, undefined)
-        f1 = _f1(precision, recall, undefined)
-        per_wheel.append(WheelScore(f1, precision, recall, len(precisions)))
-    return _over_wheels(per_wheel, len(predictions), len(scored_anywhere))
+    undefined = undefined_f(wheels)
+    rows_NKS, per_wheel = set_rows(predictions, truths, wheels, level=level), []
+    for rows_NS in rows_NKS.swapaxes(0, 1):
+        scored_MS = rows_NS[rows_NS[:, 0] > 0]
+        precision, recall = _mean(scored_MS[:, 1], undefined), _mean(scored_MS[:, 2], undefined)
+        per_wheel.append(WheelScore(_f1(precision, recall, undefined), precision, recall, len(scored_MS)))
+    return _over_wheels(per_wheel, rows_NKS)
+
+
+def set_rows(
+    predictions: Sequence[Sequence[str]], truths: Sequence[Sequence[str]], wheels: Wheels, *, level: int = 1
+) -> np.ndarray:
+    """float64 [samples, wheels, 3]: whether a sample is scored there, and if so its precision and recall."""
+    rows_NKS = np.zeros((len(truths), len(wheels), 3))
+    for sample, (words, truth) in enumerate(zip(predictions, truths, strict=True)):
+        for wheel in range(len(wheels)):
+            if true := wheels.categories(truth, wheel, level):
+                predicted = wheels.categories(words, wheel, level)
+                right = len(true & predicted)
+                rows_NKS[sample, wheel] = 1, right / len(predicted) if predicted else 0, right / len(true)
+    return rows_NKS
+
+
+def undefined_f(wheels: Wheels) -> float:
+    """What F is where there is nothing to make it of."""
+    return 0.0 if wheels.variant == "mer2026" else NAN
 
 
 def hit(predictions: Sequence[Sequence[str]], labels: Sequence[str], wheels: Wheels) -> Score:
@@ -104,20 +113,26 @@ def hit(predictions: Sequence[Sequence[str]], labels: Sequence[str], wheels: Whe
         ValueError: the two do not have the same length.
     """
     _check_lengths(predictions, labels)
-    per_wheel, scored_anywhere = [], set()
+    rows_NKS, per_wheel = hit_rows(predictions, labels, wheels), []
+    for rows_NS in rows_NKS.swapaxes(0, 1):
+        scored_MS = rows_NS[rows_NS[:, 0] > 0]
+        hits, shares = _mean(scored_MS[:, 1]), _mean(scored_MS[:, 2])
+        per_wheel.append(WheelScore(hits, shares, hits, len(scored_MS)))
+    return _over_wheels(per_wheel, rows_NKS)
+
+
+def hit_rows(predictions: Sequence[Sequence[str]], labels: Sequence[str], wheels: Wheels) -> np.ndarray:
+    """float64 [samples, wheels, 3]: whether a sample is scored there, whether its label is hit, and the hit's share."""
+    rows_NKS = np.zeros((len(labels), len(wheels), 3))
     for wheel in range(len(wheels)):
         labelled = wheels.categories(labels, wheel)
-        hits, shares = [], []
-        for i, (words, label) in enumerate(zip(predictions, labels, strict=True)):
+        for sample, (words, label) in enumerate(zip(predictions, labels, strict=True)):
             true = wheels.category(label, wheel)
-            if true is None:
-                continue
-            predicted = wheels.categories(words, wheel)
-            hits.append(float(true in predicted))
-            shares.append(1 / len(predicted & labelled) if true in predicted else 0.0)
-            scored_anywhere.add(i)
-        per_wheel.append(WheelScore(_mean(hits), _mean(shares), _mean(hits), len(hits)))
-    return _over_wheels(per_wheel, len(predictions), len(scored_anywhere))
+            if true is not None:
+                predicted = wheels.categories(words, wheel)
+                is_hit = true in predicted
+                rows_NKS[sample, wheel] = 1, is_hit, 1 / len(predicted & labelled) if is_hit else 0
+    return rows_NKS
 
 
 def waf(sentiments: Sequence[str], labels: Sequence[float]) -> Score:
@@ -153,10 +168,10 @@ def _f1(precision: float, recall: float, undefined: float) -> float:
     return 2 * (precision * recall) / (precision + recall)
 
 
-def _over_wheels(per_wheel: list[WheelScore], n: int, n_scored: int) -> Score:
+def _over_wheels(per_wheel: list[WheelScore], rows_NKS: np.ndarray) -> Score:
     means = (_mean([getattr(wheel, name) for wheel in per_wheel]) for name in ("score", "precision", "recall"))
-    return Score(*means, tuple(per_wheel), n, n_scored)
+    return Score(*means, tuple(per_wheel), len(rows_NKS), int(rows_NKS[:, :, 0].any(axis=1).sum()))
 
 
-def _mean(values: list[float], undefined: float = NAN) -> float:
-    return float(np.mean(values)) if values else undefined
+def _mean(values: Sequence[float] | np.ndarray, undefined: float = NAN) -> float:
+    return float(np.mean(values)) if len(values) else undefined
