@@ -13,9 +13,8 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert
-from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS
+from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, BenchmarkError
 
 _LABELS = flags.DEFINE_list("labels", [], "Label files to convert.")
 _ROOT = flags.DEFINE_string("root", "", "Folder that holds the official folders of the sets.")

@@ -27,21 +27,19 @@ from rich.table import Table
 from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
-from mer_r1_jax.evaluation.benchmarks.protocol import POLARITY_CHOICES, WORDS_CHOICES, Extractor
-from mer_r1_jax.evaluation.benchmarks.report import make_benchmark_report
-from mer_r1_jax.evaluation.benchmarks.request import Request, benchmark_names
-from mer_r1_jax.evaluation.benchmarks.sets import title_of
+from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
+from mer_r1_jax.evaluation.benchmarks.benchmark_report import make_benchmark_report
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError, Request, benchmark_names, title_of
 from mer_r1_jax.evaluation.benchmarks.tables import METRIC_TITLES, percent
-from mer_r1_jax.evaluation.evaluate import MODES
+from mer_r1_jax.evaluation.benchmarks.word_protocol import POLARITY_CHOICES, WORDS_CHOICES, Extractor
+from mer_r1_jax.evaluation.bootstrap import signed
 from mer_r1_jax.evaluation.judge.client import ChatClient
-from mer_r1_jax.evaluation.mme import pipeline as mme
-from mer_r1_jax.evaluation.mme.folder import NAME as MME_EMOTION
-from mer_r1_jax.evaluation.mme.folder import MmeFolder
-from mer_r1_jax.evaluation.mme.reader import read_benchmark
-from mer_r1_jax.evaluation.mme.scores import lines_of
-from mer_r1_jax.evaluation.statistics import signed
+from mer_r1_jax.evaluation.mme import mme_pipeline as mme
+from mer_r1_jax.evaluation.mme.mme_folder import NAME as MME_EMOTION
+from mer_r1_jax.evaluation.mme.mme_folder import MmeFolder
+from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark
+from mer_r1_jax.evaluation.mme.mme_scores import lines_of
 from mer_r1_jax.run.benchmark import Policy, answer_benchmarks, open_policy, read_benchmarks
 from mer_r1_jax.run.mme import PolicyAnswers
 from mer_r1_jax.run.policy import refuse_in_run
@@ -83,7 +81,7 @@ def main(argv: list[str]) -> int:
 def _evaluate() -> int:
     with contextlib.ExitStack() as stack:
         request = _request()
-        folder = EvaluationFolder(request.out)
+        folder = BenchmarkFolder(request.out)
         extractor = stack.enter_context(_extractor(folder))
         scored: list[dict[str, Any]] = []
         rated: list[dict[str, Any]] = []
@@ -182,7 +180,7 @@ def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, sto
 
 
 @contextlib.contextmanager
-def _extractor(folder: EvaluationFolder) -> Iterator[Extractor | None]:
+def _extractor(folder: BenchmarkFolder) -> Iterator[Extractor | None]:
     """The chat client, where one is named."""
     if not _URL.value and not _NAME.value:
         yield None
@@ -191,7 +189,7 @@ def _extractor(folder: EvaluationFolder) -> Iterator[Extractor | None]:
         yield client
 
 
-def _print(scored: list[dict[str, Any]], folder: EvaluationFolder) -> None:
+def _print(scored: list[dict[str, Any]], folder: BenchmarkFolder) -> None:
     if not scored:
         return
     console = screen.console()

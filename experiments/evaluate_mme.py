@@ -17,11 +17,11 @@ from absl import app, flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.evaluation.judge.client import ChatClient
-from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.folder import MmeFolder
-from mer_r1_jax.evaluation.mme.pipeline import Responses, rescore, run
-from mer_r1_jax.evaluation.mme.reader import read_benchmark
-from mer_r1_jax.evaluation.mme.scores import lines_of
+from mer_r1_jax.evaluation.mme.mme_folder import MmeFolder
+from mer_r1_jax.evaluation.mme.mme_pipeline import Responses, rescore, run
+from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark
+from mer_r1_jax.evaluation.mme.mme_scores import lines_of
+from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
 from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopSignals
 
@@ -139,7 +139,7 @@ def _client(url: str, model: str, key_env: str) -> ChatClient:
 @contextlib.contextmanager
 def _policy(benchmark, stop: StopSignals) -> Iterator:
     # Imported here: rating answers made elsewhere needs no JAX.
-    from mer_r1_jax.evaluation.evaluate import MODES
+    from mer_r1_jax.emotion.answer_form import MODES
     from mer_r1_jax.run.benchmark import open_policy
     from mer_r1_jax.run.mme import PolicyAnswers
     from mer_r1_jax.run.policy import refuse_in_run

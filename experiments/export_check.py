@@ -18,7 +18,7 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import EXIT_ERROR, explained, parse_flags
-from mer_r1_jax.evaluation.agreement import make_cases, write_cases
+from mer_r1_jax.evaluation.export_cases import make_cases, write_cases
 from mer_r1_jax.run.held_out import open_held_out
 from mer_r1_jax.storage import durable
 

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained, parse_flags
-from mer_r1_jax.evaluation.comparison import Comparison, compare_samples, pooled
+from mer_r1_jax.evaluation.bootstrap import POINTS, signed
 from mer_r1_jax.evaluation.probes import MODALITIES, Swap, swap_modality, swap_reasoning
-from mer_r1_jax.evaluation.statistics import POINTS, signed
+from mer_r1_jax.evaluation.sample_comparison import Comparison, compare_samples, pooled
 from mer_r1_jax.run.held_out import open_held_out
 from mer_r1_jax.run.policy import refuse_in_run
 from mer_r1_jax.storage import durable

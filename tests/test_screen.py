@@ -18,7 +18,7 @@ from support.terminal import in_a_terminal
 
 from mer_r1_jax import screen
 from mer_r1_jax.evaluation.figures import Line, Panel, draw
-from mer_r1_jax.evaluation.page import render_page
+from mer_r1_jax.evaluation.report_kit import render_page
 from mer_r1_jax.foreign_text import for_markdown, json_text, printable, would_run_in_a_spreadsheet
 from mer_r1_jax.training.metrics import Progress
 
@@ -150,7 +150,7 @@ def test_pages_and_figures_show_text(tmp_path):
     curves = Line([0, 1], [0, 1], EVIL[:60], "red"), Line([0, 1], [1, 0], "$\\frac$ \x1b", "blue")
     panels = [Panel(EVIL[:60], curves, ((0.5, EVIL[:60]),))]
     page = render_page(
-        "ablation/ablation.html.jinja",
+        "ablation/ablation_report.html.jinja",
         setting=EVIL,
         paragraphs=[EVIL + "<script>alert(1)</script>"],
         figure=draw(panels, 1),

@@ -13,7 +13,7 @@ from mer_r1_jax.data.paths import MediaPathError, resolve_media
 from mer_r1_jax.data.plain_text import PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG, check_text
 from mer_r1_jax.data.problems import LineProblems, Problem, shown
 from mer_r1_jax.data.turns import Chat, read_chat
-from mer_r1_jax.emotion.answers import split_label
+from mer_r1_jax.emotion.answer_form import blocks_of, format_answer, split_label
 from mer_r1_jax.json_lines import JsonLineError, kind_of, parse_value, unfit_values
 
 ALIASES = {
@@ -31,7 +31,6 @@ ALIASES = {
 NAMES = {alias: column for column, aliases in ALIASES.items() for alias in (column, *aliases)}
 MEDIA = {"videos": "<video>", "audios": "<audio>", "images": "<image>"}
 
-_TARGET = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _LIST_AS_TEXT = re.compile(r"""\s*\[\s*(?:['"].*['"])?\s*\]\s*""", re.DOTALL)
 _TARGET_FORM = "<think>reasoning</think> and <answer>emotion words</answer>, each once, in this order, nothing else"
 
@@ -91,7 +90,7 @@ class LineReader:
         if self.problems:
             return None
         if not solution and target is not None:
-            solution = tuple(split_label(target.split("<answer>")[1].removesuffix("</answer>")))
+            solution = tuple(split_label(blocks_of(target)[1]))
         return {
             "id": record_id,
             "messages": tuple(chat.messages),
@@ -243,19 +242,18 @@ class LineReader:
             self._fail("reasoning", "a reasoning and an assistant turn", "one demonstration", "drop one of the two")
             return None
         if turn is not None:
-            found = _TARGET.fullmatch(turn)
-            blocks = [block.strip() for block in found.groups()] if found else []
-            if not found or not all(blocks) or any(STRUCTURE_TAG.search(block) for block in blocks):
+            blocks = [block.strip() for block in blocks_of(turn) or ()]
+            if not blocks or not all(blocks) or any(STRUCTURE_TAG.search(block) for block in blocks):
                 mend = "write the blocks, or give plain labels in `solution` instead of an assistant turn"
                 self._fail("messages[-1].content", shown(turn), _TARGET_FORM, mend)
                 return None
-            return f"<think>{blocks[0]}</think>\n<answer>{blocks[1]}</answer>"
+            return format_answer(*blocks)
         if reasoning is None:
             return None
         if not solution:
             self._fail("solution", "a `reasoning` without a `solution`", "both", "add the emotion words as `solution`")
             return None
-        return f"<think>{reasoning}</think>\n<answer>{', '.join(solution)}</answer>"
+        return format_answer(reasoning, ", ".join(solution))
 
     def _check_placeholders(self, messages: list[dict[str, str]], media: dict[str, tuple[str, ...]]) -> None:
         counts = {column: _count(messages, placeholder) for column, placeholder in MEDIA.items()}

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mer_r1_jax.data.problems import Problem, shown
-from mer_r1_jax.emotion.answers import split_label
+from mer_r1_jax.emotion.answer_form import split_label
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.json_lines import cut
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 from mer_r1_jax.data.problems import LineProblems, shown
+from mer_r1_jax.emotion.answer_form import TAGS
 
 PLACEHOLDER = re.compile(r"<(?:video|audio|image)>")
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,64}\|>")
-STRUCTURE_TAG = re.compile(r"</?(?:subtitle|think|answer)>")
+STRUCTURE_TAG = re.compile("|".join(("</?subtitle>", *TAGS)))
 
 _NAMES = {PLACEHOLDER: "a media placeholder", SPECIAL_TOKEN: "a special token", STRUCTURE_TAG: "a tag"}
 

@@ -22,6 +22,7 @@ from mer_r1_jax.config.schema import DataConfig
 from mer_r1_jax.data.columns import NAMES, LineReader
 from mer_r1_jax.data.foreign_columns import ForeignColumns
 from mer_r1_jax.data.problems import Problem, RecordError, shown
+from mer_r1_jax.emotion.answer_form import blocks_of
 from mer_r1_jax.json_lines import Fault, numbered_lines
 
 REQUIRABLE = ("target", "solution")
@@ -69,12 +70,12 @@ class Record:
     @property
     def target_reasoning(self) -> str | None:
         """What stands in the target's think block."""
-        return None if self.target is None else self.target.split("</think>")[0].removeprefix("<think>")
+        return None if self.target is None else blocks_of(self.target)[0]
 
     @property
     def target_answer(self) -> str | None:
         """What stands in the target's answer block."""
-        return None if self.target is None else self.target.split("<answer>")[1].removesuffix("</answer>")
+        return None if self.target is None else blocks_of(self.target)[1]
 
     def content(self) -> dict[str, Any]:
         """The record without where it was read, as JSON-able data."""

@@ -30,7 +30,6 @@ class CandidateTable:
         wheel_Z: int32, the wheel of each set.
         names: the category of each set.
         share_lost: share of the wheels' surface forms that lost the first tokens of all their spellings to sharing.
-        shared_tokens: per wheel, how many first tokens were dropped.
     """
 
     def __init__(self, tokenizer, wheels: Wheels):
@@ -45,7 +44,6 @@ class CandidateTable:
         opening = dict(zip(forms, _first_tokens(tokenizer, forms), strict=True))
         sets: list[list[int]] = []
         self.names: tuple[str, ...] = ()
-        self.shared_tokens: tuple[int, ...] = ()
         wheel_Z: list[int] = []
         total = lost = 0
         for wheel in range(len(wheels)):
@@ -62,7 +60,6 @@ class CandidateTable:
                 sets.append(sorted({token for form in members for token in opening[form]} - shared))
                 wheel_Z.append(wheel)
             self.names += tuple(by_category)
-            self.shared_tokens += (len(shared),)
         self.share_lost: float = lost / total if total else 0.0
         self.ids_ZY = _padded(sets)
         self.size_Z = np.asarray([len(tokens) for tokens in sets], np.int32)

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from mer_r1_jax.emotion import answers, metrics
+from mer_r1_jax.emotion import answer_form, official_scores
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.json_lines import Fault, JsonLineError, cut, numbered_lines, parse_value, unfit_values
@@ -60,7 +60,7 @@ def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = 
                 raise ValueError(f"id {name!r} is on line {seen[name]} already; every sample is scored once")
             prediction = record["prediction"]
             if clean_up and isinstance(prediction, str):
-                prediction = answers.clean_extractor_text(prediction)
+                prediction = answer_form.clean_extractor_text(prediction)
             row = read_prediction(prediction), read_truth(record["truth"])
         except (ValueError, TypeError) as error:
             mistakes.append(f"{path}:{number}: {printable(error)}")
@@ -86,12 +86,12 @@ def score_predictions(columns: Predictions, metric: str, wheels: Wheels) -> dict
         often each predicted word that has no category on any wheel occurs (waf: each word that is no sentiment).
     """
     if metric == "waf":
-        score = metrics.waf(columns.predictions, columns.truths)
-        unknown = collections.Counter(word for word in columns.predictions if word not in metrics.SENTIMENTS)
+        score = official_scores.waf(columns.predictions, columns.truths)
+        unknown = collections.Counter(word for word in columns.predictions if word not in official_scores.SENTIMENTS)
     else:
-        scorer = metrics.set_f1 if metric == "set_f1" else metrics.hit
+        scorer = official_scores.set_f1 if metric == "set_f1" else official_scores.hit
         score = scorer(columns.predictions, columns.truths, wheels)
-        lowered = (answers.distinct_words(words) for words in columns.predictions)
+        lowered = (answer_form.distinct_words(words) for words in columns.predictions)
         unknown = collections.Counter(word for words in lowered for word in words if not wheels.is_known(word))
     result = {
         "metric": metric,
@@ -130,7 +130,7 @@ def _record(line: str) -> dict:
 
 
 def _words(cell: Any) -> list[str]:
-    return answers.split_words(cell)
+    return answer_form.split_words(cell)
 
 
 def _label(cell: Any) -> str:

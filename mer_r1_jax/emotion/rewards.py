@@ -1,4 +1,4 @@
-"""Rewards of one answer: recall, precision and F1 of emotion categories, averaged over the wheels.
+"""Rewards of one answer, recall, precision and F1 of emotion categories, and the best constant answer as their floor.
 
 MER-R1, rewards: R_R = |Y & G| / |G|, R_P = |Y & G| / |Y| with Y the predicted and G the true set of level-1 categories
 of a wheel. Each is computed on every wheel on which the truth has a category, then averaged over those wheels.
@@ -6,10 +6,11 @@ of a wheel. Each is computed on every wheel on which the truth has a category, t
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from mer_r1_jax.emotion import answers
+from mer_r1_jax.emotion import answer_form
 from mer_r1_jax.emotion.wheels import Wheels
 
 
@@ -65,7 +66,7 @@ def answer_rewards(
         Rewards. An answer without a category on a wheel has precision, recall and F1 0 there. A truth without a
         category on any wheel ("neutral") gives zeros and `scorable` False.
     """
-    words, truth_words = answers.distinct_words(words), answers.distinct_words(truth_words)
+    words, truth_words = answer_form.distinct_words(words), answer_form.distinct_words(truth_words)
     predicted, true = category_sets(words, wheels), category_sets(truth_words, wheels)
     unknown = sum(not wheels.is_known(word) for word in words)
     scored = set_rewards(predicted, true)
@@ -98,3 +99,56 @@ def set_rewards(
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
+
+
+_CANDIDATES = 40  # most frequent true words tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """A constant answer and its mean rewards over the scorable samples (0 when there are none)."""
+
+    words: tuple[str, ...]
+    precision: float
+    recall: float
+    f1: float
+    n_scored: int
+
+
+def majority_answer(truths: Sequence[Sequence[str]], wheels: Wheels) -> tuple[str, ...]:
+    """The constant answer found greedily: words are added, most helpful first, while the mean F1 over `truths` rises.
+
+    Only the most frequent true words are tried; of words in the same categories, the most frequent one.
+    """
+    counts = collections.Counter(word for truth in truths for word in answer_form.distinct_words(truth))
+    candidates: dict[tuple, str] = {}
+    for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if wheels.is_known(word):
+            candidates.setdefault(category_sets([word], wheels), word)
+    words: tuple[str, ...] = ()
+    best = 0.0
+    tried = list(candidates.values())[:_CANDIDATES]
+    while True:
+        scored = [(constant_floor((*words, word), truths, wheels).f1, word) for word in tried if word not in words]
+        if not scored or max(scored)[0] <= best:
+            return words
+        best = max(score for score, _ in scored)
+        words += (next(word for score, word in scored if score == best),)
+
+
+def constant_floor(words: Sequence[str], truths: Sequence[Sequence[str]], wheels: Wheels) -> Floor:
+    """Scores one constant answer against every truth.
+
+    The floor of an evaluation is `constant_floor(majority_answer(training truths), held-out truths)`.
+    """
+    distinct = collections.Counter(category_sets(truth, wheels) for truth in truths)
+    predicted = category_sets(words, wheels)
+    sums, n = [0.0, 0.0, 0.0], 0
+    for true, count in distinct.items():
+        scored = set_rewards(predicted, true)
+        if scored is None:
+            continue
+        n += count
+        sums = [total + count * value for total, value in zip(sums, scored, strict=True)]
+    recall, precision, f1 = (total / n if n else 0.0 for total in sums)
+    return Floor(tuple(words), precision, recall, f1, n)

@@ -79,17 +79,6 @@ class Wheels:
             forms[category].append(form)
         return {category: tuple(sorted(found)) for category, found in forms.items()}
 
-    def first_base_word(self, word: str) -> str | None:
-        """The official ablation "case1": the first base word, no wheel."""
-        bases = self.base_words.get(word.strip().lower(), ())
-        return bases[0] if bases else None
-
-    def first_wheel_word(self, word: str) -> str | None:
-        """The official ablation "case2": the first wheel word of the first base word, no wheel."""
-        base = self.first_base_word(word)
-        found = self.wheel_words.get(base, ()) if base is not None else ()
-        return found[0] if found else None
-
 
 def load_wheels(wheel_dir: str | pathlib.Path = "", variant: str = "unibench") -> Wheels:
     """Reads a wheel folder.

@@ -15,6 +15,7 @@ import numpy as np
 
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape, Prompts
 from mer_r1_jax.parallel import processes
@@ -28,8 +29,6 @@ from mer_r1_jax.training.prompts import prompt_rows, uid_of
 from mer_r1_jax.training.rl_step import RlPrograms
 from mer_r1_jax.training.state import Params
 from mer_r1_jax.training.stopping import NEVER, Stop
-
-MODES = ("slow", "fast")
 
 
 class EvaluationError(ValueError):

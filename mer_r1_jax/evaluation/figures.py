@@ -1,4 +1,4 @@
-"""The report's pictures as data URIs: curves drawn by matplotlib, frames of a clip in a strip."""
+"""The reports' curves, drawn by matplotlib in one style, as data URIs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from mer_r1_jax.foreign_text import printable
 
-MOST_SHOWN_SECONDS = 3600.0  # longer clips are not opened for a report
 SLOW, FAST, RECALL, PRECISION, NEUTRAL = "#1f5fbf", "#d9730d", "#2a8c5f", "#8a4fbf", "#475569"
 GRID, _TEXT, MUTED = "#e2e8f0", "#1e293b", "#94a3b8"
 _BEHIND_LABEL = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
@@ -142,15 +140,3 @@ def _pad_flat_axis(axes) -> None:
     if np.isfinite([low, high]).all() and high - low < 1e-6 * max(abs(low), abs(high)):
         margin = 0.5 * max(abs(low), abs(high))
         axes.set_ylim(low - margin, high + margin)
-
-
-def frame_strip(frames: np.ndarray, height: int = 84) -> str:
-    """Returns frames uint8[n, h, w, 3] side by side, `height` pixels high, as a JPEG data URI."""
-    width = max(1, round(frames.shape[2] * height / frames.shape[1]))
-    strip = Image.new("RGB", (len(frames) * width + 2 * (len(frames) - 1), height), "white")
-    for number, frame in enumerate(frames):
-        picture = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
-        strip.paste(picture, (number * (width + 2), 0))
-    out = io.BytesIO()
-    strip.save(out, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -16,10 +16,11 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.emotion.rewards import answer_rewards, category_sets
 from mer_r1_jax.emotion.wheels import Wheels
-from mer_r1_jax.evaluation.comparison import SCORES, Comparison
-from mer_r1_jax.evaluation.evaluate import MODES, Evaluation, Evaluator, batched
+from mer_r1_jax.evaluation.evaluate import Evaluation, Evaluator, batched
+from mer_r1_jax.evaluation.sample_comparison import SCORES, Comparison
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.rollout import STOP_LENGTH

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from mer_r1_jax import faults
 from mer_r1_jax.config.build import difference
@@ -205,3 +205,52 @@ def _compare(path: pathlib.Path, form: LogForm, found: Mapping[str, Any], expect
 
 def _named(key: Hashable) -> str:
     return " / ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultFolder:
+    """A folder that an evaluation goes on from, and is scored from without a model. Subclasses say what lies where.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: pathlib.Path
+    error: ClassVar[type[Exception]]
+    kept_scores: ClassVar[str]  # pattern of the files of scores
+
+    @classmethod
+    def of(cls, path: str | os.PathLike) -> Self:
+        """The evaluation in a folder that is there or will be."""
+        return cls(pathlib.Path(path))
+
+    @property
+    def report(self) -> pathlib.Path:
+        """The report."""
+        return self.path / "report.html"
+
+    def keep(self, name: str, content: Any) -> None:
+        """Writes a JSON file of the folder.
+
+        Raises:
+            self.error: there can be no such file.
+        """
+        try:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.error(f"{self.path} cannot be made ({error}); choose another --out") from error
+        durable.write_json(self.path / name, content)
+
+    def scores(self) -> list[dict[str, Any]]:
+        """Every score that is kept.
+
+        Raises:
+            self.error: one cannot be read.
+        """
+        found = []
+        for path in sorted(self.path.glob(self.kept_scores)):
+            try:
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise self.error(f"{path}: cannot be read ({error}); remove it and score again") from error
+        return found

@@ -14,8 +14,6 @@ import pyarrow.parquet as pq
 
 from mer_r1_jax.training.metrics import PHASES, read_metrics
 
-MODES = ("slow", "fast")
-
 
 class ReportError(RuntimeError):
     """A folder of which no report can be made."""

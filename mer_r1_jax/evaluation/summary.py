@@ -11,8 +11,7 @@ import numpy as np
 
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
-from mer_r1_jax.emotion.rewards import answer_rewards
+from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, majority_answer
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
 from mer_r1_jax.storage import durable

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.emotion.answer_form import is_answer_tag
 from mer_r1_jax.media.clips import AudioInput, Clips
 from mer_r1_jax.media.errors import PromptError
-from mer_r1_jax.media.tokenizer import check_special_tokens, is_answer_tag
+from mer_r1_jax.media.tokenizer import TURN_END, TURN_START, check_special_tokens
 from mer_r1_jax.media.vision import VisionInput
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.positions import AUDIO, VIDEO, PositionError, feature_sources, interleave, rope_positions
@@ -31,7 +32,7 @@ ITEM_TEXT = {
     AUDIO: "<|audio_bos|><|AUDIO|><|audio_eos|>",
     IMAGE: "<|vision_bos|><|IMAGE|><|vision_eos|>",
 }
-ASSISTANT_TURN = "<|im_start|>assistant\n"
+ASSISTANT_TURN = f"{TURN_START}assistant\n"
 _PLACEHOLDER = re.compile("(" + "|".join(f"<{kind}>" for kind in KINDS) + ")")
 _SUBTITLE_TAG = re.compile("</?subtitle>")
 
@@ -146,7 +147,7 @@ class PromptBuilder:
         if turns[0][0] != "system":
             turns.insert(0, ("system", [self.system_prompt]))
         items: list[_Item] = []
-        text = "".join(f"<|im_start|>{role}\n{self._turn(parts, waiting, items)}<|im_end|>\n" for role, parts in turns)
+        text = "".join(f"{TURN_START}{role}\n{self._turn(parts, waiting, items)}{TURN_END}\n" for role, parts in turns)
         surplus = [f"{len(left)} more {kind} clip(s)" for kind, left in waiting.items() if left]
         if surplus:
             raise PromptError(

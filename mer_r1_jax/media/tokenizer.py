@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,6 @@ SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 # Classes that settings name -> the class that AutoTokenizer takes for them.
 _WITHOUT_TORCH = {"Qwen2Tokenizer": "Qwen2Tokenizer", "Qwen2TokenizerFast": "Qwen2Tokenizer"}
-_ANSWER_TAGS = re.compile(r"\s*(</?(think|answer)>\s*)+")
 
 
 class TokenizerError(ValueError):
@@ -117,11 +115,6 @@ def _named_class(path: Path) -> str | None:
     settings = path / "tokenizer_config.json"
     named = json.loads(settings.read_bytes()).get("tokenizer_class") if settings.is_file() else None
     return named if isinstance(named, str) else None
-
-
-def is_answer_tag(token: str) -> bool:
-    """Whether a token is one or several of an answer's tags and white space, as cold-started models add them."""
-    return _ANSWER_TAGS.fullmatch(token) is not None
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, thinker: ThinkerConfig) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mer_r1_jax import faults
 from mer_r1_jax.config.schema import RlConfig
-from mer_r1_jax.emotion.answers import ParsedAnswer, parse_answer
+from mer_r1_jax.emotion.answer_form import ParsedAnswer, parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import Rewards as AnswerRewards
 from mer_r1_jax.emotion.rewards import answer_rewards

@@ -14,17 +14,18 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mer_r1_jax.emotion.answer_form import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    BRIDGE,
+    EMPTY_THINK,
+    TAGS,
+    THINK_OPEN,
+    WORD,
+    is_answer_tag,
+)
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.media.tokenizer import is_answer_tag
-
-THINK_OPEN = "<think>"
-BRIDGE = "</think>\n<answer>"  # one newline between the blocks (ours)
-ANSWER_OPEN = "<answer>"
-ANSWER_CLOSE = "</answer>"
-EMPTY_THINK = THINK_OPEN + BRIDGE
-TAGS = (THINK_OPEN, "</think>", ANSWER_OPEN, ANSWER_CLOSE)
-TURN_END = "<|im_end|>"
-WORD = re.compile("""[^,'"]+""")  # what `emotion.answers.split_words` separates words by
+from mer_r1_jax.media.tokenizer import TURN_END
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's spelling of a byte
 
@@ -208,7 +209,7 @@ class AnswerTags:
 
 
 def _word_offsets(answer: bytes) -> dict[str, int]:
-    """Word -> byte offset of its first occurrence in an answer; words as `emotion.answers.parse_answer` gives them."""
+    """Word -> byte offset of its first occurrence in an answer; words as `parse_answer` gives them."""
     text = answer.decode("utf-8", "surrogateescape")  # one character per byte that is no UTF-8, so offsets add up
     bracket = text.startswith("[")
     offsets: dict[str, int] = {}

@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.evaluation.ablation.ablation_narrative import counted, describe
+from mer_r1_jax.evaluation.ablation.ablation_report import write
 from mer_r1_jax.evaluation.ablation.alikeness import alikeness
-from mer_r1_jax.evaluation.ablation.comparison import compare
-from mer_r1_jax.evaluation.ablation.narrative import counted, describe
+from mer_r1_jax.evaluation.ablation.arm_comparison import compare
 from mer_r1_jax.evaluation.ablation.results import read_result
-from mer_r1_jax.evaluation.ablation.write import write
-from mer_r1_jax.evaluation.run_record import MODES
-from mer_r1_jax.evaluation.statistics import POINTS
+from mer_r1_jax.evaluation.bootstrap import POINTS
 from mer_r1_jax.run.ablation_plan import PLATEAU, SFT, Job, Plan, setting_differences
 from mer_r1_jax.run.jobs import Outcome, cores_for, hold, is_finished, run_jobs
 from mer_r1_jax.run.setup import with_embedded_world

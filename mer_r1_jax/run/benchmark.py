@@ -15,12 +15,10 @@ from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.emotion.candidates import CandidateTable
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
-from mer_r1_jax.evaluation.benchmarks.protocol import wheels_digest
-from mer_r1_jax.evaluation.benchmarks.readers import BenchmarkData, read_set, read_synthetic, truth_of
-from mer_r1_jax.evaluation.benchmarks.request import Request
-from mer_r1_jax.evaluation.benchmarks.sets import SYNTHETIC, title_of
+from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
+from mer_r1_jax.evaluation.benchmarks.benchmark_reader import BenchmarkData, read_set, read_synthetic, truth_of
+from mer_r1_jax.evaluation.benchmarks.sets import SYNTHETIC, BenchmarkError, Request, title_of
+from mer_r1_jax.evaluation.benchmarks.word_protocol import wheels_digest
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
 from mer_r1_jax.evaluation.judge.ordered import map_ordered
 from mer_r1_jax.evaluation.result_log import ResultLog
@@ -172,7 +170,7 @@ def answer_benchmarks(
     Raises:
         BenchmarkError: the answers there are another model's, or of other settings or clips.
     """
-    folder = EvaluationFolder(request.out)
+    folder = BenchmarkFolder(request.out)
     folder.check_model(policy.fingerprint)
     evaluator = make_evaluator(policy.setup, tuple(record for data in datas for record in data.records))
     emotion = policy.setup.config.emotion

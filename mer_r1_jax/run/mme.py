@@ -10,11 +10,11 @@ from typing import Any
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.evaluation.evaluate import AnswerOf
-from mer_r1_jax.evaluation.mme.folder import NAME
-from mer_r1_jax.evaluation.mme.prompts import QUESTION_VERSION, question
-from mer_r1_jax.evaluation.mme.reader import Benchmark, Item
+from mer_r1_jax.evaluation.mme.judging import QUESTION_VERSION, question
+from mer_r1_jax.evaluation.mme.mme_folder import NAME
+from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
+from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure
-from mer_r1_jax.evaluation.mme.tasks import TASKS
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.run.answering import make_evaluator

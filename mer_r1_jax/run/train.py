@@ -39,7 +39,7 @@ from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.evaluation import summary
-from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.fingerprints import ClipFingerprints
 from mer_r1_jax.omni.hf.export import export_model

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mer_r1_jax.emotion.baselines import constant_floor, majority_answer
-from mer_r1_jax.emotion.polarity import polarity
-from mer_r1_jax.emotion.rewards import answer_rewards, category_sets
+from mer_r1_jax.emotion.rewards import answer_rewards, category_sets, constant_floor, majority_answer
 from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.evaluation.benchmarks.word_protocol import polarity
 
 WHEELS = load_wheels()
 

@@ -100,9 +100,8 @@ def test_second_level_and_single_valued_lookups(folder):
     assert wheels.category("merry", 0, level=2) == "merry"
     assert wheels.category("zest", 0, level=2) == "blue"
     assert wheels.category("gladly", 0, level=2) == "bright", "a core word: the alphabetically first branch"
-    assert wheels.first_base_word("zest") == "zesty"
-    assert wheels.first_wheel_word("zest") == "blue"
-    assert wheels.first_base_word("nothing") is None and wheels.first_wheel_word("nothing") is None
+    assert wheels.base_words["zest"][0] == "zesty" and wheels.wheel_words["zesty"][0] == "blue"
+    assert "nothing" not in wheels.base_words
 
 
 def test_later_place_of_a_repeated_word_wins(folder):

@@ -11,12 +11,11 @@ import pytest
 from support.finished_run import write_run
 
 from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.evaluation.ablation.ablation_narrative import describe
+from mer_r1_jax.evaluation.ablation.ablation_report import tables_of, write
 from mer_r1_jax.evaluation.ablation.alikeness import alikeness
-from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, as_json, compare
-from mer_r1_jax.evaluation.ablation.narrative import describe
+from mer_r1_jax.evaluation.ablation.arm_comparison import PAPER_ORDER, as_json, compare
 from mer_r1_jax.evaluation.ablation.results import AblationError, SeedResult, read_result
-from mer_r1_jax.evaluation.ablation.tables import tables_of
-from mer_r1_jax.evaluation.ablation.write import write
 from mer_r1_jax.evaluation.run_record import Evaluation
 from mer_r1_jax.training.metrics import read_metrics
 
@@ -65,7 +64,9 @@ ROWS = ("sft", "baseline", "mer_r1")
 
 def table(ablation, title):
     found = next(table for table in tables_of(ablation) if table.title == title)
-    return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
+    (head,) = found.heads
+    columns = [cell.text for cell in head.cells]
+    return [dict(zip(columns, [cell.text for cell in row.cells], strict=True)) for row in found.rows]
 
 
 def test_means_errors_and_gains_are_those_done_by_hand():
@@ -288,7 +289,7 @@ def test_files_are_whole_and_say_the_same(tmp_path):
         "Every seed",
     ]
     for found in tables:
-        assert f"### {found.title}" in text and all(len(row) == len(found.columns) for row in found.rows)
+        assert f"### {found.title}" in text and all(len(row.cells) == len(found.heads[0].cells) for row in found.rows)
     assert text.count("\n| SFT |") == 1 + 1 + 3  # arms, answers, three seeds
     assert len(content["runs"]) == 15 and content["rows"][1]["slow"]["f1"]["mean"] == pytest.approx(0.51, abs=0.01)
     assert content["runs"][3]["sampled_at_the_end"]["recall"] == 0.25

@@ -11,10 +11,16 @@ import pytest
 from support.commands import run_command
 from support.unibench_standins import CLIPS, OPENSETS, SUBTITLES, VALENCES, clip_name, write_csv, write_sets
 
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.benchmark_reader import read_set, truth_of
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import UnsafePickle, convert, read_corpora
-from mer_r1_jax.evaluation.benchmarks.readers import read_set, truth_of
-from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, PAPER_F1, PAPER_F1_MEANS, PAPER_MEANS, PAPER_ROWS
+from mer_r1_jax.evaluation.benchmarks.sets import (
+    LAYOUTS,
+    PAPER_F1,
+    PAPER_F1_MEANS,
+    PAPER_MEANS,
+    PAPER_ROWS,
+    BenchmarkError,
+)
 
 TRUTHS = {
     "ovmerd_plus": list(OPENSETS),

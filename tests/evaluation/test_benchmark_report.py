@@ -8,11 +8,10 @@ from support.benchmark_answers import request_of, write_answers
 from support.official_data import needs_official_data
 from support.unibench_standins import write_sets
 
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
-from mer_r1_jax.evaluation.benchmarks.report import make_benchmark_report
-from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, PAPER_ROWS
-from mer_r1_jax.evaluation.benchmarks.tables import Columns, analysis_table, main_table
+from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
+from mer_r1_jax.evaluation.benchmarks.benchmark_report import make_benchmark_report
+from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, PAPER_ROWS, BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.tables import Columns, analysis_tables, main_table
 
 OFFICIAL = str(official_data.WHEELS)
 
@@ -35,18 +34,20 @@ def html(folder):
 
 def test_our_columns_stand_beside_the_papers_which_are_marked(folder, html):
     table = main_table(Columns(folder.scores()))
-    assert [row["title"] for row in table["rows"]] == [
+    assert [row.cells[0].text for row in table.rows] == [
         *(layout.title for layout in LAYOUTS.values()),
         "Mean of the nine",
     ]
-    for number, row in enumerate(table["rows"][:9]):
-        assert row["paper"] == [f"{values[number]:.2f}" for values in PAPER_ROWS.values()]
+    for number, row in enumerate(table.rows[:9]):
+        assert [cell.text for cell in row.cells if cell.kind == "paper"] == [
+            f"{values[number]:.2f}" for values in PAPER_ROWS.values()
+        ]
         score = next(s for s in folder.scores() if s["benchmark"] == list(LAYOUTS)[number])
         headline = score["modes"]["slow"]["headline"]["score"]
-        assert row["cells"][0].value == f"{100 * headline['value']:.2f}"
-        assert row["cells"][0].note.startswith(f"[{100 * headline['low']:.2f}, {100 * headline['high']:.2f}]")
+        assert row.cells[2].text == f"{100 * headline['value']:.2f}"
+        assert row.cells[2].note.startswith(f"[{100 * headline['low']:.2f}, {100 * headline['high']:.2f}]")
     nine = [s["modes"]["slow"]["headline"]["score"]["value"] for s in folder.scores() if s["benchmark"] in LAYOUTS]
-    assert table["rows"][9]["cells"][0].value == f"{100 * sum(nine) / 9:.2f}"
+    assert table.rows[9].cells[2].text == f"{100 * sum(nine) / 9:.2f}"
     assert "the paper&#39;s numbers, not ours" in html or "the paper's numbers, not ours" in html
     assert "83.50" in html and "61.80" in html
     paper = re.findall(r'<td class="paper">([\d.]+)</td>', html)
@@ -61,12 +62,12 @@ def test_the_report_is_one_file_and_escapes_what_models_write(html):
 
 
 def test_only_differences_that_exclude_zero_are_bold(folder, html):
-    rows = [row for table in analysis_table(Columns(folder.scores())) for row in table["rows"]]
-    compared = [row["cells"][2].note for row in rows if row["cells"][2].note]
-    assert 0 < html.count('class="decided"') == sum(row["decided"] for row in rows) < len(compared)
+    rows = [row for table in analysis_tables(Columns(folder.scores())) for row in table.rows]
+    compared = [row.cells[3].note for row in rows if row.cells[3].note]
+    assert 0 < html.count('class="decided"') == sum(row.kind == "decided" for row in rows) < len(compared)
     for row in rows:  # an interval on both sides of zero shows both signs
-        note = row["cells"][2].note
-        assert not row["decided"] or ("−" in note) != ("+" in note), row
+        note = row.cells[3].note
+        assert row.kind != "decided" or ("−" in note) != ("+" in note), row
 
 
 def test_counts_and_gaps_are_told(html):
@@ -79,7 +80,7 @@ def test_counts_and_gaps_are_told(html):
 
 @needs_official_data
 def test_protocols_never_share_a_column(folder, tmp_path):
-    two = EvaluationFolder(tmp_path / "out")
+    two = BenchmarkFolder(tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "answers").symlink_to(folder.path / "answers")
     request = request_of(two.path)
@@ -89,11 +90,11 @@ def test_protocols_never_share_a_column(folder, tmp_path):
     two.score("meld", request_of(two.path, wheel_dir=OFFICIAL, variant="mer2026"))
     columns = Columns(two.scores())
     assert len(columns.protocols) == 3 and len(columns.heads) == 6
-    rows = {row["title"]: row["cells"] for row in main_table(columns)["rows"]}
-    filled = {title: [cell.value != "–" for cell in cells] for title, cells in rows.items()}
+    rows = {row.cells[0].text: row.cells[2:8] for row in main_table(columns).rows}
+    filled = {title: [cell.text != "–" for cell in cells] for title, cells in rows.items()}
     assert filled["MELD"] == [True] * 6 and sum(filled["CMU-MOSI"]) == 2 and not any(filled["Mean of the nine"])
     # Official wheels put "fear" among happy; the corrected table does not: the columns differ.
-    assert len({cell.value for cell in rows["MELD"]}) > 2
+    assert len({cell.text for cell in rows["MELD"]}) > 2
     html = make_benchmark_report(two.path, 0).read_text()
     assert "Protocols: their scores do not compare" in html and "official" in html
     for letter in "ABC":

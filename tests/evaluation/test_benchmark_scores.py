@@ -9,13 +9,20 @@ from support import official_data
 from support.judge_server import JudgeServer
 from support.official_data import needs_official_data
 
-from mer_r1_jax.emotion import metrics
+from mer_r1_jax.emotion import official_scores
 from mer_r1_jax.emotion.wheels import load_wheels
-from mer_r1_jax.evaluation.benchmarks import analysis, resampling
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.prompts import POLARITY_VERSION, WORDS_VERSION
-from mer_r1_jax.evaluation.benchmarks.protocol import OFFICIAL_WHEELS, extract, make_scoring, wheels_digest
-from mer_r1_jax.evaluation.benchmarks.scores import score_benchmark
+from mer_r1_jax.evaluation import bootstrap
+from mer_r1_jax.evaluation.benchmarks import analysis, benchmark_scores
+from mer_r1_jax.evaluation.benchmarks.benchmark_scores import score_benchmark
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.word_protocol import (
+    OFFICIAL_WHEELS,
+    POLARITY_VERSION,
+    WORDS_VERSION,
+    extract,
+    make_scoring,
+    wheels_digest,
+)
 from mer_r1_jax.evaluation.judge.client import ChatClient
 
 OFFICIAL = str(official_data.WHEELS)
@@ -56,12 +63,12 @@ def test_resampled_scores_are_the_official_ones_over_all_clips(variant):
     labels = [str(rng.choice(WORDS)) for _ in range(40)]
     sentiments = [str(rng.choice(["positive", "negative", "neutral", "mixed"])) for _ in range(40)]
     values = [float(value) for value in rng.choice([-1.5, -0.5, 0, 0.5, 2], 40)]
-    expected = metrics.set_f1(predictions, truths, wheels)
-    found = resampling.set_f(predictions, truths, wheels).point()
+    expected = official_scores.set_f1(predictions, truths, wheels)
+    found = benchmark_scores.set_f(predictions, truths, wheels).point()
     assert found == pytest.approx({n: getattr(expected, n) for n in ("score", "precision", "recall")}, rel=1e-12)
-    found = resampling.hit(predictions, labels, wheels).point()["score"]
-    assert found == pytest.approx(metrics.hit(predictions, labels, wheels).score, rel=1e-12)
-    expected, found = metrics.waf(sentiments, values), resampling.waf(sentiments, values).point()
+    found = benchmark_scores.hit(predictions, labels, wheels).point()["score"]
+    assert found == pytest.approx(official_scores.hit(predictions, labels, wheels).score, rel=1e-12)
+    expected, found = official_scores.waf(sentiments, values), benchmark_scores.waf(sentiments, values).point()
     assert (found["score"], found["accuracy"]) == pytest.approx((expected.score, expected.accuracy), rel=1e-12)
 
 
@@ -69,23 +76,23 @@ def test_resampled_scores_are_the_official_ones_over_all_clips(variant):
 def test_undefined_scores_stay_undefined(variant):
     wheels = dataclasses.replace(load_wheels(), variant=variant)
     for predictions, truths in (([["happy"], []], [["sad"], ["angry"]]), ([["happy"]] * 2, [["neutral"]] * 2)):
-        expected = metrics.set_f1(predictions, truths, wheels).score
-        summed = resampling.set_f(predictions, truths, wheels)
+        expected = official_scores.set_f1(predictions, truths, wheels).score
+        summed = benchmark_scores.set_f(predictions, truths, wheels)
         np.testing.assert_equal(summed.point()["score"], expected)
-        interval = resampling.intervals(summed)["score"]
+        interval = bootstrap.intervals(summed)["score"]
         assert (interval.value, interval.low) == ((None, None) if variant == "unibench" else (0, 0))
-    assert resampling.intervals(resampling.waf(["positive"], [0.0]))["score"].value is None
+    assert bootstrap.intervals(benchmark_scores.waf(["positive"], [0.0]))["score"].value is None
 
 
 def test_an_interval_is_that_of_scores_computed_anew(wheels):
     rng = np.random.default_rng(1)
     predictions, truths = drawn_words(rng, 30), drawn_words(rng, 30)
-    summed = resampling.set_f(predictions, truths, wheels)
-    interval = resampling.intervals(summed, seed=3, resamples=400)["score"]
+    summed = benchmark_scores.set_f(predictions, truths, wheels)
+    interval = bootstrap.intervals(summed, seed=3, resamples=400)["score"]
     again = []
     draws = np.random.default_rng(3).integers(30, size=(400, 30))
     for drawn in draws:
-        again.append(metrics.set_f1([predictions[i] for i in drawn], [truths[i] for i in drawn], wheels).score)
+        again.append(official_scores.set_f1([predictions[i] for i in drawn], [truths[i] for i in drawn], wheels).score)
     defined = [value for value in again if np.isfinite(value)]
     assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(defined, [2.5, 97.5])), rel=1e-9)
     assert interval.undefined == pytest.approx(1 - len(defined) / 400) and interval.low < interval.value < interval.high
@@ -96,16 +103,16 @@ def test_slow_and_fast_are_compared_over_the_same_draws(wheels):
     truths = [[str(rng.choice(["happy", "sad", "angry"]))] for _ in range(50)]
     hits = [word if rng.random() < 0.6 else ["bored"] for word in truths]
     better = [word if rng.random() < 0.5 else given for word, given in zip(truths, hits, strict=True)]
-    after, before = (resampling.set_f(words, truths, wheels) for words in (better, hits))
-    same = resampling.paired(before, before)["score"]
+    after, before = (benchmark_scores.set_f(words, truths, wheels) for words in (better, hits))
+    same = bootstrap.paired(before, before)["score"]
     assert (same.points, same.low, same.high) == (0, 0, 0)
-    gain = resampling.paired(after, before)["score"]
-    apart = [resampling.intervals(one)["score"] for one in (after, before)]
+    gain = bootstrap.paired(after, before)["score"]
+    apart = [bootstrap.intervals(one)["score"] for one in (after, before)]
     unpaired = 100 * np.hypot(*(interval.high - interval.low for interval in apart))
     assert gain.is_clear and gain.clips == 50 and gain.high - gain.low < 0.8 * unpaired
-    assert resampling.paired(before, after)["score"].points == pytest.approx(-gain.points)
+    assert bootstrap.paired(before, after)["score"].points == pytest.approx(-gain.points)
     with pytest.raises(ValueError, match="got 50 and 49 clips"):
-        resampling.paired(after, before.picked(range(49)))
+        bootstrap.paired(after, before.picked(range(49)))
 
 
 def test_a_benchmark_counted_by_hand(wheels):

@@ -13,7 +13,7 @@ from support.killing import INTERRUPT
 from support.small_run import CONFIG_FILE, HELD_OUT, command, environment
 from support.unibench_standins import CLIPS, clip_name, write_csv, write_sets
 
-from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
+from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.omni.hf.export import export_model
@@ -97,7 +97,7 @@ def test_a_killed_evaluation_goes_on_without_asking_twice(resumed):
         assert (out / "answers" / f"{name}.jsonl").read_bytes().startswith(content)
     expected = 2 * (9 * CLIPS - 1 + HELD_OUT)  # one clip of the sets and one of the world are broken
     assert len(asked) == len(set(asked)) == expected - 4 - 2 * CLIPS
-    lines = [key for name in (*LAYOUTS, "synthetic") for key in EvaluationFolder(out).read_answers(name)[1]]
+    lines = [key for name in (*LAYOUTS, "synthetic") for key in BenchmarkFolder(out).read_answers(name)[1]]
     assert len(lines) == expected
 
 

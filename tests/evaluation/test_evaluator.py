@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.small_run import visits_of
 
-from mer_r1_jax.emotion.answers import parse_answer
+from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import EvaluationError

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from support.commands import run_command
 
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert, read_corpora
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
 
 SECRET = "known only to " + "this process"
 _EIGHT = struct.pack("<Q", id(SECRET))

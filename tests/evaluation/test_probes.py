@@ -12,7 +12,6 @@ from support.subtitle_world import CUES, HELD_OUT, run_config, write_world
 
 from mer_r1_jax.emotion.rewards import category_sets
 from mer_r1_jax.emotion.wheels import load_wheels
-from mer_r1_jax.evaluation.comparison import CompareError, Comparison, compare_samples, pooled
 from mer_r1_jax.evaluation.probes import (
     ALONE,
     ProbeError,
@@ -23,6 +22,7 @@ from mer_r1_jax.evaluation.probes import (
     swap_modality,
     swap_reasoning,
 )
+from mer_r1_jax.evaluation.sample_comparison import CompareError, Comparison, compare_samples, pooled
 from mer_r1_jax.evaluation.summary import samples
 from mer_r1_jax.run import held_out as held_out_module
 from mer_r1_jax.run.policy import PolicyError

@@ -15,11 +15,11 @@ from PIL import Image
 from support.finished_run import write_clip, write_run
 
 from mer_r1_jax.evaluation import figures
-from mer_r1_jax.evaluation.clip_strip import clip_strips
-from mer_r1_jax.evaluation.narrative import describe, f1_difference, stages_of, warnings_of
-from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.evaluation.bootstrap import Difference
+from mer_r1_jax.evaluation.clip_frames import clip_strips
+from mer_r1_jax.evaluation.run_narrative import describe, f1_difference, stages_of, warnings_of
 from mer_r1_jax.evaluation.run_record import Evaluation, ReportError, RunRecord, read_run
-from mer_r1_jax.evaluation.statistics import Difference
+from mer_r1_jax.evaluation.run_report import make_report
 
 
 class Page(html.parser.HTMLParser):

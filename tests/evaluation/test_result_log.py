@@ -2,9 +2,9 @@
 
 import pytest
 
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
-from mer_r1_jax.evaluation.benchmarks.folder import ANSWERS, EvaluationFolder
-from mer_r1_jax.evaluation.mme.folder import RESULTS
+from mer_r1_jax.evaluation.benchmarks.benchmark_folder import ANSWERS, BenchmarkFolder
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
+from mer_r1_jax.evaluation.mme.mme_folder import RESULTS
 from mer_r1_jax.evaluation.result_log import FAILED, LogForm, ResultLog, read_log
 
 FORMS = pytest.mark.parametrize("form", [ANSWERS, RESULTS], ids=["answers", "results"])
@@ -109,7 +109,7 @@ def test_what_failed_can_be_tried_again_and_its_last_line_counts(path):
 
 
 def test_another_model_may_not_answer_into_a_folder(tmp_path):
-    folder = EvaluationFolder(tmp_path)
+    folder = BenchmarkFolder(tmp_path)
     folder.check_model({"weights": "xyz"})  # nothing there
     folder.open_answers("meld", FINGERPRINT).close()
     folder.check_model({"weights": "abc"})

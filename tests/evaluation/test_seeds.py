@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mer_r1_jax.evaluation.seeds import Resampled, mean_over_seeds
+from mer_r1_jax.evaluation.bootstrap import Resampled, mean_over_seeds
 
 
 def flat(*by_seed, clips=4):
@@ -84,7 +84,7 @@ def test_draws_are_a_function_of_scores_and_seed_however_they_are_cut(monkeypatc
     first = Resampled(scores, seed=1)
     assert (first._draws == Resampled(scores, seed=1)._draws).all()
     assert (first._draws != Resampled(scores, seed=2)._draws).any()
-    monkeypatch.setattr("mer_r1_jax.evaluation.seeds._CLIP_DRAWS_AT_ONCE", 20 * 3000)
+    monkeypatch.setattr("mer_r1_jax.evaluation.bootstrap._DRAWS_AT_ONCE", 20 * 3000)
     np.testing.assert_allclose(first._draws, Resampled(scores, seed=1)._draws, rtol=1e-12)
 
 

@@ -9,16 +9,16 @@ from support.commands import run_command
 from support.finished_run import write_run
 
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.emotion.answers import parse_answer
+from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.evaluation import summary
-from mer_r1_jax.evaluation.ablation.comparison import as_json, compare
+from mer_r1_jax.evaluation.ablation.arm_comparison import as_json, compare
 from mer_r1_jax.evaluation.ablation.results import AblationError, read_result
-from mer_r1_jax.evaluation.comparison import CompareError, compare_samples
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
 from mer_r1_jax.evaluation.probes import ProbeError, Prober, swap_modality
-from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.evaluation.run_report import make_report
+from mer_r1_jax.evaluation.sample_comparison import CompareError, compare_samples
 from mer_r1_jax.rl.scoring import ScoredAnswer
 
 WHEELS = load_wheels()

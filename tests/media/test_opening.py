@@ -18,7 +18,7 @@ from support.media_files import numbered_pictures, write_sound, write_video
 from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.records import read_records
-from mer_r1_jax.evaluation.clip_strip import clip_strips
+from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.media.entry import decode_file
 from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.loader import ClipLoader

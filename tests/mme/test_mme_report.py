@@ -10,10 +10,10 @@ from support.judge_server import JudgeServer
 from support.mme_standin import follow_rule, is_extraction
 
 from mer_r1_jax.evaluation.judge.client import ChatClient
-from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.pipeline import Responses, run
-from mer_r1_jax.evaluation.mme.reader import read_benchmark
-from mer_r1_jax.evaluation.mme.report import make_mme_report
+from mer_r1_jax.evaluation.mme.mme_pipeline import Responses, run
+from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark
+from mer_r1_jax.evaluation.mme.mme_report import make_mme_report
+from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
 
 SCRIPT = "<script>alert(1)</script>"
 

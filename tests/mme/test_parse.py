@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mer_r1_jax.evaluation.mme.parse import UnreadableReplyError, parse_scores, parse_steps
-from mer_r1_jax.evaluation.mme.prompts import MAX_STEPS
+from mer_r1_jax.evaluation.mme.judging import MAX_STEPS
+from mer_r1_jax.evaluation.mme.stages import UnreadableReplyError, parse_scores, parse_steps
 
 WORDS = st.text("abcdefgh ,;'%&äß愛", min_size=1, max_size=30).filter(lambda text: text.strip(" "))
 SEPARATORS = st.sampled_from(["\n", ", ", " ", ";\n", "\n\n- "])

@@ -9,12 +9,11 @@ from support.judge_server import INJECTION, JudgeServer
 from support.mme_standin import COUNT, data_of, follow_rule, is_extraction
 
 from mer_r1_jax.evaluation.judge.client import ChatClient, JudgeAbortedError
-from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.folder import RESULTS, MmeFolder
-from mer_r1_jax.evaluation.mme.pipeline import Responses, rescore, run
-from mer_r1_jax.evaluation.mme.reader import Item, read_benchmark
+from mer_r1_jax.evaluation.mme.mme_folder import RESULTS, MmeFolder
+from mer_r1_jax.evaluation.mme.mme_pipeline import Responses, rescore, run
+from mer_r1_jax.evaluation.mme.mme_reader import Item, read_benchmark
+from mer_r1_jax.evaluation.mme.mme_tasks import METRICS, TASKS, MmeError
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure, predict
-from mer_r1_jax.evaluation.mme.tasks import METRICS, TASKS
 from mer_r1_jax.evaluation.result_log import FAILED, ResultLog, read_log
 
 KEY = "sk-planted-0123456789abcdef"

@@ -6,9 +6,8 @@ import shutil
 import pytest
 from support.mme_standin import COUNT, ITEMS
 
-from mer_r1_jax.evaluation.mme.errors import MmeError
-from mer_r1_jax.evaluation.mme.reader import read_benchmark, read_responses, response_files
-from mer_r1_jax.evaluation.mme.tasks import TASKS
+from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark, read_responses, response_files
+from mer_r1_jax.evaluation.mme.mme_tasks import TASKS, MmeError
 
 
 def item_of(benchmark, video_id):

@@ -1,16 +1,18 @@
 """Scores against five items counted by hand, with failures left out and as zero."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mer_r1_jax.evaluation.mme.reader import Item
-from mer_r1_jax.evaluation.mme.scores import item_scores, paired_modes, score_mode
+from mer_r1_jax.evaluation.bootstrap import macro_interval
+from mer_r1_jax.evaluation.mme import judging
+from mer_r1_jax.evaluation.mme.mme_reader import Item
+from mer_r1_jax.evaluation.mme.mme_scores import item_scores, paired_modes, score_mode
+from mer_r1_jax.evaluation.mme.mme_tasks import METRICS, PAPER_COT, PAPER_OVERALL, TASKS, TOTAL
 from mer_r1_jax.evaluation.mme.stages import Asked
-from mer_r1_jax.evaluation.mme.tasks import METRICS, PAPER_COT, PAPER_OVERALL, TASKS, TOTAL
-from mer_r1_jax.evaluation.statistics import macro_interval
 
 
 def asked(task, name, mode="slow"):
@@ -116,9 +118,18 @@ def test_macro_interval_resamples_within_groups():
 
 def test_prompt_versions_stand_for_their_texts():
     """A prompt that changes needs a new version: old answers in a cache were given to another question."""
-    import hashlib
-
-    from mer_r1_jax.evaluation.mme.prompts import prompt_texts
-
+    tasks = TASKS.values()
+    texts = {
+        judging.QUESTION_VERSION: json.dumps([judging.question(task, ("a", "b")) for task in tasks]),
+        judging.STEPS_VERSION: json.dumps([judging.steps_messages(task, "x") for task in tasks]),
+        judging.JUDGE_VERSION: json.dumps(
+            [
+                judging.judge_messages(task, labels, "s", ("x", "y"), p)
+                for task in tasks
+                for labels in (("a",), ("a", "b"))
+                for p in ((), (b"",))
+            ]
+        ),
+    }
     expected = json.loads((Path(__file__).parent / "prompt_hashes.json").read_text())
-    assert {version: hashlib.sha256(text.encode()).hexdigest() for version, text in prompt_texts().items()} == expected
+    assert {version: hashlib.sha256(text.encode()).hexdigest() for version, text in texts.items()} == expected

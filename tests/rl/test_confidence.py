@@ -9,7 +9,7 @@ from support.rl_policy import bound, log_softmax, packed_hidden, policy, prompts
 from support.tiny_tokenizer import tiny_tokenizer
 
 from mer_r1_jax.config.schema import RlConfig
-from mer_r1_jax.emotion.answers import parse_answer
+from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.rl import confidence

@@ -8,8 +8,8 @@ from support.tiny_tokenizer import TEXTS, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mer_r1_jax.emotion.answers import parse_answer
-from mer_r1_jax.rl.tags import EMPTY_THINK, AnswerTags, TagError
+from mer_r1_jax.emotion.answer_form import EMPTY_THINK, parse_answer
+from mer_r1_jax.rl.tags import AnswerTags, TagError
 
 REASONING = "The brows are raised and the voice trembles."
 

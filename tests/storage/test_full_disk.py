@@ -16,11 +16,11 @@ from mer_r1_jax import faults
 from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.data.synthetic.render import write_clip
 from mer_r1_jax.evaluation import result_log
-from mer_r1_jax.evaluation.agreement import write_cases
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert
-from mer_r1_jax.evaluation.judge.cache import AnswerCache
-from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
+from mer_r1_jax.evaluation.export_cases import write_cases
+from mer_r1_jax.evaluation.judge.answer_cache import AnswerCache
+from mer_r1_jax.evaluation.judge.endpoint import JudgeAbortedError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.thinker import init_params
@@ -199,7 +199,7 @@ BY_HAND = {
     "mer_r1_jax/training/metrics.py": "lines that are taken back",
     "mer_r1_jax/storage/run_lock.py": "a lock",
     "mer_r1_jax/evaluation/result_log.py": "lines that are taken back",
-    "mer_r1_jax/evaluation/judge/cache.py": "a lock",
+    "mer_r1_jax/evaluation/judge/answer_cache.py": "a lock",
     "mer_r1_jax/run/jobs.py": "a lock, and what processes print",
     "mer_r1_jax/run/train.py": "nowhere",
     "mer_r1_jax/media/cache.py": "beside its place, then renamed",

@@ -10,10 +10,10 @@ from support.unibench_standins import CLIPS, clip_name
 
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
-from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
-from mer_r1_jax.evaluation.benchmarks.protocol import wheels_digest
-from mer_r1_jax.evaluation.benchmarks.readers import VALENCE, BenchmarkData, Coverage, truth_of
+from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
+from mer_r1_jax.evaluation.benchmarks.benchmark_reader import VALENCE, BenchmarkData, Coverage, truth_of
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, SYNTHETIC, metric_of
+from mer_r1_jax.evaluation.benchmarks.word_protocol import wheels_digest
 
 WORDS = ("happy", "sad", "angry", "surprised", "calm", "afraid", "disgusted", "worried", "bored")
 SKILL = {"slow": (0.75, 0.1), "fast": (0.8, 0.6)}  # mode -> probability of a true word, and of a wrong one beside it
@@ -23,7 +23,7 @@ REASONING = "The brows are low <script>alert(1)</script> and the voice is flat."
 def write_answers(out: Path, root: Path, names=(*LAYOUTS, SYNTHETIC), clips: int = 60, wheels: Wheels | None = None):
     """Writes answers and coverage of benchmarks into `out`; clips are those of the stand-ins below `root`, in turn."""
     digest = wheels_digest(wheels or load_wheels())
-    folder = EvaluationFolder(Path(out))
+    folder = BenchmarkFolder(Path(out))
     for number, name in enumerate(names):
         rng = np.random.default_rng(number)
         data = _data(name, Path(root), clips, rng)
@@ -103,7 +103,7 @@ def _line(record: Record, mode: str, metric: str, rng: np.random.Generator) -> d
 
 def request_of(out: Path, **changes):
     """A request for everything that is in the folder."""
-    from mer_r1_jax.evaluation.benchmarks.request import Request
+    from mer_r1_jax.evaluation.benchmarks.sets import Request
 
     names = tuple(file.stem for file in sorted((Path(out) / "answers").glob("*.jsonl")))
     return dataclasses.replace(Request(benchmarks=names, modes=("slow", "fast"), out=Path(out)), **changes)

@@ -17,6 +17,7 @@ from mer_r1_jax.data.synthetic.world import (
     evidence,
     random_stream,
 )
+from mer_r1_jax.emotion.answer_form import format_answer
 
 QUESTION = "Look at the face, listen to the voice and read the words. What does the person feel?"
 TEXT_STREAM, SHORTENING_STREAM = 1, 4  # random streams of the subtitle's wording, and of what a long trace leaves out
@@ -109,7 +110,7 @@ def slow_answer(scene: Scene, kept: tuple[int, ...]) -> tuple[str, ...]:
 
 def slow_target(text: str, words: tuple[str, ...]) -> str:
     """The assistant turn of a slow demonstration."""
-    return f"<think>{text}</think>\n<answer>{', '.join(words)}</answer>"
+    return format_answer(text, ", ".join(words))
 
 
 def all_texts(lexicon: dict) -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mer_r1_jax.data.synthetic import text
+from mer_r1_jax.emotion.answer_form import ANSWER_CLOSE, BRIDGE, THINK_OPEN
+from mer_r1_jax.media.tokenizer import TURN_END
 
 VOCABULARY = 8192  # tokens, special ones included
 WORLD_REPEATS = 400  # occurrences of each of the world's texts per occurrence of a wheel's word form
@@ -108,7 +110,7 @@ PREPROCESSOR = {  # as the released checkpoint's, for transformers' processor
 def corpus(lexicon: dict, wheels, extra: Iterable[str] = ()) -> Iterator[str]:
     """Yields the training texts: the world's, the template's and the tags' (repeated), then the wheels' word forms."""
     words = [word for category in lexicon["words"].values() for word in category]
-    pieces = ["<think>", "</think>\n<answer>", "</answer>", "<subtitle>", "</subtitle>\n", "system\n", "user\n"]
+    pieces = [THINK_OPEN, BRIDGE, ANSWER_CLOSE, "<subtitle>", "</subtitle>\n", "system\n", "user\n"]
     pieces += ["assistant\n", "\nYou are a helpful assistant."]
     often = text.all_texts(lexicon) + pieces + list(extra)
     often += [form for word in words for form in (word, f", {word}", word.capitalize())]
@@ -152,7 +154,7 @@ def train_tokenizer(lexicon: dict, wheels, extra: Iterable[str] = (), vocabulary
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return Qwen2Tokenizer(
         tokenizer_object=core,
-        eos_token="<|im_end|>",
+        eos_token=TURN_END,
         pad_token="<|endoftext|>",
         extra_special_tokens=NAMED_TOKENS,
         chat_template=CHAT_TEMPLATE,
@@ -173,7 +175,7 @@ def special_ids(tokenizer) -> dict:
     """Arguments of ThinkerConfig that follow from the tokenizer: `vocab_size`, `eos_token_ids` and the media ids."""
     ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in CONFIG_TOKENS.items()}
     return ids | {
-        "eos_token_ids": (tokenizer.convert_tokens_to_ids("<|im_end|>"),),
+        "eos_token_ids": (tokenizer.convert_tokens_to_ids(TURN_END),),
         "user_token_id": tokenizer.convert_tokens_to_ids("user"),
         "vocab_size": len(tokenizer),
     }

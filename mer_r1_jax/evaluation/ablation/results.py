@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.evaluation.narrative import stages_of
-from mer_r1_jax.evaluation.run_record import MODES, Evaluation, RunRecord, read_run
+from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.evaluation.run_narrative import stages_of
+from mer_r1_jax.evaluation.run_record import Evaluation, RunRecord, read_run
 
 LAST_STEPS = 40  # of RL, whose sampled rewards are averaged
 SCORES = ("precision", "recall", "f1")

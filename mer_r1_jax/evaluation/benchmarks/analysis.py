@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.emotion.metrics import SENTIMENTS
+from mer_r1_jax.emotion.official_scores import SENTIMENTS
 from mer_r1_jax.emotion.wheels import Wheels
 
 WHEEL = 0  # whose categories are shown one by one

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
 from mer_r1_jax.foreign_text import printable
 
 MAX_STEPS = 2_000_000  # of the program; the largest official file has some 200,000

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mer_r1_jax.evaluation.benchmarks import inert_pickle
-from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.inert_pickle import UnsafePickle
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
 from mer_r1_jax.foreign_text import printable, would_run_in_a_spreadsheet
 from mer_r1_jax.storage import durable
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import string
 from collections.abc import Sequence
 from typing import Any
 
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.benchmarks.sets import (
     LAYOUTS,
     PAPER_F1,
@@ -18,27 +18,19 @@ from mer_r1_jax.evaluation.benchmarks.sets import (
     WAF,
     title_of,
 )
-from mer_r1_jax.evaluation.evaluate import MODES
-from mer_r1_jax.evaluation.statistics import POINTS, signed
+from mer_r1_jax.evaluation.bootstrap import POINTS, signed
+from mer_r1_jax.evaluation.report_kit import NONE, Cell, Row, Table, number, percent, row
 
 METRIC_TITLES = {"set_f1": "set F", "hit": "HIT", "waf": "WAF"}
 NAMES_SHOWN = 5  # of clips with one fault
-_ABSENT = "–"
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A number and the small print below it."""
-
-    value: str
-    note: str = ""
+DIGITS = 2  # of points, as published scores have
 
 
 class Columns:
     """Scores by benchmark, protocol and mode.
 
     Args:
-        scores: of `EvaluationFolder.scores`, in the order of the benchmarks.
+        scores: of `BenchmarkFolder.scores`, in the order of the benchmarks.
 
     Attributes:
         benchmarks: those that have scores.
@@ -73,29 +65,40 @@ class Columns:
         """The letter of a score's protocol."""
         return next(p["letter"] for p in self.protocols if p["key"] == score["protocol"]["key"])
 
-    def titled(self) -> list[dict[str, str]]:
-        """Heads of the columns: mode, and the protocol's letter."""
-        letters = {protocol["key"]: protocol["letter"] for protocol in self.protocols}
-        return [{"mode": mode, "letter": letters[key]} for key, mode in self.heads]
+    def titled(self) -> list[Cell]:
+        """Heads of the columns: mode, and the protocol's letter where there are several."""
+        letters = {protocol["key"]: f" · {protocol['letter']}" for protocol in self.protocols}
+        return [Cell(mode + letters[key] * (len(letters) > 1), kind=mode) for key, mode in self.heads]
 
 
-def main_table(columns: Columns) -> dict[str, Any] | None:
+def main_table(columns: Columns) -> Table | None:
     """The nine sets by column, with their mean where a column has all nine; None without any of them."""
     if not any(name in LAYOUTS for name in columns.benchmarks):
         return None
     rows = []
-    for number, layout in enumerate(LAYOUTS.values()):
+    for place, layout in enumerate(LAYOUTS.values()):
         cells = [_headline(columns.mode(layout.name, key, mode)) for key, mode in columns.heads]
-        paper = [f"{values[number]:.2f}" for values in PAPER_ROWS.values()]
-        metric = METRIC_TITLES[layout.metric]
-        rows.append({"title": layout.title, "metric": metric, "cells": cells, "paper": paper, "strong": False})
+        paper = [Cell(f"{values[place]:.2f}", kind="paper") for values in PAPER_ROWS.values()]
+        rows.append(row(layout.title, [Cell(METRIC_TITLES[layout.metric], kind="text"), *cells, *paper]))
     means = [_mean_of_nine(columns, key, mode) for key, mode in columns.heads]
-    paper = [f"{mean:.2f}" for mean in PAPER_MEANS.values()]
-    rows.append({"title": "Mean of the nine", "metric": "", "cells": means, "paper": paper, "strong": True})
-    return {"heads": columns.titled(), "paper": list(PAPER_ROWS), "rows": rows}
+    paper = [Cell(f"{mean:.2f}", kind="paper") for mean in PAPER_MEANS.values()]
+    rows.append(row("Mean of the nine", [Cell("", kind="text"), *means, *paper], "strong"))
+    groups = (
+        Cell("this model", kind="group", span=len(columns.heads)),
+        Cell("the paper's numbers, not ours", kind="group paper", span=len(PAPER_ROWS)),
+    )
+    names = (Cell("Set"), Cell("metric", kind="text"), *columns.titled(), *(Cell(n, kind="paper") for n in PAPER_ROWS))
+    return Table(
+        heads=(Row((Cell(""), Cell(""), *groups)), Row(names)),
+        rows=tuple(rows),
+        title="MER-UniBench",
+        note="The paper's columns: arXiv 2606.27652, main table; its protocol of extracting words is not known in "
+        "detail.",
+        kind="numbers main",
+    )
 
 
-def synthetic_table(columns: Columns) -> dict[str, Any] | None:
+def synthetic_table(columns: Columns) -> Table | None:
     """The embedded world: set F, and the mean F1 of single clips between floor and ceiling."""
     scores = columns.scores_of(SYNTHETIC)
     if not scores:
@@ -108,37 +111,34 @@ def synthetic_table(columns: Columns) -> dict[str, Any] | None:
         ("Mean F1 of single clips", "clip_f1", "score"),
     ):
         modes = [columns.mode(SYNTHETIC, key, mode) for key, mode in columns.heads]
-        rows.append(
-            {"title": title, "cells": [Cell(_ABSENT) if m is None else _interval(m[kind][name]) for m in modes]}
-        )
+        rows.append(row(title, [Cell(NONE) if m is None else _interval(m[kind][name]) for m in modes]))
     references = scores[0]["references"]
-    return {
-        "heads": columns.titled(),
-        "rows": rows,
-        "majority": ", ".join(references["majority_answer"]),
-        "floor": percent(references["majority_f1"]),
-        "ceiling": percent(references["oracle_f1"]),
-    }
+    majority = ", ".join(references["majority_answer"])
+    return Table(
+        heads=(Row((Cell("Score"), *columns.titled())),),
+        rows=tuple(rows),
+        title="Embedded world",
+        note=f"Mean F1 of single clips: {percent(references['majority_f1'], DIGITS)} for the best constant answer"
+        f"{f' ({majority})' if majority else ''}, {percent(references['oracle_f1'], DIGITS)} for one who knows the "
+        "cues.",
+    )
 
 
-def analysis_table(columns: Columns) -> list[dict[str, Any]]:
+def analysis_tables(columns: Columns) -> list[Table]:
     """Slow and fast of every benchmark and protocol: F, precision, recall, confidences, each with its difference."""
     tables = []
+    head = (Cell(""), *(Cell(mode, kind=mode) for mode in MODES), Cell("slow − fast"))
     for benchmark in columns.benchmarks:
         for score in columns.scores_of(benchmark):
-            rows = [row for row in _analysis_rows(score) if any(cell.value != _ABSENT for cell in row["cells"])]
-            tables.append(
-                {
-                    "title": title_of(benchmark),
-                    "letter": columns.letter(score),
-                    "common": score["slow_minus_fast"].get("n_common"),
-                    "rows": rows,
-                }
-            )
+            title = title_of(benchmark) + (f" · {columns.letter(score)}" if len(columns.protocols) > 1 else "")
+            if (common := score["slow_minus_fast"].get("n_common")) is not None:
+                title += f" · {common} clips answered both ways"
+            tables.append(Table((Row(head),), tuple(_analysis_rows(score)), title, kind="numbers analysis"))
     return tables
 
 
-def _analysis_rows(score: dict[str, Any]) -> list[dict[str, Any]]:
+def _analysis_rows(score: dict[str, Any]) -> list[Row]:
+    """Scores, then how answers look; "decided" where the difference's interval excludes zero."""
     metric = METRIC_TITLES[score["metric"]]
     wanted = [(f"{metric} (headline)", "headline", "score")]
     if score["metric"] != WAF:
@@ -158,7 +158,7 @@ def _analysis_rows(score: dict[str, Any]) -> list[dict[str, Any]]:
         cells = [_interval(_value(score["modes"].get(mode), kind, name)) for mode in MODES]
         difference = score["slow_minus_fast"].get(kind, {}).get(name)
         decided = difference is not None and (difference["low"] > 0 or difference["high"] < 0)
-        rows.append({"title": title, "cells": [*cells, _difference(difference)], "decided": decided})
+        rows.append(row(title, [*cells, _difference(difference)], "decided" if decided else ""))
     for title, name, scale, digits in (
         ("Emotion words per answer", "mean_words", 1, 2),
         ("Tokens per answer", "mean_tokens", 1, 1),
@@ -168,69 +168,62 @@ def _analysis_rows(score: dict[str, Any]) -> list[dict[str, Any]]:
         ("Cut at the length limit", "truncated_rate", POINTS, 1),
     ):
         values = [score["modes"].get(mode, {}).get(name) for mode in MODES]
-        cells = [Cell(_ABSENT if value is None else f"{scale * value:.{digits}f}") for value in values]
-        rows.append({"title": title, "cells": [*cells, Cell("")], "decided": False})
-    return rows
+        rows.append(row(title, [*(number(None if v is None else scale * v, digits) for v in values), ""]))
+    return [one for one in rows if any(cell.text != NONE for cell in one.cells[1:])]
 
 
-def paper_f1_table() -> dict[str, Any]:
+def paper_f1_table() -> Table:
     """The paper's own slow-fast table: set F on the five sets whose truths are categories."""
+    heads = [*(title_of(name) for name in PAPER_F1_SETS), "mean"]
     rows = [
-        {"title": f"{model}, {mode}", "cells": [f"{value:.2f}" for value in (*values, PAPER_F1_MEANS[model, mode])]}
+        row(f"{model}, {mode}", [Cell(f"{v:.2f}", kind="paper") for v in (*values, PAPER_F1_MEANS[model, mode])])
         for (model, mode), values in PAPER_F1.items()
     ]
-    return {"heads": [*(title_of(name) for name in PAPER_F1_SETS), "mean"], "rows": rows}
+    return Table((Row((Cell(""), *(Cell(name, kind="paper") for name in heads))),), tuple(rows))
 
 
-def coverage_table(columns: Columns) -> list[dict[str, Any]]:
+def coverage_table(columns: Columns) -> Table:
     """What each data folder held, what was answered, and what was missing, counted and named."""
     rows = []
     for benchmark in columns.benchmarks:
         score = columns.scores_of(benchmark)[0]
-        coverage = score["coverage"]
-        faults = {
-            "no video file, not asked": coverage["missing_clip"],
-            "no usable label, not asked": coverage["missing_label"],
-            "could not be read, not asked": list(coverage["unusable"]),
-            "no subtitle row, asked without": coverage["missing_subtitle"],
-            "empty subtitle, asked without": coverage["empty_subtitle"],
-            "no sound file, the video's own used": coverage["missing_audio"],
-            "no sound at all, asked without": coverage["silent_audio"],
-        }
-        modes = score["modes"]
-        faults_of_answers = {
-            "answers without an answer block": "n_without_answer_block",
-            "answers without words": "n_without_words",
-        }
-        notes = [_named(what, names) for what, names in faults.items() if names]
-        for what, name in faults_of_answers.items():
-            if any(scores[name] for scores in modes.values()):
-                notes.append(f"{what}: " + ", ".join(f"{mode} {scores[name]}" for mode, scores in modes.items()))
-        for mode, scores in modes.items():
-            if scores["extractor_failures"]:
-                listed = ", ".join(f"{reason} {count}" for reason, count in scores["extractor_failures"].items())
-                notes.append(f"extractor without a reply, {mode}: {listed}")
-        if any(scores["n_unanswered"] for scores in modes.values()):
-            as_empty = ", ".join(
-                f"{mode} {percent(scores['score_with_unanswered_as_empty'])}" for mode, scores in modes.items()
-            )
-            notes.append(f"score with unanswered clips as empty answers: {as_empty}")
-        rows.append(
-            {
-                "title": title_of(benchmark),
-                "official": coverage["official"] or _ABSENT,
-                "labelled": coverage["labelled"],
-                "answered": [modes[mode]["n_answered"] if mode in modes else _ABSENT for mode in MODES],
-                "scored": [modes[mode]["n_scored"] if mode in modes else _ABSENT for mode in MODES],
-                "notes": notes,
-            }
+        coverage, modes = score["coverage"], score["modes"]
+        counts = [modes[mode][name] if mode in modes else NONE for name in ("n_answered", "n_scored") for mode in MODES]
+        cells = map(str, (coverage["official"] or NONE, coverage["labelled"], *counts))
+        notes = "\n".join(_coverage_notes(coverage, modes)) or "nothing"
+        rows.append(row(title_of(benchmark), [*cells, Cell(notes, kind="text")]))
+    heads = ("Benchmark", "official split", "labelled here", *(f"answered {m}" for m in MODES))
+    heads = (*heads, *(f"scored {mode}" for mode in MODES))
+    return Table((Row((*map(Cell, heads), Cell("missing or odd", kind="text"))),), tuple(rows))
+
+
+def _coverage_notes(coverage: dict[str, Any], modes: dict[str, dict[str, Any]]) -> list[str]:
+    faults = {
+        "no video file, not asked": coverage["missing_clip"],
+        "no usable label, not asked": coverage["missing_label"],
+        "could not be read, not asked": list(coverage["unusable"]),
+        "no subtitle row, asked without": coverage["missing_subtitle"],
+        "empty subtitle, asked without": coverage["empty_subtitle"],
+        "no sound file, the video's own used": coverage["missing_audio"],
+        "no sound at all, asked without": coverage["silent_audio"],
+    }
+    notes = [_named(what, names) for what, names in faults.items() if names]
+    for what, name in (
+        ("answers without an answer block", "n_without_answer_block"),
+        ("answers without words", "n_without_words"),
+    ):
+        if any(scores[name] for scores in modes.values()):
+            notes.append(f"{what}: " + ", ".join(f"{mode} {scores[name]}" for mode, scores in modes.items()))
+    for mode, scores in modes.items():
+        if scores["extractor_failures"]:
+            listed = ", ".join(f"{reason} {count}" for reason, count in scores["extractor_failures"].items())
+            notes.append(f"extractor without a reply, {mode}: {listed}")
+    if any(scores["n_unanswered"] for scores in modes.values()):
+        as_empty = ", ".join(
+            f"{mode} {percent(scores['score_with_unanswered_as_empty'], DIGITS)}" for mode, scores in modes.items()
         )
-    return rows
-
-
-def percent(value: float | None) -> str:
-    """A share in points, or a dash."""
-    return _ABSENT if value is None else f"{POINTS * value:.2f}"
+        notes.append(f"score with unanswered clips as empty answers: {as_empty}")
+    return notes
 
 
 def _named(what: str, names: Sequence[str]) -> str:
@@ -240,20 +233,20 @@ def _named(what: str, names: Sequence[str]) -> str:
 
 def _headline(scores: dict[str, Any] | None) -> Cell:
     if scores is None:
-        return Cell(_ABSENT)
+        return Cell(NONE)
     cell = _interval(scores["headline"]["score"])
     of = f"{scores['n_scored']} of {scores['n_labelled']} clips"
-    return Cell(cell.value, f"{cell.note} · {of}" if cell.note else of)
+    return Cell(cell.text, f"{cell.note} · {of}" if cell.note else of)
 
 
 def _mean_of_nine(columns: Columns, key: str, mode: str) -> Cell:
     found = [columns.mode(name, key, mode) for name in LAYOUTS]
     values = [scores["headline"]["score"]["value"] for scores in found if scores is not None]
     if len(values) < len(LAYOUTS):
-        return Cell(_ABSENT, f"{len(values)} of {len(LAYOUTS)} sets")
+        return Cell(NONE, f"{len(values)} of {len(LAYOUTS)} sets")
     if None in values:
-        return Cell(_ABSENT, "a score is undefined")
-    return Cell(percent(sum(values) / len(values)))
+        return Cell(NONE, "a score is undefined")
+    return Cell(percent(sum(values) / len(values), DIGITS))
 
 
 def _value(scores: dict[str, Any] | None, kind: str, name: str) -> dict[str, Any] | None:
@@ -265,13 +258,12 @@ def _value(scores: dict[str, Any] | None, kind: str, name: str) -> dict[str, Any
 
 def _interval(interval: dict[str, Any] | None) -> Cell:
     if interval is None or interval["value"] is None:
-        return Cell(_ABSENT)
-    if interval["low"] is None:
-        return Cell(percent(interval["value"]))
-    return Cell(percent(interval["value"]), f"[{percent(interval['low'])}, {percent(interval['high'])}]")
+        return Cell(NONE)
+    value, low, high = (percent(interval[name], DIGITS) for name in ("value", "low", "high"))
+    return Cell(value, "" if interval["low"] is None else f"[{low}, {high}]")
 
 
 def _difference(difference: dict[str, Any] | None) -> Cell:
     if difference is None:
-        return Cell(_ABSENT)
+        return Cell(NONE)
     return Cell(signed(difference["points"]), f"[{signed(difference['low'])}, {signed(difference['high'])}]")

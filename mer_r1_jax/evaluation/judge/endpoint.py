@@ -7,14 +7,32 @@ import datetime
 import email.utils
 import json
 import logging
+import os
+from collections.abc import Generator
 from typing import Any
 
 import httpx
 
 from mer_r1_jax.evaluation.judge import exchange
-from mer_r1_jax.evaluation.judge.errors import JudgeAbortedError, JudgeError
-from mer_r1_jax.evaluation.judge.secret import KeyFromEnvironment
 from mer_r1_jax.foreign_text import printable
+
+
+class JudgeError(RuntimeError):
+    """One question the judge did not answer, after every allowed retry.
+
+    Attributes:
+        reason: a short slug for counting: rate_limited, server_error, timeout, connection, bad_reply, no_text,
+            truncated, filtered, refused.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class JudgeAbortedError(RuntimeError):
+    """The judge cannot be used as it is, so the rest is not asked either; what was answered is kept in the cache."""
+
 
 MAX_REPLY_BYTES = 8 << 20  # of an exchange as it is sent, headers included; more is no chat reply
 _MOST_TOKENS = 1 << 40  # of one reply; more is no count
@@ -195,3 +213,46 @@ def _retry_after(value: str | None) -> float | None:
             date = date.replace(tzinfo=datetime.UTC)
         seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
     return max(0.0, seconds) if seconds == seconds else None
+
+
+REDACTED = "[key]"
+
+
+class KeyFromEnvironment(httpx.Auth):
+    """Puts the key of an environment variable into each request, and keeps it nowhere. Local servers need none.
+
+    Args:
+        variable: name of the environment variable.
+    """
+
+    def __init__(self, variable: str):
+        self.variable = variable
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        if key := self._key():
+            request.headers["Authorization"] = f"Bearer {key}"
+        yield request
+
+    def check(self) -> None:
+        """Refuses a key that cannot be sent: the HTTP library would quote it in its error.
+
+        Raises:
+            JudgeAbortedError: it holds blanks, line ends or letters beyond ASCII.
+        """
+        if not _sendable(self._key()):  # not in a variable here: some tracebacks show them
+            raise JudgeAbortedError(
+                f"the key in ${self.variable} holds blanks, line ends or letters beyond ASCII, which no request can "
+                "carry; export it again"
+            )
+
+    def redact(self, text: str) -> str:
+        """The text without the key: endpoints quote it in their errors."""
+        key = self._key()
+        return text.replace(key, REDACTED) if key else text
+
+    def _key(self) -> str:
+        return os.environ.get(self.variable, "").strip()
+
+
+def _sendable(key: str) -> bool:
+    return key.isascii() and key.isprintable() and " " not in key
