@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mer_r1_jax.child import START_SECONDS
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.pipeline import Item, PromptStream
 from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
@@ -22,6 +21,7 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.pool import ATTEMPTS
 from mer_r1_jax.parallel import processes
+from mer_r1_jax.process_pool import START_SECONDS
 from mer_r1_jax.stop_requested import StopRequested
 
 POLL_SECONDS = 0.2  # between two looks, while a clip is waited for, at whether the run is to stop

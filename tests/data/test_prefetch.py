@@ -11,7 +11,6 @@ import time
 import pytest
 from support.clips import make_clip
 
-from mer_r1_jax.child import START_SECONDS
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError, stall_limit
@@ -22,6 +21,7 @@ from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.pool import WorkerPool
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.process_pool import START_SECONDS
 
 BROKEN = MediaError("x.mp4", "truncated", "half a file", "a whole one", "Copy it again.")
 
@@ -282,7 +282,7 @@ def test_real_clips_break_by_name(tmp_path):
 
 WORKER = """
 import os, sys, time
-from mer_r1_jax.media import worker
+from mer_r1_jax.media import pool as worker
 decode = worker.decode_file
 def decode_file(path, **job):
     if "hangs" in path:
