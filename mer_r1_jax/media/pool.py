@@ -16,7 +16,7 @@ from typing import Any
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.entry import CorruptEntryError, Entry, decode_file
 from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.process_pool import START_SECONDS, ChildDiedError, ProcessPool, serve
+from mer_r1_jax.process_pool import ChildDiedError, ProcessPool, serve
 
 WORKER = (sys.executable, "-m", "mer_r1_jax.media.pool")
 ATTEMPTS = 2  # a process that dies is often killed for another's sake; a clip that kills two is to blame itself
@@ -34,11 +34,6 @@ class WorkerPool:
     def __init__(self, workers: int, timeout: float, command: Sequence[str] = WORKER):
         self.timeout = timeout
         self._pool = ProcessPool(command, workers)
-
-    @property
-    def most_seconds(self) -> float:
-        """The longest that decoding one file takes before it is given up."""
-        return ATTEMPTS * (START_SECONDS + self.timeout)
 
     def decode(self, job: dict[str, Any]) -> Entry:
         """Decodes one file in a process; the arguments of `decode_file`, with `media` as a plain dict.

@@ -13,7 +13,7 @@ import jax
 
 from mer_r1_jax import faults
 from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
+from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.omni.finite import not_finite
@@ -86,7 +86,7 @@ class Session:
             Quarantine(len(records), config.data.max_quarantined_fraction),
             prompts_ahead=stream.local_prompts,
             threads=max(1, config.media.decode_workers),
-            stall_seconds=stall_limit(config.media, records),
+            stall_seconds=self.setup.source.loader.longest_load(records),
             counted=share.leader,
         )
 
