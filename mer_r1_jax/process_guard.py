@@ -3,8 +3,8 @@
 Stands between a run and code that may do anything (decoders on hostile files, a user's reward functions):
 
 - It ends the command and all its descendants when the command ends or when nobody holds the other end of its standard
-  input any more. On Linux, descendants that left the command's session or lost their parents come back to this process
-  (it is their "subreaper"), so none escapes.
+  input any more. Descendants that left the command's session or lost their parents come back to this process (it is
+  their "subreaper"), so none escapes.
 - It is the command's parent, so a signal to "the parent" does not reach the run, and does nothing here.
 - Of what the command prints on standard error, SHOWN_BYTES are passed on, and the last TAIL_BYTES when it ends.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import select
@@ -27,25 +28,27 @@ from typing import NoReturn
 SHOWN_BYTES = 256 << 10  # of what the command prints; a flood must fill neither a terminal nor a disk
 TAIL_BYTES = 2000
 LOOK_MS = 1000  # between two looks at whether the run is there, should something else hold the pipe's other end
+_OWN_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}  # returning from these repeats them
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def main(command: list[str]) -> NoReturn:
     """Runs the command and ends as it did."""
     run = os.getppid()
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with contextlib.suppress(OSError):  # where memory runs out, the system takes these processes and not the run
         with open("/proc/self/oom_score_adj", "w") as score:
             score.write("1000")
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        with contextlib.suppress(OSError, ValueError):  # some belong to the C library
+    for number in signal.valid_signals() - _OWN_FAULTS:
+        with contextlib.suppress(OSError):  # of those that nothing can catch
             # A function that does nothing and not SIG_IGN, which the command would inherit.
             signal.signal(number, lambda *_: None)
     printed, prints = os.pipe()
-    dies_with_this = lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # noqa: E731
+    dies_with_this = functools.partial(prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     started = subprocess.Popen(command, stderr=prints, preexec_fn=dies_with_this)
     worker = started.pid  # `started` itself stays referred to: it would wait for the command where it is collected
     os.close(prints)
@@ -121,7 +124,7 @@ def _reaped(worker: int) -> int | None:
 def _end_all(worker: int, status: int | None) -> int:
     """Kills children until there are none: those of a child that was killed become children of this process."""
     while True:
-        for child in _children() if os.path.exists("/proc/self/stat") else [worker] * (status is None):
+        for child in _children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         try:
@@ -141,12 +144,6 @@ def _children() -> list[int]:
                 if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
                     found.append(int(name))
     return found
-
-
-def _prctl(option: int, value: int) -> None:
-    """Linux's; elsewhere nothing, and what a descendant that left the session does is its own affair."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -101,9 +101,8 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], expected: int)
     except BaseException as error:  # a user's function: anything may come out of it, SystemExit too
         return {"error": f"it raised {_named(error)}"}
     try:
-        if hasattr(result, "tolist"):  # an array or a tensor
-            result = result.tolist()
-        if not isinstance(result, Sequence) or isinstance(result, str | bytes):
+        is_array = hasattr(result, "tolist") and getattr(result, "ndim", 1) > 0  # an array or a tensor
+        if not is_array and (not isinstance(result, Sequence) or isinstance(result, str | bytes)):
             return {"error": f"it returned a {type(result).__name__}, expected a list of {expected} numbers or None"}
         if len(result) != expected:
             return {"error": f"it returned {len(result)} values for {expected} completions"}

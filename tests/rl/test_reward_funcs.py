@@ -1,5 +1,6 @@
 """Reward functions of a user's, in their real process: what they are given, and every way they can fail."""
 
+import itertools
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from mer_r1_jax import screen
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.process_pool import ChildDiedError
-from mer_r1_jax.rl import reward_funcs
+from mer_r1_jax.rl import reward_funcs, reward_worker
 from mer_r1_jax.rl.reward_funcs import (
     RewardError,
     RewardFunctions,
@@ -27,6 +28,11 @@ from mer_r1_jax.rl.reward_funcs import (
 )
 
 HERE = "support.reward_functions."
+
+
+class Endless(list):
+    def __iter__(self):
+        return itertools.repeat(1.0)
 
 
 def samples(*groups):
@@ -232,6 +238,22 @@ def test_a_function_that_breaks_the_answers_of_its_process_changes_no_others(fun
         np.testing.assert_array_equal(scores["letters"].values, [1, 3])
         np.testing.assert_array_equal(scores["only_what_it_names"].values, [0, 0])
         assert np.isnan(scores["breaks_answers"].values).all() and len(scores["breaks_answers"].faults) == 2
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (np.ones(2), [1.0, 1.0]),
+        (np.ones(10**9, np.int8), "returned 1000000000 values for 2"),  # refused before it becomes a list
+        (np.float32(1), "returned a float32, expected a list of 2"),
+        (np.array(1.0), "returned a ndarray, expected a list of 2"),
+        (Endless([1.0, 2.0]), "returned a Endless that cannot be read"),
+    ],
+    ids=str,
+)
+def test_arrays_and_lists_are_read_as_far_as_they_are_expected(result, expected):
+    found = reward_worker.call(lambda: result, {}, 2)
+    assert found.get("values") == expected or expected in found["error"]
 
 
 @pytest.mark.parametrize(
