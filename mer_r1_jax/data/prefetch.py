@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import queue
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from mer_r1_jax.data.pipeline import Item, PromptStream
 from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.data.threads import DaemonThreads
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.process_pool import POLL_SECONDS, Countdown
@@ -94,7 +93,8 @@ class ClipPrefetcher:
         self._counted = counted
         self._loads: dict[int, _Load] = {}
         self._metrics = dict.fromkeys(METRICS, 0.0)
-        self._threads = _LoadThreads(load, threads)
+        self._load = load
+        self._threads = DaemonThreads(threads, "clip-load")
 
     def __enter__(self) -> ClipPrefetcher:
         return self
@@ -191,7 +191,7 @@ class ClipPrefetcher:
         upcoming = [item for step in range(steps) for item in self.stream.peek(step)][:wanted]
         for item in upcoming:
             if item.global_index not in self._loads and item.record.id not in self.quarantine:
-                self._loads[item.global_index] = self._threads.submit(item.record)
+                self._loads[item.global_index] = _Load(self._threads, self._load, item.record)
 
     def _consume(self, item: Item, step: int, asked: Callable[[], bool]) -> LoadedItem:
         record = item.record
@@ -231,29 +231,18 @@ def _count(rows: list[tuple[float, ...]]) -> dict[str, float]:
 
 
 class _Load:
-    """One load under way: its future, whether it began, and how long it took."""
+    """One load under way, and the milliseconds it took."""
 
-    def __init__(self, record: Record):
-        self.record = record
-        self.future: concurrent.futures.Future = concurrent.futures.Future()
-        self.began = threading.Event()
+    def __init__(self, threads: DaemonThreads, load: Callable[[Record], Any], record: Record):
         self.milliseconds = 0.0
+        self.future = threads.submit(self._timed, load, record)
 
-    def run(self, load: Callable[[Record], Any]) -> None:
-        """Runs the load in the calling thread and keeps its result or error."""
-        if not self.future.set_running_or_notify_cancel():
-            return
+    def _timed(self, load: Callable[[Record], Any], record: Record) -> Any:
         began = time.monotonic()
-        self.began.set()
         try:
-            result, error = load(self.record), None
-        except BaseException as caught:  # noqa: B036 - handed over to the thread that waits
-            result, error = None, caught
-        self.milliseconds = 1e3 * (time.monotonic() - began)
-        if error is None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
+            return load(record)
+        finally:
+            self.milliseconds = 1e3 * (time.monotonic() - began)
 
     def wait(self, seconds: float, asked: Callable[[], bool]) -> Any:
         """The result, once there; `seconds` count from now, and again from when the load is seen to have begun.
@@ -264,7 +253,7 @@ class _Load:
         """
         countdown, begun = Countdown(seconds), False
         while not self.future.done():
-            if not begun and self.began.is_set():
+            if not begun and self.future.running():
                 countdown, begun = Countdown(seconds), True
             if not countdown.left():
                 raise StalledLoadError(
@@ -276,30 +265,3 @@ class _Load:
                 raise StopRequested("a signal came while clips were waited for")
             concurrent.futures.wait([self.future], timeout=min(POLL_SECONDS, seconds))
         return self.future.result()
-
-
-class _LoadThreads:
-    """Daemon threads that run loads first come, first served.
-
-    Not a ThreadPoolExecutor: that one joins its threads when Python exits, and a stalled load would keep the process.
-    """
-
-    def __init__(self, load: Callable[[Record], Any], count: int):
-        self._load = load
-        self._queue: queue.SimpleQueue[_Load | None] = queue.SimpleQueue()
-        self._count = count
-        for number in range(count):
-            threading.Thread(target=self._work, name=f"clip-load-{number}", daemon=True).start()
-
-    def submit(self, record: Record) -> _Load:
-        load = _Load(record)
-        self._queue.put(load)
-        return load
-
-    def close(self) -> None:
-        for _ in range(self._count):
-            self._queue.put(None)
-
-    def _work(self) -> None:
-        while (load := self._queue.get()) is not None:
-            load.run(self._load)

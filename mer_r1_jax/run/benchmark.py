@@ -14,6 +14,7 @@ import numpy as np
 from mer_r1_jax.bucket.storage import is_bucket
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
+from mer_r1_jax.data.threads import map_ordered
 from mer_r1_jax.emotion.candidates import CandidateTable
 from mer_r1_jax.evaluation.benchmarks.errors import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.folder import EvaluationFolder
@@ -22,7 +23,6 @@ from mer_r1_jax.evaluation.benchmarks.readers import BenchmarkData, read_set, re
 from mer_r1_jax.evaluation.benchmarks.request import Request
 from mer_r1_jax.evaluation.benchmarks.sets import SYNTHETIC, title_of
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
-from mer_r1_jax.evaluation.judge.ordered import map_ordered
 from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 from mer_r1_jax.media.errors import MediaError, PromptError

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from typing import Protocol as Interface
 
+from mer_r1_jax.data.threads import map_ordered
 from mer_r1_jax.evaluation.judge.client import ChatClient, JudgeError, Message
-from mer_r1_jax.evaluation.judge.ordered import map_ordered
 from mer_r1_jax.evaluation.mme import prompts
 from mer_r1_jax.evaluation.mme.parse import UnreadableReplyError, parse_scores, parse_steps
 from mer_r1_jax.evaluation.mme.pictures import Pictures
