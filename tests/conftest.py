@@ -58,6 +58,7 @@ SLOW = (
     "judge",
 )
 SLOW_FILES = (
+    "test_process_pool.py",
     *("media/test_frames.py", "media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py"),
     *(
         "media/test_opening.py",

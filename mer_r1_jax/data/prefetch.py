@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from mer_r1_jax.child import START_SECONDS
-from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.pipeline import Item, PromptStream
 from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.data.threads import DaemonThreads
 from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.pool import ATTEMPTS
 from mer_r1_jax.parallel import processes
+from mer_r1_jax.process_pool import POLL_SECONDS, Countdown
 from mer_r1_jax.stop_requested import StopRequested
 
-POLL_SECONDS = 0.2  # between two looks, while a clip is waited for, at whether the run is to stop
 COUNTED = ("silent_audio", "audio_cut", "audio_filled", "mute_audio", "cancelled_audio")  # of `media.clips.Clips`
 METRICS = ("data/skipped", *(f"data/{name}" for name in COUNTED), "data/decode_ms")
 
@@ -39,8 +35,8 @@ class LoadedItem:
 
     Attributes:
         item: the visit.
-        clips: what the loader returned, None for a quarantined record.
-        broken: why the record is quarantined, else None. Its row keeps its place with weight zero.
+        clips: what the loader returned, None for a record that is quarantined or timed out.
+        broken: why there are none, else None. Its row keeps its place with weight zero.
         decode_ms: milliseconds the load took, 0 where nothing was loaded.
     """
 
@@ -56,7 +52,7 @@ class LoadedItem:
 
     @property
     def weight(self) -> float:
-        """1 for a usable row, 0 for a quarantined one."""
+        """1 for a usable row, 0 for one without clips."""
         return 0.0 if self.clips is None else 1.0
 
 
@@ -70,7 +66,7 @@ class ClipPrefetcher:
         quarantine: list of broken clips; grows as broken records are consumed.
         prompts_ahead: prompts loaded beyond the step handed out, the bound on host memory.
         threads: loads that run at once (`media.decode_workers`).
-        stall_seconds: how long one load may run before the loader counts as stalled; above its own time limit.
+        stall_seconds: how long one load may be waited for before the loader counts as stalled; above its own limit.
         counted: whether this process's rows go into the counts; not where another process loads the same ones.
     """
 
@@ -97,7 +93,8 @@ class ClipPrefetcher:
         self._counted = counted
         self._loads: dict[int, _Load] = {}
         self._metrics = dict.fromkeys(METRICS, 0.0)
-        self._threads = _LoadThreads(load, threads)
+        self._load = load
+        self._threads = DaemonThreads(threads, "clip-load")
 
     def __enter__(self) -> ClipPrefetcher:
         return self
@@ -163,25 +160,29 @@ class ClipPrefetcher:
     def _agreed(
         self, loaded: list[LoadedItem] | None, found: tuple[BrokenClip, ...]
     ) -> tuple[list[LoadedItem], dict[str, float]]:
-        """The step's rows and counts once every process has told which clips it found broken.
+        """The step's rows and counts once every process has told which clips it found broken, or whole again.
 
         `loaded` is None where this process stopped waiting for them.
         """
-        own = [_counts_of(visit) for visit in loaded or ()] if self._counted else []
-        said = processes.exchange("the clips of a step", None if loaded is None else (found, own))
+        visits = loaded or []
+        own = [_counts_of(visit) for visit in visits] if self._counted else []
+        found += tuple(visit.broken for visit in visits if visit.broken is not None and visit.broken.again)
+        whole = {visit.record.id for visit in visits if visit.clips is not None}
+        recovered = [clip.id for clip in self.quarantine.timed_out if clip.id in whole]
+        said = processes.exchange("the clips of a step", None if loaded is None else (found, recovered, own))
         if None in said:
             raise StopRequested("a signal came while clips were waited for")
-        for clips, _ in said:
-            self.quarantine.extend(clips)
         # Of two processes that load the same row, a time limit may have passed in one.
-        fallen = {clip.id for clips, _ in said for clip in clips}
+        fallen = {clip.id: clip for clips, _, _ in said for clip in clips}
+        self.quarantine.extend(clip for clips, _, _ in said for clip in clips)
+        self.quarantine.recovered({name for _, names, _ in said for name in names} - set(fallen))
         loaded = [
-            dataclasses.replace(visit, clips=None, broken=self.quarantine[visit.record.id])
+            dataclasses.replace(visit, clips=None, broken=fallen[visit.record.id])
             if visit.clips is not None and visit.record.id in fallen
             else visit
-            for visit in loaded
+            for visit in visits
         ]
-        return loaded, _count([counts for _, rows in said for counts in rows])
+        return loaded, _count([counts for _, _, rows in said for counts in rows])
 
     def _schedule(self) -> None:
         """Starts loads, in order, for the step at hand and `prompts_ahead` prompts after it."""
@@ -190,7 +191,7 @@ class ClipPrefetcher:
         upcoming = [item for step in range(steps) for item in self.stream.peek(step)][:wanted]
         for item in upcoming:
             if item.global_index not in self._loads and item.record.id not in self.quarantine:
-                self._loads[item.global_index] = self._threads.submit(item.record)
+                self._loads[item.global_index] = _Load(self._threads, self._load, item.record)
 
     def _consume(self, item: Item, step: int, asked: Callable[[], bool]) -> LoadedItem:
         record = item.record
@@ -201,7 +202,7 @@ class ClipPrefetcher:
         try:
             clips = load.wait(self._stall_seconds, asked)
         except MediaError as error:
-            return LoadedItem(item, None, self.quarantine.add(record, error, step), load.milliseconds)
+            return LoadedItem(item, None, self.quarantine.refuse(record, error, step), load.milliseconds)
         except StalledLoadError as error:
             raise StalledLoadError(
                 f"{record.where}: {record.id}: {error}; expected the loader to answer or time out by itself. To mend "
@@ -213,12 +214,6 @@ class ClipPrefetcher:
             error.add_note(f"while loading the clips of {record.id} ({record.where})")
             raise
         return LoadedItem(item, clips, None, load.milliseconds)
-
-
-def stall_limit(media: MediaConfig, records: Iterable[Record]) -> float:
-    """Seconds after which a load counts as stalled: more than the loader's own limits let any record take."""
-    files = max(2 * len(record.videos) + len(record.audios) + len(record.images) for record in records)
-    return (1 + files) * ATTEMPTS * (START_SECONDS + media.decode_timeout)
 
 
 def _counts_of(visit: LoadedItem) -> tuple[float, ...]:
@@ -236,42 +231,31 @@ def _count(rows: list[tuple[float, ...]]) -> dict[str, float]:
 
 
 class _Load:
-    """One load under way: its future, and when it began and ended."""
+    """One load under way, and the milliseconds it took."""
 
-    def __init__(self, record: Record):
-        self.record = record
-        self.future: concurrent.futures.Future = concurrent.futures.Future()
-        self.began = threading.Event()
-        self.began_at = 0.0
+    def __init__(self, threads: DaemonThreads, load: Callable[[Record], Any], record: Record):
         self.milliseconds = 0.0
+        self.future = threads.submit(self._timed, load, record)
 
-    def run(self, load: Callable[[Record], Any]) -> None:
-        """Runs the load in the calling thread and keeps its result or error."""
-        if not self.future.set_running_or_notify_cancel():
-            return
-        self.began_at = time.monotonic()
-        self.began.set()
+    def _timed(self, load: Callable[[Record], Any], record: Record) -> Any:
+        began = time.monotonic()
         try:
-            result, error = load(self.record), None
-        except BaseException as caught:  # noqa: B036 - handed over to the thread that waits
-            result, error = None, caught
-        self.milliseconds = 1e3 * (time.monotonic() - self.began_at)
-        if error is None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
+            return load(record)
+        finally:
+            self.milliseconds = 1e3 * (time.monotonic() - began)
 
     def wait(self, seconds: float, asked: Callable[[], bool]) -> Any:
-        """The result, once there; `seconds` count from when the load began, or from now while it queues.
+        """The result, once there; `seconds` count from now, and again from when the load is seen to have begun.
 
         Raises:
             StalledLoadError: they are over.
             StopRequested: `asked` said so before the result was there.
         """
-        since = time.monotonic()
+        countdown, begun = Countdown(seconds), False
         while not self.future.done():
-            begun = self.began.is_set()
-            if (self.began_at if begun else since) + seconds <= time.monotonic():
+            if not begun and self.future.running():
+                countdown, begun = Countdown(seconds), True
+            if not countdown.left():
                 raise StalledLoadError(
                     f"its load has not ended after {seconds:g} s"
                     if begun
@@ -281,30 +265,3 @@ class _Load:
                 raise StopRequested("a signal came while clips were waited for")
             concurrent.futures.wait([self.future], timeout=min(POLL_SECONDS, seconds))
         return self.future.result()
-
-
-class _LoadThreads:
-    """Daemon threads that run loads first come, first served.
-
-    Not a ThreadPoolExecutor: that one joins its threads when Python exits, and a stalled load would keep the process.
-    """
-
-    def __init__(self, load: Callable[[Record], Any], count: int):
-        self._load = load
-        self._queue: queue.SimpleQueue[_Load | None] = queue.SimpleQueue()
-        self._count = count
-        for number in range(count):
-            threading.Thread(target=self._work, name=f"clip-load-{number}", daemon=True).start()
-
-    def submit(self, record: Record) -> _Load:
-        load = _Load(record)
-        self._queue.put(load)
-        return load
-
-    def close(self) -> None:
-        for _ in range(self._count):
-            self._queue.put(None)
-
-    def _work(self) -> None:
-        while (load := self._queue.get()) is not None:
-            load.run(self._load)

@@ -16,9 +16,10 @@ from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.identity import file_key
 from mer_r1_jax.media.mel import log_mel
 from mer_r1_jax.media.opening import check_present
-from mer_r1_jax.media.pool import WorkerPool
+from mer_r1_jax.media.pool import ATTEMPTS, WorkerPool
 from mer_r1_jax.media.vision import VisionInput, laid_out, merge_factor
 from mer_r1_jax.omni.config import VisionConfig
+from mer_r1_jax.process_pool import START_SECONDS
 
 MISSING_AUDIO = ("error", "skip", "silence")
 SILENCE_SECONDS = 1.0  # length of silence for an audio file of its own that has no track
@@ -66,6 +67,11 @@ class ClipLoader:
         """Ends the worker processes."""
         if self._pool:
             self._pool.close()
+
+    def longest_load(self, records) -> float:
+        """Seconds that its own limits let the load of any of these records take, and one file's more."""
+        files = max(2 * len(record.videos) + len(record.audios) + len(record.images) for record in records)
+        return (1 + files) * ATTEMPTS * (START_SECONDS + self.media.decode_timeout)
 
     def load(self, record) -> Clips:
         """Decodes everything a record lists.

@@ -1,40 +1,41 @@
-"""Decoding processes with a time limit per clip: one that hangs, dies or exits is replaced, and its clip reported."""
+"""Decoding in processes of their own, with limits of time and memory per clip: `python -m mer_r1_jax.media.pool`.
+
+The pool replaces a process that hangs, dies or exits, and reports its clip. A job holds the arguments of `decode_file`;
+its answer is the entry's bytes, or the error.
+"""
 
 from __future__ import annotations
 
-import queue
+import re
+import resource
 import sys
-import time
-import weakref
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from mer_r1_jax.child import Child, ChildDiedError
-from mer_r1_jax.media.entry import CorruptEntryError, Entry
+from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.media.entry import CorruptEntryError, Entry, decode_file
 from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.process_pool import ChildDiedError, ProcessPool, serve
 
-WORKER = (sys.executable, "-m", "mer_r1_jax.media.worker")
+WORKER = (sys.executable, "-m", "mer_r1_jax.media.pool")
 ATTEMPTS = 2  # a process that dies is often killed for another's sake; a clip that kills two is to blame itself
 
 
 class WorkerPool:
-    """A fixed number of decoding processes, started when first needed. Safe to use from several threads."""
+    """A fixed number of decoding processes, started when first needed. Safe to use from several threads.
+
+    Args:
+        workers: processes.
+        timeout: seconds one clip may take.
+        command: the program they run.
+    """
 
     def __init__(self, workers: int, timeout: float, command: Sequence[str] = WORKER):
-        """
-        Args:
-            workers: processes.
-            timeout: seconds one clip may take.
-            command: the program they run.
-        """
         self.timeout = timeout
-        self._command = tuple(command)
-        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(workers):
-            self._slots.put(None)
-        self._running: set[_Worker] = set()
-        self._finalizer = weakref.finalize(self, _kill_all, self._running)
+        self._pool = ProcessPool(command, workers)
 
-    def decode(self, job: dict) -> Entry:
+    def decode(self, job: dict[str, Any]) -> Entry:
         """Decodes one file in a process; the arguments of `decode_file`, with `media` as a plain dict.
 
         Raises:
@@ -42,14 +43,8 @@ class WorkerPool:
         """
         died: ChildDiedError | None = None
         for _ in range(ATTEMPTS):
-            worker = self._slots.get()
-            healthy = None
             try:
-                if worker is None:
-                    worker = _Worker(self._command)
-                    self._running.add(worker)
-                answer = worker.run(job, self.timeout)
-                healthy = worker
+                answer = self._pool.ask(job, self.timeout, _read)
             except ChildDiedError as error:
                 died = error
                 continue
@@ -61,11 +56,6 @@ class WorkerPool:
                     "a clip that decodes within media.decode_timeout",
                     "Re-encode or cut the clip, or raise media.decode_timeout.",
                 ) from None
-            finally:
-                if healthy is None and worker is not None:
-                    worker.kill()
-                    self._running.discard(worker)
-                self._slots.put(healthy)
             if isinstance(answer, MediaError):
                 raise answer
             return answer
@@ -79,32 +69,52 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends all processes."""
-        self._finalizer()
+        self._pool.close()
 
 
-class _Worker(Child):
-    """A decoding process."""
+def _read(head: dict[str, Any], data: bytes) -> Entry | MediaError:
+    if "error" in head:
+        return MediaError(**head["error"])
+    try:
+        return Entry.from_bytes(data)
+    except CorruptEntryError as error:
+        raise ChildDiedError(str(error)) from None
 
-    def run(self, job: dict, timeout: float) -> Entry | MediaError:
-        """Sends a job and waits for its answer.
 
-        Raises:
-            TimeoutError: if there is none in time.
-            ChildDiedError: if the process ended.
-        """
-        self.wait_until_started()
-        deadline = time.monotonic() + timeout
-        self.send(job)
-        answer = self.head(deadline)
-        if "error" in answer:
-            return MediaError(**answer["error"])
+def main() -> None:
+    """Answers jobs: what a decoding process runs."""
+    loaded = _data_bytes()
+
+    def answer(job: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        job["media"] = MediaConfig(**job["media"])
+        _limit_memory(loaded + (job["media"].decode_memory_mb << 20))
         try:
-            return Entry.from_bytes(self.take(answer["size"], deadline))
-        except CorruptEntryError as error:
-            raise ChildDiedError(str(error)) from None
+            return {}, decode_file(**job).to_bytes()
+        except MediaError as error:
+            return {"error": error.to_json()}, b""
+
+    serve(answer)
 
 
-def _kill_all(workers: set[_Worker]) -> None:
-    for worker in list(workers):
-        worker.kill()
-    workers.clear()
+def _limit_memory(limit: int) -> None:
+    """Lets this process take so many bytes of memory, those its libraries took when they were loaded among them.
+
+    The limit is on data (RLIMIT_DATA: the heap and private pages that can be written), not on addresses: allocators
+    and threads reserve address space they never use, more of it the more cores there are. Allocations beyond it fail,
+    so a bomb ends as an error of its clip; without a limit the system would end whichever process it likes.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _data_bytes() -> int:
+    """Bytes of data this process has, as RLIMIT_DATA counts them; 0 where the system does not tell."""
+    try:
+        found = re.search(r"^VmData:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) << 10 if found else 0
+
+
+if __name__ == "__main__":
+    main()

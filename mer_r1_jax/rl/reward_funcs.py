@@ -13,22 +13,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 import sys
-import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mer_r1_jax import faults
-from mer_r1_jax.child import START_SECONDS, Child, ChildDiedError
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.process_pool import START_SECONDS, Ask, ChildDiedError, ProcessPool
 
 WORKER = (sys.executable, "-m", "mer_r1_jax.rl.reward_worker")
 MAX_HANGS = 5  # time-outs and dead processes of a function in one rollout before the rest stays unscored
-POLL_SECONDS = 0.2  # between two looks, while a call is waited for, at whether the run is to stop
 FAULTS_SHOWN = 3  # faults of a function that are named in one rollout; all are in the table of completions
 LARGEST = float(np.finfo(np.float32).max)
 GIVEN = ("completion_ids", "id", "videos", "audios", "images", "subtitle", "solution")  # besides a record's own columns
@@ -144,17 +141,18 @@ class RewardFunctions:
         self.names = short_names(self.paths)
         self._columns = tuple(columns)
         self._faulty_rollouts: collections.Counter[str] = collections.Counter()
-        self._running: list[Child] = []
-        self._finalizer = weakref.finalize(self, _kill_all, self._running)
+        self._takes: list[frozenset[str] | None] = []
+        # A reward function that uses JAX must not take the accelerator from the run.
+        environment = {"JAX_PLATFORMS": "cpu"}
+        self._pool = ProcessPool(WORKER, 1, prepare=self._import, environment=environment, quotes_output=False)
         try:
-            self._takes = self._checked(self._start())
+            self._pool.start()
         except ChildDiedError as error:
-            self.close()
             raise RewardError(f"rl.reward_funcs: {', '.join(paths)} could not be imported: {error}") from None
 
     def close(self) -> None:
         """Ends the process."""
-        self._finalizer()
+        self._pool.close()
 
     def score(self, samples: Sequence[Sample], asked: Callable[[], bool] = lambda: False) -> dict[str, Scored]:
         """Asks every function, by its short name, about a rollout's samples; those of one prompt follow one another.
@@ -200,32 +198,19 @@ class RewardFunctions:
 
     def _call(self, number: int, samples: Sequence[Sample], asked: Callable[[], bool]) -> list[Any]:
         arguments = self._arguments(samples)
-        if self._takes[number] is not None:
-            arguments = {name: value for name, value in arguments.items() if name in self._takes[number]}
+        if (taken := self._takes[number]) is not None:
+            arguments = {name: value for name, value in arguments.items() if name in taken}
+        job = {"function": number, "arguments": arguments, "count": len(samples)}
+        faults.here("reward_call", self.paths[number])
         try:
-            child = self._running[0] if self._running else self._restarted()
-            child.send({"function": number, "arguments": arguments, "count": len(samples)})
-            faults.here("reward_call", self.paths[number])
-            answer = self._answer_of(child, time.monotonic() + self.timeout, asked)
+            answer = self._pool.ask(job, self.timeout, lambda head, _: _read(head, len(samples)), asked)
         except TimeoutError:
-            self._stop()
             raise _CallError(f"it did not return within {self.timeout:g} s (rl.reward_timeout)", hung=True) from None
         except ChildDiedError as error:
-            self._stop()
             raise _CallError(f"its process ended: {error}", hung=True) from None
-        if "error" in answer:
-            raise _CallError(answer["error"])
-        return answer["values"]
-
-    def _answer_of(self, child: Child, deadline: float, asked: Callable[[], bool]) -> dict[str, Any]:
-        while not asked():
-            try:
-                return child.head(min(deadline, time.monotonic() + POLL_SECONDS))
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    raise
-        self._stop()
-        raise StopRequested("a signal came while a reward function was waited for")
+        if isinstance(answer, str):
+            raise _CallError(answer)
+        return answer
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         """Keyword lists, one entry a sample, as TRL gives them for conversational data."""
@@ -243,26 +228,16 @@ class RewardFunctions:
             "solution": [list(record.solution) for record in records],
         }
 
-    def _start(self) -> dict[str, Any]:
-        """Starts a process that imports the functions; returns what it says of them."""
-        # A reward function that uses JAX must not take the accelerator from the run.
-        child = Child(WORKER, environment={"JAX_PLATFORMS": "cpu"}, keep_messages=False)
-        self._running.append(child)
-        child.wait_until_started()
-        child.send({"import": list(self.paths), "path": sys.path})
+    def _import(self, ask: Ask) -> None:
+        """Has a new process import the functions; the first one's answer says what they can be called with."""
         try:
-            return child.head(time.monotonic() + START_SECONDS)
+            answer = ask({"import": list(self.paths), "path": sys.path}, START_SECONDS)
         except TimeoutError:
             raise ChildDiedError(f"no end of importing after {START_SECONDS:g} s") from None
-
-    def _restarted(self) -> Child:
-        answer = self._start()
-        if answer["errors"]:
+        if not self._takes:
+            self._takes = self._checked(answer)
+        elif answer["errors"]:
             raise ChildDiedError(f"started again, it could not import any more: {'; '.join(answer['errors'])}")
-        return self._running[0]
-
-    def _stop(self) -> None:
-        _kill_all(self._running)
 
     def _checked(self, answer: dict[str, Any]) -> list[frozenset[str] | None]:
         """The names each function takes, None for any."""
@@ -279,7 +254,6 @@ class RewardFunctions:
         if reserved:
             problems.append(f"data.rl_path: the column {reserved[0]} has the name of an argument; rename it")
         if problems:
-            self.close()
             raise RewardError("rl.reward_funcs cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))
         return [None if found["takes"] is None else frozenset(found["takes"]) for found in answer["functions"]]
 
@@ -339,6 +313,21 @@ def _smaller(part: Sequence[int], samples: Sequence[Sample]) -> list[list[int]]:
     return groups if len(part) > 1 else []
 
 
-def _kill_all(running: list[Child]) -> None:
-    while running:
-        running.pop().kill()
+def _read(head: dict[str, Any], count: int) -> list[Any] | str:
+    """What an answer says of `count` completions, or why the call failed.
+
+    Raises:
+        ChildDiedError: it is no answer, as the foreign code in that process may have seen to.
+    """
+    if isinstance(head.get("error"), str):
+        return head["error"]
+    values = head.get("values")
+    if not isinstance(values, list) or len(values) != count or not all(map(_is_answer, values)):
+        raise ChildDiedError("it answered with something else than values")
+    return values
+
+
+def _is_answer(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value.get("fault"), str)
+    return value is None or type(value) is float and math.isfinite(value)

@@ -17,8 +17,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mer_r1_jax.child import serve
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.process_pool import serve
 
 SHOWN = 80  # characters of a faulty value that are quoted
 MESSAGE = 500  # of an error's own words
@@ -60,7 +60,7 @@ def load(path: str) -> Callable[..., Any]:
         raise NotAFunctionError("expected a dotted path, package.module.function")
     try:
         function = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # an import runs the user's code: anything may come out of it
+    except BaseException as error:  # the user's code runs: anything may come out of it, SystemExit too
         raise NotAFunctionError(f"the module {module} cannot be imported: {_named(error)}") from error
     if function is None:
         raise NotAFunctionError(f"the module {module} has no {name}")
@@ -98,18 +98,17 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], expected: int)
         result = function(**arguments)
         if inspect.isawaitable(result):
             result = asyncio.run(_awaited(result))
-    except Exception as error:  # a user's function: anything may come out of it
+    except BaseException as error:  # a user's function: anything may come out of it, SystemExit too
         return {"error": f"it raised {_named(error)}"}
     try:
-        if hasattr(result, "tolist"):  # an array or a tensor
-            result = result.tolist()
-    except Exception as error:
+        is_array = hasattr(result, "tolist") and getattr(result, "ndim", 1) > 0  # an array or a tensor
+        if not is_array and (not isinstance(result, Sequence) or isinstance(result, str | bytes)):
+            return {"error": f"it returned a {type(result).__name__}, expected a list of {expected} numbers or None"}
+        if len(result) != expected:
+            return {"error": f"it returned {len(result)} values for {expected} completions"}
+        return {"values": [_value(entry) for entry, _ in zip(result, range(expected), strict=True)]}
+    except BaseException as error:  # the result's own methods
         return {"error": f"it returned a {type(result).__name__} that cannot be read: {_named(error)}"}
-    if not isinstance(result, Sequence) or isinstance(result, str | bytes):
-        return {"error": f"it returned a {type(result).__name__}, expected a list of {expected} numbers or None"}
-    if len(result) != expected:
-        return {"error": f"it returned {len(result)} values for {expected} completions"}
-    return {"values": [_value(entry) for entry in result]}
 
 
 async def _awaited(result: Any) -> Any:
@@ -120,7 +119,7 @@ def _value(entry: Any) -> float | None | dict[str, str]:
     """One completion's reward, or what is wrong with it; the entry's own methods may raise anything."""
     try:
         return _checked(entry)
-    except Exception as error:
+    except BaseException as error:
         return {"fault": f"it returned a {type(entry).__name__} that is no number of float's: {_named(error)}"}
 
 
@@ -145,7 +144,7 @@ def _named(error: BaseException) -> str:
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     try:
         said = printable(error, MESSAGE)
-    except Exception:  # an error whose text raises
+    except BaseException:  # an error whose text raises
         said = "without a text"
     return printable(f"{type(error).__name__}: {said}{place}")
 

@@ -14,13 +14,13 @@ import numpy as np
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash
+from mer_r1_jax.data.threads import map_ordered
 from mer_r1_jax.emotion.candidates import CandidateTable
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.benchmark_reader import BenchmarkData, read_set, read_synthetic, truth_of
 from mer_r1_jax.evaluation.benchmarks.sets import SYNTHETIC, BenchmarkError, Request, title_of
 from mer_r1_jax.evaluation.benchmarks.word_protocol import wheels_digest
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
-from mer_r1_jax.evaluation.judge.ordered import map_ordered
 from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 from mer_r1_jax.media.errors import MediaError, PromptError

@@ -58,7 +58,7 @@ class PromptSource:
         self._said: set[str] = set()
         self.clips = ClipFingerprints()  # a run puts those in that its folder keeps
         self._media_root = config.data.media_root
-        self._loader = ClipLoader(
+        self.loader = ClipLoader(
             config.media, thinker.vision, thinker.audio.num_mel_bins, config.data.cache_dir, config.data.media_root
         )
         self._builder = PromptBuilder(
@@ -74,7 +74,7 @@ class PromptSource:
             ClipChangedError: for a clip that is not the one this run saw under its name.
         """
         seen = self.clips.check(record, Path(self._media_root or Path(record.file).parent))
-        clips = self._loader.load(record)
+        clips = self.loader.load(record)
         self._say(record, clips)
         self.clips.add(seen)
         prompt = self._builder.build(record, clips)
@@ -99,7 +99,7 @@ class PromptSource:
 
     def close(self) -> None:
         """Ends the decoding workers."""
-        self._loader.close()
+        self.loader.close()
 
 
 def plan_buckets(config: RunConfig, thinker: ThinkerConfig, records: Sequence[Record], rows: int) -> list[BatchShape]:

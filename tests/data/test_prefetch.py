@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -11,10 +12,10 @@ import time
 import pytest
 from support.clips import make_clip
 
-from mer_r1_jax.child import START_SECONDS
 from mer_r1_jax.config.schema import MediaConfig
+from mer_r1_jax.data import prefetch
 from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError, stall_limit
+from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.media.decode import read_video
@@ -22,6 +23,7 @@ from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.pool import WorkerPool
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.process_pool import START_SECONDS
 
 BROKEN = MediaError("x.mp4", "truncated", "half a file", "a whole one", "Copy it again.")
 
@@ -188,6 +190,77 @@ def test_a_quarantined_clip_stays_so_in_a_resumed_run_that_could_load_it():
     assert rows["r1"].broken.step == 0
 
 
+def timing_out(visits, name="r1"):
+    """A loader for which the clips of one record time out at the visits of these numbers."""
+    attempts = []
+
+    def load(record):
+        if record.id == name:
+            attempts.append(None)
+            if len(attempts) - 1 in visits:
+                raise MediaError("x.mp4", "timeout", "no end", "an end", "Cut it.")
+        return "clips"
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("visits", "weights"),
+    [
+        ((0,), [0, 1, 1, 1, 1]),
+        ((0, 1), [0, 0, 0, 0, 0]),
+        ((0, 2), [0, 1, 0, 1, 1]),  # two accidents and not two in a row
+        ((1, 2), [1, 0, 0, 0, 0]),
+    ],
+)
+@pytest.mark.parametrize(("ahead", "resumed"), [(0, False), (16, False), (0, True)])
+def test_a_time_out_is_tried_again_at_the_next_visit_before_it_counts(visits, weights, ahead, resumed):
+    found, state = [], None
+    load = timing_out(visits)
+    with contextlib.ExitStack() as stack:
+        clips = stack.enter_context(prefetcher(make_records(4), load, ahead=ahead, threads=1))
+        for step in range(5):
+            if resumed:
+                clips = stack.enter_context(prefetcher(make_records(4), load, ahead=ahead, threads=1))
+                clips.restore(state or clips.state())
+            found += [visit for visit in clips.next(step) if visit.record.id == "r1"]
+            state = json.loads(json.dumps(clips.state()))
+        counts = clips.quarantine
+    assert [visit.weight for visit in found] == weights
+    assert [visit.broken is None for visit in found] == [bool(weight) for weight in weights]
+    assert ("r1" in counts) == (weights[-1] == 0) and not counts.timed_out
+    if counts.clips:
+        assert (counts.clips[0].reason, counts.clips[0].step, counts.clips[0].again) == ("timeout", max(visits), False)
+
+
+def test_processes_agree_on_what_timed_out(monkeypatch):
+    """Two processes load the same rows: what timed out in one is left out in both, and forgotten in both."""
+    both = [prefetcher(make_records(4), timing_out(visits), threads=1) for visits in ((0, 2), (2, 3))]
+    gate, said = threading.Barrier(2), {}
+
+    def exchange(what, own):
+        said[threading.current_thread().name] = own
+        gate.wait(30)
+        heard = [said["0"], said["1"]]
+        gate.wait(30)
+        return heard
+
+    monkeypatch.setattr(prefetch.processes, "exchange", exchange)
+    weights = {}
+
+    def go(number):
+        with both[number] as clips:
+            weights[number] = [v.weight for step in range(5) for v in clips.next(step) if v.record.id == "r1"]
+
+    threads = [threading.Thread(target=go, args=(number,), name=str(number)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert weights == {0: [0, 1, 0, 0, 0], 1: [0, 1, 0, 0, 0]}
+    assert both[0].state() == both[1].state() and "r1" in both[0].quarantine
+
+
 def test_restoring_throws_away_what_was_loaded_ahead():
     records = make_records(8)
     version = ["before"]
@@ -282,7 +355,7 @@ def test_real_clips_break_by_name(tmp_path):
 
 WORKER = """
 import os, sys, time
-from mer_r1_jax.media import worker
+from mer_r1_jax.media import pool as worker
 decode = worker.decode_file
 def decode_file(path, **job):
     if "hangs" in path:
@@ -306,7 +379,7 @@ def test_processes_that_hang_or_exit_cost_their_clip_only(tmp_path):
     records = read_records(data)
     with ClipLoader(media, ThinkerConfig.tiny().vision, 128) as loader:
         loader._pool = WorkerPool(1, media.decode_timeout, (sys.executable, "-c", WORKER))
-        with prefetcher(records, loader.load, per_step=3, threads=1, stall=stall_limit(media, records)) as clips:
+        with prefetcher(records, loader.load, per_step=3, threads=1, stall=loader.longest_load(records)) as clips:
             rows = {visit.record.id: visit for visit in clips.next(0)}
         loader._pool.close()
     assert rows["fine"].weight == 1 and len(rows["fine"].clips.videos) == 1
@@ -323,5 +396,6 @@ def test_the_watchdog_waits_longer_than_the_loader_may_take():
     one = [Record(id="a", messages=(), videos=("a.mp4",))]
     many = [*one, Record(id="b", messages=(), videos=("a.mp4",), audios=("a.mp4", "b.mp4"), images=("c.png",))]
     # Every file may cost two attempts of a process start and a decode each.
-    assert stall_limit(media, one) > 2 * (START_SECONDS + 30.0)
-    assert stall_limit(media, many) > 4 * 2 * (START_SECONDS + 30.0)
+    with ClipLoader(media, ThinkerConfig.tiny().vision, 128) as loader:
+        assert loader.longest_load(one) > 2 * (START_SECONDS + 30.0)
+        assert loader.longest_load(many) > 4 * 2 * (START_SECONDS + 30.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -71,6 +72,36 @@ def test_the_list_survives_a_checkpoint():
     restored.restore(json.loads(json.dumps(quarantine.state())))
     assert restored.clips == quarantine.clips
     assert restored.state() == quarantine.state()
+
+
+def test_a_few_first_time_outs_have_no_say_in_the_limit_and_many_do():
+    quarantine = Quarantine(1000, 0.002)
+    for number in range(12):
+        assert quarantine.refuse(record(number), error(number, "timeout"), step=3).again
+        quarantine.check()
+    assert len(quarantine) == 0 and len(quarantine.timed_out) == 12 and "r3" not in quarantine
+    quarantine.refuse(record(12), error(12, "timeout"), step=3)
+    with pytest.raises(QuarantineLimitError, match=r"13 of 1000 clips \(1.3%\) are broken or timed out; .*timeout 13"):
+        quarantine.check()
+    quarantine.recovered(f"r{number}" for number in range(1, 13))
+    quarantine.check()
+    broken = quarantine.refuse(record(0), error(0, "timeout"), step=9)
+    assert (broken.step, broken.again) == (9, False) and "r0" in quarantine and not quarantine.timed_out
+    quarantine.extend([dataclasses.replace(broken, again=True, step=3)])
+    assert not quarantine.timed_out
+
+
+def test_what_timed_out_once_survives_a_checkpoint_and_a_list_of_before_is_read():
+    quarantine = Quarantine(10, 0.5)
+    quarantine.add(record(1), error(1), step=1)
+    of_before = json.loads(json.dumps(quarantine.state()))
+    assert "again" not in of_before[0]
+    quarantine.refuse(record(2), error(2, "timeout"), step=2)
+    restored = Quarantine(10, 0.5)
+    restored.restore(json.loads(json.dumps(quarantine.state())))
+    assert restored.timed_out == quarantine.timed_out and restored.clips == quarantine.clips
+    restored.restore(of_before)
+    assert restored.clips == quarantine.clips and not restored.timed_out
 
 
 def test_the_lists_of_several_processes_become_one_whatever_their_order():

@@ -1,13 +1,13 @@
-"""Decoding processes that hang, die, exit or babble: each costs at most its clip, and none is left behind."""
+"""Decoding processes that hang, die, exit or babble: each costs at most its clip, and a clip costs no memory of others.
+
+What holds of any child process is in tests/test_process_pool.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.media_files import numbered_pictures, write_sound, write_video
+from support.process_tree import descendants, gone
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.entry import decode_file
@@ -26,7 +27,7 @@ MEDIA = MediaConfig(video_min_pixels=784, video_max_pixels=4 * 784)
 # The real worker, told by a clip's name to go wrong in a certain way before decoding it.
 TROUBLED = """
 import os, signal, sys, time
-from mer_r1_jax.media import worker
+from mer_r1_jax.media import pool as worker
 decode = worker.decode_file
 def decode_file(path, **job):
     name = os.path.basename(path)
@@ -68,26 +69,8 @@ def pool():
     pool.close()
 
 
-def assert_alive(process: int) -> None:
-    os.kill(process, 0)
-
-
-def gone(process: int, seconds: float = 10.0) -> bool:
-    """Whether a process ends within that time; a zombie has ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def children(pool: WorkerPool) -> list[int]:
-    return [worker._process.pid for worker in pool._running]
+    return [process for child in pool._pool._running for process in descendants(child._process.pid)]
 
 
 def test_a_worker_returns_what_decoding_returns(pool, clip):
@@ -142,15 +125,6 @@ def test_a_hanging_clip_times_out_and_is_named(clip):
         pool.close()
 
 
-def test_starting_a_process_does_not_count_against_the_clip(clip):
-    slow_start = "import time; time.sleep(1.5)\n" + TROUBLED
-    pool = WorkerPool(1, 1.0, (sys.executable, "-c", slow_start))
-    try:
-        assert pool.decode(job(clip("good"))).arrays["frames"].shape[0] == 4
-    finally:
-        pool.close()
-
-
 @pytest.mark.parametrize("program", ["print('hello there')", "raise SystemExit('no module named av')"])
 def test_a_program_that_is_no_worker_is_an_error_and_not_a_hang(clip, program):
     pool = WorkerPool(1, 5.0, (sys.executable, "-c", program))
@@ -164,10 +138,10 @@ def test_a_program_that_is_no_worker_is_an_error_and_not_a_hang(clip, program):
 
 # A process that answers with half of what it announced, and then does as it is told.
 HALF = """
-import os, signal, sys, time
-os.write(1, b'{"ready": true}\\n')
-sys.stdin.buffer.readline()
-os.write(1, b'{"size": 1000}\\n' + bytes(500))
+import json, os, signal, sys, time
+os.write(1, b'{"job": "ready"}\\n')
+number = json.loads(sys.stdin.buffer.readline())["job"]
+os.write(1, json.dumps({"job": number, "size": 1000}).encode() + b'\\n' + bytes(500))
 %s
 """
 
@@ -219,69 +193,8 @@ def test_bombs_end_as_refused_clips(tmp_path, clip):
         pool.close()
 
 
-def test_other_clips_go_on_while_one_hangs(clip):
-    pool = WorkerPool(2, 4.0, (sys.executable, "-c", TROUBLED))
-    outcome = []
-
-    def hang():
-        try:
-            pool.decode(job(clip("hang")))
-        except MediaError as error:
-            outcome.append(error.reason)
-
-    thread = threading.Thread(target=hang)
-    try:
-        thread.start()
-        good = clip("good")
-        for _ in range(3):
-            pool.decode(job(good))
-        assert not outcome, "the hanging clip ended before the others were done"
-        thread.join()
-        assert outcome == ["timeout"]
-    finally:
-        pool.close()
-
-
-def test_closing_ends_the_processes(clip):
-    pool = WorkerPool(2, 5.0)
-    pool.decode(job(clip("good")))
-    processes = children(pool)
-    for process in processes:
-        assert_alive(process)
-    pool.close()
-    assert processes and all(gone(process) for process in processes)
-
-
-PARENT = """
-import sys, threading, time
-from mer_r1_jax.media.pool import WorkerPool
-pool = WorkerPool(1, 600.0, (sys.executable, "-c", sys.argv[1]))
-job = dict(path=sys.argv[2], kind="video", media={}, factor=28, n_mels=128)
-threading.Thread(target=pool.decode, args=(job,), daemon=True).start()
-while not pool._running:
-    time.sleep(0.01)
-print(next(iter(pool._running))._process.pid, flush=True)
-time.sleep(600)
-"""
-
-
-def test_a_hanging_process_does_not_outlive_its_killed_parent(clip):
-    command = [sys.executable, "-c", PARENT, TROUBLED, str(clip("hang"))]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        worker = int(parent.stdout.readline())
-        time.sleep(1.0)
-        assert_alive(worker)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-        assert gone(worker)
-    finally:
-        parent.kill()
-        parent.stdout.close()
-
-
 def test_a_worker_is_light():
     """It starts often and many at a time: neither jax nor transformers nor torch may come along."""
-    program = "import sys, mer_r1_jax.media.worker; print(sorted({'jax', 'torch', 'transformers'} & set(sys.modules)))"
+    program = "import sys, mer_r1_jax.media.pool; print(sorted({'jax', 'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

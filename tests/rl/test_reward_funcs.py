@@ -1,5 +1,6 @@
 """Reward functions of a user's, in their real process: what they are given, and every way they can fail."""
 
+import itertools
 import logging
 import os
 import re
@@ -13,7 +14,8 @@ import pytest
 
 from mer_r1_jax import screen
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.rl import reward_funcs
+from mer_r1_jax.process_pool import ChildDiedError
+from mer_r1_jax.rl import reward_funcs, reward_worker
 from mer_r1_jax.rl.reward_funcs import (
     RewardError,
     RewardFunctions,
@@ -26,6 +28,11 @@ from mer_r1_jax.rl.reward_funcs import (
 )
 
 HERE = "support.reward_functions."
+
+
+class Endless(list):
+    def __iter__(self):
+        return itertools.repeat(1.0)
 
 
 def samples(*groups):
@@ -76,6 +83,8 @@ def test_functions_are_called_as_trl_calls_them(functions):
     [
         ("raise", "ValueError: no such mood (reward_functions.py:"),
         ("die", "its process ended: exit status 3"),
+        ("leave", "it raised SystemExit: 3 (reward_functions.py:"),
+        ("interrupt", "it raised KeyboardInterrupt"),
         ("short", "it returned 0 values for 1 completions"),
         ("nan", "it returned nan, expected a finite number"),
         ("inf", "it returned inf, expected a finite number"),
@@ -215,6 +224,57 @@ def test_column_with_an_arguments_name_is_refused(functions):
         functions("letters", columns=("completions",))
 
 
+def test_a_module_that_ends_its_process_when_it_is_imported_is_named(functions, tmp_path, monkeypatch):
+    (tmp_path / "leaves_at_once.py").write_text("raise SystemExit(4)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match="leaves_at_once cannot be imported: SystemExit: 4"):
+        functions("letters", "leaves_at_once.anything")
+
+
+def test_a_function_that_breaks_the_answers_of_its_process_changes_no_others(functions):
+    asked = functions("letters", "breaks_answers", "only_what_it_names", timeout=2.0)
+    for _ in range(2):
+        scores = asked.score(samples(["a", "bcd"]))
+        np.testing.assert_array_equal(scores["letters"].values, [1, 3])
+        np.testing.assert_array_equal(scores["only_what_it_names"].values, [0, 0])
+        assert np.isnan(scores["breaks_answers"].values).all() and len(scores["breaks_answers"].faults) == 2
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (np.ones(2), [1.0, 1.0]),
+        (np.ones(10**9, np.int8), "returned 1000000000 values for 2"),  # refused before it becomes a list
+        (np.float32(1), "returned a float32, expected a list of 2"),
+        (np.array(1.0), "returned a ndarray, expected a list of 2"),
+        (Endless([1.0, 2.0]), "returned a Endless that cannot be read"),
+    ],
+    ids=str,
+)
+def test_arrays_and_lists_are_read_as_far_as_they_are_expected(result, expected):
+    found = reward_worker.call(lambda: result, {}, 2)
+    assert found.get("values") == expected or expected in found["error"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {},
+        {"values": 1.0},
+        {"values": [1.0]},
+        {"values": [1.0, "1"]},
+        {"values": [1.0, True]},
+        {"values": [1.0, float("nan")]},
+        {"values": [1.0, {"fault": 3}]},
+        {"error": ["it raised"]},
+    ],
+)
+def test_what_is_no_list_of_values_is_no_answer(head):
+    assert reward_funcs._read({"values": [1.0, {"fault": "no"}]}, 2) == [1.0, {"fault": "no"}]
+    with pytest.raises(ChildDiedError, match="something else than values"):
+        reward_funcs._read(head, 2)
+
+
 def test_names_in_metrics_are_short_unless_taken_or_shared():
     assert short_names(["a.b.good", "a.c.good", "a.b.fine", "a.b.recall"]) == (
         "a.b.good", "a.c.good", "fine", "a.b.recall",
@@ -226,7 +286,7 @@ def test_the_process_is_light_and_ends_with_the_functions(functions):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     asked = functions("letters")
-    (child,) = asked._running
+    (child,) = asked._pool._running
     process = child._process
     assert process.poll() is None
     asked.close()

@@ -151,7 +151,7 @@ def test_no_decoding_process_outlives_its_run(disturbed):
 def _orphaned_workers():
     listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
-    return [row for row in rows if "mer_r1_jax.media.worker" in row[2] and row[1] == "1"]
+    return [row for row in rows if "mer_r1_jax.media.pool" in row[2] and row[1] == "1"]
 
 
 def test_finished_run_started_again_changes_nothing(disturbed, small_folder, compiled):

@@ -1,6 +1,8 @@
 """Reward functions as users write them, good and bad; a completion's text says what is to go wrong with it."""
 
+import json
 import os
+import sys
 import time
 
 NUMBER = 3  # not a function
@@ -42,10 +44,19 @@ def troubled(completions, completion_ids, **kwargs):
         time.sleep(600)
     if any("die" in text for text in texts):
         os._exit(3)
+    if any("leave" in text for text in texts):
+        sys.exit(3)
+    if any("interrupt" in text for text in texts):
+        raise KeyboardInterrupt
     if any("short" in text for text in texts):
         return [1.0] * (len(texts) - 1)
     values = {"nan": float("nan"), "inf": float("inf"), "word": "good", "none": None, "huge": 1e300, "list": [1.0]}
     return [values.get(text, 1.0) for text in texts]
+
+
+def breaks_answers(completions, **kwargs):
+    json.dumps = json.JSONEncoder.encode = lambda *_, **__: '{"values": [5.0, 5.0]}'
+    return [1.0] * len(completions)
 
 
 def of_the_group(completions, **kwargs):

@@ -17,9 +17,9 @@ from typing import Any
 
 import tenacity
 
+from mer_r1_jax.data.threads import map_ordered
 from mer_r1_jax.evaluation.judge.answer_cache import AnswerCache, question_key
 from mer_r1_jax.evaluation.judge.endpoint import Endpoint, JudgeAbortedError, JudgeError, Reply, TransientError
-from mer_r1_jax.evaluation.judge.ordered import map_ordered
 
 __all__ = ["ChatClient", "JudgeAbortedError", "JudgeError", "Message", "image_part", "text_part"]
 

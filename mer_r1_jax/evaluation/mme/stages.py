@@ -14,9 +14,9 @@ from fractions import Fraction
 from typing import Any
 from typing import Protocol as Interface
 
+from mer_r1_jax.data.threads import map_ordered
 from mer_r1_jax.evaluation.clip_frames import Pictures
 from mer_r1_jax.evaluation.judge.client import ChatClient, JudgeError, Message
-from mer_r1_jax.evaluation.judge.ordered import map_ordered
 from mer_r1_jax.evaluation.mme import judging
 from mer_r1_jax.evaluation.mme.judging import MAX_STEPS, digest_of
 from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
