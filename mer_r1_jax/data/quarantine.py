@@ -108,7 +108,7 @@ class Quarantine:
                 [
                     f"{len(self)} of {self.num_records} clips ({self.fraction:.1%}) are broken; expected at most "
                     f"data.max_quarantined_fraction = {self.max_fraction:.1%}. By reason: {reasons}. By data file: "
-                    f"{files}. To mend it, repair or remove the clips below (experiments/validate.py finds all of them "
+                    f"{files}. To mend it, repair or remove the clips below (`mer-r1 validate` finds all of them "
                     "before a run), or raise the limit:",
                     *listed,
                 ]
