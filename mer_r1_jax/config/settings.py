@@ -73,7 +73,7 @@ def _kind(hint: Any) -> str:
     for bound in bounds_of(hint):
         if isinstance(bound, Number):
             also = "".join(f", or {value:g}" for value in bound.also)
-            return f"{name}, {bound}{also}{bound.note and f' ({bound.note})'}"
+            return f"{name}, {bound}{also}"
         if isinstance(bound, PlaceText):
             return "path or gs:// address" if bound.bucket else "path on a disk"
     return name
