@@ -89,7 +89,7 @@ class MediaConfig:
     video_total_pixels: Pixels = 90_316_800  # pixels of all frames together: 0.9 * 128000 * 28 * 28
     image_min_pixels: Pixels = 4 * 28 * 28  # fewest pixels of a resized image
     image_max_pixels: Pixels = 16_384 * 28 * 28  # most pixels of a resized image
-    max_aspect_ratio: SideRatio = MAX_ASPECT_RATIO  # pictures with sides further apart are refused; less, less padding
+    max_aspect_ratio: SideRatio = MAX_ASPECT_RATIO  # largest ratio of a picture's sides; a lower one saves padding
     sampling_rate: Annotated[int, Number(1000, 384_000)] = 16_000  # Hz of the audio the mel spectrogram is made from
     max_audio_seconds: AudioSeconds = 300.0  # audio beyond this is cut (counted in data/audio_cut)
     max_clip_seconds: Seconds = 600.0  # a clip longer than this is refused rather than decoded
