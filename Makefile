@@ -1,4 +1,4 @@
-# Two commands: `make train` (the whole road on the embedded world) and `make test`. Each makes its environment first.
+# `make train` (the whole pipeline on the embedded world), `make test` and others. Each makes its environment first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ ARGS ?=
 # A second transformers, one major version back, that exported models must load in as well.
 TRANSFORMERS4 := .compat/transformers4
 
-.PHONY: train smoke check test plan clean
+.PHONY: train smoke check test plan docs figures clean
 
 train: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG) $(ARGS)
@@ -38,6 +38,18 @@ plan: $(BIN)/.installed-plan
 			|| test $$? = 1; \
 	done
 
+# The documentation, into site/: a dead link, or a page that is nowhere in the menu, is an error.
+docs: $(BIN)/.installed-docs
+	$(BIN)/python experiments/reference_page.py
+	$(BIN)/zensical build --clean --strict
+
+# The drawings of docs/ and the README. CLIP_MODEL: the run that answers about the clip.
+CLIP_MODEL ?= runs/synthetic
+
+figures: $(BIN)/.installed
+	$(BIN)/python experiments/variance_figure.py
+	$(BIN)/python experiments/clip_figure.py --model=$(CLIP_MODEL)
+
 $(BIN)/python $(TEST_BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "mer-r1-jax needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=python3.12"; exit 1; }
@@ -49,6 +61,10 @@ $(BIN)/.installed: $(BIN)/python setup.cfg requirements.txt
 
 $(BIN)/.installed-dev: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[dev]'
+	touch $@
+
+$(BIN)/.installed-docs: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e '.[docs]'
 	touch $@
 
 # The TPU compiler, without PyTorch.

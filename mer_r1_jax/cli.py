@@ -1,22 +1,25 @@
-"""What the commands under experiments/ share: errors of ours are messages to the user, never tracebacks."""
+"""What the commands share: errors of ours are messages to the user, never tracebacks."""
 
 from __future__ import annotations
 
 import contextlib
 import logging as stdlib_logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
-from absl import logging
+from absl import flags, logging
 
 from mer_r1_jax import screen
 from mer_r1_jax.config import command_line
+from mer_r1_jax.config.build import from_mapping, to_json
 from mer_r1_jax.parallel.tpu_flags import set_tpu_flags
 from mer_r1_jax.storage.durable import DISK_ERRORS, WriteError, explanation
 from mer_r1_jax.training.signals import EXIT_SAVED
 
 EXIT_ERROR = 2  # the run cannot go on as it is; the message on stderr says why and how to mend it
+PRINT_CONFIG = "--print_config"
 
 
 @contextlib.contextmanager
@@ -57,13 +60,32 @@ def ended(code: int) -> int:
     return code
 
 
+def show(text: str) -> None:
+    """Prints what somebody asked to see, who may stop reading at any line (`mer-r1 train --help | head`)."""
+    try:
+        screen.say(text)
+    except BrokenPipeError:
+        # Python flushes the same closed pipe once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def as_typed(command: str) -> str:
+    """The command line of this process as `mer-r1 COMMAND ...`, for reports that say how they were made."""
+    return f"mer-r1 {command} {shlex.join(sys.argv[1:])}".rstrip()
+
+
 def parse_flags(arguments: Sequence[str]) -> list[str]:
     """For `app.run(main, flags_parser=parse_flags)`: a mistake on the command line ends like every other.
 
     Every command begins here, before it touches a device or says a word, so the TPU compiler's flags are set and the
-    terminal is guarded here too.
+    terminal is guarded here too. `--print_config` is answered here: the process ends with status 0.
     """
     screen.guard_terminal()
     set_tpu_flags()
     with explained():
-        return command_line.parse_flags(arguments)
+        asked = PRINT_CONFIG in arguments and "config" in flags.FLAGS
+        rest = command_line.parse_flags([word for word in arguments if not (asked and word == PRINT_CONFIG)])
+        if asked:
+            show(to_json(from_mapping(flags.FLAGS.config or {})).rstrip())
+            raise SystemExit(0)
+    return rest

@@ -174,7 +174,7 @@ def test_markdown_and_spreadsheets():
 # Where text reaches people by another way, and why that is right.
 OTHER_WAYS = {
     "mer_r1_jax/screen.py": "the one place",
-    "experiments/check_in_transformers.py": "runs where this project is not installed",
+    "mer_r1_jax/commands/check_in_transformers.py": "runs where this project is not installed",
 }
 MAKERS = {"print", "print_exc", "Console", "tqdm", "trange", "StreamHandler", "FileHandler", "basicConfig"}
 OURS_ONLY = {"rich", "rich.markup", "rich.text", "tqdm", "tqdm.auto"}  # modules

@@ -2,7 +2,7 @@
 
 `omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. Training needs weights
 and data: --config.model.path=... --config.data.sft_path=... --config.data.rl_path=...; what a run would take of it,
-`experiments/plan.py` says without them.
+`mer-r1 plan` says without them.
 """
 
 from mer_r1_jax.config.build import config_dict

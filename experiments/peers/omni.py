@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from mer_r1_jax.peers.timing import WHOLE, Laps, Stopwatch
 
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.data.pipeline import Item
@@ -21,7 +22,6 @@ from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.rl_step import RlPrograms, beta_at
 from mer_r1_jax.training.state import make_optimizer, nest, trainable_names
-from peers.timing import WHOLE, Laps, Stopwatch
 
 SAMPLE, SCORE, REFERENCE, UPDATE = "sample", "score", "reference", "update"
 PARTS = (SAMPLE, SCORE, REFERENCE, UPDATE)

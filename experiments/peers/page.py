@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from importlib import metadata
 
-from peers.timing import Comparison
+from mer_r1_jax.peers.timing import Comparison
 
 PACKAGES = ("jax", "jaxlib", "torch", "transformers", "trl")
 

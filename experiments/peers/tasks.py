@@ -9,8 +9,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
-from peers.page import Row, Section, Target
-from peers.timing import WHOLE, Laps, alternate, compare
+from mer_r1_jax.peers.page import Row, Section, Target
+from mer_r1_jax.peers.timing import WHOLE, Laps, alternate, compare
 
 TASKS = ("text", "omni")
 WARMUP = 2  # runs of each side that are not counted: compiling, first touches of memory
@@ -39,8 +39,8 @@ def run(task: str, settings: Settings) -> Section:
 
 
 def _text(settings: Settings, folder: pathlib.Path) -> Section:
-    from peers.text import TextJob, TextSide
-    from peers.text_torch import TextPeer
+    from mer_r1_jax.peers.text import TextJob, TextSide
+    from mer_r1_jax.peers.text_torch import TextPeer
 
     job = TextJob()
     side = TextSide(job)
@@ -89,10 +89,10 @@ def _endless(job) -> Iterator[list[str]]:
 
 
 def _omni(settings: Settings, folder: pathlib.Path) -> Section:
-    from peers.omni import PARTS, OmniSide, synthetic_job
-    from peers.omni_torch import OmniPeer
+    from mer_r1_jax.peers.omni import PARTS, OmniSide, synthetic_job
+    from mer_r1_jax.peers.omni_torch import OmniPeer
 
-    config = importlib.import_module("configs.synthetic").get_config()
+    config = importlib.import_module("mer_r1_jax.configs.synthetic").get_config()
     # A schedule would only make the two sides' learning rates harder to compare.
     config.rl.optimizer.lr_scheduler_type, config.rl.optimizer.warmup_ratio = "constant", 0.0
     config.model.remat = "everything"  # neither side recomputes activations
@@ -128,7 +128,7 @@ def _omni(settings: Settings, folder: pathlib.Path) -> Section:
         f"{max(lengths)} tokens with pictures and voice, {rl.max_completion_length} tokens sampled per "
         f"completion on both sides. Both then learn from the same given completions ({job.tokens} tokens), because "
         "random weights write no answers to score. Ours is what "
-        "`experiments/train.py` calls. Theirs is a plain torch loop around transformers' Thinker: every sample is a "
+        "`mer-r1 train` calls. Theirs is a plain torch loop around transformers' Thinker: every sample is a "
         "row with clips of its own, encoded again in generation, both confidence passes, reference and update. Clips "
         "are decoded beforehand on both sides."
     )

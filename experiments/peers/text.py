@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from mer_r1_jax.peers.timing import Laps, Stopwatch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +26,6 @@ from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.state import make_optimizer, nest, trainable_names
-from peers.timing import Laps, Stopwatch
 
 PAD, END, FIRST_WORD = 0, 1, 2  # ids; all others are words
 

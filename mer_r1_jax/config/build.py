@@ -70,16 +70,39 @@ def load_config(path: str | pathlib.Path, overrides: Mapping[str, Any] | None = 
     return from_mapping(values)
 
 
+def shipped() -> dict[str, pathlib.Path]:
+    """Name -> file of the configurations that come with the package, those of experiments/configs."""
+    spec = importlib.util.find_spec("mer_r1_jax.configs")
+    places = list(spec.submodule_search_locations) if spec is not None else []
+    files = sorted(file for place in places for file in pathlib.Path(place).glob("[!_]*.py"))
+    return {file.stem: file for file in files}
+
+
+def config_place(path: str | pathlib.Path) -> str:
+    """Where a configuration lies, `:argument` kept: itself when there is such a file, or the one shipped by that name.
+
+    `synthetic:smoke` and `synthetic.py:smoke` both mean the one that comes with the package, from any folder.
+    """
+    name, colon, argument = str(path).partition(":")
+    if "/" in name or pathlib.Path(name).is_file():
+        return str(path)
+    file = shipped().get(name.removesuffix(".py"))
+    return f"{file}{colon}{argument}" if file else str(path)
+
+
 def config_file(path: str | pathlib.Path) -> dict[str, Any]:
     """The values of a config file, as `load_config` takes it, before they are checked.
 
     Raises:
         ConfigError: when it is missing or cannot be run or read.
     """
-    name, _, argument = str(path).partition(":")
+    name, _, argument = config_place(path).partition(":")
     file = pathlib.Path(name)
     if not file.is_file():
-        raise ConfigError(f"no configuration at {file}: expected a .py file with get_config() or a saved config.json")
+        raise ConfigError(
+            f"no configuration at {file}: expected a .py file with get_config(), a saved config.json, or one of those "
+            f"that come with the package: {', '.join(shipped())}"
+        )
     if file.suffix != ".json":
         return _run_config_file(file, argument).to_dict()
     try:

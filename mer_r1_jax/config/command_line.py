@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from mer_r1_jax.config.bounds import Number, shown_value
-from mer_r1_jax.config.build import config_file
+from mer_r1_jax.config.build import config_file, config_place, shipped
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import advice, field_names
 
@@ -27,9 +27,12 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     """
     check_overrides(arguments)
     check_places(arguments)
+    arguments = with_shipped_configs(arguments)
     for path in _config_files(arguments):
         if not path.partition(":")[0].endswith(".py"):
-            raise ConfigError(f"--config={path}: expected a .py file with get_config()")
+            raise ConfigError(
+                f"--config={path}: expected a .py file with get_config(), or one of {', '.join(shipped())}"
+            )
         config_file(path)
     try:
         rest = flags.FLAGS(arguments)
@@ -38,6 +41,20 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
         raise ConfigError(f"the command line cannot be used: {problem}; --help lists the flags") from error
     check_numbers()
     return rest
+
+
+def with_shipped_configs(arguments: Sequence[str]) -> list[str]:
+    """Command line in which a configuration that comes with the package, given by name, is given by its path."""
+    found, is_value = [], False
+    for word in arguments:
+        match = _FILE.fullmatch(word)
+        if match and match.group(1) is not None:
+            word = f"--config={config_place(match.group(1))}"
+        elif is_value:
+            word = config_place(word)
+        is_value = bool(match) and match.group(1) is None
+        found.append(word)
+    return found
 
 
 def check_numbers() -> None:
@@ -99,7 +116,7 @@ def check_places(arguments: Sequence[str]) -> None:
             "the command line cannot be used:\n  "
             + "\n  ".join(problems)
             + "\nCopy it with `gcloud storage cp -r`, or, where it is a run, write its policy with "
-            "`experiments/export.py --run=gs://... --out=FOLDER`, and name the folder."
+            "`mer-r1 export --run=gs://... --out=FOLDER`, and name the folder."
         )
 
 

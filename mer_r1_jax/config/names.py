@@ -1,4 +1,4 @@
-"""The names of the configuration's fields, and which one somebody meant who wrote another."""
+"""Field names, and did-you-mean suggestions for unknown ones."""
 
 from __future__ import annotations
 

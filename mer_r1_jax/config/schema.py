@@ -89,7 +89,7 @@ class MediaConfig:
     video_total_pixels: Pixels = 90_316_800  # pixels of all frames together: 0.9 * 128000 * 28 * 28
     image_min_pixels: Pixels = 4 * 28 * 28  # fewest pixels of a resized image
     image_max_pixels: Pixels = 16_384 * 28 * 28  # most pixels of a resized image
-    max_aspect_ratio: SideRatio = MAX_ASPECT_RATIO  # pictures with sides further apart are refused; less, less padding
+    max_aspect_ratio: SideRatio = MAX_ASPECT_RATIO  # largest ratio of a picture's sides; a lower one saves padding
     sampling_rate: Annotated[int, Number(1000, 384_000)] = 16_000  # Hz of the audio the mel spectrogram is made from
     max_audio_seconds: AudioSeconds = 300.0  # audio beyond this is cut (counted in data/audio_cut)
     max_clip_seconds: Seconds = 600.0  # a clip longer than this is refused rather than decoded
@@ -138,10 +138,10 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     learning_rate: Annotated[float, Number(0, 10, above=True)] = 2e-6  # peak
-    adam_beta1: ShareBelowOne = 0.9
-    adam_beta2: ShareBelowOne = 0.999
-    adam_epsilon: Annotated[float, Number(0, 1, above=True)] = 1e-8
-    weight_decay: Annotated[float, Number(0, 10)] = 0.0
+    adam_beta1: ShareBelowOne = 0.9  # decay of the first moment, the mean of gradients
+    adam_beta2: ShareBelowOne = 0.999  # decay of the second moment, the mean of their squares
+    adam_epsilon: Annotated[float, Number(0, 1, above=True)] = 1e-8  # added to the root of the second moment
+    weight_decay: Annotated[float, Number(0, 10)] = 0.0  # decoupled, times the learning rate
     max_grad_norm: Annotated[float, Number(0, 1e12, above=True)] = 1.0  # global gradient norm is clipped to this
     warmup_ratio: ShareBelowOne = 0.03  # share of the steps spent warming up (ours)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # after warm-up (ours: linear)
@@ -218,9 +218,9 @@ class EvalConfig:
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1 and is inferred."""
 
-    data: MeshSize = -1
-    fsdp: MeshSize = 1
-    tensor: MeshSize = 1
+    data: MeshSize = -1  # devices the batch is cut over; each holds all parameters
+    fsdp: MeshSize = 1  # devices both batch and parameters are cut over
+    tensor: MeshSize = 1  # devices that share heads, feed-forward width and vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -206,7 +206,7 @@ class ClipPrefetcher:
         except StalledLoadError as error:
             raise StalledLoadError(
                 f"{record.where}: {record.id}: {error}; expected the loader to answer or time out by itself. To mend "
-                "it, look at the clip with experiments/validate.py and at the machine's load; then start again"
+                "it, look at the clip with `mer-r1 validate` and at the machine's load; then start again"
             ) from None
         except PromptError as error:
             raise PromptError(f"{record.where}: {error}") from error

@@ -136,7 +136,7 @@ class Quarantine:
                     f"{len(clips)} of {self.num_records} clips ({len(clips) / max(1, self.num_records):.1%}) are broken"
                     f"{' or timed out' * (out > len(self))}; expected at most "
                     f"data.max_quarantined_fraction = {self.max_fraction:.1%}. By reason: {reasons}. By data file: "
-                    f"{files}. To mend it, repair or remove the clips below (experiments/validate.py finds all of them "
+                    f"{files}. To mend it, repair or remove the clips below (`mer-r1 validate` finds all of them "
                     "before a run), or raise the limit:",
                     *listed,
                 ]

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mer_r1_jax.emotion import answer_form, official_scores
@@ -44,8 +44,7 @@ def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = 
         PredictionError: unknown metric, missing or empty file, one that is no JSON lines in UTF-8, lines that are not
             as described, an id twice.
     """
-    if metric not in METRICS:
-        raise PredictionError(f"unknown metric {metric!r}: expected one of {', '.join(METRICS)}")
+    _require_metric(metric)
     path = pathlib.Path(path)
     if not path.is_file():
         raise PredictionError(f"{path}: no such file; expected JSON lines with id, prediction and truth")
@@ -71,10 +70,38 @@ def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = 
         columns.truths.append(row[1])
     mistakes.extend(f"{path}:{fault.line}: {fault}" if fault.line else f"{path}: {fault}" for fault in faults)
     if mistakes:
-        more = len(mistakes) - _MOST_SHOWN
-        raise PredictionError("\n".join(mistakes[:_MOST_SHOWN] + [f"... and {more} more"] * (more > 0)))
+        raise PredictionError(_listed(mistakes))
     if not columns.ids:
         raise PredictionError(f"{path}: no predictions; expected JSON lines with id, prediction and truth")
+    return columns
+
+
+def paired(predictions: Mapping[str, Any], truths: Mapping[str, Any], metric: str) -> Predictions:
+    """The columns of predictions and truths that lie in memory, each by id; cells are those of `read_predictions`.
+
+    Raises:
+        PredictionError: unknown metric, no predictions, ids without a partner, cells that cannot be read.
+    """
+    _require_metric(metric)
+    read_prediction, read_truth = _READERS[metric]
+    columns, mistakes = Predictions([], [], []), []
+    for name in [*predictions, *(name for name in truths if name not in predictions)]:
+        if name not in predictions or name not in truths:
+            lacking = "prediction" if name not in predictions else "truth"
+            mistakes.append(f"{printable(name)}: no {lacking}; expected one of each for every id, None for no words")
+            continue
+        try:
+            row = read_prediction(predictions[name]), read_truth(truths[name])
+        except (ValueError, TypeError) as error:
+            mistakes.append(f"{printable(name)}: {printable(error)}")
+            continue
+        columns.ids.append(str(name))
+        columns.predictions.append(row[0])
+        columns.truths.append(row[1])
+    if mistakes:
+        raise PredictionError(_listed(mistakes))
+    if not columns.ids:
+        raise PredictionError("no predictions; expected at least one id with a prediction and a truth")
     return columns
 
 
@@ -111,6 +138,17 @@ def score_predictions(columns: Predictions, metric: str, wheels: Wheels) -> dict
     if metric == "waf":
         result["accuracy"] = score.accuracy
     return {key: _number(value) for key, value in result.items()}
+
+
+def _require_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise PredictionError(f"unknown metric {metric!r}: expected one of {', '.join(METRICS)}")
+
+
+def _listed(mistakes: list[str]) -> str:
+    """The first mistakes, one a line, and how many more there are."""
+    more = len(mistakes) - _MOST_SHOWN
+    return "\n".join(mistakes[:_MOST_SHOWN] + [f"... and {more} more"] * (more > 0))
 
 
 def _record(line: str) -> dict:

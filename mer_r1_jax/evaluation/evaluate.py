@@ -141,7 +141,7 @@ class Evaluator:
         if not records:
             raise EvaluationError(
                 f"none of the {len(skipped)} held-out clips can be used, the first for: "
-                f"{skipped[0][1] if skipped else 'there is none'}; look at them with experiments/validate.py"
+                f"{skipped[0][1] if skipped else 'there is none'}; look at them with `mer-r1 validate`"
             )
         return Evaluation(tuple(records), {mode: tuple(listed) for mode, listed in answers.items()}, tuple(skipped))
 

@@ -1,6 +1,6 @@
 """Cases to check an export with: held-out prompts as transformers' processor would give them, and our answers to them.
 
-`experiments/check_in_transformers.py` feeds the cases to transformers' own model. It has to run under several versions
+`mer-r1 check-in-transformers` feeds the cases to transformers' own model. It has to run under several versions
 of transformers, so all it needs is in one .npz file.
 
 Shape letters as in `omni.batch`.

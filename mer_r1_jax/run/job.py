@@ -1,4 +1,4 @@
-"""One run as a process of its own: `python -m mer_r1_jax.run.job CONFIG.json`, as `experiments/train.py` does it.
+"""One run as a process of its own: `python -m mer_r1_jax.run.job CONFIG.json`, as `mer-r1 train` does it.
 
 It is stopped (saved, exit code 75) when the process that started it is gone, so that nothing trains on unseen.
 """

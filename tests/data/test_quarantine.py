@@ -52,7 +52,7 @@ def test_passing_the_limit_names_the_clips_their_reasons_and_the_worst_files():
     assert "By reason: truncated 9, timeout 3" in message
     assert "By data file: b.jsonl 9, a.jsonl 3" in message
     assert "b.jsonl:1: r0: clips/0.mp4: half a file" in message
-    assert "and 2 more" in message and "validate.py" in message
+    assert "and 2 more" in message and "`mer-r1 validate`" in message
 
 
 def test_no_broken_clip_is_tolerated_at_limit_zero():

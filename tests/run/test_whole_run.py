@@ -19,6 +19,7 @@ from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.hf.sums import SUMS_FILE
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.policy import load_policy, open_model
+from mer_r1_jax.training.metric_names import is_known
 from mer_r1_jax.training.metrics import read_metrics
 from mer_r1_jax.training.signals import EXIT_SAVED
 from mer_r1_jax.training.state import flatten
@@ -90,6 +91,7 @@ def test_metrics_have_the_names_their_readers_know(alone):
     sft, rl = ([line for line in lines if line["phase"] == phase] for phase in ("sft", "rl"))
     assert [line["step"] for line in sft] == list(range(1, SFT_STEPS + 1))
     assert [line["step"] for line in rl] == list(range(1, RL_STEPS + 1))
+    assert [name for line in lines for name in line if not is_known(name)] == [], "the reference lacks them"
     common = {"loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "perf/throughput", "skipped_steps"}
     common |= {"data/skipped", "data/silent_audio", "data/audio_cut", "data/decode_ms"}
     common |= {"data/audio_filled", "data/mute_audio", "data/cancelled_audio"}

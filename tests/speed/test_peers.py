@@ -1,21 +1,15 @@
-"""Both sides of experiments/bench.py do the same work: same weights, same tokens, same numbers."""
-
-import sys
-from pathlib import Path
+"""Both sides of `mer-r1 bench` do the same work: same weights, same tokens, same numbers."""
 
 import numpy as np
 import pytest
 import torch
+from mer_r1_jax.peers import page, timing
+from mer_r1_jax.peers.omni import PARTS, OmniSide, make_job
+from mer_r1_jax.peers.omni_torch import OmniPeer
+from mer_r1_jax.peers.text import END, TextJob, TextSide
+from mer_r1_jax.peers.text_torch import TextPeer
 from support.small_fixtures import compiled, small, small_folder  # noqa: F401
 from support.small_run import with_config
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
-from peers import page, timing  # noqa: E402
-from peers.omni import PARTS, OmniSide, make_job  # noqa: E402
-from peers.omni_torch import OmniPeer  # noqa: E402
-from peers.text import END, TextJob, TextSide  # noqa: E402
-from peers.text_torch import TextPeer  # noqa: E402
 
 LENGTH = 48  # tokens of a completion of clips; a demonstration has to fit
 

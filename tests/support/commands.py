@@ -1,18 +1,24 @@
-"""Runs the commands under experiments/ inside the test process, one after another."""
+"""Runs the commands of mer_r1_jax/commands inside the test process, one after another."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 from absl import flags
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+COMMANDS = Path(__file__).resolve().parents[2] / "mer_r1_jax/commands"
 
 
 def load_command(name: str):
-    """Loads experiments/<name>.py afresh; flags that an earlier command defined are taken back."""
+    """Loads a command afresh; flags that an earlier command defined are taken back."""
     # Taken down first: deleting a flag also takes it off the list its module is filed under.
     earlier = [
         flag.name
@@ -22,7 +28,7 @@ def load_command(name: str):
     ]
     for flag_name in set(earlier):
         delattr(flags.FLAGS, flag_name)
-    spec = importlib.util.spec_from_file_location(f"command_{name}", EXPERIMENTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"command_{name}", COMMANDS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -30,10 +36,20 @@ def load_command(name: str):
 
 
 def run_command(name: str, *arguments: str, **names) -> int:
-    """Runs `python experiments/<name>.py ARGUMENTS` and returns its exit code; `names` replace the command's own."""
+    """Runs `mer-r1 <name> ARGUMENTS` and returns its exit code; `names` replace what the command imports under them."""
     module = load_command(name)
-    vars(module).update(names)
-    try:
-        return module.main(flags.FLAGS([name, *arguments])) or 0
-    except SystemExit as done:
-        return done.code
+    with contextlib.ExitStack() as stack:
+        for replaced, value in names.items():
+            stack.enter_context(mock.patch.object(_home(module, replaced), replaced, value))
+        try:
+            return module.main(flags.FLAGS([name, *arguments])) or 0
+        except SystemExit as done:
+            return done.code
+
+
+def _home(module: ModuleType, name: str) -> ModuleType:
+    """The module a command imports a name from, late, in a function; the command itself for a name of its own."""
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+            return importlib.import_module(node.module)
+    return module

@@ -151,7 +151,7 @@ def _mode_scores(
 
 
 def _official(predictions: Sequence[Any], truths: Sequence[Any], metric: str, wheels: Wheels) -> dict[str, Any]:
-    """What experiments/score.py says of the same predictions."""
+    """What `mer-r1 score` says of the same predictions."""
     columns = Predictions([str(i) for i in range(len(truths))], [_listed(p) for p in predictions], list(truths))
     return score_predictions(columns, metric, wheels)
 

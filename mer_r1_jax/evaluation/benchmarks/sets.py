@@ -1,7 +1,7 @@
 """The nine sets of MER-UniBench: where their official folders keep what, how each is scored, what the paper reports.
 
 Folder, file and column names are those of the released loaders (zeroQiaoba/AffectGPT, config.py and
-my_affectgpt/datasets). Labels are pickled npz there; `experiments/convert_labels.py` writes the CSV that is read here.
+my_affectgpt/datasets). Labels are pickled npz there; `mer-r1 convert-labels` writes the CSV that is read here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,175 @@
+"""The public face, for notebooks and other programs: `mer_r1_jax.load`, `Model.answer`, `mer_r1_jax.score`.
+
+import mer_r1_jax
+
+with mer_r1_jax.load("runs/synthetic") as model:
+    answer = model.answer(video="clip.mp4", subtitle="Watch what I do next.", mode="slow")
+print(answer.reasoning, answer.words, answer.probabilities)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from mer_r1_jax.emotion import predictions as scoring
+from mer_r1_jax.emotion.wheels import load_wheels
+
+Mode = Literal["slow", "fast"]
+Part = Literal["both", "video", "audio"]
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot be used; the message says what was got, what was expected and how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model says about a clip.
+
+    Attributes:
+        mode: slow (after reasoning) or fast (at once).
+        reasoning: what stands in the think block; None where there is none, as in every fast answer.
+        words: the emotion words, lower-case, in the order of the answer; empty where it cannot be read.
+        probabilities: word -> probability of its categories where it is said, mean over the wheels, in [0, 1]; a word
+            that is on no wheel has none.
+        categories: word -> its category on each of the five wheels, None where it has none.
+        truncated: the answer was cut at the length cap.
+        text: everything that was generated.
+    """
+
+    mode: str
+    reasoning: str | None
+    words: tuple[str, ...]
+    probabilities: Mapping[str, float]
+    categories: Mapping[str, tuple[str | None, ...]]
+    truncated: bool
+    text: str
+
+
+class Model:
+    """A policy that answers about clips; `load` makes one. Answers are greedy: the same clip gives the same answer.
+
+    Use it in a `with` block, or call `close`: processes that decode clips end with it.
+    """
+
+    def __init__(self, setup: Any, leaves: Any):
+        self._setup, self._leaves = setup, leaves
+
+    def answer(
+        self,
+        *,
+        video: str | os.PathLike,
+        subtitle: str | None = None,
+        question: str | None = None,
+        mode: Mode = "slow",
+        show: Part = "both",
+    ) -> Answer:
+        """Answers about one clip.
+
+        Args:
+            video: the clip. One without sound is answered from its frames.
+            subtitle: what is said in it, where known.
+            question: what is asked; None asks what the model was trained on.
+            mode: slow reasons first; fast answers at once, behind an empty think block.
+            show: which part of the clip the model is given.
+
+        Raises:
+            ArgumentError: an unknown mode or part.
+            MediaError, PromptError: a clip or text that cannot be used.
+            RolloutError: the model's scores are not finite.
+        """
+        from mer_r1_jax.run.inference import answer, clip_record
+
+        _require("mode", mode, ("slow", "fast"))
+        _require("show", show, ("both", "video", "audio"))
+        asked = question or self._setup.config.data.question
+        record = clip_record(video, asked, subtitle, frames=show != "audio", audio=show != "video")
+        _, (reading,) = answer(self._setup, self._leaves, record, (mode,))
+        return Answer(
+            mode=reading.mode,
+            reasoning=reading.reasoning or None,
+            words=tuple(word.word for word in reading.words),
+            probabilities={word.word: word.confidence for word in reading.words if word.confidence is not None},
+            categories={word.word: word.categories for word in reading.words},
+            truncated=reading.truncated,
+            text=reading.text,
+        )
+
+    def close(self) -> None:
+        """Ends the processes that decode clips. Closing twice does no harm."""
+        self._setup.source.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(path: str | os.PathLike, **settings: Any) -> Model:
+    """Loads a model.
+
+    Args:
+        path: a run's folder (its newest valid checkpoint is taken), the export of one, or a Hugging Face directory of
+            a Qwen2.5-Omni Thinker or full Omni model.
+        settings: fields of the configuration, dots as double underscores: `media__max_frames=8`.
+
+    Raises:
+        PolicyError, CheckpointError: nothing there that can be loaded.
+        ConfigError: a setting that does not exist or cannot have that value.
+    """
+    from mer_r1_jax.run.policy import open_model
+
+    # As in `mer-r1 infer`, a clip without a sound track is no error.
+    overrides = {"media.missing_audio": "skip"} | {name.replace("__", "."): value for name, value in settings.items()}
+    return Model(*open_model(path, overrides))
+
+
+def score(
+    predictions: str | os.PathLike | Mapping[str, str | Sequence[str] | Answer],
+    truths: str | os.PathLike | Mapping[str, Any] | None = None,
+    *,
+    metric: Literal["set_f1", "hit", "waf"] = "set_f1",
+    wheel_dir: str | os.PathLike = "",
+    variant: Literal["unibench", "mer2026"] = "unibench",
+) -> dict[str, Any]:
+    """Scores predictions as MER-UniBench does.
+
+    Args:
+        predictions: JSON lines of `id`, `prediction` and `truth`, as for `mer-r1 score`; or id -> the answer: text,
+            words, or what `Model.answer` returned.
+        truths: with a mapping, id -> the truth, or a data file whose records have a `solution`.
+        metric: set_f1 for open vocabularies (words against words), hit (words against one word), waf (a sentiment word
+            against a number).
+        wheel_dir: folder of emotion wheels; "" takes those shipped here. Published numbers need the official folder.
+        variant: word forms and the treatment of an undefined F, as the two releases of the benchmark have them.
+
+    Returns:
+        score, precision, recall, per_wheel, n, n_scored, n_unknown_words, unknown_words, and accuracy for waf.
+
+    Raises:
+        ArgumentError: a mapping of predictions without truths, or truths beside a file that has its own.
+        PredictionError: predictions that cannot be read, or ids that differ from those of the truths.
+        RecordError, WheelError: a data file or a wheel folder that cannot be read.
+    """
+    wheels = load_wheels(wheel_dir, variant)
+    if not isinstance(predictions, Mapping):
+        if truths is not None:
+            raise ArgumentError("truths: got some beside a file of predictions, which has its own; leave them out")
+        return scoring.score_predictions(scoring.read_predictions(predictions, metric), metric, wheels)
+    if truths is None:
+        raise ArgumentError("truths: got None, expected id -> truth, or a data file whose records have a solution")
+    if not isinstance(truths, Mapping):
+        from mer_r1_jax.data.records import read_records
+
+        truths = {record.id: list(record.solution) for record in read_records(truths, require=("solution",))}
+    said = {name: list(given.words) if isinstance(given, Answer) else given for name, given in predictions.items()}
+    return scoring.score_predictions(scoring.paired(said, truths, metric), metric, wheels)
+
+
+def _require(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(f"{name}: got {value!r}, expected one of {', '.join(known)}")

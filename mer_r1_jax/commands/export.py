@@ -1,0 +1,71 @@
+"""Exports a model to Hugging Face format: mer-r1 export --run=RUN_DIR --out=DIR [--base=FULL_OMNI_DIR]
+
+--run takes the newest valid checkpoint of a run and puts its settings beside it, --model an existing Hugging Face
+directory (to change its dtype, shards or naming, or to put its Thinker into a full Omni directory with --base).
+transformers 4.57 and 5.x load the result.
+"""
+
+from absl import app, flags
+
+from mer_r1_jax import screen
+from mer_r1_jax.cli import explained
+
+_RUN = flags.DEFINE_string("run", None, "Folder of a run, <output_dir>/<run_name>; may be gs://.")
+_MODEL = flags.DEFINE_string("model", None, "Hugging Face directory of a Thinker or of a full Omni model.")
+_OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
+_BASE = flags.DEFINE_string(
+    "base", None, "Full Omni directory whose talker, vocoder and other files are copied verbatim."
+)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16", "float16"), "Dtype of the written weights.")
+_SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of one file; more makes shards with an index.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export at --out.")
+
+flags.mark_flags_as_mutual_exclusive(["run", "model"], required=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    from mer_r1_jax.omni.hf.export import export_model
+    from mer_r1_jax.run.policy import refuse_in_run, saved_config, write_settings
+
+    with explained():
+        # Not where a run that goes on would take it for its own last export.
+        refuse_in_run(_OUT.value)
+        config, params, source = _run_parameters(_RUN.value) if _RUN.value else _model_parameters(_MODEL.value)
+        report = export_model(
+            _OUT.value,
+            config,
+            params,
+            source=source,
+            base=_BASE.value,
+            dtype=_DTYPE.value,
+            max_shard_size=_SHARD.value,
+            overwrite=_OVERWRITE.value,
+        )
+        if _RUN.value:
+            # The run's configuration lies beside its export: prompts and clips have to be made as the run made them.
+            write_settings(report.directory, saved_config(_RUN.value))
+    screen.say(
+        f"{report.directory}: {report.tensors} tensors, {report.parameters:,} parameters, {report.nbytes / 1e9:.3g} GB "
+        f"in {len(report.weight_files)} file(s); {report.verbatim_tensors} tensors of the base copied verbatim"
+    )
+    screen.say(f"copied: {', '.join(report.copied_files) or 'nothing'}")
+    if report.left_out:
+        screen.say(f"left out, as weights in other formats: {', '.join(report.left_out)}")
+
+
+def _model_parameters(model: str):
+    """(config, parameters, where the tokenizer lies) of a Hugging Face directory."""
+    from mer_r1_jax.omni.hf.config import load_config
+    from mer_r1_jax.omni.hf.load import load_params
+
+    config = load_config(model)
+    return config, load_params(model, config), model
+
+
+def _run_parameters(run: str):
+    """The same of a run's newest valid checkpoint."""
+    from mer_r1_jax.run.policy import load_policy
+
+    return load_policy(run)

@@ -1,0 +1,107 @@
+"""Answers about a clip: mer-r1 infer --model=HF_DIR_OR_RUN --video=clip.mp4 [--subtitle=... --mode=...]
+
+Prints the reasoning, the emotion words with their categories on the five wheels, and how sure the model is of each.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+
+from mer_r1_jax import screen
+from mer_r1_jax.cli import explained
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.foreign_text import json_text, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mer_r1_jax.run.inference import Reading
+
+_MODEL = flags.DEFINE_string("model", None, "a run's folder, its export, or a Hugging Face directory", required=True)
+_VIDEO = flags.DEFINE_string("video", None, "the clip", required=True)
+_SUBTITLE = flags.DEFINE_string("subtitle", None, "what is said in the clip")
+_QUESTION = flags.DEFINE_string("question", "", "what to ask; empty = the model's own question")
+_MODE = flags.DEFINE_enum("mode", "both", ("slow", "fast", "both"), "answer after reasoning, at once, or both")
+_SHOW = flags.DEFINE_enum("show", "both", ("both", "video", "audio"), "which part of the clip the model is given")
+_SET = flags.DEFINE_multi_string("set", [], "a configuration field to change, such as media.max_frames=8; repeatable")
+_JSON = flags.DEFINE_bool("json", False, "print JSON instead of text")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    from mer_r1_jax.run.inference import MODES, answer, clip_record
+    from mer_r1_jax.run.policy import open_model
+
+    with explained():
+        # A clip without sound is answered from its frames; the line printed with the prompt says so.
+        setup, params = open_model(_MODEL.value, {"media.missing_audio": "skip"} | _settings(_SET.value))
+        record = clip_record(
+            _VIDEO.value,
+            _QUESTION.value or setup.config.data.question,
+            _SUBTITLE.value,
+            frames=_SHOW.value != "audio",
+            audio=_SHOW.value != "video",
+        )
+        try:
+            prompt, readings = answer(setup, params, record, MODES if _MODE.value == "both" else (_MODE.value,))
+        finally:
+            setup.source.close()
+    if _JSON.value:
+        screen.say(json_text([_as_json(reading) for reading in readings], indent=1))
+        return
+    console = screen.console()
+    sound = f"{prompt.stats['audio_seconds']:.1f} s of audio" if prompt.audio else "no audio"
+    console.print(
+        f"{printable(_VIDEO.value)}: {prompt.stats['frames']} frames, {sound}, {len(prompt.ids)} tokens",
+        highlight=False,
+    )
+    for reading in readings:
+        _show(console, reading)
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    """`section.field=value` texts as a mapping; values that are JSON are read as such, others are text."""
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or "." not in name:
+            raise ConfigError(f"--set={text}: expected section.field=value, such as media.max_frames=8")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def _show(console: Console, reading: Reading) -> None:
+    from rich.table import Table
+
+    console.print()
+    console.print(reading.mode, style="bold", end="")
+    console.print(" (cut at the length cap)" if reading.truncated else "")
+    if reading.mode == "slow":
+        console.print(f"reasoning: {reading.reasoning or 'none'}", markup=False, highlight=False)
+    if not reading.words:
+        console.print(f"no answer; the model wrote: {reading.text!r}", markup=False, highlight=False)
+        return
+    table = Table("emotion", "confidence", "categories on the five wheels")
+    for word in reading.words:
+        confidence = "-" if word.confidence is None else f"{word.confidence:.2f}"
+        table.add_row(word.word, confidence, ", ".join(category or "-" for category in word.categories))
+    console.print(table)
+
+
+def _as_json(reading: Reading) -> dict:
+    return {
+        "mode": reading.mode,
+        "reasoning": reading.reasoning,
+        "answer": [word.word for word in reading.words],
+        "categories": {word.word: list(word.categories) for word in reading.words},
+        "confidences": {word.word: word.confidence for word in reading.words},
+        "truncated": reading.truncated,
+        "text": reading.text,
+    }
