@@ -211,12 +211,12 @@ class _Child:
     def kill(self) -> None:
         """Ends the process with all that came of it, and closes the pipes."""
         self.leave()
-        # The guard may have been stopped, and then forced; at last the process is stuck in the kernel, until that ends.
+        # The guard may have been stopped, or killed with others of its group left. What is stuck in the kernel stays.
         for sign in (signal.SIGCONT, signal.SIGKILL):
-            with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
-                if self._process.poll() is None:
-                    os.killpg(self._process.pid, sign)
-                    self._process.wait(timeout=KILL_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=KILL_SECONDS)
         for pipe in (self._process.stdout, self._messages):
             if pipe is not None:
                 pipe.close()
@@ -238,13 +238,17 @@ class _Child:
                 selector.register(jobs, selectors.EVENT_WRITE)
             ready = {key.fileobj for key, _ in selector.select(min(left, POLL_SECONDS))}
         if jobs in ready:
-            with contextlib.suppress(BrokenPipeError):  # which is told where its answers end
+            try:
                 self._unsent = self._unsent[jobs.write(self._unsent) or 0 :]
+            except BrokenPipeError:  # told below, where the answers end
+                self._unsent = memoryview(b"")
         if answers in ready:
             data = answers.read(_READ_BYTES)
             if not data:
                 raise ChildDiedError(self._last_words())
             self._buffer += data
+        elif self._process.poll() is not None:  # and something that it left holds the pipe open
+            raise ChildDiedError(self._last_words())
         elif not ready and not left:
             raise TimeoutError
         elif asked():

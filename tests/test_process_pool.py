@@ -189,6 +189,18 @@ def test_a_guard_that_was_stopped_is_ended_all_the_same(pool):
     assert tree and all(gone(process) for process in [child._process.pid, *tree])
 
 
+def test_a_guard_that_was_killed_is_told_and_its_group_ended(pool, tmp_path):
+    fork = tmp_path / "fork"
+    code = f"""if fork := os.fork():
+    open({str(fork)!r}, "w").write(str(fork))
+    os.kill(os.getppid(), 9)
+time.sleep(1000)"""
+    begin = time.monotonic()
+    with pytest.raises(ChildDiedError, match="exit status -9"):
+        ask(pool, code, 1000.0)
+    assert time.monotonic() - begin < 60 and gone(int(fork.read_text()))
+
+
 def test_handing_over_a_large_job_ends_in_time_too(pool):
     """A child that stands still reads nothing, and a pipe holds 64 KiB."""
     ask(pool, "threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()")
