@@ -134,9 +134,11 @@ class ProcessPool:
 
     @contextlib.contextmanager
     def _child(self) -> Iterator[_Child]:
-        """Lends a process that is ready for jobs; whatever is raised meanwhile ends it, and another takes its place."""
+        """Lends a process that is ready for jobs. Whatever is raised meanwhile ends it; a new one takes its place."""
         child, healthy = self._slots.get(), None
         try:
+            if not self._finalizer.alive:
+                raise RuntimeError("got a job for a pool of processes that was closed; expected none after `close`")
             if child is None:
                 child = self._begin()
                 self._running.add(child)
@@ -170,8 +172,7 @@ class _Child:
             start_new_session=True,  # Ctrl-C is for the parent, which then ends its children
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
         )
-        self._jobs, self._answers = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._jobs, False)
+        os.set_blocking(self._process.stdin.fileno(), False)
         self._unsent = memoryview(b"")
         self._buffer = bytearray()
 
@@ -210,12 +211,12 @@ class _Child:
     def kill(self) -> None:
         """Ends the process with all that came of it, and closes the pipes."""
         self.leave()
-        # The guard may have been stopped, and then forced; at last the process is stuck in the kernel, until that ends.
+        # The guard may have been stopped, or killed with others of its group left. What is stuck in the kernel stays.
         for sign in (signal.SIGCONT, signal.SIGKILL):
-            with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
-                if self._process.poll() is None:
-                    os.killpg(self._process.pid, sign)
-                    self._process.wait(timeout=KILL_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=KILL_SECONDS)
         for pipe in (self._process.stdout, self._messages):
             if pipe is not None:
                 pipe.close()
@@ -230,19 +231,24 @@ class _Child:
     def _exchange(self, countdown: Countdown, asked: Callable[[], bool]) -> None:
         """Writes what is left of the job and reads what has arrived; waits for either, for POLL_SECONDS at most."""
         left = countdown.left()
+        jobs, answers = self._process.stdin, self._process.stdout
         with selectors.DefaultSelector() as selector:
-            selector.register(self._answers, selectors.EVENT_READ)
+            selector.register(answers, selectors.EVENT_READ)
             if self._unsent:
-                selector.register(self._jobs, selectors.EVENT_WRITE)
-            ready = {key.fd for key, _ in selector.select(min(left, POLL_SECONDS))}
-        if self._jobs in ready:
-            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # the second is told at its end of answers
-                self._unsent = self._unsent[os.write(self._jobs, self._unsent) :]
-        if self._answers in ready:
-            data = os.read(self._answers, _READ_BYTES)
+                selector.register(jobs, selectors.EVENT_WRITE)
+            ready = {key.fileobj for key, _ in selector.select(min(left, POLL_SECONDS))}
+        if jobs in ready:
+            try:
+                self._unsent = self._unsent[jobs.write(self._unsent) or 0 :]
+            except BrokenPipeError:  # told below, where the answers end
+                self._unsent = memoryview(b"")
+        if answers in ready:
+            data = answers.read(_READ_BYTES)
             if not data:
                 raise ChildDiedError(self._last_words())
             self._buffer += data
+        elif self._process.poll() is not None:  # and something that it left holds the pipe open
+            raise ChildDiedError(self._last_words())
         elif not ready and not left:
             raise TimeoutError
         elif asked():
@@ -272,9 +278,10 @@ def _head(line: bytes) -> dict[str, Any] | None:
 
 
 def _kill_all(children: set[_Child]) -> None:
-    for child in children:
+    leaving = list(children)
+    for child in leaving:
         child.leave()  # all at once
-    for child in list(children):
+    for child in leaving:
         child.kill()
     children.clear()
 

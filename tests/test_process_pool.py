@@ -137,7 +137,7 @@ LEFT_BEHIND = {
 def test_nothing_that_a_job_started_outlives_its_process(tmp_path, name, end):
     listed = tmp_path / "processes"
     code = f"{LEFT_BEHIND[name]}\ntime.sleep(0.2)\nopen({str(listed)!r}, 'w').close()\n"
-    code += {"exit": "os._exit(0)", "close": "value = 1"}.get(end, "time.sleep(1000)")
+    code += {"exit": "time.sleep(1); os._exit(0)", "close": "time.sleep(1); value = 1"}.get(end, "time.sleep(1000)")
     program = f"""
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -187,6 +187,18 @@ def test_a_guard_that_was_stopped_is_ended_all_the_same(pool):
     tree = descendants(child._process.pid)
     pool.close()
     assert tree and all(gone(process) for process in [child._process.pid, *tree])
+
+
+def test_a_guard_that_was_killed_is_told_and_its_group_ended(pool, tmp_path):
+    fork = tmp_path / "fork"
+    code = f"""if fork := os.fork():
+    open({str(fork)!r}, "w").write(str(fork))
+    os.kill(os.getppid(), 9)
+time.sleep(1000)"""
+    begin = time.monotonic()
+    with pytest.raises(ChildDiedError, match="exit status -9"):
+        ask(pool, code, 1000.0)
+    assert time.monotonic() - begin < 60 and gone(int(fork.read_text()))
 
 
 def test_handing_over_a_large_job_ends_in_time_too(pool):
@@ -302,6 +314,29 @@ def test_of_a_flood_of_output_a_bounded_part_is_kept_or_shown(capfd, quotes):
     shown = capfd.readouterr().err
     assert max(kept, len(shown)) < 2 * SHOWN_BYTES
     assert quotes or shown.startswith("shown\n")
+
+
+def test_closing_while_a_job_hangs_ends_it_and_takes_no_further_job():
+    pool, outcome = ProcessPool(COMMAND, 1), []
+
+    def hang():
+        for _ in range(2):
+            try:
+                ask(pool, "time.sleep(1000)", 1000.0)
+            except (ChildDiedError, ValueError, RuntimeError) as error:
+                outcome.append(error)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    while not pool._running:
+        time.sleep(0.01)
+    time.sleep(1.0)
+    (child,) = pool._running
+    tree = descendants(child._process.pid)
+    pool.close()
+    thread.join(20)
+    assert not thread.is_alive() and not pool._running
+    assert "was closed" in str(outcome[-1]) and all(gone(process) for process in [child._process.pid, *tree])
 
 
 def test_an_end_leaves_no_descriptor_open(pool):

@@ -1,7 +1,9 @@
 """What decoding one file yields, and the bytes it is kept as: by the cache on disk, and between processes.
 
 Layout: 8 bytes of magic, CRC-32 of all that follows, length of the header, JSON header padded with blanks so that the
-arrays are aligned, arrays one after the other. A truncated, extended or damaged entry is recognised.
+arrays are aligned, arrays one after the other. A truncated, extended or damaged entry is recognised. `np.savez` and
+`np.load` keep the same with a sum for each array, but take 1.4 and 1.6 times as long for the frames of a clip (12 MB:
+232 against 165 ms, 54 against 34 ms), and 2.4 and 7 times as long for 36 KB.
 """
 
 from __future__ import annotations
