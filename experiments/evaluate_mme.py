@@ -18,7 +18,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained, parse_flags
 from mer_r1_jax.evaluation.judge.client import ChatClient
 from mer_r1_jax.evaluation.mme.mme_folder import MmeFolder
-from mer_r1_jax.evaluation.mme.mme_pipeline import Responses, rescore, run
+from mer_r1_jax.evaluation.mme.mme_pipeline import Judges, Responses, rescore, run
 from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark
 from mer_r1_jax.evaluation.mme.mme_scores import lines_of
 from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
@@ -95,18 +95,14 @@ def _evaluate(stop: StopSignals) -> list[dict]:
             if _RESPONSES.value
             else stack.enter_context(_policy(benchmark, stop))
         )
-        return run(
-            benchmark,
-            predictor,
-            _OUT.value,
-            judge_client=judge,
-            extractor_client=extractor,
-            images=_IMAGES.value,
-            reasks=_REASKS.value,
-            num_examples=_EXAMPLES.value,
-            progress=stack.enter_context(_bars()),
-            check=stop.check,
-        )
+        show = stack.enter_context(_bars())
+
+        def progress(stage: str, done: int, total: int) -> None:
+            show(stage, done, total)
+            stop.check()
+
+        judges = judge and Judges(judge=judge, extractor=extractor, images=_IMAGES.value, reasks=_REASKS.value)
+        return run(benchmark, predictor, _OUT.value, judges, num_examples=_EXAMPLES.value, progress=progress)
 
 
 def _check_flags() -> None:
