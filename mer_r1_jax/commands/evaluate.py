@@ -176,15 +176,15 @@ def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, sto
         bar.set_description(f"{MME_FOLDER}, {stage}")
         bar.total, bar.n = total, there
         bar.refresh()
+        stop.check()
 
     return mme.run(
         benchmark,
         PolicyAnswers(policy, benchmark, request.modes, Stop(stop)),
         out,
-        judge_client=judge,
+        judge and mme.Judges(judge=judge),
         num_examples=_EXAMPLES.value,
         progress=progress,
-        check=stop.check,
     )
 
 

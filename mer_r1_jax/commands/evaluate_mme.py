@@ -84,7 +84,7 @@ def _stoppable() -> tuple[int, list[dict]]:
 
 
 def _evaluate(stop: StopSignals) -> list[dict]:
-    from mer_r1_jax.evaluation.mme.mme_pipeline import Responses, run
+    from mer_r1_jax.evaluation.mme.mme_pipeline import Judges, Responses, run
     from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark
 
     _check_flags()
@@ -102,18 +102,14 @@ def _evaluate(stop: StopSignals) -> list[dict]:
             if _RESPONSES.value
             else stack.enter_context(_policy(benchmark, stop))
         )
-        return run(
-            benchmark,
-            predictor,
-            _OUT.value,
-            judge_client=judge,
-            extractor_client=extractor,
-            images=_IMAGES.value,
-            reasks=_REASKS.value,
-            num_examples=_EXAMPLES.value,
-            progress=stack.enter_context(_bars()),
-            check=stop.check,
-        )
+        show = stack.enter_context(_bars())
+
+        def progress(stage: str, done: int, total: int) -> None:
+            show(stage, done, total)
+            stop.check()
+
+        judges = judge and Judges(judge=judge, extractor=extractor, images=_IMAGES.value, reasks=_REASKS.value)
+        return run(benchmark, predictor, _OUT.value, judges, num_examples=_EXAMPLES.value, progress=progress)
 
 
 def _check_flags() -> None:

@@ -13,7 +13,7 @@ from mer_r1_jax.emotion import official_scores
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.evaluation import bootstrap
 from mer_r1_jax.evaluation.benchmarks import analysis, benchmark_scores
-from mer_r1_jax.evaluation.benchmarks.benchmark_scores import score_benchmark
+from mer_r1_jax.evaluation.benchmarks.benchmark_scores import Scorer, score_benchmark
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
 from mer_r1_jax.evaluation.benchmarks.word_protocol import (
     OFFICIAL_WHEELS,
@@ -129,7 +129,7 @@ def test_a_benchmark_counted_by_hand(wheels):
         for mode, words in by_mode.items()
     }
     scoring = make_scoring("answer", "wheels", wheels, "", None)
-    result = score_benchmark("meld", "hit", answers, truths, scoring, wheels, answer_wheels=wheels_digest(wheels))
+    result = score_benchmark("meld", answers, truths, Scorer(scoring, wheels), wheels_digest(wheels))
     slow, fast = result["modes"]["slow"], result["modes"]["fast"]
     # Three answered clips can be scored: "neutral" has no category.
     assert slow["headline"]["score"]["value"] == slow["score"] == pytest.approx(1 / 3) and slow["n_scored"] == 3
@@ -145,7 +145,7 @@ def test_a_benchmark_counted_by_hand(wheels):
     happy = next(row for row in slow["by_category"] if row["category"] == wheels.category("happy", 0))
     assert (happy["true"], happy["predicted"], happy["precision"], happy["recall"]) == (1, 2, 0.5, 1.0)
     json.dumps(result, allow_nan=False)
-    elsewhere = score_benchmark("meld", "hit", answers, truths, scoring, wheels, answer_wheels="other wheels")
+    elsewhere = score_benchmark("meld", answers, truths, Scorer(scoring, wheels), "other wheels")
     assert (
         elsewhere["modes"]["slow"]["confidence_correct"] is None
         and elsewhere["modes"]["slow"]["score"] == slow["score"]
@@ -155,9 +155,9 @@ def test_a_benchmark_counted_by_hand(wheels):
 def test_what_cannot_be_scored_says_so(wheels):
     scoring = make_scoring("answer", "wheels", wheels, "", None)
     with pytest.raises(BenchmarkError, match="MELD: there is no answer to score"):
-        score_benchmark("meld", "hit", {}, {"a": "happy"}, scoring, wheels)
+        score_benchmark("meld", {}, {"a": "happy"}, Scorer(scoring, wheels))
     with pytest.raises(BenchmarkError, match="the answer of a lacks truth, text"):
-        score_benchmark("meld", "hit", {("a", "slow"): {"id": "a", "mode": "slow"}}, {"a": "sad"}, scoring, wheels)
+        score_benchmark("meld", {("a", "slow"): {"id": "a", "mode": "slow"}}, {"a": "sad"}, Scorer(scoring, wheels))
 
 
 def test_confusion_and_calibration_by_hand(wheels):

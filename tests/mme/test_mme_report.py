@@ -10,7 +10,7 @@ from support.judge_server import JudgeServer
 from support.mme_standin import follow_rule, is_extraction
 
 from mer_r1_jax.evaluation.judge.client import ChatClient
-from mer_r1_jax.evaluation.mme.mme_pipeline import Responses, run
+from mer_r1_jax.evaluation.mme.mme_pipeline import Judges, Responses, run
 from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark
 from mer_r1_jax.evaluation.mme.mme_report import make_mme_report
 from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
@@ -60,7 +60,7 @@ def page(standin, tmp_path_factory):
         with ChatClient(
             base_url=server.base_url, model=f"judge {SCRIPT}", cache_dir=out / "c", max_failed_frac=1
         ) as judge:
-            run(benchmark, Responses(data / "responses", benchmark), out, judge_client=judge)
+            run(benchmark, Responses(data / "responses", benchmark), out, Judges(judge=judge))
     return Page(out / "report.html"), out
 
 

@@ -10,7 +10,7 @@ from support.mme_standin import COUNT, data_of, follow_rule, is_extraction
 
 from mer_r1_jax.evaluation.judge.client import ChatClient, JudgeAbortedError
 from mer_r1_jax.evaluation.mme.mme_folder import RESULTS, MmeFolder
-from mer_r1_jax.evaluation.mme.mme_pipeline import Responses, rescore, run
+from mer_r1_jax.evaluation.mme.mme_pipeline import Judges, Responses, rescore, run
 from mer_r1_jax.evaluation.mme.mme_reader import Item, read_benchmark
 from mer_r1_jax.evaluation.mme.mme_tasks import METRICS, TASKS, MmeError
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure, predict
@@ -29,7 +29,7 @@ def evaluate(standin, out, server, tasks=("SA", "ML-ER"), limit=0, responses=Non
     benchmark = read_benchmark(standin, tasks, limit)
     answers = Responses(responses or standin / "responses", benchmark)
     with client_of(server, out, **client or {}) as judge:
-        (scores,) = run(benchmark, answers, out, judge_client=judge, **{"images": False} | settings)
+        (scores,) = run(benchmark, answers, out, Judges(judge=judge, **{"images": False} | settings))
     return scores
 
 
@@ -215,9 +215,7 @@ def test_another_judge_has_files_of_its_own_and_both_are_reported(standin, tmp_p
                     benchmark,
                     Responses(standin / "responses", benchmark),
                     tmp_path,
-                    judge_client=judge,
-                    extractor_client=extractor,
-                    images=False,
+                    Judges(judge=judge, extractor=extractor, images=False),
                 )
         assert len(server.requests) == 2 + 2 + 2  # steps once, ratings by each
     assert [score["protocol"]["judge"] for score in scores] in (["judge-1", "judge-2"], ["judge-2", "judge-1"])
@@ -293,7 +291,7 @@ def test_what_no_judge_can_be_sent_is_replaced_before_it_is_kept(tmp_path):
 
 def test_only_answers_without_a_judge(standin, tmp_path):
     benchmark = read_benchmark(standin, ["SA"])
-    assert run(benchmark, Responses(standin / "responses", benchmark), tmp_path, judge_client=None) == []
+    assert run(benchmark, Responses(standin / "responses", benchmark), tmp_path, None) == []
     assert sorted(os.listdir(tmp_path)) == ["items.json", "predictions.jsonl"]
     with pytest.raises(MmeError, match="no ratings there"):
         MmeFolder.of(tmp_path).score()

@@ -18,8 +18,8 @@ from typing import Any
 
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.evaluation.benchmarks.benchmark_reader import BenchmarkData, truth_of
-from mer_r1_jax.evaluation.benchmarks.benchmark_scores import score_benchmark
-from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError, Request, metric_of
+from mer_r1_jax.evaluation.benchmarks.benchmark_scores import Scorer, score_benchmark
+from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError, Request
 from mer_r1_jax.evaluation.benchmarks.word_protocol import Extractor, make_scoring
 from mer_r1_jax.evaluation.result_log import LogForm, ResultFolder, ResultLog, check_fingerprint, read_log
 
@@ -115,16 +115,8 @@ class BenchmarkFolder(ResultFolder):
         folder = request.wheel_dir or coverage["wheel_dir"]
         wheels = load_wheels(folder, request.variant or coverage["variant"])
         scoring = make_scoring(request.words, request.polarity, wheels, folder, extractor)
-        scores = score_benchmark(
-            name,
-            metric_of(name),
-            answers,
-            truths,
-            scoring,
-            wheels,
-            extractor,
-            answer_wheels=header["fingerprint"]["confidence"]["wheels"],
-        )
+        answer_wheels = header["fingerprint"]["confidence"]["wheels"]
+        scores = score_benchmark(name, answers, truths, Scorer(scoring, wheels, extractor), answer_wheels)
         scores |= {"coverage": coverage, "answers": header, "wheel_dir": folder}
         self.keep(f"scores/{name}.{scoring.key}.json", scores)
         return scores

@@ -16,7 +16,7 @@ from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, is_scorab
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation import bootstrap
 from mer_r1_jax.evaluation.benchmarks import analysis
-from mer_r1_jax.evaluation.benchmarks.sets import HIT, SET_F1, WAF, BenchmarkError, title_of
+from mer_r1_jax.evaluation.benchmarks.sets import HIT, SET_F1, WAF, BenchmarkError, metric_of, title_of
 from mer_r1_jax.evaluation.benchmarks.word_protocol import Extracted, Extractor, Scoring, extract, wheels_digest
 from mer_r1_jax.evaluation.bootstrap import Summed, mean_of, ratio
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
@@ -48,60 +48,63 @@ class _Scored:
         return [[truth] if isinstance(truth, str) else list(truth) for truth in self.truths]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+    """What answers are scored with.
+
+    Attributes:
+        scoring: the protocol.
+        wheels: its wheels.
+        extractor: the LLM, where the protocol uses one.
+    """
+
+    scoring: Scoring
+    wheels: Wheels
+    extractor: Extractor | None = None
+
+
 def score_benchmark(
     name: str,
-    metric: str,
     answers: Mapping[tuple[str, str], Mapping[str, Any]],
     truths: Mapping[str, Any],
-    scoring: Scoring,
-    wheels: Wheels,
-    extractor: Extractor | None = None,
-    *,
+    scorer: Scorer,
     answer_wheels: str = "",
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Scores of one benchmark under one protocol, as JSON-ready values.
 
     Args:
-        name, metric: of the benchmark.
+        name: of the benchmark.
         answers: (clip, mode) -> line of the answer file.
         truths: clip -> truth of every labelled clip that was to be asked, answered or not.
-        scoring: the protocol.
-        wheels: for scoring.
-        extractor: where the protocol uses one.
+        scorer: the protocol and what it needs.
         answer_wheels: digest of the wheels that the answers' confidences were made with; under others there are none.
-        seed: of the intervals.
 
     Raises:
         BenchmarkError: there is no answer to score, or a line lacks a field.
     """
+    metric, wheels = metric_of(name), scorer.wheels
     listed = {mode: [line for (clip, m), line in answers.items() if m == mode and clip in truths] for mode in MODES}
     listed = {mode: lines for mode, lines in listed.items() if lines}
     if not listed:
         raise BenchmarkError(f"{title_of(name)}: there is no answer to score; run without --rescore first")
-    scored = {mode: _readable(lines, metric, scoring, wheels, extractor) for mode, lines in listed.items()}
+    scored = {mode: _readable(lines, metric, scorer) for mode, lines in listed.items()}
     sure = answer_wheels == wheels_digest(wheels)
-    modes = {
-        mode: _mode_scores(mode, listed[mode], part, metric, truths, wheels, sure, seed)
-        for mode, part in scored.items()
-    }
+    modes = {mode: _mode_scores(listed[mode], part, metric, truths, wheels, sure) for mode, part in scored.items()}
     return {
         "benchmark": name,
         "metric": metric,
-        "protocol": scoring.as_json(),
+        "protocol": scorer.scoring.as_json(),
         "modes": modes,
         "references": {} if metric == WAF else _references(next(iter(scored.values())), wheels),
-        "slow_minus_fast": _slow_minus_fast(scored, metric, wheels, sure, seed) if len(scored) == len(MODES) else {},
+        "slow_minus_fast": _slow_minus_fast(scored, metric, wheels, sure) if len(scored) == len(MODES) else {},
     }
 
 
-def _readable(
-    lines: Sequence[Mapping[str, Any]], metric: str, scoring: Scoring, wheels: Wheels, extractor: Extractor | None
-) -> _Scored:
+def _readable(lines: Sequence[Mapping[str, Any]], metric: str, scorer: Scorer) -> _Scored:
     for line in lines:
         if missing := [field for field in LINE_FIELDS if field not in line]:
             raise BenchmarkError(f"the answer of {line.get('id')} lacks {', '.join(missing)}; it cannot be scored")
-    extracted: Extracted = extract(lines, metric, scoring, wheels, extractor)
+    extracted: Extracted = extract(lines, metric, scorer.scoring, scorer.wheels, scorer.extractor)
     predictions = extracted.polarities if metric == WAF else extracted.words
     kept = [i for i, prediction in enumerate(predictions) if prediction is not None]
     return _Scored(
@@ -114,21 +117,20 @@ def _readable(
 
 
 def _mode_scores(
-    mode: str,
     lines: Sequence[Mapping[str, Any]],
     scored: _Scored,
     metric: str,
     truths: Mapping[str, Any],
     wheels: Wheels,
     sure: bool,
-    seed: int,
 ) -> dict[str, Any]:
+    mode = lines[0]["mode"]
     if not scored.lines:
         raise BenchmarkError(f"{mode}: the extractor gave nothing for any of {len(lines)} answers: {scored.failures}")
     official = _official(scored.predictions, scored.truths, metric, wheels)
     official["unknown_words"] = dict(list(official["unknown_words"].items())[:UNKNOWN_SHOWN])
     summed = _summed(scored, metric, wheels)
-    summaries = {name: _as_json(summed_of, seed) for name, summed_of in summed.items()}
+    summaries = {name: _as_json(summed_of) for name, summed_of in summed.items()}
     silent = {clip: truth for clip, truth in truths.items() if clip not in {line["id"] for line in scored.lines}}
     nothing = "" if metric == WAF else ()
     everything = _official(
@@ -145,7 +147,7 @@ def _mode_scores(
         "extractor_failures": scored.failures,
         "n_words_on_no_wheel": sum(not wheels.is_known(word) for words in scored.words for word in words),
         **_habits(mode, lines, scored),
-        **_sureness(pairs, seed),
+        **_sureness(pairs),
         **_details(scored, metric, wheels),
     }
 
@@ -173,13 +175,11 @@ def _summed(scored: _Scored, metric: str, wheels: Wheels) -> dict[str, Summed]:
     return found
 
 
-def _as_json(summed: Summed, seed: int) -> dict[str, Any]:
-    return {name: dataclasses.asdict(interval) for name, interval in bootstrap.intervals(summed, seed=seed).items()}
+def _as_json(summed: Summed) -> dict[str, Any]:
+    return {name: dataclasses.asdict(interval) for name, interval in bootstrap.intervals(summed).items()}
 
 
-def _slow_minus_fast(
-    scored: Mapping[str, _Scored], metric: str, wheels: Wheels, sure: bool, seed: int
-) -> dict[str, Any]:
+def _slow_minus_fast(scored: Mapping[str, _Scored], metric: str, wheels: Wheels, sure: bool) -> dict[str, Any]:
     """Paired differences in points over the clips that both modes answered."""
     places = {mode: {line["id"]: i for i, line in enumerate(part.lines)} for mode, part in scored.items()}
     common = [clip for clip in places["slow"] if clip in places["fast"]]
@@ -195,7 +195,6 @@ def _slow_minus_fast(
             for name, difference in bootstrap.paired(
                 summed["slow"][kind].picked([places["slow"][clip] for clip in common]),
                 summed["fast"][kind].picked([places["fast"][clip] for clip in common]),
-                seed=seed,
             ).items()
         }
         for kind in summed["slow"]
@@ -230,7 +229,7 @@ def _habits(mode: str, lines: Sequence[Mapping[str, Any]], scored: _Scored) -> d
     }
 
 
-def _sureness(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int) -> dict[str, Any]:
+def _sureness(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """Mean confidence on correct and on wrong categories, and the calibration curve; None where there are none."""
     if not pairs:
         return {"confidence_correct": None, "confidence_wrong": None, "calibration": None}
@@ -238,7 +237,7 @@ def _sureness(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int) -> dict
         name: mean_of(analysis.mean_confidence(pairs, correct))
         for name, correct in (("confidence_correct", True), ("confidence_wrong", False))
     }
-    return {name: _as_json(summed, seed)["score"] for name, summed in means.items()} | {
+    return {name: _as_json(summed)["score"] for name, summed in means.items()} | {
         "calibration": analysis.calibration(pairs)
     }
 

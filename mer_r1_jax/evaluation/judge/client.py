@@ -54,6 +54,7 @@ class Tally:
     seconds: float = 0.0
 
 
+@dataclasses.dataclass(eq=False, kw_only=True, repr=False)
 class ChatClient:
     """Asks a chat model. Safe to use from several threads.
 
@@ -75,30 +76,23 @@ class ChatClient:
         JudgeAbortedError: settings that cannot be used.
     """
 
-    def __init__(
-        self,
-        *,
-        base_url: str,
-        model: str,
-        cache_dir: str | Path,
-        api_key_env: str = "JUDGE_API_KEY",
-        concurrency: int = 4,
-        timeout: float = 60.0,
-        max_retries: int = 5,
-        max_failed_frac: float = 0.1,
-        token_budget: int = 0,
-        backoff: float = 1.0,
-        max_tokens_field: str = "max_tokens",
-    ):
-        _check(model=model, concurrency=concurrency, timeout=timeout, max_retries=max_retries)
-        self.model = model
-        self.concurrency = concurrency
-        self.max_failed_frac = max_failed_frac
+    base_url: str
+    model: str
+    cache_dir: str | Path
+    api_key_env: str = "JUDGE_API_KEY"
+    concurrency: int = 4
+    timeout: float = 60.0
+    max_retries: int = 5
+    max_failed_frac: float = 0.1
+    token_budget: int = 0
+    backoff: float = 1.0
+    max_tokens_field: str = "max_tokens"
+
+    def __post_init__(self):
+        _check(model=self.model, concurrency=self.concurrency, timeout=self.timeout, max_retries=self.max_retries)
         self.tally = Tally()
-        self._endpoint = Endpoint(base_url, api_key_env, concurrency, timeout)
-        self._cache = AnswerCache(Path(cache_dir))
-        self._max_retries, self._backoff = max_retries, backoff
-        self._token_budget, self._max_tokens_field = token_budget, max_tokens_field
+        self._endpoint = Endpoint(self.base_url, self.api_key_env, self.concurrency, self.timeout)
+        self._cache = AnswerCache(Path(self.cache_dir))
         self._stopped = threading.Event()
         self._aborted: JudgeAbortedError | None = None  # the first reason, which the others are told too
         self._lock = threading.Lock()
@@ -211,14 +205,14 @@ class ChatClient:
     def _fetch(self, key: str, prompt_version: str, request: dict[str, Any]) -> dict[str, Any]:
         """Asks the endpoint, with retries, and keeps the answer."""
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(1 + self._max_retries),
+            stop=tenacity.stop_after_attempt(1 + self.max_retries),
             wait=self._wait,
             retry=tenacity.retry_if_exception_type(TransientError),
             sleep=tenacity.sleep_using_event(self._stopped),
             reraise=True,
         )
         body = {"model": self.model, "messages": request["messages"], "temperature": request["temperature"]}
-        body[self._max_tokens_field] = request["max_tokens"]
+        body[self.max_tokens_field] = request["max_tokens"]
         try:
             reply = retrying(self._attempt, body)
         except TransientError as error:
@@ -238,9 +232,9 @@ class ChatClient:
         with self._lock:
             if self._aborted is not None:
                 raise JudgeAbortedError(str(self._aborted))
-            if 0 < self._token_budget <= self.tally.tokens:
+            if 0 < self.token_budget <= self.tally.tokens:
                 raise JudgeAbortedError(
-                    f"the judge's token budget is spent: {self.tally.tokens} of {self._token_budget} tokens; what was "
+                    f"the judge's token budget is spent: {self.tally.tokens} of {self.token_budget} tokens; what was "
                     "answered is kept, a larger budget goes on from there"
                 )
             self.tally.requests += 1
@@ -257,7 +251,7 @@ class ChatClient:
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         asked = state.outcome.exception().retry_after
-        grown = tenacity.wait_exponential_jitter(initial=self._backoff, max=LONGEST_WAIT, jitter=self._backoff)(state)
+        grown = tenacity.wait_exponential_jitter(initial=self.backoff, max=LONGEST_WAIT, jitter=self.backoff)(state)
         return grown if asked is None or asked > _MEANT_WAIT else min(max(asked, 0.0), LONGEST_WAIT)
 
     def _fail(self, error: JudgeError) -> None:

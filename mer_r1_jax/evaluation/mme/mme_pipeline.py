@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from mer_r1_jax.evaluation.mme.mme_folder import RESULTS, MmeFolder
 from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, read_responses, response_files
 from mer_r1_jax.evaluation.mme.mme_report import make_mme_report
 from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
-from mer_r1_jax.evaluation.mme.stages import Asked, Failure, Predictor, Progress, asked_of, extract, judge, predict
+from mer_r1_jax.evaluation.mme.stages import (
+    Asked,
+    Asking,
+    Failure,
+    Predictor,
+    Progress,
+    asked_of,
+    extract,
+    judge,
+    predict,
+)
 from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.storage import durable
 
@@ -50,20 +61,44 @@ class Responses:
                 yield one, {"text": text}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Who turns answers into scores, and what the judge is shown.
+
+    Attributes:
+        judge: rates the steps.
+        extractor: turns answers into steps; None = the judge.
+        images, max_frames, frame_side, reasks: as in `Protocol`.
+    """
+
+    judge: ChatClient
+    extractor: ChatClient | None = None
+    images: bool = True
+    max_frames: int = 10
+    frame_side: int = 512
+    reasks: int = 2
+
+    @property
+    def protocol(self) -> Protocol:
+        """What the scores follow from."""
+        return Protocol(
+            extractor=(self.extractor or self.judge).model,
+            judge=self.judge.model,
+            images=self.images,
+            max_frames=self.max_frames,
+            frame_side=self.frame_side,
+            reasks=self.reasks,
+        )
+
+
 def run(
     benchmark: Benchmark,
     predictor: Predictor,
     out: str | Path,
+    judges: Judges | None,
     *,
-    judge_client: ChatClient | None,
-    extractor_client: ChatClient | None = None,
-    images: bool = True,
-    max_frames: int = 10,
-    frame_side: int = 512,
-    reasks: int = 2,
     num_examples: int = 6,
     progress: Progress = lambda *_: None,
-    check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Evaluates, going on from whatever the folder holds already, and writes scores and report.
 
@@ -71,12 +106,9 @@ def run(
         benchmark: what is asked.
         predictor: who answers: `Responses`, or a policy (`mer_r1_jax.run.mme`).
         out: folder of everything that is written.
-        judge_client: rates the steps; None only answers, for a judge later.
-        extractor_client: turns answers into steps; None = the judge.
-        images, max_frames, frame_side, reasks: as in `Protocol`.
+        judges: who rates; None only answers, for a judge later.
         num_examples: items of each mode shown in the report, the first ones.
-        progress: called with (stage, results there, results in all).
-        check: called between results; may raise to stop.
+        progress: called between results with (stage, results there, results in all); may raise to stop.
 
     Returns:
         The scores of every protocol in the folder; none without a judge.
@@ -89,34 +121,23 @@ def run(
     folder.write_items(benchmark, tuple(predictor.modes))
     asked = asked_of(benchmark, predictor.modes)
 
-    def watched(stage: str, done: int, total: int) -> None:
-        progress(stage, done, total)
-        check()
-
     with ResultLog(folder.predictions, RESULTS, predictor.fingerprint) as predictions:
-        predict(predictions, asked, predictor, watched)
+        predict(predictions, asked, predictor, progress)
         if not any(predictions.done(one.key) for one in asked):
             first = next(iter(predictions.rows.values()), {"message": "there is none"})
             raise MmeError(f"none of {len(asked)} items could be answered; the first: {first['message']}")
-        if judge_client is None:
+        if judges is None:
             return []
-        extractor = extractor_client or judge_client
-        protocol = Protocol(
-            extractor=extractor.model,
-            judge=judge_client.model,
-            images=images,
-            max_frames=max_frames,
-            frame_side=frame_side,
-            reasks=reasks,
-        )
+        protocol, judge_client = judges.protocol, judges.judge
+        extractor = judges.extractor or judge_client
         with (
             ResultLog(folder.steps(protocol), RESULTS, protocol.steps_fingerprint()) as steps,
             ResultLog(folder.judged(protocol), RESULTS, protocol.fingerprint()) as judged,
             _pictures(protocol) as pictures,
         ):
             try:
-                extract(steps, predictions, asked, extractor, reasks, watched)
-                judge(judged, steps, benchmark, asked, judge_client, reasks, pictures, watched)
+                extract(steps, predictions, asked, Asking(extractor, judges.reasks, progress))
+                judge(judged, steps, benchmark, asked, Asking(judge_client, judges.reasks, progress), pictures)
             finally:
                 folder.write_metrics({"extractor": extractor.metrics(), "judge": judge_client.metrics()})
     return rescore(out, num_examples)

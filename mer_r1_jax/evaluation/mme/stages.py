@@ -141,6 +141,21 @@ class Failure:
     message: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How an LLM is asked.
+
+    Attributes:
+        client: of the LLM.
+        reasks: further attempts at a reply that cannot be read.
+        progress: called after every result.
+    """
+
+    client: ChatClient
+    reasks: int
+    progress: Progress
+
+
 class Predictor(Interface):
     """Whoever answers the questions.
 
@@ -173,9 +188,7 @@ def predict(log: ResultLog, asked: Sequence[Asked], predictor: Predictor, progre
         progress("predict", done, len(asked))
 
 
-def extract(
-    log: ResultLog, predictions: ResultLog, asked: Sequence[Asked], client: ChatClient, reasks: int, progress: Progress
-) -> None:
+def extract(log: ResultLog, predictions: ResultLog, asked: Sequence[Asked], asking: Asking) -> None:
     """Turns answers into steps."""
 
     def made_from(one: Asked) -> str:
@@ -183,14 +196,14 @@ def extract(
 
     def work(one: Asked) -> Mapping[str, Any] | Failure:
         messages = judging.steps_messages(TASKS[one.item.task], predictions.rows[one.key]["text"])
-        asking = _Asking(client, judging.STEPS_VERSION, judging.STEPS_MAX_TOKENS, reasks)
-        steps = asking.read(messages, parse_steps)
+        question = _Question(asking, judging.STEPS_VERSION, judging.STEPS_MAX_TOKENS)
+        steps = question.read(messages, parse_steps)
         if isinstance(steps, Failure):
             return steps
-        return {"steps": steps, "of": made_from(one), "asks": asking.asks}
+        return {"steps": steps, "of": made_from(one), "asks": question.asks}
 
     answered = [one for one in asked if predictions.done(one.key)]
-    _fill(log, "steps", answered, made_from, work, client, progress)
+    _fill(log, "steps", answered, made_from, work, asking)
 
 
 def judge(
@@ -198,10 +211,8 @@ def judge(
     steps: ResultLog,
     benchmark: Benchmark,
     asked: Sequence[Asked],
-    client: ChatClient,
-    reasks: int,
+    asking: Asking,
     pictures: Pictures | None,
-    progress: Progress,
 ) -> None:
     """Rates steps; `pictures` None shows the judge no frames."""
 
@@ -219,15 +230,15 @@ def judge(
             except MediaError as error:
                 return Failure(f"clip_{error.reason}", str(error))
         messages = judging.judge_messages(TASKS[item.task], item.labels, item.audio_clue, found, frames)
-        asking = _Asking(client, judging.JUDGE_VERSION, judging.JUDGE_MAX_TOKENS, reasks)
-        scores = asking.read(messages, lambda reply: parse_scores(reply, len(found), len(item.labels)))
+        question = _Question(asking, judging.JUDGE_VERSION, judging.JUDGE_MAX_TOKENS)
+        scores = question.read(messages, lambda reply: parse_scores(reply, len(found), len(item.labels)))
         if isinstance(scores, Failure):
             return scores
         shown = [f"{score.numerator}/{score.denominator}" for score in scores]
-        return {"scores": shown, "of": made_from(one), "asks": asking.asks, "frames": len(frames)}
+        return {"scores": shown, "of": made_from(one), "asks": question.asks, "frames": len(frames)}
 
     split = [one for one in asked if steps.done(one.key)]
-    _fill(log, "judge", split, made_from, work, client, progress)
+    _fill(log, "judge", split, made_from, work, asking)
 
 
 def _fill(
@@ -236,12 +247,12 @@ def _fill(
     asked: Sequence[Asked],
     made_from: Callable[[Asked], str],
     work: Callable[[Asked], Mapping[str, Any] | Failure],
-    client: ChatClient,
-    progress: Progress,
+    asking: Asking,
 ) -> None:
     """Works on what has no result yet, or one made from something else."""
     lacking = [one for one in asked if not (log.done(one.key) and log.rows[one.key]["of"] == made_from(one))]
     done = len(asked) - len(lacking)
+    client, progress = asking.client, asking.progress
     client.credit(done)
     progress(stage, done, len(asked))
     waiting = lambda: progress(stage, done, len(asked))  # noqa: E731 - which also asks whether to stop
@@ -259,15 +270,15 @@ def _note(log: ResultLog, key: str, result: Mapping[str, Any] | Failure) -> None
     log.append([json.loads(row)])
 
 
-class _Asking:
+class _Question:
     """One question, asked again where the reply cannot be read.
 
     Attributes:
         asks: replies it took.
     """
 
-    def __init__(self, client: ChatClient, version: str, max_tokens: int, reasks: int):
-        self.client, self.version, self.max_tokens, self.reasks = client, version, max_tokens, reasks
+    def __init__(self, asking: Asking, version: str, max_tokens: int):
+        self.client, self.version, self.max_tokens, self.reasks = asking.client, version, max_tokens, asking.reasks
         self.asks = 0
 
     def read(self, messages: list[Message], parse: Callable[[str], Any]) -> Any:
