@@ -7,7 +7,7 @@ the library to another server (STORAGE_EMULATOR_HOST) are its own.
 What is read is compared with the CRC32C that the bucket states, what is written with the MD5 that it answers. gcsfs can
 do the former itself (consistency="crc32c"), but not for an object that is read into memory, and with crcmod, last
 released in 2010: 134 MiB/s within its one event loop, far less where no compiler was at hand, against 2,180 MiB/s of
-google_crc32c, which comes with gcsfs.
+google_crc32c, which comes with gcsfs. Arrays of checkpoints do not come this way: TensorStore carries them.
 """
 
 from __future__ import annotations

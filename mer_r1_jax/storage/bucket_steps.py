@@ -14,7 +14,7 @@ from etils import epath
 from mer_r1_jax import faults
 from mer_r1_jax.storage import bucket, durable
 from mer_r1_jax.storage.bucket import Stored
-from mer_r1_jax.storage.damage import DamagedStepError, checked_manifest, is_count, reading
+from mer_r1_jax.storage.damage import DamagedStepError, checked_manifest, reading
 from mer_r1_jax.storage.step_store import HOST_STATE, MANIFEST, StepStore, is_number, signed
 
 _SAVE = re.compile(r"save-\d{8}T\d{6}-[0-9a-f]{8}")
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class BucketSteps(StepStore):
     """Steps in a bucket, `<address>/<step>/<save>/`; every process writes its own arrays there."""
 
-    FILES, FIELDS = "objects", ("step", "save", "objects")
+    FILES, FIELDS, CHECKSUM = "objects", ("step", "save", "objects"), "crc32c"
     directory: epath.Path
 
     def committed(self) -> list[int]:
@@ -70,15 +70,11 @@ class BucketSteps(StepStore):
         save = manifest["save"]
         if not (isinstance(save, str) and _SAVE.fullmatch(save)):
             raise DamagedStepError(f"{MANIFEST} cannot be read as a manifest: it names no save")
-        return self.directory / str(manifest["step"]) / save
+        return super()._folder(manifest) / save
 
     def _describer(self, folder: epath.Path, read_files: bool) -> Callable[[str], dict[str, Any] | None]:
         objects = bucket.listing(str(folder))
         return lambda name: _as_stated(objects[name]) if name in objects else None
-
-    def _is_description(self, name: str, described: Any) -> bool:
-        known = isinstance(described, dict) and {"bytes", "crc32c", "md5"} <= described.keys()
-        return known and is_count(described["bytes"])
 
     def _leftovers(self) -> list[str]:
         """Objects of saves that no manifest names: interrupted, replaced or given up.

@@ -6,12 +6,12 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mer_r1_jax import faults
 from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.damage import described, is_count, reading
+from mer_r1_jax.storage.damage import described, reading
 from mer_r1_jax.storage.step_store import ARRAYS, HOST_STATE, MANIFEST, StepStore, signed
 from mer_r1_jax.storage.stored_arrays import CheckpointError
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class DiskSteps(StepStore):
     """Steps in a folder, `<directory>/<step>/`."""
 
-    FILES, FIELDS = "files", ("step", "files")
+    FILES, FIELDS, CHECKSUM = "files", ("step", "files"), "sha256"
     directory: Path
 
     def __init__(self, directory: Path):
@@ -102,9 +102,6 @@ class DiskSteps(StepStore):
         with reading(name):
             return path.read_bytes() if path.is_file() else None  # opening a pipe would wait for ever
 
-    def _folder(self, manifest: dict[str, Any]) -> Path:
-        return self.directory / str(manifest["step"])
-
     def _describer(self, folder: Path, read_files: bool) -> Callable[[str], dict[str, Any] | None]:
         def describe(name: str) -> dict[str, Any] | None:
             path = folder / name
@@ -114,12 +111,6 @@ class DiskSteps(StepStore):
             return {"bytes": path.stat().st_size, "sha256": digest}
 
         return describe
-
-    def _is_description(self, name: str, described: Any) -> bool:
-        parts = PurePosixPath(name).parts
-        inside = bool(parts) and not name.startswith("/") and ".." not in parts
-        known = isinstance(described, dict) and isinstance(described.get("sha256"), str)
-        return inside and known and is_count(described.get("bytes"))
 
     def _write_manifest(self, place: Path, step: int) -> None:
         """Syncs every file below `place` to disk, then writes their sizes and hashes, then syncs that."""

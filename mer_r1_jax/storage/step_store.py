@@ -20,13 +20,13 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.storage.damage import DamagedStepError, checked_manifest, host_state, reading
+from mer_r1_jax.storage.damage import DamagedStepError, checked_manifest, host_state, is_count, reading
 from mer_r1_jax.storage.stored_arrays import hash_of_json
 
 ARRAYS, HOST_STATE, MANIFEST = "arrays", "host.json", "manifest.json"
@@ -63,6 +63,7 @@ class StepStore(abc.ABC):
 
     FILES: str  # the manifest's field that describes the files
     FIELDS: tuple[str, ...]  # all of the manifest's fields that its hash covers
+    CHECKSUM: str  # what the manifest states of every file besides its bytes; it may state others too
 
     def __init__(self, directory: Place):
         self.directory = directory
@@ -93,7 +94,7 @@ class StepStore(abc.ABC):
         content = self._read_manifest(step)
         manifest = checked_manifest(content, MANIFEST, step, self.FIELDS)
         files = manifest[self.FILES]
-        if not isinstance(files, dict) or not all(map(self._is_description, files, files.values())):
+        if not isinstance(files, dict) or not all(map(self._is_description, files.items())):
             raise DamagedStepError(
                 f"{MANIFEST} cannot be read as a manifest: its {self.FILES} are not names, sizes and checksums"
             )
@@ -110,8 +111,8 @@ class StepStore(abc.ABC):
                 raise DamagedStepError(f"{shown} is missing")
             if found["bytes"] != expected["bytes"]:
                 raise DamagedStepError(f"{shown} has {found['bytes']} bytes instead of {expected['bytes']}")
-            # None is a checksum that nobody has computed: objects that were composed of parts have no MD5.
-            if any(expected[key] not in (None, value) for key, value in found.items() if value is not None):
+            # None: not asked for, or unknown to the bucket, as the MD5 of an object that was composed of parts.
+            if any(expected.get(key) not in (None, value) for key, value in found.items() if value is not None):
                 raise DamagedStepError(f"{shown} does not match its checksum")
         return folder, hashlib.sha256(content).hexdigest()
 
@@ -152,7 +153,7 @@ class StepStore(abc.ABC):
 
     @abc.abstractmethod
     def abandon(self, place: Place) -> None:
-        """Removes a save that failed, where that can do no harm; any process may call it."""
+        """Removes a save that failed, where that can do no harm to processes that are writing still."""
 
     @abc.abstractmethod
     def remove(self, steps: Iterable[int]) -> None:
@@ -174,16 +175,20 @@ class StepStore(abc.ABC):
         """A file's content; None when it is not there. DamagedStepError when it cannot be read."""
 
     @abc.abstractmethod
-    def _folder(self, manifest: dict[str, Any]) -> Place:
-        """Where the files that a manifest describes lie. DamagedStepError when it does not say so."""
-
-    @abc.abstractmethod
     def _describer(self, folder: Place, read_files: bool) -> Callable[[str], dict[str, Any] | None]:
         """A function from a file's name to its "bytes" and checksums as they are now; None for a missing file."""
 
-    @abc.abstractmethod
-    def _is_description(self, name: str, described: Any) -> bool:
-        """Whether an entry of a manifest names a file of the step, with what is compared of it."""
+    def _is_description(self, entry: tuple[str, Any]) -> bool:
+        """Whether an entry of a manifest names a file inside the step's folder, with what is compared of it."""
+        name, described = entry
+        parts = PurePosixPath(name).parts
+        inside = bool(parts) and not name.startswith("/") and ".." not in parts
+        known = isinstance(described, dict) and isinstance(described.get(self.CHECKSUM), str)
+        return inside and known and is_count(described.get("bytes"))
+
+    def _folder(self, manifest: dict[str, Any]) -> Place:
+        """Where the files that a manifest describes lie. DamagedStepError when it does not say so."""
+        return self.directory / str(manifest["step"])
 
     def _read_manifest(self, step: int) -> bytes:
         content = self._read(self.directory / str(step), MANIFEST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -55,7 +54,7 @@ def host_content(layout_version: int, named: dict[str, Any], host: dict[str, Any
     Raises:
         CheckpointError: a leaf is no array, or the host state would not come back as it is.
     """
-    described = {name: dataclasses.asdict(_describe(name, leaf)) for name, leaf in named.items()}
+    described = {name: _describe(name, leaf) for name, leaf in named.items()}
     _check_host(host)
     return {"layout_version": layout_version, "arrays": described, "saved_on": _layout_of(named), "host": host}
 
@@ -103,19 +102,13 @@ def hash_of_json(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class _ArraySpec:
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _describe(name: str, leaf: Any) -> _ArraySpec:
+def _describe(name: str, leaf: Any) -> dict[str, Any]:
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise CheckpointError(
             f"{name or 'the root'} is a {type(leaf).__name__}, but a checkpoint holds arrays: "
             "make it one, or put it into the host state"
         )
-    return _ArraySpec(tuple(int(size) for size in leaf.shape), str(leaf.dtype))
+    return {"shape": [int(size) for size in leaf.shape], "dtype": str(leaf.dtype)}
 
 
 def _layout_of(named: dict[str, Any]) -> dict[str, int]:
@@ -127,13 +120,13 @@ def _layout_of(named: dict[str, Any]) -> dict[str, int]:
 
 def _check_matches(where: object, saved: dict[str, Any], wanted: dict[str, Any], part: bool) -> None:
     problems = [f"{name}: in the checkpoint, not in the run" for name in saved if name not in wanted and not part]
+    shown = lambda spec: f"{spec['dtype']}{spec['shape']}"  # noqa: E731
     for name, leaf in wanted.items():
-        spec = _describe(name, leaf)
+        now = _describe(name, leaf)
         if name not in saved:
             problems.append(f"{name}: in the run, not in the checkpoint")
-        elif (tuple(saved[name]["shape"]), saved[name]["dtype"]) != (spec.shape, spec.dtype):
-            was = f"{saved[name]['dtype']}{list(saved[name]['shape'])}"
-            problems.append(f"{name}: {was} in the checkpoint, {spec.dtype}{list(spec.shape)} in the run")
+        elif any(saved[name][key] != now[key] for key in now):
+            problems.append(f"{name}: {shown(saved[name])} in the checkpoint, {shown(now)} in the run")
     if problems:
         raise CheckpointError(
             f"checkpoint {where} does not fit the run, {len(problems)} mismatches:\n  "

@@ -89,7 +89,8 @@ class BucketPlace:
         self.bucket.objects.update(state)
 
     def description(self, name: str) -> dict[str, object]:
-        return {"bytes": len(self.get(name)), "crc32c": None, "md5": None}
+        stated = self.bucket._described(f"{self.path}/{name}")
+        return {"bytes": int(stated["size"]), "crc32c": stated["crc32c"], "md5": None}
 
 
 def files_of(place, step: int) -> list[str]:
