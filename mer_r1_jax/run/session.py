@@ -13,7 +13,7 @@ import jax
 
 from mer_r1_jax import faults
 from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher
+from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.omni.finite import not_finite
@@ -82,11 +82,9 @@ class Session:
         )
         return ClipPrefetcher(
             stream,
-            load,
+            LoadThreads(load, max(1, config.media.decode_workers), self.setup.source.loader.longest_load(records)),
             Quarantine(len(records), config.data.max_quarantined_fraction),
             prompts_ahead=stream.local_prompts,
-            threads=max(1, config.media.decode_workers),
-            stall_seconds=self.setup.source.loader.longest_load(records),
             counted=share.leader,
         )
 
