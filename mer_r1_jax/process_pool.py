@@ -85,7 +85,7 @@ class ProcessPool:
         processes: int,
         *,
         prepare: Callable[[Ask], None] = lambda ask: None,
-        environment: Mapping[str, str] | None = None,
+        environment: dict[str, str] | None = None,
         quotes_output: bool = True,
     ):
         self._begin = lambda: _Child(command, environment or {}, quotes_output)
@@ -159,7 +159,7 @@ class ProcessPool:
 class _Child:
     """One process and its pipes, on the parent's side; arguments as in `ProcessPool`."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], quotes_output: bool):
+    def __init__(self, command: Sequence[str], environment: dict[str, str], quotes_output: bool):
         self._messages = tempfile.TemporaryFile() if quotes_output else None
         package_parent = str(Path(__file__).parent.parent)
         paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -172,7 +172,9 @@ class _Child:
             start_new_session=True,  # Ctrl-C is for the parent, which then ends its children
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
         )
-        os.set_blocking(self._process.stdin.fileno(), False)
+        assert self._process.stdin and self._process.stdout
+        self._jobs, self._answers = self._process.stdin, self._process.stdout
+        os.set_blocking(self._jobs.fileno(), False)
         self._unsent = memoryview(b"")
         self._buffer = bytearray()
 
@@ -206,7 +208,7 @@ class _Child:
 
     def leave(self) -> None:
         """Lets go of the process's standard input, which its guard takes as the sign to end it."""
-        self._process.stdin.close()
+        self._jobs.close()
 
     def kill(self) -> None:
         """Ends the process with all that came of it, and closes the pipes."""
@@ -217,7 +219,7 @@ class _Child:
                 os.killpg(self._process.pid, sign)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=KILL_SECONDS)
-        for pipe in (self._process.stdout, self._messages):
+        for pipe in (self._answers, self._messages):
             if pipe is not None:
                 pipe.close()
 
@@ -231,19 +233,18 @@ class _Child:
     def _exchange(self, countdown: Countdown, asked: Callable[[], bool]) -> None:
         """Writes what is left of the job and reads what has arrived; waits for either, for POLL_SECONDS at most."""
         left = countdown.left()
-        jobs, answers = self._process.stdin, self._process.stdout
         with selectors.DefaultSelector() as selector:
-            selector.register(answers, selectors.EVENT_READ)
+            selector.register(self._answers, selectors.EVENT_READ)
             if self._unsent:
-                selector.register(jobs, selectors.EVENT_WRITE)
+                selector.register(self._jobs, selectors.EVENT_WRITE)
             ready = {key.fileobj for key, _ in selector.select(min(left, POLL_SECONDS))}
-        if jobs in ready:
+        if self._jobs in ready:
             try:
-                self._unsent = self._unsent[jobs.write(self._unsent) or 0 :]
+                self._unsent = self._unsent[self._jobs.write(self._unsent) or 0 :]
             except BrokenPipeError:  # told below, where the answers end
                 self._unsent = memoryview(b"")
-        if answers in ready:
-            data = answers.read(_READ_BYTES)
+        if self._answers in ready:
+            data = self._answers.read(_READ_BYTES)
             if not data:
                 raise ChildDiedError(self._last_words())
             self._buffer += data

@@ -61,40 +61,30 @@ class ClipPrefetcher:
 
     Args:
         stream: decides which prompts come; advanced by `next` only.
-        load: decodes the clips of a record (and may go on to build its prompt), raising MediaError for those that
-            cannot be used; called in threads.
+        loads: loads the clips.
         quarantine: list of broken clips; grows as broken records are consumed.
         prompts_ahead: prompts loaded beyond the step handed out, the bound on host memory.
-        threads: loads that run at once (`media.decode_workers`).
-        stall_seconds: how long one load may be waited for before the loader counts as stalled; above its own limit.
         counted: whether this process's rows go into the counts; not where another process loads the same ones.
     """
 
     def __init__(
         self,
         stream: PromptStream,
-        load: Callable[[Record], Any],
+        loads: LoadThreads,
         quarantine: Quarantine,
         *,
         prompts_ahead: int,
-        threads: int,
-        stall_seconds: float,
         counted: bool = True,
     ):
-        if prompts_ahead < 0 or threads < 1 or stall_seconds <= 0:
-            raise ValueError(
-                f"got prompts_ahead {prompts_ahead}, threads {threads}, stall_seconds {stall_seconds}; expected at "
-                "least 0 and 1, and a positive time"
-            )
+        if prompts_ahead < 0:
+            raise ValueError(f"got prompts_ahead {prompts_ahead}; expected at least 0")
         self.stream = stream
         self.quarantine = quarantine
+        self._threads = loads
         self._prompts_ahead = prompts_ahead
-        self._stall_seconds = stall_seconds
         self._counted = counted
         self._loads: dict[int, _Load] = {}
         self._metrics = dict.fromkeys(METRICS, 0.0)
-        self._load = load
-        self._threads = DaemonThreads(threads, "clip-load")
 
     def __enter__(self) -> ClipPrefetcher:
         return self
@@ -191,7 +181,7 @@ class ClipPrefetcher:
         upcoming = [item for step in range(steps) for item in self.stream.peek(step)][:wanted]
         for item in upcoming:
             if item.global_index not in self._loads and item.record.id not in self.quarantine:
-                self._loads[item.global_index] = _Load(self._threads, self._load, item.record)
+                self._loads[item.global_index] = self._threads.submit(item.record)
 
     def _consume(self, item: Item, step: int, asked: Callable[[], bool]) -> LoadedItem:
         record = item.record
@@ -200,7 +190,7 @@ class ClipPrefetcher:
             return LoadedItem(item, None, self.quarantine[record.id], 0.0)
         load = self._loads[item.global_index]
         try:
-            clips = load.wait(self._stall_seconds, asked)
+            clips = load.wait(self._threads.stall_seconds, asked)
         except MediaError as error:
             return LoadedItem(item, None, self.quarantine.refuse(record, error, step), load.milliseconds)
         except StalledLoadError as error:
@@ -228,6 +218,32 @@ def _count(rows: list[tuple[float, ...]]) -> dict[str, float]:
     times = [milliseconds for milliseconds in decode_ms if milliseconds]
     sums = {name: float(sum(values)) for name, values in zip(METRICS, counts, strict=False)}
     return sums | {"data/decode_ms": sum(times) / len(times) if times else 0.0}
+
+
+class LoadThreads:
+    """Threads that load the clips of records.
+
+    Args:
+        load: decodes the clips of a record (and may go on to build its prompt), raising MediaError for those that
+            cannot be used.
+        count: loads that run at once (`media.decode_workers`).
+        stall_seconds: how long one load may be waited for before the loader counts as stalled; above its own limit.
+    """
+
+    def __init__(self, load: Callable[[Record], Any], count: int, stall_seconds: float):
+        if count < 1 or stall_seconds <= 0:
+            raise ValueError(f"got {count} threads, stall_seconds {stall_seconds}; expected at least 1, and a time")
+        self.stall_seconds = stall_seconds
+        self._load = load
+        self._threads = DaemonThreads(count, "clip-load")
+
+    def submit(self, record: Record) -> _Load:
+        """Hands over a record."""
+        return _Load(self._threads, self._load, record)
+
+    def close(self) -> None:
+        """Ends the threads once their current load returns."""
+        self._threads.close()
 
 
 class _Load:

@@ -100,7 +100,7 @@ def columns_of(scores: Mapping[str, Scored]) -> dict[str, list[Any]]:
     """Columns of the samples' table: each function's values, None where unscored, and `reward_faults`, why not."""
     if not any(scored.samples for scored in scores.values()):
         return {}
-    columns = {
+    columns: dict[str, list[Any]] = {
         name: [float(value) if np.isfinite(value) else None for value in scored.values]
         for name, scored in scores.items()
     }
@@ -188,7 +188,7 @@ class RewardFunctions:
                 faults |= {} if smaller else dict.fromkeys(part, str(error))
                 continue
             for i, answer in zip(part, answers, strict=True):
-                if isinstance(answer, Mapping):
+                if isinstance(answer, dict):
                     faults[i] = answer["fault"]
                 elif answer is not None and abs(answer) > LARGEST:
                     faults[i] = f"it returned {answer}, beyond the range of float32"

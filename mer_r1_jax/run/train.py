@@ -36,7 +36,7 @@ from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher
+from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
@@ -411,11 +411,11 @@ def _prompts_of(run: Run, phase: Phase) -> ClipPrefetcher:
     )
     return ClipPrefetcher(
         stream,
-        run.source.load,
+        LoadThreads(
+            run.source.load, max(1, config.media.decode_workers), run.source.loader.longest_load(phase.records)
+        ),
         Quarantine(len(phase.records), config.data.max_quarantined_fraction),
         prompts_ahead=stream.local_prompts,
-        threads=max(1, config.media.decode_workers),
-        stall_seconds=run.source.loader.longest_load(phase.records),
         counted=share.leader,
     )
 

@@ -15,7 +15,7 @@ from support.clips import make_clip
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data import prefetch
 from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher, StalledLoadError
+from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads, StalledLoadError
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.media.decode import read_video
@@ -35,7 +35,7 @@ def make_records(count):
 def prefetcher(records, load, *, per_step=4, fraction=1.0, ahead=8, threads=2, stall=30.0, processes=(0, 1)):
     stream = PromptStream(records, per_step, 0, *processes)
     quarantine = Quarantine(len(records), fraction)
-    return ClipPrefetcher(stream, load, quarantine, prompts_ahead=ahead, threads=threads, stall_seconds=stall)
+    return ClipPrefetcher(stream, LoadThreads(load, threads, stall), quarantine, prompts_ahead=ahead)
 
 
 def test_clips_come_in_the_order_of_the_stream_whichever_is_ready_first():

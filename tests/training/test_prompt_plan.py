@@ -9,7 +9,7 @@ from support.small_run import small_config_of
 
 from mer_r1_jax.config.schema import MediaConfig, RunConfig
 from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher
+from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.collate import bucket_for
@@ -170,9 +170,8 @@ def test_prompt_longer_than_the_cap_is_named_with_file_and_line(small, small_fol
     source = PromptSource(config, small.tokenizer, small.backbone.config)
     records = small.data.rl
     stream = PromptStream(records, 2, seed=0)
-    with ClipPrefetcher(
-        stream, source.load, Quarantine(len(records), 0.5), prompts_ahead=0, threads=1, stall_seconds=60
-    ) as data:
+    loads = LoadThreads(source.load, 1, stall_seconds=60)
+    with ClipPrefetcher(stream, loads, Quarantine(len(records), 0.5), prompts_ahead=0) as data:
         with pytest.raises(PromptError) as caught:
             data.next(1)
     message = str(caught.value)
