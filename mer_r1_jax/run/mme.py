@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class PolicyAnswers:
-    """A policy as a predictor for `evaluation.mme.pipeline.run`. Answers greedily, batch by batch.
+    """A policy as a predictor for `evaluation.mme.mme_pipeline.run`. Answers greedily, batch by batch.
 
     Args:
         policy: the model.
