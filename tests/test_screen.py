@@ -18,7 +18,7 @@ from support.terminal import in_a_terminal
 
 from mer_r1_jax import screen
 from mer_r1_jax.evaluation.figures import Line, Panel, draw
-from mer_r1_jax.evaluation.report_kit import render_page
+from mer_r1_jax.evaluation.report_kit import markdown, render_page, text_table
 from mer_r1_jax.foreign_text import for_markdown, json_text, printable, would_run_in_a_spreadsheet
 from mer_r1_jax.training.metrics import Progress
 
@@ -149,17 +149,21 @@ def test_orbaxs_tracebacks_go_to_the_log_file_where_there_is_one(tmp_path):
 def test_pages_and_figures_show_text(tmp_path):
     curves = Line([0, 1], [0, 1], EVIL[:60], "red"), Line([0, 1], [1, 0], "$\\frac$ \x1b", "blue")
     panels = [Panel(EVIL[:60], curves, ((0.5, EVIL[:60]),))]
+    table = text_table(["row", EVIL], [[f"{EVIL}<script>|", "1"]], title="A table", note="", strong=[0])
     page = render_page(
         "ablation/ablation_report.html.jinja",
         setting=EVIL,
         paragraphs=[EVIL + "<script>alert(1)</script>"],
         figure=draw(panels, 1),
-        tables=[],
+        tables=[table],
         command=EVIL,
         plan=json.dumps({"x": EVIL}),
     )
     assert is_clean(page) and "<script>" not in page and SHOWN in page
     page.encode()
+    written = markdown(table)
+    assert is_clean(written) and len(written.splitlines()) == 7
+    assert written.endswith("\\<script>\\|** | **1** |\n")
     picture = base64.b64decode(re.search('base64,([^"]+)', page).group(1))
     assert is_clean(picture.decode()) and xml.etree.ElementTree.fromstring(picture).tag.endswith("svg")
 

@@ -7,6 +7,7 @@ All text in it is escaped and printable, whoever wrote it: only what is `Markup`
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -102,7 +103,9 @@ def markdown(table: Table) -> str:
     (head,) = table.heads
     lines = [[cell.text for cell in head.cells], [":-" if cell.kind == "text" else "-:" for cell in head.cells]]
     lines += [[f"**{cell.text}**" if row.kind == "strong" else cell.text for cell in row.cells] for row in table.rows]
-    body = "\n".join("| " + " | ".join(printable(text).replace("|", "\\|") for text in line) + " |" for line in lines)
+    # Cells are numbers and names; what could begin another cell or HTML is written out.
+    shown = [[re.sub(r"([|<])", r"\\\1", printable(text)) for text in line] for line in lines]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in shown)
     return f"### {table.title}\n\n{table.note}\n\n{body}\n"
 
 
