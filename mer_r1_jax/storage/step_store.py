@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.storage.bucket import BucketError
 from mer_r1_jax.storage.damage import DamagedStepError, checked_manifest, host_state, is_count, reading
-from mer_r1_jax.storage.stored_arrays import hash_of_json
+from mer_r1_jax.storage.stored_arrays import CheckpointError, hash_of_json
 
 ARRAYS, HOST_STATE, MANIFEST = "arrays", "host.json", "manifest.json"
 
@@ -132,7 +133,7 @@ class StepStore(abc.ABC):
         """`Found.manifest_sha256` of what lies there now; None when that cannot be read."""
         try:
             return hashlib.sha256(self._read_manifest(step)).hexdigest()
-        except DamagedStepError:
+        except (CheckpointError, BucketError):
             return None
 
     @abc.abstractmethod
@@ -193,9 +194,9 @@ class StepStore(abc.ABC):
     def _read_manifest(self, step: int) -> bytes:
         content = self._read(self.directory / str(step), MANIFEST)
         if content is None:
-            raise DamagedStepError(
-                f"it has no {MANIFEST}, so it does not exist, is empty or foreign, or was never finished"
-            )
+            if str(step) not in self._entries():
+                raise DamagedStepError("it does not exist")
+            raise DamagedStepError(f"it has no {MANIFEST}, so it is empty, foreign or was never finished")
         return content
 
 

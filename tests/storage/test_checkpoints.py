@@ -100,7 +100,7 @@ def test_nothing_saved_restores_nothing(place):
     checkpoints = Checkpoints(place.directory)
     assert checkpoints.restore({"a": jnp.ones(1)}) is None
     assert checkpoints.latest_step() is None and checkpoints.valid_steps() == []
-    with pytest.raises(CheckpointError, match="does not exist.*Valid steps: none"):
+    with pytest.raises(CheckpointError, match="/4 cannot be restored: it does not exist. Valid steps: none"):
         checkpoints.restore({"a": jnp.ones(1)}, step=4)
 
 
