@@ -18,7 +18,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.rl.advantage import AdvantageConfig, Rewards, advantages
+from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.rl.advantage import Rewards, advantages
 from mer_r1_jax.training import durable
 
 _OUT = flags.DEFINE_string("out", "docs/variance.svg", "Where the picture goes.")
@@ -83,7 +84,7 @@ def of_arm(arm: str, recall_BG: np.ndarray, precision_BG: np.ndarray) -> np.ndar
         valid_BG=ones_BG > 0,
         scored_BG=ones_BG > 0,
     )
-    return np.asarray(advantages(arm, rewards, AdvantageConfig()))
+    return np.asarray(advantages(arm, rewards, RlConfig()))
 
 
 def _centred(x_BG: np.ndarray) -> np.ndarray:

@@ -55,8 +55,8 @@ class Model:
     Use it in a `with` block, or call `close`: processes that decode clips end with it.
     """
 
-    def __init__(self, setup: Any, leaves: Any):
-        self._setup, self._leaves = setup, leaves
+    def __init__(self, setup: Any, params: Any):
+        self._setup, self._params = setup, params
 
     def answer(
         self,
@@ -87,7 +87,7 @@ class Model:
         _require("show", show, ("both", "video", "audio"))
         asked = question or self._setup.config.data.question
         record = clip_record(video, asked, subtitle, frames=show != "audio", audio=show != "video")
-        _, (reading,) = answer(self._setup, self._leaves, record, (mode,))
+        _, (reading,) = answer(self._setup, self._params, record, (mode,))
         return Answer(
             mode=reading.mode,
             reasoning=reading.reasoning or None,

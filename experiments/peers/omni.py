@@ -18,11 +18,10 @@ from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.rollout import STOP_EOS, Completions
-from mer_r1_jax.run.experience import ExperienceMaker
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
-from mer_r1_jax.training.rl import RlPrograms, beta_at
-from mer_r1_jax.training.state import make_optimizer, merge, trainable_names
+from mer_r1_jax.training.rl_step import RlPrograms, beta_at
+from mer_r1_jax.training.state import make_optimizer, nest, trainable_names
 
 SAMPLE, SCORE, REFERENCE, UPDATE = "sample", "score", "reference", "update"
 PARTS = (SAMPLE, SCORE, REFERENCE, UPDATE)
@@ -34,7 +33,6 @@ _PARTS_OF = {  # training's own clock -> part of a step
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class ScriptedPrograms(RlPrograms):
     """Samples as training does, and then hands out given completions in the place of the sampled ones.
 
@@ -42,11 +40,13 @@ class ScriptedPrograms(RlPrograms):
     implementations learn from the same tokens.
     """
 
-    script: Completions | None = None
+    def __init__(self, programs: RlPrograms, script: Completions):
+        super().__init__(programs.backbone, programs.config, programs.sampling)
+        self._script = script
 
     def sample(self, *arguments, **keywords) -> Completions:
         jax.block_until_ready(super().sample(*arguments, **keywords))
-        return self.script
+        return self._script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,8 @@ def make_job(setup: Setup, records: Sequence[Record]) -> OmniJob:
         eos_ids=(vocabulary,),
         banned_ids=tuple(sorted({*settings.banned_ids, *settings.eos_ids})),
     )
-    setup = dataclasses.replace(setup, programs=dataclasses.replace(setup.programs, sampling=endless))
+    programs = RlPrograms(setup.backbone, setup.programs.config, endless)
+    setup = dataclasses.replace(setup, programs=programs)
     return OmniJob(setup, tuple(records), loaded, _script(setup, records))
 
 
@@ -144,47 +145,45 @@ def _script(setup: Setup, records: Sequence[Record]) -> Completions:
 
 
 class OmniSide:
-    """Our steps: `ExperienceMaker` and the update, as `RlPhase` calls them."""
+    """Our steps: `RlStep.rollout` and the update, as a run calls them."""
 
     def __init__(self, job: OmniJob):
         setup, rl = job.setup, job.setup.config.rl
         self.job = job
         script = put(job.script, setup.backbone.mesh)
-        programs = self._programs = ScriptedPrograms(setup.backbone, rl, setup.programs.sampling, script)
+        programs = self._programs = ScriptedPrograms(setup.programs, script)
         buckets = self._buckets = plan_buckets(setup.config, setup.backbone.config, job.records, len(job.records))
-        self._maker = ExperienceMaker(dataclasses.replace(setup, programs=programs), buckets, encode_inside=False)
+        self._rl_step = dataclasses.replace(setup, programs=programs).rl_step(buckets)
         optimizer = make_optimizer(rl.optimizer, total_steps=1)
-        self._update = programs.make_update(optimizer, setup.candidates.ids_ZY)
-        leaves = setup.backbone.init(setup.config.train.seed)
+        self._update = programs.make_update(optimizer)
+        params = setup.backbone.init(setup.config.train.seed)
         is_trainable = trainable_names(train_audio=False, train_vision=False)
-        self._state = setup.new_state(leaves, is_trainable, optimizer, rl.optimizer.dtype)
-        self._reference = jax.tree.map(lambda leaf: leaf.copy(), self._state.trainable)
+        self._state = setup.backbone.new_state(params, is_trainable, optimizer, rl.optimizer.dtype)
+        self._reference = jax.tree.map(lambda leaf: leaf.copy(), self._state.split()[0])
         self._steps = 0
         self.metrics: dict[str, float] = {}
 
     def export(self, directory: str | pathlib.Path) -> None:
         """Writes the weights as they are now for the other side."""
-        export_model(directory, self.job.setup.backbone.config, merge(self._state.trainable, self._state.frozen))
+        export_model(directory, self.job.setup.backbone.config, nest(self._state.params))
 
     def sampled_ids(self) -> np.ndarray:
         """int32 [B, G, C], what the policy samples before the script takes its place."""
         setup, job = self.job.setup, self.job
         rows = prompt_rows(job.prompts, self._buckets, setup.backbone.config, [v.item.uid for v in job.loaded])
-        rows, leaves = put(rows, setup.backbone.mesh), (self._state.trainable, self._state.frozen)
-        features = self._programs.encode(leaves, rows.batch)
-        generations = setup.config.rl.num_generations
+        params = self._state.params
+        prompts = self._programs.encode(params, put(rows, setup.backbone.mesh))
         sample = super(ScriptedPrograms, self._programs).sample
-        with self._programs.rollout_weights(leaves) as weights:
-            completions = sample(weights, rows, features, jax.random.key(0), np.int32(0), generations=generations)
+        with self._programs.rollout_params(params) as decoding:
+            completions = sample(decoding, prompts, jax.random.fold_in(jax.random.key(0), 0))
         return np.where(completions.mask_BGC, completions.id_BGC, -1)
 
     def step(self) -> Laps:
         """One whole step; leaves its metrics in `metrics`."""
         state = self._state
         watch = Stopwatch()
-        rollout = self._maker.make(
-            (state.trainable, state.frozen), (self._reference, state.frozen), self.job.loaded, self._steps
-        )
+        reference = state.params | self._reference
+        rollout = self._rl_step.rollout(state.params, reference, self.job.loaded, self._steps)
         watch.lap("rollout")
         update = jax.block_until_ready(self._update(state, rollout.experience, np.float32(self.job.beta)))
         watch.lap(UPDATE)

@@ -14,18 +14,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mer_r1_jax.config.schema import MeshConfig, OptimizerConfig, RlConfig
-from mer_r1_jax.omni.batch import PROMPT, Batch, Tokens
+from mer_r1_jax.omni.batch import PROMPT, FeatureLayout, Prompts, Tokens
 from mer_r1_jax.omni.config import TextConfig, ThinkerConfig
 from mer_r1_jax.omni.hf.export import export_model
-from mer_r1_jax.omni.thinker import FeatureLayout
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import put
-from mer_r1_jax.rl.advantage import AdvantageConfig, Rewards, advantages
+from mer_r1_jax.rl.advantage import Rewards, advantages
+from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
-from mer_r1_jax.training.rl import Experience, PromptRows, RlPrograms
-from mer_r1_jax.training.state import init_state, make_optimizer, merge, trainable_names
+from mer_r1_jax.training.rl_step import Experience, RlPrograms
+from mer_r1_jax.training.state import make_optimizer, nest, trainable_names
 
 PAD, END, FIRST_WORD = 0, 1, 2  # ids; all others are words
 
@@ -99,7 +99,7 @@ class TextSide:
     def __init__(self, job: TextJob):
         self.job, self.tokenizer = job, tokenizer_of(job)
         self.backbone = Backbone.create(job.thinker, make_mesh(MeshConfig()))
-        self.leaves = self.backbone.init(seed=0)
+        self.params = self.backbone.init(seed=0)
         optimizer = OptimizerConfig(learning_rate=job.learning_rate, lr_scheduler_type="constant", warmup_ratio=0.0)
         self.config = RlConfig(
             arm="baseline",  # z of one reward
@@ -111,17 +111,20 @@ class TextSide:
         )
         # The end is never sampled, so every completion has the same length.
         sampling = SamplingConfig(
-            max_completion_length=job.max_completion_length, eos_ids=(job.vocab_size,), banned_ids=(END,)
+            max_completion_length=job.max_completion_length,
+            eos_ids=(job.vocab_size,),
+            banned_ids=(END,),
+            num_generations=job.num_generations,
         )
         self.programs = RlPrograms(self.backbone, self.config, sampling)
         self._optimizer = make_optimizer(optimizer, total_steps=1)
-        self._update = self.programs.make_update(self._optimizer, np.zeros((1, 1), np.int32))
-        self._advantages = jax.jit(functools.partial(advantages, "baseline", config=AdvantageConfig(format_weight=0.0)))
+        self._update = self.programs.make_update(self._optimizer)
+        self._advantages = jax.jit(functools.partial(advantages, "baseline", config=RlConfig(format_weight=0.0)))
         self._state, self._rollouts = None, 0
 
     def export(self, directory: str | pathlib.Path) -> None:
         """Writes the weights for the other side."""
-        export_model(directory, self.backbone.config, merge(self.leaves))
+        export_model(directory, self.backbone.config, nest(self.params))
 
     def generate(self, prompts: Sequence[str]) -> Laps:
         """Samples one completion of every prompt."""
@@ -131,7 +134,7 @@ class TextSide:
 
     def sampled_ids(self, prompts: Sequence[str], generations: int) -> np.ndarray:
         """int32 [B, G, C], completions of prompts."""
-        return np.asarray(self._sample(self._rows(prompts), self._leaves(), generations).id_BGC)
+        return np.asarray(self._sample(self._rows(prompts), self.params, generations).id_BGC)
 
     def grpo_step(self, prompts: Sequence[str]) -> Laps:
         """One whole step: sample, decode the texts, reward, advantages, update."""
@@ -140,7 +143,7 @@ class TextSide:
         state = self._state
         watch = Stopwatch()
         rows = self._rows(prompts)
-        completions = self._sample(rows, (state.trainable, state.frozen), self.job.num_generations)
+        completions = self._sample(rows, state.params, self.job.num_generations)
         ids_BGC, length_BG = jax.device_get((completions.id_BGC, completions.length_BG))
         texts = self.tokenizer.batch_decode(ids_BGC.reshape(-1, ids_BGC.shape[-1]), skip_special_tokens=True)
         reward_BG = np.asarray(reward(texts), np.float32).reshape(length_BG.shape)
@@ -156,15 +159,13 @@ class TextSide:
         )
         experience = Experience(
             prompts=rows,
-            features_BRD=None,
             completion=Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC),
-            loss_mask_BGC=completions.mask_BGC,
-            present_BG=completions.length_BG > 0,
-            advantage_BG=self._advantages(put(rewards, self.backbone.mesh)),
+            targets=PolicyTargets(
+                advantage_BG=self._advantages(put(rewards, self.backbone.mesh)),
+                mask_BGC=completions.mask_BGC,
+                present_BG=completions.length_BG > 0,
+            ),
             sampling_logprob_BGC=completions.sampling_logprob_BGC,
-            reference_logprob_BGC=None,
-            old_logprob_BGC=None,
-            anchors=None,
         )
         jax.block_until_ready(experience)
         watch.lap("rollout")
@@ -177,33 +178,27 @@ class TextSide:
         """float32 [B, T, N], logits of whole rows, for comparing the sides."""
         rows = self._rows_of_ids(ids_BT)
 
-        def logits(leaves, batch):
-            model = self.backbone.bind(leaves)
-            return model.logits(model.hidden(batch.tokens, None, FeatureLayout()))
+        def logits(params, prompts):
+            model = self.backbone.bind(params)
+            return model.logits(model.hidden(prompts.tokens, None, FeatureLayout()))
 
-        return np.asarray(jax.jit(logits)(self.leaves, rows.batch))
-
-    def _leaves(self):
-        return self.leaves, {}
+        return np.asarray(jax.jit(logits)(self.params, rows))
 
     def _new_state(self):
         is_trainable = trainable_names(train_audio=False, train_vision=False)
-        dtype = self.config.optimizer.dtype
-        abstract = self.backbone.abstract_state(is_trainable, self._optimizer, dtype)
-        make = functools.partial(init_state, is_trainable=is_trainable, optimizer=self._optimizer, dtype=dtype)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return jax.jit(make, out_shardings=shardings)(self.leaves)
+        return self.backbone.new_state(self.params, is_trainable, self._optimizer, self.config.optimizer.dtype)
 
-    def _sample(self, rows: PromptRows, leaves, generations: int):
+    def _sample(self, rows: Prompts, params, generations: int):
         self._rollouts += 1
-        key = jax.random.key(0)
-        with self.programs.rollout_weights(leaves) as weights:
-            return self.programs.sample(weights, rows, None, key, np.int32(self._rollouts), generations=generations)
+        key = jax.random.fold_in(jax.random.key(0), self._rollouts)
+        sampling = dataclasses.replace(self.programs.sampling, num_generations=generations)
+        with self.programs.rollout_params(params) as decoding:
+            return self.programs.sample(decoding, rows, key, sampling)
 
-    def _rows(self, prompts: Sequence[str]) -> PromptRows:
+    def _rows(self, prompts: Sequence[str]) -> Prompts:
         return self._rows_of_ids(np.asarray(self.tokenizer(list(prompts))["input_ids"], np.int32))
 
-    def _rows_of_ids(self, ids_BT: np.ndarray) -> PromptRows:
+    def _rows_of_ids(self, ids_BT: np.ndarray) -> Prompts:
         rows, length = ids_BT.shape
         tokens = Tokens(
             id_BT=ids_BT,
@@ -212,5 +207,5 @@ class TextSide:
             source_BT2=np.tile(np.array([-1, 0], np.int32), (rows, length, 1)),
         )
         uids = np.arange(rows, dtype=np.uint32)
-        made = PromptRows(batch=Batch(tokens=tokens), next_position_B=np.full(rows, length, np.int32), uid_B=uids)
+        made = Prompts(tokens=tokens, next_position_B=np.full(rows, length, np.int32), uid_B=uids)
         return put(made, self.backbone.mesh)

@@ -75,7 +75,7 @@ def _write(path: pathlib.Path) -> None:
     try:
         prober = held_out.prober()
         cases = make_cases(
-            prober.evaluator, prober.leaves, prober.load, held_out.records, use_audio_in_video=prober.interleaved
+            prober.evaluator, prober.params, prober.load, held_out.records, use_audio_in_video=prober.interleaved
         )
     finally:
         held_out.setup.source.close()

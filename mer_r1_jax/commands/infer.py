@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
 
     with explained():
         # A clip without sound is answered from its frames; the line printed with the prompt says so.
-        setup, leaves = open_model(_MODEL.value, {"media.missing_audio": "skip"} | _settings(_SET.value))
+        setup, params = open_model(_MODEL.value, {"media.missing_audio": "skip"} | _settings(_SET.value))
         record = clip_record(
             _VIDEO.value,
             _QUESTION.value or setup.config.data.question,
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
             audio=_SHOW.value != "video",
         )
         try:
-            prompt, readings = answer(setup, leaves, record, MODES if _MODE.value == "both" else (_MODE.value,))
+            prompt, readings = answer(setup, params, record, MODES if _MODE.value == "both" else (_MODE.value,))
         finally:
             setup.source.close()
     if _JSON.value:

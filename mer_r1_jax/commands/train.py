@@ -21,9 +21,9 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.rl.num_generations=8")
     from mer_r1_jax.parallel.processes import joined
-    from mer_r1_jax.run.road import run
+    from mer_r1_jax.run.train import train
 
     # The outer one explains why the processes of a run could not be joined; the inner one comes before they part.
     with explained(), joined(), explained():
-        code = run(from_mapping(_CONFIG.value))
+        code = train(from_mapping(_CONFIG.value))
     return ended(code)

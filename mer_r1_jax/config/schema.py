@@ -182,7 +182,7 @@ class RlConfig:
     decode_chunk: TokensOrZero = 0  # tokens decoded before completions that ended make room; 0 = all in one loop (ours)
     beta: Weight = 0.04  # KL weight at the start (verl: kl_loss_coef; TRL's default is 0)
     beta_decay: Share = 0.75  # beta(t) = beta * (1 - beta_decay * min(1, t / (0.5 * max_steps)))
-    epsilon: Weight = 0.2  # lower clip (verl: clip_ratio_low)
+    epsilon: Share = 0.2  # lower clip (verl: clip_ratio_low)
     epsilon_high: Weight = 0.2  # upper clip (verl: clip_ratio_high)
     delta: Weight = 0.0  # the unclipped ratio is cut at this, two-sided clipping; 0 = off (TRL: None)
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"  # token averaging (verl: loss_agg_mode)

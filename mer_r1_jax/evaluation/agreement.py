@@ -19,15 +19,14 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.disk import writing
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.omni.thinker import FeatureLayout
+from mer_r1_jax.omni.batch import Prompts
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.packing import Continuations, pack, predictor_hidden
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.prompts import prompt_rows, uid_of
-from mer_r1_jax.training.rl import PromptRows
-from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.state import Params
 
 MEL_PADDING = 3000  # mel is padded to a multiple of Whisper's 30 seconds, as the processor pads it
 PREFIX = "case{number:03d}."  # of a case's arrays; settings have none
@@ -73,7 +72,7 @@ def processor_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
 
 def make_cases(
     evaluator: Evaluator,
-    leaves: tuple[Leaves, Leaves],
+    params: Params,
     load: Callable[[Sequence[Record]], Iterator[tuple[Record, Prompt | str]]],
     records: Sequence[Record],
     *,
@@ -83,7 +82,7 @@ def make_cases(
 
     Args:
         evaluator: decodes and scores.
-        leaves: trainable and frozen parameters.
+        params: of the policy.
         load: prompts of records.
         records: the clips; those whose media cannot be used are left out.
         use_audio_in_video: whether videos are interleaved with their own sound.
@@ -101,8 +100,8 @@ def make_cases(
     if not prompts:
         raise AgreementError(f"none of the {len(records)} records can be used; their media errors are logged above")
     with jax.default_matmul_precision("highest"):
-        answers = evaluator.run(leaves, iter(prompts), modes=("slow",)).answers["slow"]
-        logits = _all_logits(evaluator, leaves, prompts, answers)
+        answers = evaluator.run(params, iter(prompts), modes=("slow",)).answers["slow"]
+        logits = _all_logits(evaluator, params, prompts, answers)
     sampling = evaluator.sampling
     arrays: dict[str, Any] = {
         "cases": len(prompts),
@@ -142,7 +141,7 @@ def _case(
 
 def _all_logits(
     evaluator: Evaluator,
-    leaves: tuple[Leaves, Leaves],
+    params: Params,
     prompts: Sequence[tuple[Record, Prompt]],
     answers: Sequence[AnswerOf],
 ) -> list[np.ndarray]:
@@ -161,8 +160,7 @@ def _all_logits(
             id_BGC[row, 0, : lengths[row]] = answer.ids
             exists_BGC[row, 0, : lengths[row]] = True
         rows, completion = put((host, Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC)), backbone.mesh)
-        features_BRD = programs.encode(leaves, rows.batch)
-        logits_BGCN = jax.device_get(forward(leaves, rows, features_BRD, completion))
+        logits_BGCN = jax.device_get(forward(params, programs.encode(params, rows), completion))
         found += [logits_BGCN[row, 0, :count] for row, count in enumerate(lengths)]
     return found
 
@@ -170,11 +168,11 @@ def _all_logits(
 def _forward(backbone: Backbone) -> Callable[..., Any]:
     """The jitted logits float32 [B, G, C, N] that predict the tokens of completions."""
 
-    def forward(leaves: tuple[Leaves, Leaves], prompts: PromptRows, features_BRD, completion: Continuations):
+    def forward(params: Params, prompts: Prompts, completion: Continuations):
         with backbone.rules():
-            model, tokens = backbone.bind(*leaves), prompts.batch.tokens
+            model, tokens = backbone.bind(params), prompts.tokens
             packed = pack(tokens, prompts.next_position_B, completion)
-            h_BTD = model.hidden(packed, features_BRD, FeatureLayout.of_batch(prompts.batch))
+            h_BTD = model.hidden(packed, prompts.features_BRD, prompts.layout)
             (h_BGCD,) = predictor_hidden(h_BTD, tokens, completion)
             return model.logits(h_BGCD)
 

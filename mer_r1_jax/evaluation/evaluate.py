@@ -16,17 +16,17 @@ import numpy as np
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.omni.batch import BatchShape, Prompts
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import local_rows, put, row_share
 from mer_r1_jax.rl.confidence import NO_SET, Anchors
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.rollout import Completions, check_finite
-from mer_r1_jax.rl.sampling import GREEDY
+from mer_r1_jax.rl.sampling import greedy
 from mer_r1_jax.rl.scoring import AnswerScorer, ScoredAnswer
 from mer_r1_jax.training.prompts import prompt_rows, uid_of
-from mer_r1_jax.training.rl import PromptRows, RlPrograms
-from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.rl_step import RlPrograms
+from mer_r1_jax.training.state import Params
 from mer_r1_jax.training.stopping import NEVER, Stop
 
 MODES = ("slow", "fast")
@@ -107,18 +107,11 @@ class Evaluator:
         self.scorer = scorer
         self.buckets = buckets
         self._candidate_ids_ZY = candidate_ids_ZY
-        self.sampling = dataclasses.replace(
-            programs.sampling,
-            temperature=GREEDY,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            max_completion_length=max_completion_length,
-        )
+        self.sampling = greedy(dataclasses.replace(programs.sampling, max_completion_length=max_completion_length))
 
     def run(
         self,
-        leaves: tuple[Leaves, Leaves],
+        params: Params,
         prompts: Iterator[tuple[Record, Prompt | str]],
         modes: Sequence[str] = MODES,
         stop: Stop = NEVER,
@@ -129,7 +122,7 @@ class Evaluator:
         In a run of several processes each of them brings its own share of the prompts, and gets all answers.
 
         Args:
-            leaves: trainable and frozen parameters.
+            params: of the policy.
             prompts: records with their prompt, or the reason why there is none.
             modes: slow, fast or both.
             stop: asked between batches and inside them; raises StopRequested.
@@ -141,7 +134,7 @@ class Evaluator:
         records: list[Record] = []
         answers: dict[str, list[AnswerOf]] = {mode: [] for mode in modes}
         skipped: list[tuple[Record, str]] = []
-        for rows, batch_answers in self.batches(leaves, prompts, modes, skipped, stop, at_least):
+        for rows, batch_answers in self.batches(params, prompts, modes, skipped, stop, at_least):
             records += rows
             for mode in modes:
                 answers[mode] += batch_answers[mode]
@@ -155,7 +148,7 @@ class Evaluator:
 
     def batches(
         self,
-        leaves: tuple[Leaves, Leaves],
+        params: Params,
         prompts: Iterator[tuple[Record, Prompt | str]],
         modes: Sequence[str],
         skipped: list[tuple[Record, str]],
@@ -165,17 +158,16 @@ class Evaluator:
         """The same batch by batch, for whoever keeps answers as they come.
 
         Args:
-            leaves, prompts, modes, stop, at_least: as of `run`.
+            params, prompts, modes, stop, at_least: as of `run`.
             skipped: records that have no prompt are added to it, with the reason.
 
         Yields:
             the records of a batch, and mode -> their answers.
         """
-        with self.programs.rollout_weights(leaves) as weights:
+        with self.programs.rollout_params(params) as decoding:
             for batch in filled_up(batched(prompts, self.buckets[0].rows, skipped), at_least):
                 stop.check()
-                rows = [record for record, _ in batch]
-                yield rows, self._answer(leaves, weights, rows, [prompt for _, prompt in batch], modes, stop)
+                yield [record for record, _ in batch], self._answer(params, decoding, batch, modes, stop)
 
     def _of_all(self, *own: Any) -> tuple[list[Record], dict[str, list[AnswerOf]], list[tuple[Record, str]]]:
         """Records, answers and skipped records of all processes, in their order."""
@@ -189,40 +181,30 @@ class Evaluator:
 
     def _answer(
         self,
-        leaves: tuple[Leaves, Leaves],
-        weights: tuple[Leaves, Leaves],
-        records: list[Record],
-        prompts: list[Prompt],
+        params: Params,
+        decoding: Params,
+        batch: Sequence[tuple[Record, Prompt]],
         modes: Sequence[str],
         stop: Stop,
     ) -> dict[str, list[AnswerOf]]:
+        records, prompts = [record for record, _ in batch], [prompt for _, prompt in batch]
         mesh, thinker = self.programs.backbone.mesh, self.programs.backbone.config
         host = prompt_rows(prompts, self.buckets, thinker, [uid_of(record.id) for record in records])
-        device = put(host, mesh)
-        features = self.programs.encode(leaves, device.batch)
+        encoded = self.programs.encode(params, put(host, mesh))  # once for both modes
         padding = host.uid_B.shape[0] - len(records)
         truths = [record.solution for record in records] + [None] * padding
         results = {}
         for mode in modes:
-            completions = self.programs.sample(
-                weights,
-                device,
-                features,
-                jax.random.key(0),
-                np.int32(0),
-                generations=1,
-                sampling=self.sampling,
-                forced_ids=self.scorer.tags.empty_think if mode == "fast" else (),
-                stop=stop,
-            )
-            results[mode] = self._score(leaves, device, features, completions, truths, mode)[: len(records)]
+            forced_ids = self.scorer.tags.empty_think if mode == "fast" else ()
+            sampling = dataclasses.replace(self.sampling, forced_ids=forced_ids)
+            completions = self.programs.sample(decoding, encoded, jax.random.key(0), sampling, stop)
+            results[mode] = self._score(params, encoded, completions, truths, mode)[: len(records)]
         return results
 
     def _score(
         self,
-        leaves: tuple[Leaves, Leaves],
-        prompts: PromptRows,
-        features: Any,
+        params: Params,
+        prompts: Prompts,
         completions: Completions,
         truths: list[Any],
         mode: str,
@@ -233,7 +215,7 @@ class Evaluator:
         groups = self.scorer.groups(host, truths, require_format=mode == "slow")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
         anchors = put(groups.anchors, self.programs.backbone.mesh)
-        slow_BGWQ, _ = self.programs.score(leaves, prompts, features, completion, anchors, self._candidate_ids_ZY)
+        slow_BGWQ, _ = self.programs.score(params, prompts, completion, anchors, self._candidate_ids_ZY)
         probability_BGWQ = np.exp(local_rows({"slow_BGWQ": slow_BGWQ}, self.programs.backbone.mesh)["slow_BGWQ"])
         results = []
         for row, group in enumerate(groups.answers):

@@ -25,7 +25,7 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.rollout import STOP_LENGTH
 from mer_r1_jax.rl.scoring import ScoredAnswer
 from mer_r1_jax.training.prompts import prompt_rows, uid_of
-from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.state import Params
 
 MODALITIES = {"video": "videos", "audio": "audios", "subtitle": "subtitle"}  # a record's field of each
 ALONE = -1  # a clip without a partner
@@ -43,7 +43,7 @@ class Prober:
 
     Attributes:
         evaluator: decodes and scores.
-        leaves: trainable and frozen parameters.
+        params: of the policy.
         load: prompts of records; a clip that cannot be used comes as the reason.
         wheels: emotion wheels.
         interleaved: a video brings its own sound (`media.use_audio_in_video`), so the two cannot be swapped apart.
@@ -51,7 +51,7 @@ class Prober:
     """
 
     evaluator: Evaluator
-    leaves: tuple[Leaves, Leaves]
+    params: Params
     load: Callable[[Sequence[Record]], Iterator[tuple[Record, Prompt | str]]]
     wheels: Wheels
     interleaved: bool = False
@@ -59,7 +59,7 @@ class Prober:
 
     def answers(self, records: Sequence[Record]) -> Evaluation:
         """Slow and fast answers to records."""
-        return self.evaluator.run(self.leaves, self.load(records))
+        return self.evaluator.run(self.params, self.load(records))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -271,21 +271,13 @@ def _continued(prober: Prober, records: Sequence[Record], prefixes: Sequence[np.
     buckets = [dataclasses.replace(bucket, tokens=bucket.tokens + added) for bucket in evaluator.buckets]
     prefix_of = {record.id: prefix for record, prefix in zip(records, prefixes, strict=True)}
     answers = {}
-    with programs.rollout_weights(prober.leaves) as weights:
+    with programs.rollout_params(prober.params) as decoding:
         for batch in batched(prober.load(records), buckets[0].rows, []):
             prompts = [extended(prompt, prefix_of[record.id]) for record, prompt in batch]
             host = prompt_rows(prompts, buckets, programs.backbone.config, [uid_of(record.id) for record, _ in batch])
             rows = put(host, programs.backbone.mesh)
             completions = jax.device_get(
-                programs.sample(
-                    weights,
-                    rows,
-                    programs.encode(prober.leaves, rows.batch),
-                    jax.random.key(0),
-                    np.int32(0),
-                    generations=1,
-                    sampling=evaluator.sampling,
-                )
+                programs.sample(decoding, programs.encode(prober.params, rows), jax.random.key(0), evaluator.sampling)
             )
             for row, (record, _) in enumerate(batch):
                 prefix, length = prefix_of[record.id], int(completions.length_BG[row, 0])

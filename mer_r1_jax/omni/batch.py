@@ -20,6 +20,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Array = Any  # a numpy array on the host, a jax.Array or tracer on the device
 
@@ -117,3 +118,91 @@ class BatchShape:
     def audio_rows(self) -> int:
         """Feature rows one padded audio clip becomes."""
         return self.audio_units * FEATURES_PER_UNIT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureLayout:
+    """Static: how many feature rows each clip of a batch row has; vision clips come first, then audio clips.
+
+    Attributes:
+        vision_clips, vision_rows: V, and rows of one padded vision clip (P * S / 4).
+        audio_clips, audio_rows: A, and rows of one padded audio clip (U * 50).
+    """
+
+    vision_clips: int = 0
+    vision_rows: int = 0
+    audio_clips: int = 0
+    audio_rows: int = 0
+
+    @classmethod
+    def of(cls, vision: VisionClips | None, audio: AudioClips | None) -> FeatureLayout:
+        """The layout of these clips' features."""
+        V = A = vision_rows = audio_rows = 0
+        if vision is not None:
+            _, V, P, S, _ = vision.patches_BVPSX.shape
+            vision_rows = P * S // 4
+        if audio is not None:
+            _, A, U, _, _ = audio.mel_BAUFM.shape
+            audio_rows = U * FEATURES_PER_UNIT
+        return cls(vision_clips=V, vision_rows=vision_rows, audio_clips=A, audio_rows=audio_rows)
+
+    @classmethod
+    def of_batch(cls, batch: Batch | Prompts) -> FeatureLayout:
+        """The layout of a batch's features."""
+        return cls.of(batch.vision, batch.audio)
+
+    @classmethod
+    def of_shape(cls, shape: BatchShape) -> FeatureLayout:
+        """The layout of a bucket's features."""
+        return cls(
+            vision_clips=shape.vision_clips,
+            vision_rows=shape.vision_rows if shape.vision_clips else 0,
+            audio_clips=shape.audio_clips,
+            audio_rows=shape.audio_rows if shape.audio_clips else 0,
+        )
+
+    @property
+    def rows(self) -> int:
+        """R, feature rows of one batch row."""
+        return self.vision_clips * self.vision_rows + self.audio_clips * self.audio_rows
+
+    def index(self, source: Array) -> Array:
+        """Feature row [...] of (clip, row) pairs [..., 2]; any valid row where the clip is -1."""
+        clip, row = source[..., 0], source[..., 1]
+        audio_start = self.vision_clips * self.vision_rows
+        index = jnp.where(
+            clip < self.vision_clips,
+            clip * self.vision_rows + row,
+            audio_start + (clip - self.vision_clips) * self.audio_rows + row,
+        )
+        return jnp.where(clip < 0, 0, index)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The prompts of one step, from the host to the update: what every program takes of them.
+
+    They begin with their clips. `encoded` puts the towers' features in the place of the clips, which nothing reads any
+    more then; only where a tower is trained do the clips go on into the update, to be encoded inside its gradient.
+
+    Attributes:
+        tokens: padded token rows; a row without any prompt token is absent and takes part in nothing.
+        vision, audio: the clips; None where there are none, or none any more.
+        features_BRD: media features in the compute dtype; None before encoding, and where there are no clips.
+        next_position_B: int32, the rotary position that follows each prompt, on all three axes.
+        uid_B: uint32 identity of each visit of a prompt; the random bits of its completions follow from it.
+        layout: static, how many feature rows each clip has.
+    """
+
+    tokens: Tokens
+    next_position_B: Array
+    uid_B: Array
+    vision: VisionClips | None = None
+    audio: AudioClips | None = None
+    features_BRD: Array | None = None
+    layout: FeatureLayout = dataclasses.field(default=FeatureLayout(), metadata={"static": True})
+
+    def encoded(self, features_BRD: Array | None) -> Prompts:
+        """These prompts with features in the place of their clips."""
+        return dataclasses.replace(self, vision=None, audio=None, features_BRD=features_BRD)

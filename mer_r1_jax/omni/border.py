@@ -18,13 +18,13 @@ from mer_r1_jax.omni.batch import (
     AudioClips,
     Batch,
     BatchShape,
+    FeatureLayout,
     Tokens,
     VisionClips,
 )
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.grids import feature_rows, patch_layout
 from mer_r1_jax.omni.positions import audio_token_count, feature_sources, rope_positions, vision_token_count
-from mer_r1_jax.omni.thinker import FeatureLayout
 
 
 class InputError(ValueError):

@@ -6,7 +6,6 @@ dicts, and inside `bind(graphdef, params)` gives the module back.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,71 +15,13 @@ from flax import nnx
 
 from mer_r1_jax.kernels.logprobs.api import Scores
 from mer_r1_jax.omni.audio import AudioTower
-from mer_r1_jax.omni.batch import FEATURES_PER_UNIT, AudioClips, Batch, BatchShape, Tokens, VisionClips
+from mer_r1_jax.omni.batch import AudioClips, FeatureLayout, Tokens, VisionClips
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.layers import Settings, constrain
 from mer_r1_jax.omni.text import BTD, Cache, PromptCache, TextDecoder
 from mer_r1_jax.omni.vision import VisionTower
 
 Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureLayout:
-    """Static: how many feature rows each clip of a batch row has; vision clips come first, then audio clips.
-
-    Attributes:
-        vision_clips, vision_rows: V, and rows of one padded vision clip (P * S / 4).
-        audio_clips, audio_rows: A, and rows of one padded audio clip (U * 50).
-    """
-
-    vision_clips: int = 0
-    vision_rows: int = 0
-    audio_clips: int = 0
-    audio_rows: int = 0
-
-    @classmethod
-    def of(cls, vision: VisionClips | None, audio: AudioClips | None) -> FeatureLayout:
-        """The layout of these clips' features."""
-        V = A = vision_rows = audio_rows = 0
-        if vision is not None:
-            _, V, P, S, _ = vision.patches_BVPSX.shape
-            vision_rows = P * S // 4
-        if audio is not None:
-            _, A, U, _, _ = audio.mel_BAUFM.shape
-            audio_rows = U * FEATURES_PER_UNIT
-        return cls(vision_clips=V, vision_rows=vision_rows, audio_clips=A, audio_rows=audio_rows)
-
-    @classmethod
-    def of_batch(cls, batch: Batch) -> FeatureLayout:
-        """The layout of a batch's features."""
-        return cls.of(batch.vision, batch.audio)
-
-    @classmethod
-    def of_shape(cls, shape: BatchShape) -> FeatureLayout:
-        """The layout of a bucket's features."""
-        return cls(
-            vision_clips=shape.vision_clips,
-            vision_rows=shape.vision_rows if shape.vision_clips else 0,
-            audio_clips=shape.audio_clips,
-            audio_rows=shape.audio_rows if shape.audio_clips else 0,
-        )
-
-    @property
-    def rows(self) -> int:
-        """R, feature rows of one batch row."""
-        return self.vision_clips * self.vision_rows + self.audio_clips * self.audio_rows
-
-    def index(self, source: jax.Array) -> jax.Array:
-        """Feature row [...] of (clip, row) pairs [..., 2]; any valid row where the clip is -1."""
-        clip, row = source[..., 0], source[..., 1]
-        audio_start = self.vision_clips * self.vision_rows
-        index = jnp.where(
-            clip < self.vision_clips,
-            clip * self.vision_rows + row,
-            audio_start + (clip - self.vision_clips) * self.audio_rows + row,
-        )
-        return jnp.where(clip < 0, 0, index)
 
 
 class Thinker(nnx.Module):

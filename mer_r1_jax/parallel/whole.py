@@ -14,33 +14,33 @@ from mer_r1_jax.parallel import processes
 PIECE_BYTES = 1 << 28  # that every device holds whole at a time
 
 
-def on_first(leaves: Mapping[str, jax.Array]) -> dict[str, np.ndarray] | None:
+def on_first(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray] | None:
     """Sharded arrays as numpy arrays on the first process, None on the others; all of them must call it.
 
     Large arrays come in pieces along their first axis, small ones together, so that no device holds much at a time.
 
     Args:
-        leaves: of one mesh.
+        arrays: of one mesh.
     """
-    pieces: dict[str, list[np.ndarray]] = {name: [] for name in leaves}
-    for names, spans in _batches(leaves):
-        mesh = leaves[names[0]].sharding.mesh
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in arrays}
+    for names, spans in _batches(arrays):
+        mesh = arrays[names[0]].sharding.mesh
         starts = np.asarray([start for start, _ in spans], np.int32)
         sizes = tuple(size for _, size in spans)
-        fetched = jax.block_until_ready(_whole(mesh, sizes)([leaves[name] for name in names], starts))
+        fetched = jax.block_until_ready(_whole(mesh, sizes)([arrays[name] for name in names], starts))
         if processes.is_first():
             for name, piece in zip(names, fetched, strict=True):
                 pieces[name].append(np.asarray(piece))
     return {name: np.concatenate(parts) for name, parts in pieces.items()} if processes.is_first() else None
 
 
-def _batches(leaves: Mapping[str, jax.Array]) -> Iterator[tuple[list[str], list[tuple[int, int]]]]:
+def _batches(arrays: Mapping[str, jax.Array]) -> Iterator[tuple[list[str], list[tuple[int, int]]]]:
     """Names with (first row, rows) of each, about PIECE_BYTES at a time, in one order on every process."""
     names: list[str] = []
     spans: list[tuple[int, int]] = []
     held = 0
-    for name in sorted(leaves):
-        rows, nbytes = leaves[name].shape[0], leaves[name].nbytes
+    for name in sorted(arrays):
+        rows, nbytes = arrays[name].shape[0], arrays[name].nbytes
         step = max(1, PIECE_BYTES * rows // max(1, nbytes))
         for start in range(0, rows, step):
             size = min(step, rows - start)
@@ -55,10 +55,10 @@ def _batches(leaves: Mapping[str, jax.Array]) -> Iterator[tuple[list[str], list[
 
 @functools.lru_cache(maxsize=8)
 def _whole(mesh: Mesh, sizes: tuple[int, ...]):
-    def cut(leaves: list[jax.Array], starts: jax.Array) -> list[jax.Array]:
+    def cut(arrays: list[jax.Array], starts: jax.Array) -> list[jax.Array]:
         return [
-            jax.lax.dynamic_slice_in_dim(leaf, starts[place], size, axis=0)
-            for place, (leaf, size) in enumerate(zip(leaves, sizes, strict=True))
+            jax.lax.dynamic_slice_in_dim(array, starts[place], size, axis=0)
+            for place, (array, size) in enumerate(zip(arrays, sizes, strict=True))
         ]
 
     return jax.jit(cut, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -22,7 +22,7 @@ from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.kernels.attention.pallas_tpu import visited_share
 from mer_r1_jax.kernels.placement import Placement, vmem_mib
 from mer_r1_jax.media.tokenizer import load_tokenizer
-from mer_r1_jax.omni.batch import PROMPT, BatchShape
+from mer_r1_jax.omni.batch import PROMPT, BatchShape, Prompts
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
@@ -30,14 +30,16 @@ from mer_r1_jax.planning.useful import FORWARD, TRAINED, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.rl.confidence import Anchors
+from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
-from mer_r1_jax.run.setup import banned_ids_of, check_rows, sampling_config, tower_flags
+from mer_r1_jax.run.setup import banned_ids_of, check_rows, sampling_config
 from mer_r1_jax.training.backbone import Backbone, thinker_config
+from mer_r1_jax.training.chunked import state_shardings
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
-from mer_r1_jax.training.rl import Experience, PromptRows, RlPrograms
-from mer_r1_jax.training.sft import SftBatch, Targets, make_sft_step
-from mer_r1_jax.training.state import TrainState, make_optimizer, trainable_names
+from mer_r1_jax.training.rl_step import Experience, RlPrograms
+from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
+from mer_r1_jax.training.state import Params, TrainState, make_optimizer, tower_flags, trainable_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +51,7 @@ class PlannedProgram:
         phase: sft or rl.
         function: the jitted function.
         args: abstract arguments.
+        static: the static ones, which come after them.
         held: what lives on the chips while it runs, by part: trees of abstract arrays, arguments or not.
         cache_bytes: of its temporary memory, the keys and values of prompts and completions, a chip.
         longest_loop: trips of a loop whose end depends on data: the cap on sampled tokens.
@@ -62,6 +65,7 @@ class PlannedProgram:
     function: Any
     args: tuple[Any, ...]
     held: dict[str, Any]
+    static: tuple[Any, ...] = ()
     cache_bytes: int = 0
     longest_loop: int = 1
     calls: float = 1.0
@@ -70,7 +74,11 @@ class PlannedProgram:
 
     def trace(self) -> Any:
         """The program traced at its arguments (`.jaxpr`, `.lower()`)."""
-        return self.function.trace(*self.args)
+        return self.function.trace(*self.args, *self.static)
+
+    def results(self) -> Any:
+        """What it gives, as abstract arrays."""
+        return self.function.eval_shape(*self.args, *self.static)
 
 
 class RunPrograms:
@@ -135,8 +143,7 @@ class RunPrograms:
         rows = self._prompts(bucket)
         slow, fast = self.workload.target_lengths(self.config)
         batch = SftBatch(
-            prompts=rows.batch,
-            next_position_B=rows.next_position_B,
+            prompts=rows,
             slow=self._targets(bucket.rows, slow),
             fast=self._targets(bucket.rows, fast) if fast else None,
         )
@@ -159,11 +166,11 @@ class RunPrograms:
         """Encoding, rollout (its weights first), scoring, reference and update of one RL step."""
         config, programs = self.config.rl, self.programs
         towers = tower_flags(self.config, "rl")
-        encode_inside = any(towers.values())
+        towers_trained = any(towers.values())
         state, optimizer = self._state("rl", towers)
-        leaves = (state.trainable, state.frozen)
-        rows = self._prompts(bucket)
-        held = _held(state) | {"reference": state.trainable if config.beta else {}, "batch": rows}
+        with_clips = self._prompts(bucket)
+        reference = state.split()[0] if config.beta else {}
+        held = _held(state) | {"reference": reference, "batch": with_clips}
         per_rollout = 1 / config.num_iterations
 
         def planned(name: str, function: Any, args: tuple[Any, ...], **more: Any) -> PlannedProgram:
@@ -175,86 +182,88 @@ class RunPrograms:
         slow = (config.num_generations, config.max_completion_length)
         fast = (config.num_generations, config.max_fast_context)
         anchored = 2 * config.num_generations * config.max_answer_words
-        encode_args = (leaves, rows.batch.vision, rows.batch.audio)
         media = bucket.rows * tower_flops(self._thinker, bucket)
-        encode = planned("encode", programs.encode_program, encode_args, useful=media)
-        features = self._placed(jax.eval_shape(encode.function, *encode_args), "features_BRD")
-        held["features"] = features
-        sampler = programs.sample_program(config.num_generations, programs.sampling, ())
-        recast = programs.recast(leaves)
-        cast = planned("cast", programs.cast_program, (recast,), calls=per_rollout if recast else 0.0)
+        encode = planned(
+            "encode", programs.encode_media, (state.params, with_clips.vision, with_clips.audio), useful=media
+        )
+        held["features"] = features = self._placed(encode.results(), "features_BRD")
+        prompts = with_clips.encoded(features)
+        recast = {name: state.params[name] for name in self.backbone.recast}
+        cast = planned("cast", programs.cast, (recast,), calls=per_rollout if recast else 0.0)
         weights = self._rollout_weights(recast)
-        seeds = (self._scalar(jax.random.key(0)), self._scalar(np.int32(0)))
-        sample_args = (programs.with_cast(leaves, weights), rows, features, *seeds)
-        rollout = self._rollout(sampler, sample_args, planned, per_rollout, bucket)
+        sample_args = (state.params | weights, prompts, self._scalar(jax.random.key(0)))
+        rollout = self._rollout(sample_args, planned, bucket)
         for program in rollout:
             program.held["rollout"] = weights  # freed before the next program
-        completions = self._placed(jax.eval_shape(sampler, *sample_args))
+        whole = planned("sample", programs.rollout, sample_args, static=(programs.sampling,))
+        completions = self._placed(whole.results())
         exists_BGC = self._placed(jax.eval_shape(lambda c: c.exists_BGC, completions), "exists_BGC")
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=exists_BGC)
         anchors = self._anchors(bucket.rows)
-        ids_ZY = self.candidates.ids_ZY
+        ids_ZY = self._scalar(self.candidates.ids_ZY)
         score = planned(
-            "score", programs.score, (leaves, rows, features, completion, anchors, self._scalar(ids_ZY)),
+            "score", programs.score, (state.params, prompts, completion, anchors, ids_ZY),
             cache_bytes=self._cache_bytes(bucket, 0),
             useful=self._text_flops(bucket, (slow, fast), scored=anchored),
             visited=self._visited(bucket, (slow, fast)),
         )  # fmt: skip
         held["experience"] = (completions, anchors)
-        scored = (rows, features, completion)
         reference = planned(
             "reference",
             programs.logprobs,
-            (leaves, *scored),
+            (state.params, prompts, completion),
             cache_bytes=self._cache_bytes(bucket, 0),
             calls=per_rollout * (bool(config.beta) + (config.num_iterations > 1)),
             useful=self._text_flops(bucket, (slow,), scored=math.prod(slow)),
             visited=self._visited(bucket, (slow,)),
         )
         logprob_BGC = completions.sampling_logprob_BGC
-        experience = Experience(
-            prompts=rows,
-            features_BRD=None if encode_inside else features,
-            completion=completion,
-            loss_mask_BGC=completions.mask_BGC,
-            present_BG=self._array((bucket.rows, config.num_generations), bool),
-            advantage_BG=self._array((bucket.rows, config.num_generations), np.float32),
-            sampling_logprob_BGC=logprob_BGC,
-            reference_logprob_BGC=logprob_BGC if config.beta else None,
-            old_logprob_BGC=logprob_BGC if config.num_iterations > 1 else None,
-            anchors=anchors if ARMS[config.arm].calibration_loss else None,
-        )
         calibrated = ARMS[config.arm].calibration_loss
+        experience = Experience(
+            prompts=with_clips if towers_trained else prompts,
+            completion=completion,
+            targets=PolicyTargets(
+                advantage_BG=self._array((bucket.rows, config.num_generations), np.float32),
+                mask_BGC=completions.mask_BGC,
+                present_BG=self._array((bucket.rows, config.num_generations), bool),
+                old_logprob_BGC=logprob_BGC if config.num_iterations > 1 else None,
+                reference_logprob_BGC=logprob_BGC if config.beta else None,
+            ),
+            sampling_logprob_BGC=logprob_BGC,
+            anchors=anchors if calibrated else None,
+            candidate_ids_ZY=ids_ZY if calibrated else None,
+        )
         learnt, scored = ((slow, fast), math.prod(slow) + anchored) if calibrated else ((slow,), math.prod(slow))
         update = planned(
             "update",
-            programs.make_update(optimizer, ids_ZY),
+            programs.make_update(optimizer),
             (state, experience, self._scalar(np.float32(0))),
             calls=1.0,
-            useful=TRAINED * (self._text_flops(bucket, learnt, scored=scored) + (media if encode_inside else 0)),
+            useful=TRAINED * (self._text_flops(bucket, learnt, scored=scored) + (media if towers_trained else 0)),
             visited=self._visited(bucket, learnt),
         )
         return [program for program in (encode, cast, *rollout, score, reference, update) if program.calls]
 
-    def _rollout(
-        self, whole: Any, args: tuple[Any, ...], planned: Any, calls: float, bucket: BatchShape
-    ) -> list[PlannedProgram]:
+    def _rollout(self, args: tuple[Any, ...], planned: Any, bucket: BatchShape) -> list[PlannedProgram]:
         """Sampling in one program, or its first chunk and the others, at the size a batch begins with."""
-        config = self.config.rl
+        config, programs = self.config.rl, self.programs
         length, chunk = config.max_completion_length, config.decode_chunk
         cache_bytes = self._cache_bytes(bucket, length, DECODE_RULES)
+        static = (programs.sampling,)
         if not 0 < chunk < length:
-            return [planned("sample", whole, args, cache_bytes=cache_bytes, longest_loop=length)]
-        chunked = self.programs.chunked_rollout(config.num_generations, self.programs.sampling, ())
-        first = planned("sample", chunked.start_program, args, longest_loop=chunk)
+            whole = {"cache_bytes": cache_bytes, "longest_loop": length, "static": static}
+            return [planned("sample", programs.rollout, args, **whole)]
+        static = (*static, programs.chunks)
+        first = planned("sample", programs.begin, args, longest_loop=chunk, static=static)
         state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(first.function, *args)[0],
-            chunked.state_shardings,
+            first.results()[0],
+            state_shardings(self.backbone.mesh),
         )
-        advance = chunked.advance_program(chunked.sizes(bucket.rows))
+        static = (*static, programs.chunks.sizes(bucket.rows, programs.sampling))
         others = -(-length // chunk) - 1  # at most: chunks end when every completion has
-        return [first, planned("decode", advance, (args[0], state), longest_loop=chunk, calls=calls * others)]
+        more = {"calls": first.calls * others, "longest_loop": chunk, "static": static}
+        return [first, planned("decode", programs.go_on, (args[0], state), **more)]
 
     def _text_flops(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...], scored: int) -> float:
         """Forward pass of all rows, each a prompt with these sets of (continuations, tokens)."""
@@ -273,13 +282,13 @@ class RunPrograms:
         optimizer = make_optimizer(settings, self.steps(phase))
         return self.backbone.abstract_state(trainable_names(**towers), optimizer, settings.dtype), optimizer
 
-    def _rollout_weights(self, recast: dict[str, Any]) -> dict[str, Any]:
+    def _rollout_weights(self, recast: Params) -> Params:
         shardings, dtype = self.backbone.decode_shardings, jnp.dtype(self.backbone.config.compute_dtype)
         return {
             name: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name]) for name, leaf in recast.items()
         }
 
-    def _prompts(self, bucket: BatchShape) -> PromptRows:
+    def _prompts(self, bucket: BatchShape) -> Prompts:
         return self._placed(prompt_rows([], [bucket], self.backbone.config, []))
 
     def _targets(self, rows: int, length: int) -> Targets:
@@ -328,7 +337,8 @@ class RunPrograms:
 
 
 def _held(state: TrainState) -> dict[str, Any]:
-    return {"parameters": state.trainable, "towers": state.frozen, "optimizer": state.opt_state}
+    trained, frozen = state.split()
+    return {"parameters": trained, "towers": frozen, "optimizer": state.opt_state}
 
 
 def bytes_per_chip(tree: Any) -> int:

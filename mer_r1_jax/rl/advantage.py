@@ -16,9 +16,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.omni.batch import Array
 
-SCALES = ("group", "batch", "none")
 EPSILON = 1e-4  # added to the standard deviation, as TRL does
 
 
@@ -54,31 +54,6 @@ class Rewards:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdvantageConfig:
-    """Static settings of the advantages.
-
-    Attributes:
-        scale_rewards: divisor of z: group (the group's standard deviation), batch (that of the whole batch), none (only
-            the group's mean is taken off).
-        calibration_weight: lambda, weight of the slow-fast calibration.
-        format_weight: weight of the format reward.
-        reward_weights: weight of each of `Rewards.custom_BG`.
-
-    Raises:
-        ValueError: an unknown scale.
-    """
-
-    scale_rewards: str = "group"
-    calibration_weight: float = 0.1
-    format_weight: float = 0.1
-    reward_weights: tuple[float, ...] = ()
-
-    def __post_init__(self):
-        if self.scale_rewards not in SCALES:
-            raise ValueError(f"scale_rewards is {self.scale_rewards!r}, expected one of {', '.join(SCALES)}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way to turn rewards into advantages.
 
@@ -89,14 +64,18 @@ class Arm:
         calibration_loss: whether lambda times the differentiable calibration loss is added to the policy loss.
     """
 
-    advantage: Callable[[Rewards, AdvantageConfig], Array]
+    advantage: Callable[[Rewards, RlConfig], Array]
     needs_confidence: bool = False
     candidates: str = "category"
     calibration_loss: bool = False
 
 
 def zscore(x_BG: Array, valid_BG: Array, scale_rewards: str = "group") -> Array:
-    """(x - mean) / (std + 1e-4) over each group's valid values, std with ddof 1; see AdvantageConfig for the scales.
+    """(x - mean) / (std + 1e-4) over each group's valid values, std with ddof 1.
+
+    Args:
+        x_BG, valid_BG: values, and which of them count.
+        scale_rewards: what the std is taken over: each "group", the whole "batch", or "none": only the mean goes off.
 
     Returns:
         float32 [B, G]; exactly 0 where the value is invalid or not finite, and in groups with fewer than two valid
@@ -181,18 +160,19 @@ def _add(term: tuple[Array, Array], other: tuple[Array, Array], weight: float) -
     return x_BG + weight * y_BG, valid_BG
 
 
-def _z(term: tuple[Array, Array], config: AdvantageConfig) -> Array:
+def _z(term: tuple[Array, Array], config: RlConfig) -> Array:
     return zscore(*term, config.scale_rewards)
 
 
-def _z_format(rewards: Rewards, config: AdvantageConfig) -> Array:
+def _z_format(rewards: Rewards, config: RlConfig) -> Array:
     return config.format_weight * _z(_format(rewards), config)
 
 
-def custom_rewards(rewards: Rewards, config: AdvantageConfig) -> Array:
+def custom_rewards(rewards: Rewards, config: RlConfig) -> Array:
     """Sum of weight x z of each reward function of the user's: normalised apart, as the method's own rewards (ours)."""
     total_BG = jnp.zeros(rewards.valid_BG.shape, jnp.float32)
-    for value_BG, weight in zip(rewards.custom_BG, config.reward_weights, strict=True):
+    weights = config.reward_weights or (1.0,) * len(rewards.custom_BG)
+    for value_BG, weight in zip(rewards.custom_BG, weights, strict=True):
         total_BG += weight * _z((value_BG, rewards.valid_BG), config)
     return total_BG
 
@@ -200,41 +180,41 @@ def custom_rewards(rewards: Rewards, config: AdvantageConfig) -> Array:
 # The arms. MER-R1: its ablation tables; "ours" where the paper leaves the choice open.
 
 
-def baseline(rewards: Rewards, config: AdvantageConfig) -> Array:
+def baseline(rewards: Rewards, config: RlConfig) -> Array:
     """z(F1 + w R_F): one reward. Where the truth cannot be scored the format is all there is."""
     format_BG, valid_BG = _format(rewards)
     return _z(_add((config.format_weight * format_BG, valid_BG), _f1(rewards), 1.0), config)
 
 
-def reward_sum(rewards: Rewards, config: AdvantageConfig) -> Array:
+def reward_sum(rewards: Rewards, config: RlConfig) -> Array:
     """`rd`: z(R_R + R_P) + w z(R_F), added first and normalised after."""
     return _z(_add(_recall(rewards), _precision(rewards), 1.0), config) + _z_format(rewards, config)
 
 
-def dual_objective(rewards: Rewards, config: AdvantageConfig) -> Array:
+def dual_objective(rewards: Rewards, config: RlConfig) -> Array:
     """`ad`: z(R_R) + z(R_P) + w z(R_F), normalised apart and added after."""
     return _z(_recall(rewards), config) + _z(_precision(rewards), config) + _z_format(rewards, config)
 
 
-def mer_r1(rewards: Rewards, config: AdvantageConfig) -> Array:
+def mer_r1(rewards: Rewards, config: RlConfig) -> Array:
     """`ad` + lambda (z(R+) + z(R-)): the method."""
     calibration = _z(_plus(rewards), config) + _z(_minus(rewards), config)
     return dual_objective(rewards, config) + config.calibration_weight * calibration
 
 
-def recall_side_only(rewards: Rewards, config: AdvantageConfig) -> Array:
+def recall_side_only(rewards: Rewards, config: RlConfig) -> Array:
     """`sfcc_recall_only`: `ad` + lambda z(R+)."""
     return dual_objective(rewards, config) + config.calibration_weight * _z(_plus(rewards), config)
 
 
-def reward_space(rewards: Rewards, config: AdvantageConfig) -> Array:
+def reward_space(rewards: Rewards, config: RlConfig) -> Array:
     """`sfcc_reward_space`: z(R_R + lambda R+) + z(R_P + lambda R-) + w z(R_F)."""
     recall = _add(_recall(rewards), _plus(rewards), config.calibration_weight)
     precision = _add(_precision(rewards), _minus(rewards), config.calibration_weight)
     return _z(recall, config) + _z(precision, config) + _z_format(rewards, config)
 
 
-def mixed_space(rewards: Rewards, config: AdvantageConfig) -> Array:
+def mixed_space(rewards: Rewards, config: RlConfig) -> Array:
     """`sfcc_mixed`: z(R_R + lambda R+) + z(R_P) + lambda z(R-) + w z(R_F) (which side is ours)."""
     recall = _add(_recall(rewards), _plus(rewards), config.calibration_weight)
     minus = config.calibration_weight * _z(_minus(rewards), config)
@@ -254,7 +234,7 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def advantages(arm: str, rewards: Rewards, config: AdvantageConfig) -> Array:
+def advantages(arm: str, rewards: Rewards, config: RlConfig) -> Array:
     """float32 [B, G], one advantage per completion, given to each of its tokens; no gradient flows through it.
 
     The arm's own, plus the user's reward functions, which every arm takes in the same way.

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.omni.batch import Array
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
@@ -63,19 +64,6 @@ class Anchors:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnchorSettings:
-    """How large the arrays of anchors are.
-
-    Attributes:
-        max_words: words of an answer that are given a confidence (W).
-        max_fast_context: tokens of a fast scoring context (C of `Anchors.fast`).
-    """
-
-    max_words: int
-    max_fast_context: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerToScore:
     """What the host knows about one sampled answer.
 
@@ -99,7 +87,7 @@ def build_anchors(
     tags: AnswerTags,
     category: Callable[[str, int], str | None],
     candidate_sets: Callable[[str], Sequence[int]],
-    settings: AnchorSettings,
+    config: RlConfig,
 ) -> tuple[Anchors, dict[str, int]]:
     """Locates the words of sampled answers and builds their fast scoring contexts. Host code, numpy only.
 
@@ -109,14 +97,14 @@ def build_anchors(
         tags: the tags under the run's tokenizer.
         category: (word, wheel) -> category or None (`Wheels.category`).
         candidate_sets: word -> index of its candidate set on each wheel, -1 for none (`CandidateTable.word`).
-        settings: sizes.
+        config: sizes: words of an answer that get a confidence (W), tokens of a fast scoring context (C).
 
     Returns:
         Anchors with numpy leaves, and how often each of REASONS occurred.
     """
     rows, generations, wheels = len(answers), len(answers[0]), len(truth_categories[0])
-    shape_BGW = (rows, generations, settings.max_words)
-    shape_BGC = (rows, generations, settings.max_fast_context)
+    shape_BGW = (rows, generations, config.max_answer_words)
+    shape_BGC = (rows, generations, config.max_fast_context)
     slow_BGW, fast_BGW = np.zeros(shape_BGW, np.int32), np.zeros(shape_BGW, np.int32)
     set_BGWQ = np.full((*shape_BGW, wheels), NO_SET, np.int32)
     correct_BGWQ = np.zeros((*shape_BGW, wheels), bool)
@@ -124,7 +112,7 @@ def build_anchors(
     counts: collections.Counter[str] = collections.Counter({reason: 0 for reason in REASONS})
     for b, group in enumerate(answers):
         for g, answer in enumerate(group):
-            words, context = _place(answer, tags, settings, counts)
+            words, context = _place(answer, tags, config, counts)
             fast_id_BGC[b, g, : len(context)] = context
             fast_exists_BGC[b, g, : len(context)] = True
             for w, word, slow, fast in words:
@@ -145,7 +133,7 @@ def build_anchors(
 
 
 def _place(
-    answer: AnswerToScore, tags: AnswerTags, settings: AnchorSettings, counts: collections.Counter[str]
+    answer: AnswerToScore, tags: AnswerTags, config: RlConfig, counts: collections.Counter[str]
 ) -> tuple[list[tuple[int, str, int, int]], list[int]]:
     """(w, word, slow index, fast index) of the words with a confidence, and the fast scoring context's ids."""
     located = tags.locate(answer.ids, answer.length) if answer.usable else None
@@ -155,15 +143,15 @@ def _place(
     if located.merged:
         counts[MERGED_TAG] += 1
         return [], []
-    counts[SURPLUS_WORDS] += max(len(answer.words) - settings.max_words, 0)
-    kept = answer.words[: settings.max_words]
+    counts[SURPLUS_WORDS] += max(len(answer.words) - config.max_answer_words, 0)
+    kept = answer.words[: config.max_answer_words]
     found = [(w, word, located.first_token[word]) for w, word in enumerate(kept) if word in located.first_token]
     counts[UNLOCATED_WORDS] += len(kept) - len(found)
     if not found:
         return [], []
     own = [int(i) for i in answer.ids[located.opening + 1 : max(slow for _, _, slow in found) + 1]]
     context = [*tags.empty_think, *own]
-    if len(context) > settings.max_fast_context:
+    if len(context) > config.max_fast_context:
         counts[TOO_LONG] += 1
         return [], []
     shift = len(tags.empty_think) - (located.opening + 1)

@@ -12,55 +12,29 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.omni.batch import Array
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyLossConfig:
-    """Static settings of the policy loss.
+class PolicyTargets:
+    """What a rollout fixes about its completions, for the policy to learn from. Logits are divided by the temperature.
 
     Attributes:
-        loss_type: how token losses are averaged. grpo: mean over each completion, then over completions; bnpo: mean
-            over the tokens of the micro-batch, then over micro-batches; dr_grpo: sum over tokens divided by
-            completions x max_completion_length; dapo: mean over the tokens of the whole optimizer step.
-        importance_sampling_level: token: a ratio per token; sequence: one per completion, exp of the mean log ratio
-            (GSPO).
-        epsilon: the ratio is clipped below at 1 - epsilon.
-        epsilon_high: and above at 1 + epsilon_high.
-        delta: the unclipped ratio is cut at this value (two-sided clipping), None = not.
-        max_completion_length: the constant of dr_grpo.
-
-    Raises:
-        ValueError: an unknown name or a value out of range.
+        advantage_BG: float32, one value per completion, given to each of its tokens.
+        mask_BGC: bool, tokens in the loss.
+        present_BG: bool, completions of rows that exist.
+        old_logprob_BGC: float32, under the policy that sampled; None when that is the policy being updated (one update
+            per rollout).
+        reference_logprob_BGC: float32, under the reference; None when there is no KL term.
     """
 
-    loss_type: str = "dapo"
-    importance_sampling_level: str = "token"
-    epsilon: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
-    max_completion_length: int = 1024
-
-    def __post_init__(self):
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type is {self.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
-        if self.importance_sampling_level not in IMPORTANCE_SAMPLING_LEVELS:
-            raise ValueError(
-                f"importance_sampling_level is {self.importance_sampling_level!r}, expected one of "
-                f"{', '.join(IMPORTANCE_SAMPLING_LEVELS)}"
-            )
-        if not 0 <= self.epsilon <= 1 or self.epsilon_high < 0:
-            raise ValueError(
-                f"epsilon is {self.epsilon} and epsilon_high {self.epsilon_high}, expected 0 <= epsilon <= 1 and "
-                "epsilon_high >= 0"
-            )
-        if self.delta is not None and self.delta <= 1 + self.epsilon_high:
-            raise ValueError(f"delta is {self.delta}, expected None or more than 1 + epsilon_high")
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length is {self.max_completion_length}, expected at least 1 token")
+    advantage_BG: Array
+    mask_BGC: Array
+    present_BG: Array
+    old_logprob_BGC: Array | None = None
+    reference_logprob_BGC: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -133,60 +107,49 @@ def kl_penalty(logprob: Array, reference_logprob: Array) -> Array:
 
 
 def policy_loss(
-    logprob: Array,
-    old_logprob: Array | None,
-    reference_logprob: Array | None,
-    advantage: Array,
-    mask: Array,
-    *,
-    beta: Array,
-    totals: StepTotals,
-    config: PolicyLossConfig,
-    present: Array | None = None,
+    logprob_BGC: Array, targets: PolicyTargets, beta: Array, totals: StepTotals, config: RlConfig
 ) -> tuple[Array, dict[str, Array]]:
     """This micro-batch's share of the step's loss, -min(ratio A, clip(ratio) A) + beta KL.
 
-    All log-probabilities use logits / temperature. Leading axes `...` are rows and generations.
-
     Args:
-        logprob: float32 [..., C] under the policy being trained.
-        old_logprob: float32 [..., C] under the policy that sampled, or None when that is the policy itself
-            (one update per rollout): then it is logprob with its gradient stopped.
-        reference_logprob: float32 [..., C] under the reference, or None: no KL term.
-        advantage: float32 [...], one value per completion.
-        mask: bool [..., C], tokens in the loss.
+        logprob_BGC: float32, under the policy being trained, of logits / temperature.
+        targets: advantages, masks and the other log-probabilities.
         beta: float32 scalar, weight of the KL term.
         totals: denominators of the whole optimizer step.
-        config: static settings.
-        present: bool [...], completions of rows that exist; needed by nothing but sequence-level clip metrics
-            (default: all).
+        config: static. `loss_type` says how token losses are averaged: grpo, the mean over each completion, then over
+            completions; bnpo, the mean over the micro-batch's tokens, then over micro-batches; dr_grpo, the sum over
+            tokens divided by completions x max_completion_length; dapo, the mean over the tokens of the whole step.
+            `importance_sampling_level` token has a ratio per token, sequence one per completion: exp of the mean log
+            ratio (GSPO). The ratio is clipped to [1 - epsilon, 1 + epsilon_high], and where it is not, cut at `delta`.
 
     Returns:
         loss float32 scalar; metrics as shares of the step's means, to be added over its micro-batches: policy_loss, kl,
         clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean.
     """
-    advantage = jax.lax.stop_gradient(advantage)[..., None]
-    old_logprob = jax.lax.stop_gradient(logprob if old_logprob is None else old_logprob)
+    mask_BGC = targets.mask_BGC
+    advantage_BG1 = jax.lax.stop_gradient(targets.advantage_BG)[..., None]
+    # With one update a rollout the old policy is the policy itself: the ratio is 1, its gradient that of logprob.
+    old_BGC = jax.lax.stop_gradient(logprob_BGC if targets.old_logprob_BGC is None else targets.old_logprob_BGC)
     # Masked tokens may hold anything, infinities included: they must reach neither a sum nor a gradient.
-    log_ratio = jnp.where(mask, logprob - old_logprob, 0.0)
+    log_ratio = jnp.where(mask_BGC, logprob_BGC - old_BGC, 0.0)
     if config.importance_sampling_level == "sequence":
-        length = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
-        log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True) / length
+        length = jnp.maximum(jnp.sum(mask_BGC, axis=-1, keepdims=True), 1)
+        log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True) / length  # [..., 1]: one ratio for all its tokens
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - config.epsilon, 1 + config.epsilon_high)
-    bounded = ratio if config.delta is None else jnp.minimum(ratio, config.delta)
-    token_loss = -jnp.minimum(bounded * advantage, clipped * advantage)
-    metrics = _clip_metrics(bounded, advantage, mask, present, totals, config)
-    metrics["policy_loss"] = _reduce(token_loss, mask, totals, config)
-    if reference_logprob is not None:
-        reference_logprob = jax.lax.stop_gradient(reference_logprob)
-        token_kl = kl_penalty(jnp.where(mask, logprob, 0.0), jnp.where(mask, reference_logprob, 0.0))
+    bounded = jnp.minimum(ratio, config.delta) if config.delta else ratio
+    token_loss = -jnp.minimum(bounded * advantage_BG1, clipped * advantage_BG1)
+    metrics = _clip_metrics(bounded, targets, totals, config)
+    metrics["policy_loss"] = _reduce(token_loss, mask_BGC, totals, config)
+    if targets.reference_logprob_BGC is not None:
+        reference_BGC = jax.lax.stop_gradient(targets.reference_logprob_BGC)
+        token_kl = kl_penalty(jnp.where(mask_BGC, logprob_BGC, 0.0), jnp.where(mask_BGC, reference_BGC, 0.0))
         token_loss = token_loss + beta * token_kl
-        metrics["kl"] = jnp.sum(token_kl * mask) / jnp.maximum(totals.tokens, 1)
-    return _reduce(token_loss, mask, totals, config), metrics
+        metrics["kl"] = jnp.sum(token_kl * mask_BGC) / jnp.maximum(totals.tokens, 1)
+    return _reduce(token_loss, mask_BGC, totals, config), metrics
 
 
-def _reduce(token_loss: Array, mask: Array, totals: StepTotals, config: PolicyLossConfig) -> Array:
+def _reduce(token_loss: Array, mask: Array, totals: StepTotals, config: RlConfig) -> Array:
     """The micro-batch's share of the step's average of token losses [..., C] (or [..., 1], one per completion)."""
     sum_ = jnp.sum(token_loss * mask, axis=-1)
     completions = jnp.maximum(totals.completions, 1)
@@ -199,17 +162,17 @@ def _reduce(token_loss: Array, mask: Array, totals: StepTotals, config: PolicyLo
     return jnp.sum(sum_) / jnp.maximum(totals.tokens, 1)
 
 
-def _clip_metrics(ratio, advantage, mask, present, totals: StepTotals, config: PolicyLossConfig) -> dict[str, Array]:
+def _clip_metrics(ratio: Array, targets: PolicyTargets, totals: StepTotals, config: RlConfig) -> dict[str, Array]:
     """Shares of tokens (of completions, at sequence level) whose ratio the clip holds back, as TRL counts them."""
-    low = (ratio < 1 - config.epsilon) & (advantage < 0)
-    high = (ratio > 1 + config.epsilon_high) & (advantage > 0)
+    advantage_BG1 = jax.lax.stop_gradient(targets.advantage_BG)[..., None]
+    low = (ratio < 1 - config.epsilon) & (advantage_BG1 < 0)
+    high = (ratio > 1 + config.epsilon_high) & (advantage_BG1 > 0)
     if config.importance_sampling_level == "sequence":
-        counted = jnp.ones_like(low) if present is None else present[..., None]
-        total = totals.completions
+        counted, total = targets.present_BG[..., None], totals.completions
     else:
-        counted, total = mask, totals.tokens
+        counted, total = targets.mask_BGC, totals.tokens
 
-    def share(flags):
+    def share(flags: Array) -> Array:
         return jnp.sum(flags & counted, dtype=jnp.float32) / jnp.maximum(total, 1)
 
     return {

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Tokens
+from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Prompts, Tokens
 from mer_r1_jax.rl.rollout import hidden_at, last_prompt_index
 
 
@@ -98,23 +98,12 @@ def predictor_hidden(h_BTD: Array, prompt: Tokens, *sets: Continuations) -> tupl
     return tuple(hidden)
 
 
-def continuation_hidden(
-    model: Any,
-    prompt: Tokens,
-    features_BRD: Array | None,
-    layout: Any,
-    next_position_B: Array,
-    *sets: Continuations,
-    packed: bool,
-) -> tuple[Array, ...]:
+def continuation_hidden(model: Any, prompts: Prompts, *sets: Continuations, packed: bool) -> tuple[Array, ...]:
     """The hidden state that predicts each token of every set, each prompt computed once.
 
     Args:
         model: a bound Thinker.
-        prompt: padded prompts.
-        features_BRD: their media features, or None.
-        layout: the batch's FeatureLayout.
-        next_position_B: int32, the rotary position that follows each prompt.
+        prompts: encoded prompts (`Prompts.encoded`).
         *sets: continuations of these prompts.
         packed: True computes one row of prompt and all continuations, for attention that skips what the mask forbids;
             False computes the continuations against the prompt's keys and values, which needs no such attention: with
@@ -124,11 +113,12 @@ def continuation_hidden(
     Returns:
         One array [B, G, C, D] per set.
     """
+    tokens, next_position_B = prompts.tokens, prompts.next_position_B
     if packed:
-        h_BTD = model.hidden(pack(prompt, next_position_B, *sets), features_BRD, layout)
-        return predictor_hidden(h_BTD, prompt, *sets)
-    h_BTD, cache = model.prefill(prompt, features_BRD, layout)
-    first_BD = hidden_at(h_BTD, last_prompt_index(prompt))
+        h_BTD = model.hidden(pack(tokens, next_position_B, *sets), prompts.features_BRD, prompts.layout)
+        return predictor_hidden(h_BTD, tokens, *sets)
+    h_BTD, cache = model.prefill(tokens, prompts.features_BRD, prompts.layout)
+    first_BD = hidden_at(h_BTD, last_prompt_index(tokens))
     longest = max(one.id_BGC.shape[2] for one in sets)
     id_BGC, exists_BGC = (
         jnp.concatenate([_lengthened(getattr(one, name), longest) for one in sets], axis=1)

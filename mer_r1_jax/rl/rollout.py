@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Tokens
+from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Prompts, Tokens
 from mer_r1_jax.omni.layers import active_mesh, constrain, mesh_axes
 from mer_r1_jax.rl.sampling import SamplingConfig, sample, uniforms
 
@@ -106,75 +106,32 @@ class RolloutState:
     position_B: Array
 
 
-def rollout(
-    model,
-    tokens: Tokens,
-    features: Array | None,
-    layout,
-    *,
-    next_position_B: Array,
-    prompt_uid_B: Array,
-    key: Array,
-    rollout_step: Array,
-    generations: int,
-    config: SamplingConfig,
-    forced_ids: tuple[int, ...] = (),
-) -> Completions:
-    """Samples `generations` completions of every prompt, all inside one jitted program.
+def rollout(model: Any, prompts: Prompts, key: Array, sampling: SamplingConfig) -> Completions:
+    """Samples `sampling.num_generations` completions of every prompt, all inside one jitted program.
 
     Args:
         model: a bound Thinker.
-        tokens: padded prompts; a row without any prompt token is absent and yields nothing.
-        features: media features of the rows (`model.encode_media`), or None.
-        layout: the batch's FeatureLayout.
-        next_position_B: int32, the rotary position that follows each prompt, on all three axes.
-        prompt_uid_B: uint32, numbers that identify the prompts in the data set.
-        key: the run's key, `jax.random.key(seed)`.
-        rollout_step: integer scalar, how many rollouts came before.
-        generations: completions of a prompt (G).
-        config: sampling settings, static.
-        forced_ids: ids every completion is made to start with (the empty think block of fast answers), static.
+        prompts: encoded prompts (`Prompts.encoded`); an absent row yields nothing.
+        key: of this rollout: the run's key with the number of rollouts before it folded in.
+        sampling: static.
 
     Returns:
-        Completions with C = len(forced_ids) + config.max_completion_length.
+        Completions with C = len(sampling.forced_ids) + sampling.max_completion_length.
     """
-    state = start(
-        model,
-        tokens,
-        features,
-        layout,
-        next_position_B=next_position_B,
-        prompt_uid_B=prompt_uid_B,
-        key=key,
-        rollout_step=rollout_step,
-        generations=generations,
-        config=config,
-        forced_ids=forced_ids,
-    )
-    return finish(advance(model, state, config, config.max_completion_length).sampled, forced_ids)
+    state = start(model, prompts, key, sampling)
+    return finish(advance(model, state, sampling, sampling.max_completion_length).sampled, sampling.forced_ids)
 
 
-def start(
-    model,
-    tokens: Tokens,
-    features: Array | None,
-    layout,
-    *,
-    next_position_B: Array,
-    prompt_uid_B: Array,
-    key: Array,
-    rollout_step: Array,
-    generations: int,
-    config: SamplingConfig,
-    forced_ids: tuple[int, ...] = (),
-) -> RolloutState:
-    """Prefills the prompts and samples every completion's first token. Arguments as `rollout`."""
-    rows, length = tokens.id_BT.shape[0], config.max_completion_length
-    present_B = jnp.any(tokens.segment_BT == PROMPT, axis=-1)
+def start(model: Any, prompts: Prompts, key: Array, sampling: SamplingConfig) -> RolloutState:
+    """Prefills the prompts and samples every completion's first token. Arguments as of `rollout`."""
+    forced_ids, length = sampling.forced_ids, sampling.max_completion_length
+    rows, generations = prompts.tokens.id_BT.shape[0], sampling.num_generations
+    present_B = jnp.any(prompts.tokens.segment_BT == PROMPT, axis=-1)
     # A forced prefix is the same for the whole group, so it is prefilled with the prompt rather than decoded.
-    tokens = append_to_prompt(tokens, next_position_B, forced_ids)
-    h_BTD, prompt_cache = model.prefill(tokens, features, layout)
+    tokens = append_to_prompt(prompts.tokens, prompts.next_position_B, forced_ids)
+    h_BTD, prompt_cache = model.prefill(tokens, prompts.features_BRD, prompts.layout)
     h_BD = hidden_at(h_BTD, last_prompt_index(tokens))
+    # The prompt is run once; its last hidden state predicts the first token of each of its G completions.
     h_BGD = jnp.broadcast_to(h_BD[:, None], (rows, generations, h_BD.shape[-1]))
     shape_BGC = (rows, generations, length)
     shape_BG = shape_BGC[:2]
@@ -185,22 +142,24 @@ def start(
             logprob_BGC=jnp.zeros(shape_BGC, jnp.float32),
             sampling_logprob_BGC=jnp.zeros(shape_BGC, jnp.float32),
             length_BG=jnp.zeros(shape_BG, jnp.int32),
+            # Truncated until an end token says otherwise: so an unfinished completion is one with STOP_LENGTH.
             stop_BG=jnp.where(present_B[:, None], jnp.full(shape_BG, STOP_LENGTH), STOP_ABSENT).astype(jnp.int32),
         ),
         cache=model.init_cache(rows, generations, length, prompt_cache.k_LBTKh.dtype),
         prompt_cache=prompt_cache,
-        uniform_BGC=uniforms(key, rollout_step, prompt_uid_B, generations, length),
-        position_B=next_position_B + len(forced_ids),
+        # All random numbers at once: none depends on the order in which tokens or chunks are decoded.
+        uniform_BGC=uniforms(key, prompts.uid_B, generations, length),
+        position_B=prompts.next_position_B + len(forced_ids),
     )
-    return _append(model, state, h_BGD, config)
+    return _append(model, state, h_BGD, sampling)
 
 
-def advance(model, state: RolloutState, config: SamplingConfig, steps: int) -> RolloutState:
+def advance(model: Any, state: RolloutState, sampling: SamplingConfig, steps: int) -> RolloutState:
     """Samples up to `steps` further tokens; stops early once every completion has ended.
 
     Calling it again goes on where it stopped, so a host can cut a long rollout into calls (and donate the state).
     """
-    last = jnp.minimum(state.step + steps, config.max_completion_length)
+    last = jnp.minimum(state.step + steps, sampling.max_completion_length)
 
     def unfinished(state: RolloutState):
         return (state.step < last) & jnp.any(running(state))
@@ -210,7 +169,7 @@ def advance(model, state: RolloutState, config: SamplingConfig, steps: int) -> R
         token_BG = jax.lax.dynamic_index_in_dim(state.sampled.id_BGC, slot, axis=-1, keepdims=False)
         position_BG = jnp.broadcast_to((state.position_B + slot)[:, None], token_BG.shape)
         h_BGD, cache = model.decode(token_BG, position_BG, slot, state.prompt_cache, state.cache)
-        return _append(model, dataclasses.replace(state, cache=cache), h_BGD, config)
+        return _append(model, dataclasses.replace(state, cache=cache), h_BGD, sampling)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -267,13 +226,13 @@ def running(state: RolloutState) -> Array:
     return (state.sampled.stop_BG == STOP_LENGTH) & (state.sampled.length_BG == state.step)
 
 
-def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) -> RolloutState:
+def _append(model: Any, state: RolloutState, h_BGD: Array, sampling: SamplingConfig) -> RolloutState:
     """Samples one token for every completion still running and writes it at index `step`."""
     index, sampled = state.step, state.sampled
     uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
-    token_BG, logprob_BG, sampling_logprob_BG = _drawn(model, h_BGD, uniform_BG, config)
+    token_BG, logprob_BG, sampling_logprob_BG = _drawn(model, h_BGD, uniform_BG, sampling)
     running_BG = running(state)
-    ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(config.eos_ids, jnp.int32))
+    ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(sampling.eos_ids, jnp.int32))
 
     def write(values_BGC, new_BG):
         new_BG = jnp.where(running_BG, new_BG, 0).astype(values_BGC.dtype)
@@ -289,7 +248,7 @@ def _append(model, state: RolloutState, h_BGD: Array, config: SamplingConfig) ->
     return dataclasses.replace(state, step=index + 1, sampled=sampled)
 
 
-def _drawn(model, h_BGD: Array, uniform_BG: Array, config: SamplingConfig) -> tuple[Array, Array, Array]:
+def _drawn(model: Any, h_BGD: Array, uniform_BG: Array, sampling: SamplingConfig) -> tuple[Array, Array, Array]:
     """The next token of every completion from its hidden state: what `sample` gives, each [B, G].
 
     Drawing takes a dozen sums over the vocabulary, so on a mesh a token's logits come together once. Devices that hold
@@ -302,7 +261,7 @@ def _drawn(model, h_BGD: Array, uniform_BG: Array, config: SamplingConfig) -> tu
     shared = _cut("drawn") > _cut("batch") and logits_SN.shape[0] % _cut("drawn") == 0
     place = "drawn" if shared else "batch"
     logits_SN = constrain(logits_SN, (place, None))
-    drawn_S = sample(logits_SN, constrain(uniform_BG.reshape(-1), (place,)), config)
+    drawn_S = sample(logits_SN, constrain(uniform_BG.reshape(-1), (place,)), sampling)
     return tuple(constrain(one_S.reshape(shape_BG), ("batch", "group")) for one_S in drawn_S)
 
 

@@ -19,7 +19,7 @@ GREEDY = 0.0  # the temperature at which the most likely token is taken
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How completions are sampled. Static and hashable: part of the compiled program.
+    """How a group of completions is sampled. Static and hashable: part of the compiled program.
 
     Filters are applied to the distribution at `temperature`, in the order top-k, top-p, min-p (transformers' order).
     Tokens that tie with the last one kept by top-k or top-p are kept too.
@@ -32,6 +32,8 @@ class SamplingConfig:
         top_k: tokens kept, 0 = all.
         top_p: probability mass kept, in (0, 1].
         min_p: tokens less likely than this share of the most likely one are dropped, in [0, 1).
+        num_generations: completions of each prompt (G).
+        forced_ids: ids that every completion is made to start with: the empty think block of fast answers.
 
     Raises:
         ValueError: a value is out of its range, or an end token is banned.
@@ -44,6 +46,8 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    num_generations: int = 1
+    forced_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.max_completion_length < 1:
@@ -60,16 +64,23 @@ class SamplingConfig:
             raise ValueError(f"top_p is {self.top_p}, expected a probability mass in (0, 1], 1 being off")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p is {self.min_p}, expected a share in [0, 1), 0 being off")
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations is {self.num_generations}, expected at least 1 completion of a prompt")
 
 
-def uniforms(key: Array, rollout_step: Array, prompt_uid_B: Array, generations: int, length: int) -> Array:
-    """One uniform number per token, a function of (key, rollout step, prompt, generation, token index) alone.
+def greedy(sampling: SamplingConfig, forced_ids: tuple[int, ...] = ()) -> SamplingConfig:
+    """The same for one answer a prompt, each token the most likely one, after a forced prefix."""
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    return dataclasses.replace(sampling, temperature=GREEDY, num_generations=1, forced_ids=forced_ids, **off)
+
+
+def uniforms(key: Array, prompt_uid_B: Array, generations: int, length: int) -> Array:
+    """One uniform number per token, a function of (key, prompt, generation, token index) alone.
 
     So a sample does not change with the batch, the row or the host it is decoded in.
 
     Args:
-        key: the run's key, `jax.random.key(seed)`.
-        rollout_step: integer scalar, how many rollouts came before.
+        key: of this rollout: the run's key with the number of rollouts before it folded in.
         prompt_uid_B: uint32, a number that identifies the prompt in the data set.
         generations: completions of a prompt (G).
         length: tokens of a completion (C).
@@ -77,10 +88,9 @@ def uniforms(key: Array, rollout_step: Array, prompt_uid_B: Array, generations: 
     Returns:
         float32 [B, G, C] in [0, 1).
     """
-    step_key = jax.random.fold_in(key, rollout_step)
 
     def draw(uid, generation, token):
-        token_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(step_key, uid), generation), token)
+        token_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, uid), generation), token)
         return jax.random.uniform(token_key, (), jnp.float32)
 
     over_tokens = jax.vmap(draw, (None, None, 0))

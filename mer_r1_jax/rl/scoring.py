@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from mer_r1_jax import faults
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.emotion.answers import ParsedAnswer, parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import Rewards as AnswerRewards
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.rl.advantage import Rewards
-from mer_r1_jax.rl.confidence import Anchors, AnchorSettings, AnswerToScore, build_anchors
+from mer_r1_jax.rl.confidence import Anchors, AnswerToScore, build_anchors
 from mer_r1_jax.rl.rollout import STOP_LENGTH, Completions
 from mer_r1_jax.rl.tags import AnswerTags
 
@@ -65,33 +66,21 @@ class AnswerScorer:
         tags: the answer tags under the tokenizer.
         wheels: the emotion wheels.
         candidates: first tokens of the categories' words.
-        max_words: words of an answer that get a confidence.
-        max_fast_context: tokens of a fast scoring context.
-        word_penalty: taken off the rewards for every answer word beyond the truth's count.
+        config: how many words get a confidence, how long a fast scoring context is, what a surplus word costs.
     """
 
-    def __init__(
-        self,
-        tags: AnswerTags,
-        wheels: Wheels,
-        candidates: CandidateTable | WordTable,
-        *,
-        max_words: int,
-        max_fast_context: int,
-        word_penalty: float = 0.0,
-    ):
+    def __init__(self, tags: AnswerTags, wheels: Wheels, candidates: CandidateTable | WordTable, config: RlConfig):
         self.tags = tags
         self.wheels = wheels
         self.candidates = candidates
-        self._word_penalty = word_penalty
-        self._settings = AnchorSettings(max_words=max_words, max_fast_context=max_fast_context)
+        self._config = config
 
     def answer(self, ids_C: np.ndarray, length: int, truncated: bool, truth: Sequence[str]) -> ScoredAnswer:
         """Reads one completion and scores it against the truth's words."""
         faults.here("answer_scored")
         text = self.tags.completion_text(ids_C, length)
         parsed = parse_answer(text)
-        rewards = answer_rewards(parsed.words, truth, self.wheels, word_penalty=self._word_penalty)
+        rewards = answer_rewards(parsed.words, truth, self.wheels, word_penalty=self._config.word_penalty)
         return ScoredAnswer(text=text, parsed=parsed, rewards=rewards, length=length, truncated=truncated)
 
     def groups(
@@ -173,5 +162,5 @@ class AnswerScorer:
             tags=self.tags,
             category=self.wheels.category,
             candidate_sets=self.candidates.word,
-            settings=self._settings,
+            config=self._config,
         )

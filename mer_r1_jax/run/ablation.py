@@ -17,7 +17,6 @@ from mer_r1_jax.evaluation.ablation.results import read_result
 from mer_r1_jax.evaluation.ablation.write import write
 from mer_r1_jax.evaluation.run_record import MODES
 from mer_r1_jax.evaluation.statistics import POINTS
-from mer_r1_jax.rl.advantage import AdvantageConfig
 from mer_r1_jax.run.ablation_plan import PLATEAU, SFT, Job, Plan, setting_differences
 from mer_r1_jax.run.jobs import Outcome, cores_for, hold, is_finished, run_jobs
 from mer_r1_jax.run.setup import with_embedded_world
@@ -83,11 +82,7 @@ def _write_tables(plan: Plan, jobs: list[Job], command: str, say: Any) -> None:
         return
     results = [read_result(job.folder, job.row, job.seed) for job in finished]
     missing = [job.name for job in jobs if job not in finished]
-    settings = AdvantageConfig(
-        scale_rewards=plan.config.rl.scale_rewards,
-        calibration_weight=plan.config.rl.calibration_weight,
-        format_weight=plan.config.rl.format_weight,
-    )
+    settings = dataclasses.replace(plan.config.rl, reward_weights=())  # tables hold the arms' own rewards alone
     alike = alikeness([job.folder for job in finished if job.row in plan.arms], plan.arms, settings)
     ablation = compare(results, plan.rows, missing, alike)
     paths = write(plan.out, ablation, command, plan_as_json(plan), setting_of(plan.config, plan))

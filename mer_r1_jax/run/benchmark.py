@@ -27,12 +27,12 @@ from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.run.answering import eval_length, make_evaluator
 from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, require_model, saved_config
-from mer_r1_jax.run.road import eval_length, make_evaluator
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.prompts import PromptSource
-from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.state import Params
 from mer_r1_jax.training.stopping import NEVER, Stop
 
 _DECODING_ASIDE = ("decode_timeout", "decode_memory_mb", "decode_workers")  # media settings that no answer depends on
@@ -46,13 +46,13 @@ class Policy:
     """A model that can be asked.
 
     Attributes:
-        setup, leaves: the model; its own data paths are not used.
+        setup, params: the model; its own data paths are not used.
         fingerprint: what identifies its weights and tokenizer.
         held_out: (file, media root) of the held-out clips its run named; empty strings without one.
     """
 
     setup: Setup
-    leaves: Leaves
+    params: Params
     fingerprint: dict[str, Any]
     held_out: tuple[str, str]
 
@@ -73,8 +73,8 @@ def open_policy(path: str, config: RunConfig | None = None, devices: Any = None)
     overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir())
     if overrides.get("media.missing_audio", "error") == "error":
         overrides["media.missing_audio"] = "skip"
-    setup, leaves, read = open_step(path, overrides, devices)
-    return Policy(setup, leaves, model_fingerprint(path, setup.tokenizer_path, read), _held_out(path, config))
+    setup, params, read = open_step(path, overrides, devices)
+    return Policy(setup, params, model_fingerprint(path, setup.tokenizer_path, read), _held_out(path, config))
 
 
 def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class _Asking:
         for modes, records in self._lacking().items():
             skipped: list[tuple[Record, str]] = []
             prompts = self._prompts(source, records)
-            for batch, by_mode in self.evaluator.batches((self.policy.leaves, {}), prompts, modes, skipped, stop):
+            for batch, by_mode in self.evaluator.batches(self.policy.params, prompts, modes, skipped, stop):
                 self.answers.append(
                     answer_line(record, mode, by_mode[mode][row], data.metric, silent=record.id in self._silent)
                     for row, record in enumerate(batch)

@@ -11,11 +11,11 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.probes import Prober
+from mer_r1_jax.run.answering import load_prompts, make_evaluator
 from mer_r1_jax.run.inputs import require_files
 from mer_r1_jax.run.policy import RUN_MARKER, PolicyError, open_model, require_model, saved_config
-from mer_r1_jax.run.road import load_prompts, make_evaluator
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.state import Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,12 +23,12 @@ class HeldOut:
     """A policy and its held-out records.
 
     Attributes:
-        setup, leaves: the policy; close `setup.source` when done.
+        setup, params: the policy; close `setup.source` when done.
         records: with a solution each.
     """
 
     setup: Setup
-    leaves: Leaves
+    params: Params
     records: tuple[Record, ...]
 
     def evaluator(self) -> Evaluator:
@@ -39,7 +39,7 @@ class HeldOut:
         """The policy as the probes take it."""
         return Prober(
             evaluator=self.evaluator(),
-            leaves=(self.leaves, {}),
+            params=self.params,
             load=functools.partial(load_prompts, self.setup),
             wheels=self.setup.wheels,
             interleaved=self.setup.config.media.use_audio_in_video,
@@ -72,7 +72,7 @@ def open_held_out(
         config = _evaluated_config(pathlib.Path(path))
         data, media_root = config.data.eval_path, media_root or config.data.media_root
         limit = limit or config.eval.limit
-    setup, leaves = open_model(path, {"data.media_root": media_root, **(overrides or {})})
+    setup, params = open_model(path, {"data.media_root": media_root, **(overrides or {})})
     settings = setup.config.data
     records = read_records(
         data,
@@ -81,7 +81,7 @@ def open_held_out(
         require=("solution",),
         extra_columns=settings.extra_columns,
     )
-    return HeldOut(setup, leaves, tuple(records[: limit or None]))
+    return HeldOut(setup, params, tuple(records[: limit or None]))
 
 
 def _evaluated_config(path: pathlib.Path) -> RunConfig:

@@ -19,10 +19,10 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.rollout import check_finite
-from mer_r1_jax.rl.sampling import GREEDY
+from mer_r1_jax.rl.sampling import greedy
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.prompts import prompt_rows
-from mer_r1_jax.training.state import Leaves
+from mer_r1_jax.training.state import Params
 
 LENGTH_STEP = 64  # prompts are padded to a multiple of this, so that clips of one size share a compiled program
 MODES = ("slow", "fast")
@@ -82,7 +82,7 @@ def clip_record(video: str | pathlib.Path, question: str, subtitle: str | None, 
     )
 
 
-def answer(setup: Setup, leaves: Leaves, record: Record, modes: Sequence[str] = MODES) -> tuple[Prompt, list[Reading]]:
+def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = MODES) -> tuple[Prompt, list[Reading]]:
     """Answers a clip greedily in each mode.
 
     Raises:
@@ -95,26 +95,16 @@ def answer(setup: Setup, leaves: Leaves, record: Record, modes: Sequence[str] = 
     bucket = dataclasses.replace(
         shape, rows=row_cut(setup.backbone.mesh), tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
     )
-    with setup.programs.rollout_weights((leaves, {})) as weights:
-        return prompt, [_read(setup, leaves, weights, prompt, bucket, mode) for mode in modes]
+    with setup.programs.rollout_params(params) as decoding:
+        return prompt, [_read(setup, params, decoding, prompt, bucket, mode) for mode in modes]
 
 
-def _read(
-    setup: Setup, leaves: Leaves, weights: tuple[Leaves, Leaves], prompt: Prompt, bucket: BatchShape, mode: str
-) -> Reading:
+def _read(setup: Setup, params: Params, decoding: Params, prompt: Prompt, bucket: BatchShape, mode: str) -> Reading:
     programs, scorer = setup.programs, setup.eval_scorer
     rows = put(prompt_rows([prompt], [bucket], setup.backbone.config, [0]), setup.backbone.mesh)
-    features = programs.encode((leaves, {}), rows.batch)
-    completions = programs.sample(
-        weights,
-        rows,
-        features,
-        jax.random.key(0),
-        np.int32(0),
-        generations=1,
-        sampling=dataclasses.replace(programs.sampling, temperature=GREEDY, top_k=0, top_p=1.0, min_p=0.0),
-        forced_ids=scorer.tags.empty_think if mode == "fast" else (),
-    )
+    rows = programs.encode(params, rows)
+    sampling = greedy(programs.sampling, scorer.tags.empty_think if mode == "fast" else ())
+    completions = programs.sample(decoding, rows, jax.random.key(0), sampling)
     host = jax.device_get(completions)
     check_finite(host)
     padding = [None] * (bucket.rows - 1)
@@ -123,7 +113,7 @@ def _read(
     groups = scorer.groups(host, [scored.parsed.words, *padding], require_format=False)
     completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
     anchors = put(groups.anchors, setup.backbone.mesh)
-    slow_BGWQ, _ = programs.score((leaves, {}), rows, features, completion, anchors, setup.candidates.ids_ZY)
+    slow_BGWQ, _ = programs.score(params, rows, completion, anchors, setup.candidates.ids_ZY)
     confidences = _by_word(np.exp(jax.device_get(slow_BGWQ))[0, 0], groups.anchors.set_BGWQ[0, 0])
     wheels = range(len(setup.wheels))
     words = tuple(

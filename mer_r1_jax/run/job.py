@@ -13,7 +13,7 @@ import time
 
 from mer_r1_jax.cli import ended, explained
 from mer_r1_jax.config.build import load_config
-from mer_r1_jax.run.road import run
+from mer_r1_jax.run.train import train
 
 PARENT_CHECK_SECONDS = 1.0
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     """Runs, or goes on with, the run of a saved configuration; returns the exit code of `road.run`."""
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     with explained():
-        code = run(load_config(arguments[0]))
+        code = train(load_config(arguments[0]))
     return ended(code)
 
 

@@ -17,8 +17,8 @@ from mer_r1_jax.evaluation.mme.stages import Asked, Failure
 from mer_r1_jax.evaluation.mme.tasks import TASKS
 from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.run.answering import make_evaluator
 from mer_r1_jax.run.benchmark import Policy, answer_fingerprint
-from mer_r1_jax.run.road import make_evaluator
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.stopping import NEVER, Stop
 
@@ -58,7 +58,7 @@ class PolicyAnswers:
                 failures: list[tuple[Item, Failure]] = []
                 prompts = self._prompts(source, [(item, records[item.key]) for item in items], failures)
                 of_record = {item.key: item for item in items}
-                for batch, answers in evaluator.batches((self._policy.leaves, {}), prompts, modes, [], self._stop):
+                for batch, answers in evaluator.batches(self._policy.params, prompts, modes, [], self._stop):
                     for row, record in enumerate(batch):
                         for mode in modes:
                             yield Asked(of_record[record.id], mode), answer_row(answers[mode][row])

@@ -20,12 +20,11 @@ from mer_r1_jax.config.schema import MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
-from mer_r1_jax.run.session import check_host, check_numbers
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training import durable, run_lock
 from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
 from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.training.state import Leaves, Params, merge
+from mer_r1_jax.training.state import Params, as_stored, check_host, check_numbers, nest, stored_params
 
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
 RUN_MARKER = "checkpoints"  # folder that a run has and an export has not
@@ -48,7 +47,7 @@ def write_settings(directory: pathlib.Path, config: RunConfig) -> None:
     durable.write_json(directory / SETTINGS_FILE, values)
 
 
-def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]:
+def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, dict[str, Any], pathlib.Path]:
     """The newest valid checkpoint of a run, which may lie at a `gs://` address.
 
     Returns:
@@ -59,10 +58,10 @@ def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, Params, pathlib.Path]
     """
     setup = make_setup(_without_data(_run_config(run_dir), None))
     try:
-        leaves, _ = checkpoint_leaves(setup, run_dir)
+        params, _ = checkpoint_params(setup, run_dir)
     finally:
         setup.source.close()
-    return setup.backbone.config, merge(leaves), setup.tokenizer_path
+    return setup.backbone.config, nest(params), setup.tokenizer_path
 
 
 class ReadStep(NamedTuple):
@@ -77,7 +76,7 @@ class ReadStep(NamedTuple):
     manifest_sha256: str
 
 
-def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Leaves, ReadStep]:
+def checkpoint_params(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Params, ReadStep]:
     """All parameters of a run's newest valid checkpoint, and which that is.
 
     The run may be going on: nothing is changed in its folder, and it is said that it is live.
@@ -86,21 +85,21 @@ def checkpoint_leaves(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Leaves
         CheckpointError: there is none, or its parameters are not finite.
     """
 
-    def parameters(step: int, host: dict[str, Any]) -> dict[str, Leaves]:
+    def parameters(step: int, host: dict[str, Any]) -> dict[str, Params]:
         check_host(host)
-        state = setup.abstract_state_of(host["phase"])
-        return {"trainable": state.trainable, "frozen": state.frozen}  # nobody asks for the optimizer's moments
+        stored = as_stored(setup.abstract_state_of(host["phase"]))
+        return {kind: stored[kind] for kind in ("trainable", "frozen")}  # nobody asks for the optimizer's moments
 
     where = _join(run_dir, RUN_MARKER)
     checkpoints = BucketCheckpoints(where) if is_bucket(where) else Checkpoints(where)
     restored = checkpoints.restore(parameters, part=True)
     if restored is None:
         raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
-    leaves = restored.arrays["trainable"] | restored.arrays["frozen"]
-    check_numbers(leaves, _join(where, str(restored.step)))
+    params = stored_params(restored.arrays)
+    check_numbers(params, _join(where, str(restored.step)))
     if live := run_lock.liveness(run_dir):
         log.warning("%s %s; what is read is its checkpoint %d", printable(run_dir), live, restored.step)
-    return leaves, ReadStep(restored.step, restored.manifest_sha256)
+    return params, ReadStep(restored.step, restored.manifest_sha256)
 
 
 def refuse_in_run(out: str | pathlib.Path, flag: str = "--out") -> None:
@@ -122,15 +121,15 @@ def refuse_in_run(out: str | pathlib.Path, flag: str = "--out") -> None:
 
 def open_model(
     path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
-) -> tuple[Setup, Leaves]:
+) -> tuple[Setup, Params]:
     """The policy of a run's folder, of its export, or of a Hugging Face directory, ready to answer; see `open_step`."""
-    setup, leaves, _ = open_step(path, overrides, devices)
-    return setup, leaves
+    setup, params, _ = open_step(path, overrides, devices)
+    return setup, params
 
 
 def open_step(
     path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
-) -> tuple[Setup, Leaves, ReadStep | None]:
+) -> tuple[Setup, Params, ReadStep | None]:
     """The same, and of a run's folder also which of its checkpoints that is.
 
     Args:
@@ -146,12 +145,12 @@ def open_step(
     require_model(path)
     if _is_run(path):
         setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
-        return setup, *checkpoint_leaves(setup, path)
+        return setup, *checkpoint_params(setup, path)
     values = dataclasses.asdict(saved_config(path) or RunConfig())
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
     setup = make_setup(_without_data(from_mapping(values), overrides), devices=devices)
-    return setup, setup.initial_leaves(), None
+    return setup, setup.initial_params(), None
 
 
 def saved_config(path: str | pathlib.Path) -> RunConfig | None:

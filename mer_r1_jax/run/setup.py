@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from mer_r1_jax.emotion.rewards import is_scorable
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 from mer_r1_jax.media.identity import FileKey, file_key
 from mer_r1_jax.media.tokenizer import load_tokenizer
+from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import make_mesh, row_cut
@@ -32,15 +32,11 @@ from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.run.inputs import fetch_clips, with_local_inputs
 from mer_r1_jax.training.backbone import Backbone, thinker_config
+from mer_r1_jax.training.phase import Phase, phase_parts
 from mer_r1_jax.training.prompts import PromptSource
-from mer_r1_jax.training.rl import RlPrograms
-from mer_r1_jax.training.state import (
-    Leaves,
-    TrainState,
-    init_state,
-    make_optimizer,
-    trainable_names,
-)
+from mer_r1_jax.training.rl_step import RlPrograms, RlStep
+from mer_r1_jax.training.sft_step import SftPhase
+from mer_r1_jax.training.state import Params, TrainState, make_optimizer, tower_flags, trainable_names
 
 log = logging.getLogger(__name__)
 
@@ -108,54 +104,47 @@ class Setup:
     @property
     def scorer(self) -> AnswerScorer:
         """Scores sampled answers for training: with the word penalty, if any."""
-        return self._scorer(self.config.rl.word_penalty)
+        return self._scorer(self.config.rl)
 
     @property
     def eval_scorer(self) -> AnswerScorer:
         """Scores answers for evaluation."""
-        return self._scorer(0.0)
+        return self._scorer(dataclasses.replace(self.config.rl, word_penalty=0.0))
 
-    def _scorer(self, word_penalty: float) -> AnswerScorer:
-        return AnswerScorer(
-            self.tags,
-            self.wheels,
-            self.candidates,
-            max_words=self.config.rl.max_answer_words,
-            max_fast_context=self.config.rl.max_fast_context,
-            word_penalty=word_penalty,
-        )
+    def _scorer(self, config: RlConfig) -> AnswerScorer:
+        return AnswerScorer(self.tags, self.wheels, self.candidates, config)
 
-    def initial_leaves(self) -> Leaves:
+    def initial_params(self) -> Params:
         """Parameters the run starts from: a checkpoint's, or random ones."""
         model = self.config.model
         return self.backbone.load(model.path) if model.path else self.backbone.init(self.config.train.seed)
+
+    def sft_phase(self) -> SftPhase:
+        """The SFT phase, its targets checked."""
+        return SftPhase.of(self.config, self.data.sft, self.backbone, self.tags)
+
+    def rl_phase(self) -> Phase:
+        """The RL phase."""
+        return Phase(**phase_parts(self.config, "rl", self.data.rl, self.backbone))
+
+    def rl_step(self, buckets: Sequence[BatchShape]) -> RlStep:
+        """The RL step of this run, for prompts of these shapes."""
+        return RlStep(
+            config=self.config.rl,
+            programs=self.programs,
+            scorer=self.scorer,
+            candidate_ids_ZY=self.candidates.ids_ZY,
+            reward_funcs=self.reward_funcs,
+            buckets=buckets,
+            seed=self.config.train.seed,
+            towers_trained=any(tower_flags(self.config, "rl").values()),
+        )
 
     def abstract_state_of(self, phase: str) -> TrainState:
         """Shapes and shardings of the state that phase `sft` or `rl` keeps, whatever its data."""
         optimizer = getattr(self.config, phase).optimizer
         is_trainable = trainable_names(**tower_flags(self.config, phase))
-        return self.abstract_state(is_trainable, make_optimizer(optimizer, total_steps=1), optimizer.dtype)
-
-    def abstract_state(self, is_trainable: Any, optimizer: Any, dtype: str) -> TrainState:
-        """A train state without numbers, with its shardings."""
-        return self.backbone.abstract_state(is_trainable, optimizer, dtype)
-
-    def new_state(self, leaves: Leaves, is_trainable: Any, optimizer: Any, dtype: str) -> TrainState:
-        """A fresh train state around parameters, every array made where it will live."""
-        abstract = self.abstract_state(is_trainable, optimizer, dtype)
-        make = functools.partial(init_state, is_trainable=is_trainable, optimizer=optimizer, dtype=dtype)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return jax.jit(make, out_shardings=shardings)(leaves)
-
-
-def tower_flags(config: RunConfig, phase: str) -> dict[str, bool]:
-    """Which towers a phase trains."""
-    model, sft = config.model, config.sft
-    in_sft = phase == "sft"
-    return {
-        "train_audio": model.train_audio_tower or (in_sft and sft.train_audio_tower),
-        "train_vision": model.train_vision_tower or (in_sft and sft.train_vision_tower),
-    }
+        return self.backbone.abstract_state(is_trainable, make_optimizer(optimizer, total_steps=1), optimizer.dtype)
 
 
 def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.Device] | None = None) -> Setup:
@@ -222,6 +211,7 @@ def sampling_config(rl: RlConfig, thinker: ThinkerConfig, banned_ids: tuple[int,
         top_k=rl.top_k,
         top_p=rl.top_p,
         min_p=rl.min_p,
+        num_generations=rl.num_generations,
     )
 
 

@@ -1,4 +1,4 @@
-"""The backbone as training holds it: its structure once, its parameters as sharded leaves beside it."""
+"""The backbone as training holds it: its structure once, its parameters as a flat sharded dictionary beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, param_shardings, replicated
-from mer_r1_jax.training.state import Leaves, TrainState, flatten, init_state, merge, state_shardings
+from mer_r1_jax.training.state import Params, TrainState, flatten, init_state, nest, state_shardings
 
 # Schema field -> (part of the architecture, its field there).
 _SIZES = {
@@ -66,9 +66,9 @@ class Backbone:
     config: ThinkerConfig
     mesh: Mesh
     graphdef: Any
-    shapes: Leaves
-    shardings: Leaves
-    decode_shardings: Leaves
+    shapes: Params
+    shardings: Params
+    decode_shardings: Params
     packed_rows: bool = False
 
     @classmethod
@@ -83,26 +83,32 @@ class Backbone:
         decoded = param_shardings({"text": shapes["text"]}, {"text": axes["text"]}, mesh, DECODE_RULES)
         return cls(config, mesh, graphdef, flatten(shapes), flatten(shardings), flatten(decoded), packed_rows)
 
-    def bind(self, *leaves: Leaves) -> Thinker:
-        """The module around parameters given as sets of leaves; for use inside `jit`."""
-        return bind(self.graphdef, merge(*leaves))
+    def bind(self, params: Params) -> Thinker:
+        """The module around parameters; for use inside `jit`."""
+        return bind(self.graphdef, nest(params))
 
-    def init(self, seed: int) -> Leaves:
+    def init(self, seed: int) -> Params:
         """Random parameters, each made where it will live."""
         make = functools.partial(init_params, self.config)
         return jax.jit(lambda key: flatten(make(key)), out_shardings=self.shardings)(jax.random.key(seed))
 
-    def load(self, path: str | pathlib.Path) -> Leaves:
+    def load(self, path: str | pathlib.Path) -> Params:
         """Parameters of a Hugging Face directory, streamed onto the mesh."""
-        return flatten(load_params(path, self.config, shardings=merge(self.shardings)))
+        return flatten(load_params(path, self.config, shardings=nest(self.shardings)))
 
     def abstract_state(self, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
         """A train state without numbers, with its shardings; both moments in `dtype`."""
-        shapes = jax.eval_shape(lambda leaves: init_state(leaves, is_trainable, optimizer, dtype), self.shapes)
+        shapes = jax.eval_shape(lambda params: init_state(params, is_trainable, optimizer, dtype), self.shapes)
         shardings = state_shardings(shapes, self.shardings, replicated(self.mesh))
         return jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
         )
+
+    def new_state(self, params: Params, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
+        """A fresh train state around parameters, every array made where it will live."""
+        abstract = self.abstract_state(is_trainable, optimizer, dtype)
+        make = functools.partial(init_state, is_trainable=is_trainable, optimizer=optimizer, dtype=dtype)
+        return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(params)
 
     def rules(self, *, decode: bool = False) -> Any:
         """Context in which activations are constrained to this mesh, as training or as decoding has them."""

@@ -1,182 +1,129 @@
 """Rollouts decoded in chunks of a fixed number of tokens, between which completions that have ended make room.
 
 The host learns after every chunk how many rows the running completions need at each size a batch can have, a handful of
-integers that every process sees alike, and goes on with the smallest that will do. Shape letters are those of
-`mer_r1_jax.omni.batch`.
+integers that every process sees alike, and goes on with the smallest that will do. These are the programs of it;
+`rl_step.RlPrograms` jits them and holds the loop. Shape letters are those of `mer_r1_jax.omni.batch`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mer_r1_jax import faults
 from mer_r1_jax.kernels.placement import Placement, device
-from mer_r1_jax.omni.batch import Array
+from mer_r1_jax.omni.batch import Array, Prompts
 from mer_r1_jax.omni.text import Cache, PromptCache
 from mer_r1_jax.parallel.mesh import row_cut
-from mer_r1_jax.parallel.rules import DECODE_RULES, replicated
+from mer_r1_jax.parallel.rules import DECODE_RULES
 from mer_r1_jax.rl import compaction
 from mer_r1_jax.rl.compaction import Kept, Size
 from mer_r1_jax.rl.rollout import Completions, RolloutState, Sampled, advance, finish, start
 from mer_r1_jax.rl.sampling import SamplingConfig
-from mer_r1_jax.training.backbone import Backbone
-from mer_r1_jax.training.state import Leaves
-from mer_r1_jax.training.stopping import NEVER, Stop
 
 
-class ChunkedRollout:
-    """The jitted programs of a rollout cut into chunks; calling it samples.
+class Chunks(NamedTuple):
+    """How rollouts are cut; static.
 
-    Args:
-        backbone: of the policy.
-        sampling, generations, forced_ids: static; as of `rl.rollout.rollout`.
-        chunk: tokens decoded at once.
+    Attributes:
+        tokens: decoded at once.
+        devices: parts that the mesh cuts the rows into.
     """
 
-    def __init__(
-        self, backbone: Backbone, sampling: SamplingConfig, generations: int, forced_ids: tuple[int, ...], chunk: int
-    ):
-        self.backbone, self.sampling, self.generations = backbone, sampling, generations
-        self.forced_ids, self.chunk = forced_ids, chunk
-        self._cut = row_cut(backbone.mesh)
-        self._placement = Placement(backbone.mesh, DECODE_RULES["batch"], DECODE_RULES["kv_heads"])
+    tokens: int
+    devices: int
 
-    def __call__(
-        self,
-        weights: tuple[Leaves, Leaves],
-        prompts: Any,
-        features_BRD: Array | None,
-        key: Array,
-        rollout_step: Array,
-        stop: Stop = NEVER,
-    ) -> Completions:
-        """As `RlPrograms.sample`."""
-        sizes = self.sizes(len(prompts.uid_B))
-        size, kept = sizes[0], None
-        state, needed = self.start_program(weights, prompts, features_BRD, key, rollout_step)
-        while True:
-            faults.here("rollout_chunk", self.generations)
-            stop.wait(needed)
-            if not np.any(needed := jax.device_get(needed)):
-                break
-            if (smaller := compaction.smallest(sizes, needed)) != size:
-                state, kept = self.compact_program(smaller)(state, kept)
-                size = smaller
-            state, needed = self.advance_program(sizes)(weights, state)
-        return self.finish_program(state.sampled, kept)
+    @classmethod
+    def on(cls, mesh: Mesh, tokens: int) -> Chunks:
+        """Chunks of so many tokens on a mesh."""
+        return cls(tokens, row_cut(mesh))
 
-    def sizes(self, rows: int) -> tuple[Size, ...]:
+    def sizes(self, rows: int, sampling: SamplingConfig) -> tuple[Size, ...]:
         """The sizes a batch of so many rows can shrink through, rows counted on each device."""
-        return compaction.sizes(rows // self._cut, self.generations)
+        return compaction.sizes(rows // self.devices, sampling.num_generations)
 
-    @functools.cached_property
-    def start_program(self) -> Callable[..., tuple[RolloutState, Array]]:
-        """Prefill and the first chunk: gives the state and the rows needed (`compaction.rows_needed`).
 
-        Arguments: weights, prompts, features_BRD, key, rollout_step.
-        """
+def begin(
+    model: Any, prompts: Prompts, key: Array, sampling: SamplingConfig, chunks: Chunks
+) -> tuple[RolloutState, Array]:
+    """Prefill and the first chunk. Arguments as of `rl.rollout.rollout`.
 
-        def begin(weights: tuple[Leaves, Leaves], prompts: Any, features_BRD, key, rollout_step):
-            with self.backbone.rules(decode=True):
-                model = self.backbone.bind(*weights)
-                state = start(
-                    model,
-                    features=features_BRD,
-                    **prompts.of_rollout,
-                    key=key,
-                    rollout_step=rollout_step,
-                    generations=self.generations,
-                    config=self.sampling,
-                    forced_ids=self.forced_ids,
-                )
-                return self._chunk(model, state, self.sizes(len(prompts.uid_B)))
+    Returns:
+        The state, and int32 [sizes]: the rows that the running completions need at each size (`rows_needed`).
+    """
+    sizes = chunks.sizes(prompts.uid_B.shape[0], sampling)
+    return go_on(model, start(model, prompts, key, sampling), sampling, chunks, sizes)
 
-        return jax.jit(begin, out_shardings=(self._formats, replicated(self.backbone.mesh)))
 
-    @functools.cache  # noqa: B019 - one object a run
-    def advance_program(self, sizes: tuple[Size, ...]) -> Callable[..., tuple[RolloutState, Array]]:
-        """One chunk of a batch that began with the first of the sizes; the state is donated.
+def go_on(
+    model: Any, state: RolloutState, sampling: SamplingConfig, chunks: Chunks, sizes: tuple[Size, ...]
+) -> tuple[RolloutState, Array]:
+    """One chunk more of a batch that began with the first of the sizes; returns what `begin` does."""
+    state = advance(model, state, sampling, chunks.tokens)
+    return state, compaction.rows_needed(state, sizes, chunks.devices, sampling.max_completion_length)
 
-        Arguments: weights, state.
-        """
 
-        def go_on(weights: tuple[Leaves, Leaves], state: RolloutState):
-            with self.backbone.rules(decode=True):
-                return self._chunk(self.backbone.bind(*weights), state, sizes)
+def compact(mesh: Mesh, state: RolloutState, kept: Kept | None, size: Size) -> tuple[RolloutState, Kept]:
+    """`compaction.compact` to a smaller size, each device its own rows."""
+    result = (_STATE, Kept(sampled=_STATE.sampled, place_BG=0))
+    return _on_each_device(mesh, functools.partial(compaction.compact, size=size), (state, kept), result)
 
-        return jax.jit(
-            go_on,
-            in_shardings=(None, self._formats),
-            out_shardings=(self._formats, replicated(self.backbone.mesh)),
-            donate_argnums=1,
-        )
 
-    def _chunk(self, model: Any, state: RolloutState, sizes: tuple[Size, ...]) -> tuple[RolloutState, Array]:
-        state = advance(model, state, self.sampling, self.chunk)
-        return state, compaction.rows_needed(state, sizes, self._cut, self.sampling.max_completion_length)
+def end(mesh: Mesh, sampled: Sampled, kept: Kept | None, sampling: SamplingConfig) -> Completions:
+    """The completions, from what the last batch sampled and what was kept before it."""
+    whole = _on_each_device(mesh, compaction.brought_back, (sampled, kept), _STATE.sampled)
+    return finish(whole, sampling.forced_ids)
 
-    @functools.cache  # noqa: B019 - one object a run
-    def compact_program(self, size: Size) -> Callable[..., tuple[RolloutState, Kept]]:
-        """`compaction.compact` to a size, on every device. Arguments: state, kept."""
 
-        def compact(state: RolloutState, kept: Kept | None):
-            result = (_STATE, Kept(sampled=_STATE.sampled, place_BG=0))
-            return self._on_each_device(functools.partial(compaction.compact, size=size), (state, kept), result)
+def _on_each_device(mesh: Mesh, call: Callable[..., Any], arguments: tuple[Any, ...], result: Any) -> Any:
+    """`call` on every device's own rows; `result` has the result's structure."""
+    if mesh.size == 1:
+        return call(*arguments)
+    specs = dict(in_specs=_specs(arguments, mesh), out_specs=_specs(result, mesh))
+    return jax.shard_map(call, mesh=mesh, check_vma=False, **specs)(*arguments)
 
-        return jax.jit(compact, in_shardings=(self._formats, None), out_shardings=(self._formats, None))
 
-    @functools.cached_property
-    def finish_program(self) -> Callable[..., Completions]:
-        """The completions. Arguments: what the last batch sampled, and what was kept before it."""
+def state_shardings(mesh: Mesh) -> RolloutState:
+    """Where a state lives between two chunks."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        _specs(_STATE, mesh),
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
 
-        def end(sampled: Sampled, kept: Kept | None) -> Completions:
-            whole = self._on_each_device(compaction.brought_back, (sampled, kept), _STATE.sampled)
-            return finish(whole, self.forced_ids)
 
-        return jax.jit(end)
+def state_formats(mesh: Mesh) -> RolloutState:
+    """The same, and on TPUs how it lies there: caches head by head, as the kernel reads them.
 
-    def _on_each_device(self, call: Callable[..., Any], arguments: tuple[Any, ...], result: Any) -> Any:
-        """`call` on every device's own rows; `result` has the result's structure."""
-        mesh = self.backbone.mesh
-        if mesh.size == 1:
-            return call(*arguments)
-        specs = dict(in_specs=self._specs(arguments), out_specs=self._specs(result))
-        return jax.shard_map(call, mesh=mesh, check_vma=False, **specs)(*arguments)
+    Left to itself a program would take them token by token, and copy all of them at its beginning and its end.
+    """
+    shardings = state_shardings(mesh)
+    if device(_placement(mesh)).platform != "tpu":
+        return shardings
 
-    def _specs(self, tree: Any) -> Any:
-        """Where the arrays of a rollout live, by the shape letters of their names."""
-        return jax.tree_util.tree_map_with_path(lambda path, _: self._placement.spec(_letters(path)), tree)
+    def one(path: Any, sharding: NamedSharding) -> Any:
+        letters = _letters(path)
+        if not letters.endswith("Kh"):
+            return sharding
+        # [..., C, K, h] lies as [..., K, C, h].
+        order = [*range(len(letters) - 3), len(letters) - 2, len(letters) - 3, len(letters) - 1]
+        return Format(Layout(major_to_minor=tuple(order)), sharding)
 
-    @functools.cached_property
-    def state_shardings(self) -> RolloutState:
-        """Where a state lives between two chunks."""
-        mesh = self.backbone.mesh
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self._specs(_STATE), is_leaf=_is_spec)
+    return jax.tree_util.tree_map_with_path(one, shardings)
 
-    @functools.cached_property
-    def _formats(self) -> RolloutState:
-        """The same, and on TPUs how it lies there: caches head by head, as the kernel reads them.
 
-        Left to itself a program would take them token by token, and copy all of them at its beginning and its end.
-        """
-        if device(self._placement).platform != "tpu":
-            return self.state_shardings
+def _placement(mesh: Mesh) -> Placement:
+    return Placement(mesh, DECODE_RULES["batch"], DECODE_RULES["kv_heads"])
 
-        def one(path: Any, sharding: NamedSharding) -> Any:
-            letters = _letters(path)
-            if not letters.endswith("Kh"):
-                return sharding
-            order = [*range(len(letters) - 3), len(letters) - 2, len(letters) - 3, len(letters) - 1]
-            return Format(Layout(major_to_minor=tuple(order)), sharding)
 
-        return jax.tree_util.tree_map_with_path(one, self.state_shardings)
+def _specs(tree: Any, mesh: Mesh) -> Any:
+    """Where the arrays of a rollout live, by the shape letters of their names."""
+    place = _placement(mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, _: place.spec(_letters(path)), tree)
 
 
 # A state's structure, for what depends on the names of its arrays alone.
@@ -188,10 +135,6 @@ _STATE = RolloutState(
     uniform_BGC=0,
     position_B=0,
 )
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
 
 
 def _letters(path: tuple[Any, ...]) -> str:

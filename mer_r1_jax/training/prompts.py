@@ -21,10 +21,9 @@ from mer_r1_jax.media.frames import FRAME_FACTOR, most_cells, video_pixels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import Prompt, PromptBuilder
 from mer_r1_jax.media.vision import merge_factor
-from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT, BatchShape
+from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT, BatchShape, FeatureLayout, Prompts
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.training.rl import PromptRows
 
 BUCKETS = 4  # token lengths planned when the configuration names none
 HOP = 160  # samples between two mel frames
@@ -153,7 +152,7 @@ def _vision_limits(media: MediaConfig, thinker: ThinkerConfig, videos: bool, ima
 
 def prompt_rows(
     prompts: Sequence[Prompt | None], buckets: Sequence[BatchShape], thinker: ThinkerConfig, uids: Sequence[int]
-) -> PromptRows:
+) -> Prompts:
     """Pads prompts to their bucket; None keeps the place of a broken clip's row.
 
     In a run of several processes these are the rows that this one loads, and all of them take the largest bucket that
@@ -172,7 +171,15 @@ def prompt_rows(
     for row, (prompt, uid) in enumerate(zip(prompts, uids, strict=True)):
         if prompt is not None:
             next_position_B[row], uid_B[row] = prompt.next_position, uid
-    return PromptRows(batch=collate(prompts, shape, thinker), next_position_B=next_position_B, uid_B=uid_B)
+    batch = collate(prompts, shape, thinker)
+    return Prompts(
+        tokens=batch.tokens,
+        next_position_B=next_position_B,
+        uid_B=uid_B,
+        vision=batch.vision,
+        audio=batch.audio,
+        layout=FeatureLayout.of_batch(batch),
+    )
 
 
 def uid_of(name: str) -> int:

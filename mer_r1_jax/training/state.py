@@ -1,13 +1,13 @@
-"""What training changes: trainable and frozen leaves apart, the optimizer over the trainable ones only.
+"""What training changes: one flat dictionary of parameters, and the optimizer over those that are trained.
 
-Parameters are kept here as flat dictionaries, "text/layers/attn/q/kernel" -> array, so that a set of leaves is chosen
-by a predicate on the name. A set of adapters (LoRA) would be a third such dictionary; `merge` is where it would join.
+Parameters are `params` everywhere: "text/layers/attn/q/kernel" -> array. Only an update splits them into trained and
+frozen ones (`partition`), and a checkpoint keeps the two apart on disk (`as_stored`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from mer_r1_jax.config.schema import OptimizerConfig
+from mer_r1_jax.config.schema import OptimizerConfig, RunConfig
+from mer_r1_jax.omni.finite import not_finite
+from mer_r1_jax.parallel.rows import split_rows
+from mer_r1_jax.training.damage import DamagedStepError, is_count
+from mer_r1_jax.training.stored_arrays import CheckpointError
 
-Leaves = dict[str, Any]  # flat parameters: path joined by "/" -> array
-Params = dict[str, Any]  # the same, nested as the backbone's modules
+Params = dict[str, Any]  # flat: path joined by "/" -> array
 
 
 @jax.tree_util.register_dataclass
@@ -28,33 +31,47 @@ class TrainState:
 
     Attributes:
         step: int32 updates attempted.
-        trainable: leaves the optimizer changes.
-        frozen: leaves nothing changes.
-        opt_state: optax state over `trainable`.
+        params: all parameters.
+        opt_state: optax state over the trained ones.
         skipped: int32 updates left out for a non-finite loss or gradient, in all.
         skipped_in_a_row: int32 the same since the last good update.
+        trained: static, names of the parameters that the optimizer changes; nothing changes the others.
     """
 
     step: jax.Array
-    trainable: Leaves
-    frozen: Leaves
+    params: Params
     opt_state: Any
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    trained: frozenset[str] = dataclasses.field(metadata={"static": True})
+
+    def split(self) -> tuple[Params, Params]:
+        """(trained, frozen) parameters."""
+        return partition(self.params, self.trained.__contains__)
 
 
-def flatten(params: Params) -> Leaves:
-    """Nested parameters as one flat dictionary."""
-    return traverse_util.flatten_dict(params, sep="/")
+def flatten(nested: Mapping[str, Any]) -> Params:
+    """Flat parameters from those nested as the backbone's modules."""
+    return traverse_util.flatten_dict(nested, sep="/")
 
 
-def merge(*leaves: Leaves) -> Params:
-    """Nested parameters from sets of leaves."""
-    return traverse_util.unflatten_dict({k: v for part in leaves for k, v in part.items()}, sep="/")
+def nest(params: Params) -> dict[str, Any]:
+    """Parameters nested as the backbone's modules."""
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def tower_flags(config: RunConfig, phase: str) -> dict[str, bool]:
+    """Which towers a phase trains."""
+    model, sft = config.model, config.sft
+    in_sft = phase == "sft"
+    return {
+        "train_audio": model.train_audio_tower or (in_sft and sft.train_audio_tower),
+        "train_vision": model.train_vision_tower or (in_sft and sft.train_vision_tower),
+    }
 
 
 def trainable_names(train_audio: bool, train_vision: bool) -> Callable[[str], bool]:
-    """The predicate that says whether a leaf is trained: the language model always, a tower on demand.
+    """The predicate that says whether a parameter is trained: the language model always, a tower on demand.
 
     The audio tower's `bos_eos` embedding never enters the forward pass and is kept for export alone.
     """
@@ -62,10 +79,34 @@ def trainable_names(train_audio: bool, train_vision: bool) -> Callable[[str], bo
     return lambda name: trained[name.split("/", 1)[0]] and not name.startswith("audio/bos_eos")
 
 
-def partition(leaves: Leaves, is_trainable: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
-    """Splits leaves into (trainable, frozen)."""
-    trainable = {name: leaf for name, leaf in leaves.items() if is_trainable(name)}
-    return trainable, {name: leaf for name, leaf in leaves.items() if name not in trainable}
+def partition(params: Params, is_trainable: Callable[[str], bool]) -> tuple[Params, Params]:
+    """Splits parameters into (trained, frozen)."""
+    trained = {name: value for name, value in params.items() if is_trainable(name)}
+    return trained, {name: value for name, value in params.items() if name not in trained}
+
+
+def as_stored(state: TrainState) -> dict[str, Any]:
+    """A state as checkpoints hold it: trained and frozen parameters apart, as "trainable" and "frozen"."""
+    trained, frozen = state.split()
+    return {
+        "step": state.step,
+        "trainable": trained,
+        "frozen": frozen,
+        "opt_state": state.opt_state,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }
+
+
+def from_stored(stored: Mapping[str, Any]) -> TrainState:
+    """The state that `as_stored` was given."""
+    rest = {name: stored[name] for name in ("step", "opt_state", "skipped", "skipped_in_a_row")}
+    return TrainState(params=stored_params(stored), trained=frozenset(stored["trainable"]), **rest)
+
+
+def stored_params(stored: Mapping[str, Any]) -> Params:
+    """All parameters of what `as_stored` gave."""
+    return stored["trainable"] | stored["frozen"]
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -98,9 +139,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     )
 
 
-def init_state(leaves: Leaves, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
+def init_state(params: Params, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
     """A fresh state around given parameters; both moments are kept in `dtype`."""
-    trainable, frozen = partition(leaves, is_trainable)
+    trained, _ = partition(params, is_trainable)
 
     def zero() -> jax.Array:
         # One buffer each: the state is donated, and a buffer can be donated once.
@@ -108,26 +149,55 @@ def init_state(leaves: Leaves, is_trainable: Callable[[str], bool], optimizer: A
 
     return TrainState(
         step=zero(),
-        trainable=trainable,
-        frozen=frozen,
-        opt_state=optimizer.init(_cast(trainable, dtype)),
+        params=params,
+        opt_state=optimizer.init(_cast(trained, dtype)),
         skipped=zero(),
         skipped_in_a_row=zero(),
+        trained=frozenset(trained),
     )
 
 
+def accumulate(
+    loss: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]], trained: Params, batch: Any, parts: int
+) -> tuple[jax.Array, dict[str, jax.Array], Params]:
+    """Sums loss, metrics and gradients over micro-batches whose shares already have whole-step denominators.
+
+    Args:
+        loss: (trained parameters, micro-batch) -> (share of the step's loss, shares of its metrics).
+        trained: the parameters that the gradient is taken by.
+        batch: of the whole step; its rows are cut into `parts`.
+        parts: micro-batches, walked one after the other, so that the activations of one alone are held.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (value, metrics), gradients = gradient(trained, batch)
+        return value, metrics, gradients
+
+    def add(total, micro_batch):
+        (value, metrics), gradients = gradient(trained, micro_batch)
+        return jax.tree.map(jnp.add, total, (value, metrics, gradients)), None
+
+    micro_batches = split_rows(batch, parts)
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), micro_batches)
+    (value, metrics), gradients = jax.eval_shape(gradient, trained, first)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (value, metrics, gradients))
+    total, _ = jax.lax.scan(add, zero, micro_batches)
+    return total
+
+
 def apply_gradients(
-    state: TrainState, gradients: Leaves, loss: jax.Array, optimizer: optax.GradientTransformation, dtype: str
+    state: TrainState, gradients: Params, loss: jax.Array, optimizer: optax.GradientTransformation, dtype: str
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step, left out (and counted) when the loss or a gradient is not finite.
 
     Returns:
         The new state, and `grad_norm` (before clipping) with the counts of skipped updates.
     """
+    trained, frozen = state.split()
     grad_norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(_cast(gradients, dtype), state.opt_state, _cast(state.trainable, dtype))
-    updated = optax.apply_updates(state.trainable, updates)
+    updates, opt_state = optimizer.update(_cast(gradients, dtype), state.opt_state, _cast(trained, dtype))
+    updated = optax.apply_updates(trained, updates)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -135,7 +205,7 @@ def apply_gradients(
     new_state = dataclasses.replace(
         state,
         step=state.step + 1,
-        trainable=keep(updated, state.trainable),
+        params=keep(updated, trained) | frozen,
         opt_state=keep(opt_state, state.opt_state),
         skipped=state.skipped + ~finite,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
@@ -144,16 +214,16 @@ def apply_gradients(
     return new_state, {"grad_norm": grad_norm} | metrics
 
 
-def _cast(leaves: Leaves, dtype: str) -> Leaves:
-    return {name: leaf.astype(dtype) for name, leaf in leaves.items()}
+def _cast(params: Params, dtype: str) -> Params:
+    return {name: value.astype(dtype) for name, value in params.items()}
 
 
-def state_shardings(state: TrainState, shardings: Leaves, scalar: Any) -> TrainState:
+def state_shardings(state: TrainState, shardings: Params, scalar: Any) -> TrainState:
     """The sharding of every array of a state: optimizer moments live where their parameter does.
 
     Args:
         state: a (possibly abstract) state.
-        shardings: of the flat parameters.
+        shardings: of the parameters.
         scalar: of everything that is no parameter's.
     """
 
@@ -162,3 +232,41 @@ def state_shardings(state: TrainState, shardings: Leaves, scalar: Any) -> TrainS
         return shardings[name] if name in shardings else scalar
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+def check_numbers(arrays: Mapping[str, jax.Array], where: str) -> None:
+    """Refuses a checkpoint with numbers that are none; every process of a run has to call it.
+
+    Args:
+        arrays: what was restored of it, by name.
+        where: the checkpoint.
+
+    Raises:
+        CheckpointError: naming some of them.
+    """
+    if broken := not_finite(arrays):
+        names = ", ".join(broken[:5]) + (" and others" if len(broken) > 5 else "")
+        raise CheckpointError(
+            f"{where}: NaN or infinite values in {len(broken)} of {len(arrays)} parameters ({names}), expected finite "
+            "numbers: the training had broken. Move that step's folder away, so that the one before it is taken, or "
+            "train again"
+        )
+
+
+def check_host(host: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint's host state that no training run has saved.
+
+    Raises:
+        DamagedStepError: naming what is not as it ought to be.
+    """
+    counters, data = host.get("counters"), host.get("data")
+    right = {
+        "phase": host.get("phase") in ("sft", "rl"),
+        "step": is_count(host.get("step")),
+        "counters": isinstance(counters, Mapping) and is_count(counters.get("num_tokens")),
+        "data": isinstance(data, Mapping)
+        and isinstance(data.get("stream"), Mapping)
+        and isinstance(data.get("quarantine"), list),
+    }
+    if wrong := [name for name, as_saved in right.items() if not as_saved]:
+        raise DamagedStepError(f"its host state is no training run's: {', '.join(wrong)} missing or of another type")

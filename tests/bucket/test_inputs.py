@@ -15,7 +15,7 @@ from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.run.inputs import with_local_inputs
-from mer_r1_jax.training.state import flatten, merge
+from mer_r1_jax.training.state import flatten, nest
 
 
 def put_folder(bucket, name, folder):
@@ -114,7 +114,7 @@ def test_media_root_in_a_bucket_serves_records_on_a_disk(bucket, small_folder, t
 
 
 def test_weights_from_a_bucket_are_those_on_the_disk(bucket, small, tmp_path):
-    params = merge(small.backbone.init(seed=0))
+    params = nest(small.backbone.init(seed=0))
     export_model(tmp_path / "hf", small.backbone.config, params, source=small.tokenizer_path)
     put_folder(bucket, "hf", tmp_path / "hf")
     config = dataclasses.replace(

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.finished_run import write_run
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.evaluation.ablation.alikeness import alikeness
 from mer_r1_jax.evaluation.ablation.comparison import PAPER_ORDER, as_json, compare
 from mer_r1_jax.evaluation.ablation.narrative import describe
@@ -17,7 +18,6 @@ from mer_r1_jax.evaluation.ablation.results import AblationError, SeedResult, re
 from mer_r1_jax.evaluation.ablation.tables import tables_of
 from mer_r1_jax.evaluation.ablation.write import write
 from mer_r1_jax.evaluation.run_record import Evaluation
-from mer_r1_jax.rl.advantage import AdvantageConfig
 from mer_r1_jax.training.metrics import read_metrics
 
 
@@ -220,7 +220,7 @@ def write_completions(folder, steps=2, groups=6, generations=8, arm="ad", seed=0
 
 def test_arms_are_alike_as_far_as_their_advantages_are(tmp_path):
     runs = [write_completions(tmp_path / f"ad_seed{seed}", seed=seed) for seed in range(2)]
-    found = alikeness(runs, ["baseline", "rd", "ad", "mer_r1", "sfcc_word", "sfcc_loss"], AdvantageConfig())
+    found = alikeness(runs, ["baseline", "rd", "ad", "mer_r1", "sfcc_word", "sfcc_loss"], RlConfig())
     assert found.names == ("baseline", "rd", "ad", "mer_r1", "recall", "precision")
     assert found.runs == 2 and found.answers == 2 * 2 * 6 * 8
     assert all(found.correlation[name, name] == pytest.approx(1) for name in found.names)
@@ -239,7 +239,7 @@ def test_arms_are_alike_as_far_as_their_advantages_are(tmp_path):
     assert found.correlation["rd", "recall"] > found.correlation["rd", "precision"] + 0.05
     assert found.correlation["ad", "recall"] == pytest.approx(found.correlation["ad", "precision"], abs=0.03)
     assert 0.9 < found.correlation["mer_r1", "ad"] < 1 == pytest.approx(found.correlation["rd", "rd"])
-    assert alikeness([tmp_path / "nothing"], ["ad"], AdvantageConfig()) is None
+    assert alikeness([tmp_path / "nothing"], ["ad"], RlConfig()) is None
     ablation = compare([*SFT, *BASELINE, *MER_R1], ROWS, alike=found)
     rows = table(ablation, "How alike the arms are")
     assert [row["row"] for row in rows] == ["baseline", "rd", "ad", "mer_r1"] and rows[2]["ad"] == "1.000"

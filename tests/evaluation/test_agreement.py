@@ -20,7 +20,7 @@ from mer_r1_jax.omni.border import ProcessorInputs, to_batch
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.run.setup import make_setup
-from mer_r1_jax.training.state import merge
+from mer_r1_jax.training.state import nest
 
 CLIPS, NEW_TOKENS = 3, 12
 
@@ -50,7 +50,7 @@ def export(world):
     export_model(
         folder,
         setup.backbone.config,
-        merge(setup.initial_leaves()),
+        nest(setup.initial_params()),
         source=setup.tokenizer_path,
         dtype="float32",
     )

@@ -19,7 +19,7 @@ from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.run.benchmark import open_policy
 from mer_r1_jax.run.policy import write_settings
-from mer_r1_jax.training.state import merge
+from mer_r1_jax.training.state import nest
 
 # Each set has three clips and a batch two rows: the third batch is the first half of the second set.
 KILLED_AT = "answers_appended 3"
@@ -30,7 +30,7 @@ BROKEN = ("ch_sims", clip_name("ch_sims", 2))
 def export(small, trained, tmp_path_factory):
     """A tiny model in Hugging Face format."""
     folder = tmp_path_factory.mktemp("model") / "export"
-    export_model(folder, small.backbone.config, merge(trained), source=small.tokenizer_path, overwrite=True)
+    export_model(folder, small.backbone.config, nest(trained), source=small.tokenizer_path, overwrite=True)
     write_settings(folder, small.config)
     return folder
 
@@ -74,9 +74,9 @@ def resumed(export, root, small_folder, compiled, tmp_path_factory):
     asked = []
     answer = Evaluator._answer
 
-    def counted(self, leaves, weights, records, prompts, modes, stop):
-        asked.extend((record.file, record.id, mode) for record in records for mode in modes)
-        return answer(self, leaves, weights, records, prompts, modes, stop)
+    def counted(self, params, decoding, batch, modes, stop):
+        asked.extend((record.file, record.id, mode) for record, _ in batch for mode in modes)
+        return answer(self, params, decoding, batch, modes, stop)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_answer", counted)

@@ -26,7 +26,7 @@ from mer_r1_jax.evaluation.probes import (
 from mer_r1_jax.evaluation.summary import samples
 from mer_r1_jax.run import held_out as held_out_module
 from mer_r1_jax.run.policy import PolicyError
-from mer_r1_jax.run.road import run
+from mer_r1_jax.run.train import train
 from mer_r1_jax.training import durable
 
 
@@ -36,7 +36,7 @@ def export(tmp_path_factory):
     root = tmp_path_factory.mktemp("subtitles")
     world = write_world(root / "world")
     config = run_config(world, root / "runs")
-    assert run(config) == 0
+    assert train(config) == 0
     folder = root / "runs" / "subtitles"
     evaluated = dataclasses.replace(config.data, eval_path=str(world / "eval.jsonl"))
     durable.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, data=evaluated)))

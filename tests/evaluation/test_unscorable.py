@@ -118,7 +118,7 @@ class Parrot(Prober):
 
 
 def test_clips_without_a_score_are_neither_asked_nor_lent_in_a_probe():
-    prober = Parrot(evaluator=None, leaves=({}, {}), load=None, wheels=WHEELS)
+    prober = Parrot(evaluator=None, params={}, load=None, wheels=WHEELS)
     swap = swap_modality(prober, evaluation((*GOOD, *NEUTRAL)), "video")
     assert swap.left_out["truth on no wheel"] == 3
     assert all(comparison.ids == tuple(f"clip-{n}" for n in range(4)) for comparison in swap.comparisons)

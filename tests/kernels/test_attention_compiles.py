@@ -15,10 +15,10 @@ from mer_r1_jax.kernels.decode_attention.api import decode_attention
 from mer_r1_jax.kernels.placement import Placement
 from support.tpu_compiler import CHIPS, compile_for, topology
 
-from mer_r1_jax.omni.batch import Tokens
+from mer_r1_jax.omni.batch import FeatureLayout, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.layers import axis_rules
-from mer_r1_jax.omni.thinker import FeatureLayout, abstract_thinker, bind
+from mer_r1_jax.omni.thinker import abstract_thinker, bind
 from mer_r1_jax.parallel.rules import TRAIN_RULES, param_shardings
 
 MIB = 2**20

@@ -21,8 +21,8 @@ from support.prompts import (
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.collate import bucket_for, collate, prompt_shape
 from mer_r1_jax.media.errors import PromptError
-from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.omni.thinker import FeatureLayout, abstract_thinker, bind, init_params
+from mer_r1_jax.omni.batch import BatchShape, FeatureLayout
+from mer_r1_jax.omni.thinker import abstract_thinker, bind, init_params
 
 THINKER = tiny_thinker()
 LARGE = BatchShape(rows=5, tokens=320, vision_clips=3, frame_pairs=5, patches=48, audio_clips=2, audio_units=3)

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 from support.loops import loops, token_loop
 
 from mer_r1_jax.config.schema import MeshConfig, RlConfig
-from mer_r1_jax.omni.batch import Batch, Tokens
+from mer_r1_jax.omni.batch import Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.thinker import FeatureLayout, abstract_thinker
+from mer_r1_jax.omni.thinker import abstract_thinker
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, ShardingError, param_shardings
@@ -22,10 +22,11 @@ from mer_r1_jax.planning.hlo import COLLECTIVES, parse
 from mer_r1_jax.rl.rollout import start
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
-from mer_r1_jax.training.rl import PromptRows, RlPrograms
+from mer_r1_jax.training.rl_step import RlPrograms
 
 ROWS, TOKENS, GENERATIONS, LENGTH = 8, 6, 2, 10
-SAMPLING = SamplingConfig(max_completion_length=LENGTH, eos_ids=(3,), temperature=0.8)
+SAMPLING = SamplingConfig(max_completion_length=LENGTH, eos_ids=(3,), temperature=0.8, num_generations=GENERATIONS)
+KEY = jax.random.fold_in(jax.random.key(1), 0)
 MESHES = [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=2), dict(data=1, fsdp=8, tensor=1)]
 
 
@@ -36,12 +37,12 @@ def programs_on(mesh, devices=None, compute_dtype="float32"):
 
 
 @functools.cache
-def host_leaves():
+def host_params():
     return jax.device_get(programs_on({}, jax.devices()[:1]).backbone.init(0))
 
 
-def leaves_on(backbone):
-    return {name: jax.device_put(leaf, backbone.shardings[name]) for name, leaf in host_leaves().items()}, {}
+def params_on(backbone):
+    return {name: jax.device_put(leaf, backbone.shardings[name]) for name, leaf in host_params().items()}
 
 
 def prompt_rows():
@@ -53,8 +54,8 @@ def prompt_rows():
         position_3BT=np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (3, *shape)).copy(),
         source_BT2=np.full((*shape, 2), -1, np.int32),
     )
-    return PromptRows(
-        batch=Batch(tokens=tokens, vision=None, audio=None),
+    return Prompts(
+        tokens=tokens,
         next_position_B=np.full(ROWS, TOKENS, np.int32),
         uid_B=np.arange(ROWS, dtype=np.uint32),
     )
@@ -85,27 +86,27 @@ def test_what_decoding_cannot_cut_is_refused_by_name():
 def test_weights_are_cast_once_and_freed():
     programs = programs_on(dict(data=2, fsdp=2, tensor=2), compute_dtype="bfloat16")
     backbone = programs.backbone
-    leaves = leaves_on(backbone)
-    with programs.rollout_weights(leaves) as (weights, _):
-        assert weights.keys() == leaves[0].keys()
+    params = params_on(backbone)
+    with programs.rollout_params(params) as weights:
+        assert weights.keys() == params.keys()
         for name, leaf in weights.items():
             if name.startswith("text/"):
                 assert leaf.dtype == jnp.bfloat16
                 assert leaf.sharding.is_equivalent_to(backbone.decode_shardings[name], leaf.ndim), name
             else:
-                assert leaf is leaves[0][name], "towers are not decoded with"
-        copies = [leaf for name, leaf in weights.items() if leaf is not leaves[0][name]]
+                assert leaf is params[name], "towers are not decoded with"
+        copies = [leaf for name, leaf in weights.items() if leaf is not params[name]]
     assert copies and all(leaf.is_deleted() for leaf in copies)
-    assert not any(leaf.is_deleted() for leaf in leaves[0].values())
+    assert not any(leaf.is_deleted() for leaf in params.values())
 
 
 def test_nothing_is_copied_where_training_holds_the_weights_like_that():
     for mesh, devices in (({}, jax.devices()[:1]), (dict(data=8), None)):
         programs = programs_on(mesh, devices)
-        leaves = leaves_on(programs.backbone)
-        with programs.rollout_weights(leaves) as (weights, _):
-            assert all(weights[name] is leaf for name, leaf in leaves[0].items())
-        assert not any(leaf.is_deleted() for leaf in leaves[0].values())
+        params = params_on(programs.backbone)
+        with programs.rollout_params(params) as weights:
+            assert all(weights[name] is leaf for name, leaf in params.items())
+        assert not any(leaf.is_deleted() for leaf in params.values())
 
 
 @functools.cache
@@ -119,16 +120,14 @@ def decoded(mesh):
     @jax.jit
     def fixed(weights, rows):
         with backbone.rules(decode=True):
-            model, tokens = backbone.bind(*weights), rows.batch.tokens
-            settings = dict(next_position_B=rows.next_position_B, prompt_uid_B=rows.uid_B, key=jax.random.key(1))
-            more = dict(rollout_step=0, generations=GENERATIONS, config=SAMPLING)
-            state = start(model, tokens, None, FeatureLayout(), **settings, **more)
+            model, tokens = backbone.bind(weights), rows.tokens
+            state = start(model, rows, KEY, SAMPLING)
             token_BG = jnp.broadcast_to(tokens.id_BT[:, :1], (ROWS, GENERATIONS))
             h_BGD, _ = model.decode(token_BG, token_BG * 0 + TOKENS, 0, state.prompt_cache, state.cache)
             return model.logits(h_BGD), state.uniform_BGC
 
-    with programs.rollout_weights(leaves_on(backbone)) as weights:
-        sampled = programs.sample(weights, rows, None, jax.random.key(1), np.int32(0), generations=GENERATIONS)
+    with programs.rollout_params(params_on(backbone)) as weights:
+        sampled = programs.sample(weights, rows, KEY)
         return jax.device_get((sampled, *fixed(weights, rows)))
 
 
@@ -152,10 +151,9 @@ def test_the_token_loop_gathers_no_weight_and_copies_no_cache():
         for name, leaf in backbone.shapes.items()
     }
     sampling = dataclasses.replace(SAMPLING, max_completion_length=64)  # so that a cache is larger than logits
-    program = programs.sample_program(GENERATIONS, sampling)
-    arguments = ((weights, {}), rows, None, jax.random.key(1), np.int32(0))
+    arguments = (weights, rows, KEY, sampling)
     text = backbone.config.text
-    inside = token_loop(program.lower(*arguments).compile().as_text())
+    inside = token_loop(programs.rollout.lower(*arguments).compile().as_text())
     activations = ROWS * GENERATIONS * text.hidden_size * 4  # of all rows: what comes together before a layer
     logits = ROWS // 4 * GENERATIONS * text.vocab_size // 2 * 4  # of a chip's rows and vocabulary
     exchanged = [size_of(one) for one in inside if one.opcode.startswith("all-to-all")]
@@ -175,9 +173,9 @@ def test_the_loss_loop_does_not_gather_the_unembedding():
     config = ThinkerConfig.tiny(vocab_size=16384)
     backbone = Backbone.create(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
-    def loss(leaves, h_ND, token_N):
+    def loss(params, h_ND, token_N):
         with backbone.rules():
-            scores = backbone.bind(leaves).gather_logprobs(h_ND, token_N, implementation="xla")
+            scores = backbone.bind(params).gather_logprobs(h_ND, token_N, implementation="xla")
         return scores.logprob.sum()
 
     leaves = {

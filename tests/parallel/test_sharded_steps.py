@@ -9,11 +9,9 @@ from support.small_run import small_setup, visits_of
 
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.rules import replicated
-from mer_r1_jax.run.experience import ExperienceMaker
-from mer_r1_jax.run.sft import SftPhase
 from mer_r1_jax.training.prompts import plan_buckets
-from mer_r1_jax.training.sft import make_sft_step
-from mer_r1_jax.training.state import init_state, partition, state_shardings, trainable_names
+from mer_r1_jax.training.sft_step import make_sft_step
+from mer_r1_jax.training.state import init_state, state_shardings, trainable_names
 
 EVERYTHING = trainable_names(train_audio=True, train_vision=True)
 TEXT_ONLY = trainable_names(train_audio=False, train_vision=False)
@@ -32,16 +30,16 @@ def cut(small_folder, compiled):
     return small_setup(small_folder, jax.devices(), media={"decode_workers": 0}, mesh=mesh)
 
 
-def placed(setup, leaves):
-    return {name: jax.device_put(np.asarray(leaf), setup.backbone.shardings[name]) for name, leaf in leaves.items()}
+def placed(setup, params):
+    return {name: jax.device_put(np.asarray(leaf), setup.backbone.shardings[name]) for name, leaf in params.items()}
 
 
-def fresh_state(setup, leaves, is_trainable):
-    return init_state(jax.tree.map(jnp.copy, placed(setup, leaves)), is_trainable, OPTIMIZER, "float32")
+def fresh_state(setup, params, is_trainable):
+    return init_state(jax.tree.map(jnp.copy, placed(setup, params)), is_trainable, OPTIMIZER, "float32")
 
 
-def gradients(leaves, state):
-    return {name: np.asarray(leaves[name]) - np.asarray(new) for name, new in state.trainable.items()}
+def gradients(params, state):
+    return {name: np.asarray(params[name]) - np.asarray(new) for name, new in state.split()[0].items()}
 
 
 def assert_same_gradients(one, other):
@@ -74,9 +72,9 @@ def test_parameters_are_really_cut(cut, trained):
 def test_cut_sft_step_equals_the_one_on_one_device(small, cut, trained):
     results = []
     for setup in (small, cut):
-        phase = SftPhase(setup)
+        phase = setup.sft_phase()
         batch, _ = phase.batch(visits_of(setup, setup.data.sft, NUMBERS))
-        step = make_sft_step(setup.backbone, OPTIMIZER, setup.config.sft, encode_inside=True)
+        step = make_sft_step(setup.backbone, OPTIMIZER, setup.config.sft, towers_trained=True)
         state, metrics = step(fresh_state(setup, trained, EVERYTHING), put(batch, setup.backbone.mesh))
         results.append((gradients(trained, state), jax.device_get(metrics)))
         assert_stays_in_place(setup, state)
@@ -91,10 +89,10 @@ def test_cut_rollout_and_update_equal_those_on_one_device(small, cut, trained):
     for setup in (small, cut):
         rows = setup.config.rl.prompts_per_step
         buckets = plan_buckets(setup.config, setup.backbone.config, setup.data.rl, rows)
-        policy = partition(placed(setup, trained), TEXT_ONLY)
-        maker = ExperienceMaker(setup, buckets, encode_inside=False)
-        rollout = maker.make(policy, policy, visits_of(setup, setup.data.rl, NUMBERS), 0)
-        update = setup.programs.make_update(OPTIMIZER, setup.candidates.ids_ZY)
+        policy = placed(setup, trained)
+        maker = setup.rl_step(buckets)
+        rollout = maker.rollout(policy, policy, visits_of(setup, setup.data.rl, NUMBERS), 0)
+        update = setup.programs.make_update(OPTIMIZER)
         state, metrics = update(fresh_state(setup, trained, TEXT_ONLY), rollout.experience, np.float32(0.04))
         results.append((rollout, gradients(trained, state), jax.device_get(metrics)))
         assert_stays_in_place(setup, state)

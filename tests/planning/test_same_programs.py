@@ -12,9 +12,7 @@ from support.small_run import visits_of
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.workload import Workload
-from mer_r1_jax.run.experience import ExperienceMaker
-from mer_r1_jax.run.rl import RlPhase
-from mer_r1_jax.training.sft import make_sft_step
+from mer_r1_jax.training.sft_step import make_sft_step
 
 NUMBERS = [0, 1, None, 3]  # one clip broke
 
@@ -84,35 +82,32 @@ def called(small, sft_phase):
     def recorded(name, function):
         def call(*args):
             calls[name] = (function, args)
-            return zeros(jax.eval_shape(function, *args))
+            return zeros(function.eval_shape(*args))
 
         return call
 
     state = zeros(small.abstract_state_of("sft"))
     batch, _ = sft_phase.batch(visits_of(small, small.data.sft, NUMBERS))
-    step = make_sft_step(small.backbone, sft_phase.optimizer, sft_phase.config, sft_phase.encode_inside)
+    step = make_sft_step(small.backbone, sft_phase.optimizer, sft_phase.config, sft_phase.towers_trained)
     calls["sft_step"] = (step, (state, put(batch, small.backbone.mesh)))
 
-    phase, programs = RlPhase(small), small.programs
+    phase, programs = small.rl_phase(), small.programs
     state = zeros(small.abstract_state_of("rl"))
-    policy = (state.trainable, state.frozen)
-    sampler = programs.sample_program
-    # An attribute of the object goes before what its class computes.
     watched = {
-        "encode_program": recorded("encode", programs.encode_program),
-        "sample_program": lambda *settings: recorded("sample", sampler(*settings)),
+        "encode_media": recorded("encode", programs.encode_media),
+        "rollout": recorded("sample", programs.rollout),
         "score": recorded("score", programs.score),
         "logprobs": recorded("reference", programs.logprobs),
     }
     before = dict(programs.__dict__)
     programs.__dict__.update(watched)
     try:
-        maker = ExperienceMaker(small, phase.buckets, encode_inside=False)
-        rollout = maker.make(policy, policy, visits_of(small, small.data.rl, NUMBERS), 0)
+        maker = small.rl_step(phase.buckets)
+        rollout = maker.rollout(state.params, state.params, visits_of(small, small.data.rl, NUMBERS), 0)
     finally:
         programs.__dict__.clear()
         programs.__dict__.update(before)
-    update = programs.make_update(phase.optimizer, small.candidates.ids_ZY)
+    update = programs.make_update(phase.optimizer)
     calls["update"] = (update, (state, rollout.experience, np.float32(0.04)))
     return calls
 
@@ -120,4 +115,4 @@ def called(small, sft_phase):
 @pytest.mark.parametrize("name", ["sft_step", "encode", "sample", "score", "reference", "update"])
 def test_the_plan_traces_what_the_run_calls(planned, called, name):
     function, args = called[name]
-    assert program(planned[name].function, planned[name].args) == program(function, args)
+    assert program(planned[name].function, (*planned[name].args, *planned[name].static)) == program(function, args)

@@ -12,9 +12,7 @@ from support.small_run import small_setup, visits_of
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.workload import Workload
-from mer_r1_jax.run.experience import ExperienceMaker
-from mer_r1_jax.run.rl import RlPhase
-from mer_r1_jax.run.sft import SftPhase
+from mer_r1_jax.rl.sampling import SamplingConfig
 
 NUMBERS = [0, 1, None, 3]  # one clip broke
 NAMES = ["sft_step", "encode", "cast", "sample", "score", "reference", "update"]
@@ -29,7 +27,7 @@ def cut(small_folder, compiled):
 
 @pytest.fixture(scope="module")
 def planned(cut):
-    slow, fast = SftPhase(cut).lengths
+    slow, fast = cut.sft_phase().lengths
     records = {"sft_records": len(cut.data.sft), "rl_records": len(cut.data.rl)}
     run = RunPrograms(cut.config, jax.devices(), Workload(slow_target=slow, fast_target=fast, **records))
     programs = [program for phase in run.phases() for program in run.of_phase(phase, run.buckets(phase)[-1])]
@@ -43,37 +41,35 @@ def called(cut):
 
     def recorded(name, function):
         def call(*args):
-            calls[name] = args
+            calls[name] = [arg for arg in args if not isinstance(arg, SamplingConfig)]  # which is static
             return function(*args)
 
         return call
 
-    sft = SftPhase(cut)
+    sft = cut.sft_phase()
     state = _state(cut, sft)
     batch, _ = sft.batch(visits_of(cut, cut.data.sft, NUMBERS))
     calls["sft_step"] = (state, put(batch, cut.backbone.mesh))
 
-    rl, programs = RlPhase(cut), cut.programs
+    rl, programs = cut.rl_phase(), cut.programs
     state = _state(cut, rl)
-    policy = (state.trainable, state.frozen)
-    sampler = programs.sample_program
     watched = {
-        "encode_program": recorded("encode", programs.encode_program),
-        "cast_program": recorded("cast", programs.cast_program),
-        "sample_program": lambda *settings: recorded("sample", sampler(*settings)),
+        "encode_media": recorded("encode", programs.encode_media),
+        "cast": recorded("cast", programs.cast),
+        "rollout": recorded("sample", programs.rollout),
         "score": recorded("score", programs.score),
         "logprobs": recorded("reference", programs.logprobs),
     }
-    programs.__dict__.update(watched)  # before what its class computes
-    maker = ExperienceMaker(cut, rl.buckets, encode_inside=False)
-    rollout = maker.make(policy, policy, visits_of(cut, cut.data.rl, NUMBERS), 0)
+    programs.__dict__.update(watched)
+    maker = cut.rl_step(rl.buckets)
+    rollout = maker.rollout(state.params, state.params, visits_of(cut, cut.data.rl, NUMBERS), 0)
     calls["update"] = (state, rollout.experience, np.float32(0.04))
     return calls
 
 
 def _state(setup, phase):
-    leaves = setup.backbone.init(seed=0)
-    return setup.new_state(leaves, phase.is_trainable, phase.optimizer, phase.config.optimizer.dtype)
+    params = setup.backbone.init(seed=0)
+    return setup.backbone.new_state(params, phase.is_trainable, phase.optimizer, phase.config.optimizer.dtype)
 
 
 def test_every_program_is_watched(planned, called):

@@ -9,13 +9,12 @@ import collections
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.loops import token_loop
 
 from mer_r1_jax.config.schema import MeshConfig, RlConfig
-from mer_r1_jax.omni.batch import Batch, Tokens
+from mer_r1_jax.omni.batch import Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
@@ -26,7 +25,8 @@ from mer_r1_jax.planning.hlo import COLLECTIVES
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
-from mer_r1_jax.training.rl import PromptRows, RlPrograms
+from mer_r1_jax.training.chunked import state_shardings
+from mer_r1_jax.training.rl_step import RlPrograms
 
 # Long completions: a chip's caches would lie in its vector memory otherwise.
 ROWS, TOKENS, GENERATIONS, LENGTH, CHUNK = 16, 256, 4, 16384, 32
@@ -49,7 +49,9 @@ def programs_on(slice_, **mesh):
     )
     config = dataclasses.replace(config, text=text)
     backbone = Backbone.create(config, make_mesh(MeshConfig(**mesh), topology_devices(slice_)))
-    sampling = SamplingConfig(max_completion_length=LENGTH, eos_ids=(3,), temperature=0.8, top_p=0.9)
+    sampling = SamplingConfig(
+        max_completion_length=LENGTH, eos_ids=(3,), temperature=0.8, top_p=0.9, num_generations=GENERATIONS
+    )
     return RlPrograms(backbone, RlConfig(decode_chunk=CHUNK), sampling)
 
 
@@ -65,15 +67,15 @@ def arguments_of(programs):
     tokens = Tokens(
         id_BT=flat, segment_BT=flat, position_3BT=np.stack([flat] * 3), source_BT2=np.stack([flat] * 2, axis=-1)
     )
-    rows = PromptRows(
-        batch=Batch(tokens=tokens, vision=None, audio=None),
+    rows = Prompts(
+        tokens=tokens,
         next_position_B=flat[:, 0],
         uid_B=flat[:, 0].astype(np.uint32),
     )
     everywhere = replicated(backbone.mesh)
     placed = jax.tree.map(_abstract, rows, row_shardings(rows, backbone.mesh))
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=everywhere)
-    return (weights, {}), placed, None, key, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return weights, placed, key
 
 
 def _abstract(leaf, sharding):
@@ -82,15 +84,15 @@ def _abstract(leaf, sharding):
 
 def whole(programs):
     """Sampling in one program."""
-    return programs.sample_program(GENERATIONS, programs.sampling), arguments_of(programs)
+    return programs.rollout, arguments_of(programs), (programs.sampling,)
 
 
 def chunk(programs):
     """A chunk after the first."""
-    rollout, arguments = programs.chunked_rollout(GENERATIONS, programs.sampling), arguments_of(programs)
-    state, _ = jax.eval_shape(rollout.start_program, *arguments)
-    state = jax.tree.map(_abstract, state, rollout.state_shardings)
-    return rollout.advance_program(rollout.sizes(ROWS)), (arguments[0], state)
+    arguments, static = arguments_of(programs), (programs.sampling, programs.chunks)
+    state, _ = programs.begin.eval_shape(*arguments, *static)
+    state = jax.tree.map(_abstract, state, state_shardings(programs.backbone.mesh))
+    return programs.go_on, (arguments[0], state), (*static, programs.chunks.sizes(ROWS, programs.sampling))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +101,8 @@ def chunk(programs):
 )
 def test_the_token_loop_gathers_no_weight_and_copies_no_cache(program, slice_, mesh, tmp_path):
     programs = programs_on(slice_, **mesh)
-    function, arguments = program(programs)
-    planned = PlannedProgram(name="sample", phase="rl", function=function, args=arguments, held={})
+    function, arguments, static = program(programs)
+    planned = PlannedProgram(name="sample", phase="rl", function=function, args=arguments, static=static, held={})
     inside = token_loop(compile_program(planned, slice_, tmp_path).text)
     samples = ROWS // mesh["fsdp"] * GENERATIONS  # of a chip
     logits = 4 * samples * VOCABULARY // mesh["tensor"]

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from trl.trainer.utils import nanstd
 
+from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.rl.advantage import (
     ARMS,
-    AdvantageConfig,
     Rewards,
     advantages,
     permute_within_groups,
@@ -22,7 +24,7 @@ from mer_r1_jax.rl.advantage import (
 )
 
 B, G = 3, 5
-CONFIG = AdvantageConfig()
+CONFIG = RlConfig()
 NO_CONFIDENCE = [name for name, arm in ARMS.items() if not arm.needs_confidence]
 SPECIFICATION = {  # one group's advantages out of z-scores, written down anew
     "baseline": lambda z, r: z(r["f1"] + 0.1 * r["format"]),
@@ -202,7 +204,7 @@ def test_reward_functions_are_normalised_apart_and_added_to_every_arm(arm):
     custom[1][1] = np.nan  # nothing was scored in this group
     custom[1][2, 1:] = np.nan  # one value has nothing to be compared with
     weights = (0.5, -2.0)
-    added = of_arm(arm, dataclasses.replace(rewards, custom_BG=custom), AdvantageConfig(reward_weights=weights))
+    added = of_arm(arm, dataclasses.replace(rewards, custom_BG=custom), RlConfig(reward_weights=weights))
     expected = of_arm(arm, rewards).astype(np.float64)
     for values, weight in zip(custom, weights, strict=True):
         for row in range(B):
@@ -213,7 +215,7 @@ def test_reward_functions_are_normalised_apart_and_added_to_every_arm(arm):
     np.testing.assert_allclose(added, expected, atol=3e-5)
     # An absent row has none, whatever stands there.
     absent = dataclasses.replace(rewards, custom_BG=custom, valid_BG=np.arange(B)[:, None] > np.zeros((1, G)))
-    assert not of_arm(arm, absent, AdvantageConfig(reward_weights=weights))[0].any()
+    assert not of_arm(arm, absent, RlConfig(reward_weights=weights))[0].any()
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -308,7 +310,7 @@ def test_wrong_arms_and_scales_are_refused():
         advantages("gdpo", rewards, CONFIG)
     with pytest.raises(ValueError, match="confidences"):
         advantages("mer_r1", rewards, CONFIG)
-    with pytest.raises(ValueError, match="group, batch, none"):
-        AdvantageConfig(scale_rewards="std")
+    with pytest.raises(ConfigError, match="rl.scale_rewards: got 'std', expected one of group, batch, none"):
+        from_mapping({"rl": {"scale_rewards": "std"}})
     for arm in NO_CONFIDENCE:
         assert np.isfinite(of_arm(arm, rewards)).all()

@@ -10,7 +10,7 @@ import pytest
 from support.rl_policy import policy, prompts, uids
 
 from mer_r1_jax.config.schema import MeshConfig, RlConfig
-from mer_r1_jax.omni.batch import Batch
+from mer_r1_jax.omni.batch import Prompts
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.text import Cache, PromptCache
 from mer_r1_jax.parallel.mesh import make_mesh
@@ -19,7 +19,7 @@ from mer_r1_jax.rl.compaction import Size, brought_back, compact, rows_needed, s
 from mer_r1_jax.rl.rollout import STOP_ABSENT, STOP_EOS, STOP_LENGTH, RolloutState, Sampled, running
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
-from mer_r1_jax.training.rl import PromptRows, RlPrograms
+from mer_r1_jax.training.rl_step import RlPrograms
 
 LENGTH, GENERATIONS = 12, 4
 LENGTHS = (11, 6, 0, 8, 5, 0, 7, 9)  # two rows are absent
@@ -125,27 +125,29 @@ def small_policy():
     return config, jax.device_get(Backbone.create(config, make_mesh(MeshConfig(), jax.devices()[:1])).init(0))
 
 
-SAMPLING = SamplingConfig(max_completion_length=LENGTH, eos_ids=tuple(range(40, 90)), temperature=0.8)
+SAMPLING = SamplingConfig(
+    max_completion_length=LENGTH, eos_ids=tuple(range(40, 90)), temperature=0.8, num_generations=GENERATIONS
+)
 
 
 @functools.cache
 def rolled(chunk, mesh=None, forced_ids=()):
     """Completions of RlPrograms.sample."""
-    config, leaves = small_policy()
+    config, params = small_policy()
     devices = jax.devices()[:1] if mesh is None else None
     backbone = Backbone.create(config, make_mesh(MeshConfig(**dict(mesh or ())), devices))
     programs = RlPrograms(backbone, RlConfig(decode_chunk=chunk), SAMPLING)
-    leaves = {name: jax.device_put(leaf, backbone.shardings[name]) for name, leaf in leaves.items()}
+    params = {name: jax.device_put(leaf, backbone.shardings[name]) for name, leaf in params.items()}
     tokens, _, next_position_B = prompts(LENGTHS, 11)
-    host = PromptRows(
-        batch=Batch(tokens=tokens, vision=None, audio=None),
+    host = Prompts(
+        tokens=tokens,
         next_position_B=next_position_B,
         uid_B=np.asarray(uids(len(LENGTHS))),
     )
     rows = put(host, backbone.mesh)
-    with programs.rollout_weights((leaves, {})) as weights:
-        settings = dict(generations=GENERATIONS, forced_ids=forced_ids)
-        completions = programs.sample(weights, rows, None, jax.random.key(1), np.int32(2), **settings)
+    sampling = dataclasses.replace(SAMPLING, forced_ids=forced_ids)
+    with programs.rollout_params(params) as decoding:
+        completions = programs.sample(decoding, rows, jax.random.fold_in(jax.random.key(1), 2), sampling)
     return jax.device_get(completions)
 
 

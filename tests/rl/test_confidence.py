@@ -8,16 +8,17 @@ import pytest
 from support.rl_policy import bound, log_softmax, packed_hidden, policy, prompts, row_logits
 from support.tiny_tokenizer import tiny_tokenizer
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.emotion.answers import parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.rl import confidence
-from mer_r1_jax.rl.confidence import NO_SET, AnchorSettings, AnswerToScore, build_anchors
+from mer_r1_jax.rl.confidence import NO_SET, AnswerToScore, build_anchors
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
 
 LENGTHS, WIDTH, LENGTH, WORDS, CONTEXT = (7, 9), 9, 64, 4, 48
-SETTINGS = AnchorSettings(max_words=WORDS, max_fast_context=CONTEXT)
+CONFIG = RlConfig(max_answer_words=WORDS, max_fast_context=CONTEXT)
 TRUTHS = (("happy", "calm"), ("angry", "worried", "sad"))
 SILENT = (1, 2)  # the prompt and the wheel
 TEXTS = (
@@ -88,7 +89,7 @@ def anchored(table=None):
         tags=tags,
         category=wheels.category,
         candidate_sets=(table or candidates).word,
-        settings=SETTINGS,
+        config=CONFIG,
     )
 
 
@@ -229,7 +230,7 @@ def test_a_merged_tag_gives_no_confidence():
         tags=tags,
         category=wheels.category,
         candidate_sets=candidates.word,
-        settings=SETTINGS,
+        config=CONFIG,
     )
     assert counts["merged_tag"] == 1
     assert (anchors.set_BGWQ == NO_SET).all() and not anchors.fast.exists_BGC.any()
@@ -271,7 +272,7 @@ def test_equal_contexts_have_no_difference():
         tags=tags,
         category=wheels.category,
         candidate_sets=candidates.word,
-        settings=SETTINGS,
+        config=CONFIG,
     )
     padded = np.zeros((2, 1, LENGTH), np.int32)
     padded[:, 0, : len(ids)] = ids

@@ -1,6 +1,7 @@
 """The policy loss against TRL's own on the same tensors, exact accumulation, and chunked log-probabilities."""
 
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,15 @@ from hypothesis import strategies as st
 from support.rl_policy import bound, log_softmax, policy
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.rl import losses
-from mer_r1_jax.rl.losses import LOSS_TYPES, PolicyLossConfig, kl_penalty, loss_mask, policy_loss, step_totals
+from mer_r1_jax.rl.losses import PolicyTargets, kl_penalty, loss_mask, policy_loss, step_totals
 
 LENGTH = 7
+LOSS_TYPES = typing.get_args(typing.get_type_hints(RlConfig)["loss_type"])
+LEVELS = typing.get_args(typing.get_type_hints(RlConfig)["importance_sampling_level"])
 
 
 def batch(seed, rows=6):
@@ -60,7 +66,9 @@ def trl_loss(tensors, config, beta, num_items, accumulation=1):
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=accumulation,
-        args=types.SimpleNamespace(delta=config.delta, use_bias_correction_kl=False, steps_per_generation=accumulation),
+        args=types.SimpleNamespace(
+            delta=config.delta or None, use_bias_correction_kl=False, steps_per_generation=accumulation
+        ),
         model=types.SimpleNamespace(training=True),
         accelerator=types.SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
         _metrics={"train": metrics},
@@ -86,10 +94,14 @@ def own_loss(tensors, config, beta, totals):
     """Loss, gradient and metrics of this project on the same arrays."""
 
     def loss(logprob):
-        rest = {name: value for name, value in tensors.items() if name != "logprob"}
-        if beta == 0:
-            rest["reference_logprob"] = None
-        return policy_loss(logprob, **rest, beta=beta, totals=totals, config=config)
+        targets = PolicyTargets(
+            advantage_BG=tensors["advantage"],
+            mask_BGC=tensors["mask"],
+            present_BG=np.ones(len(tensors["mask"]), bool),
+            old_logprob_BGC=tensors["old_logprob"],
+            reference_logprob_BGC=tensors["reference_logprob"] if beta else None,
+        )
+        return policy_loss(logprob, targets, beta, totals, config)
 
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(tensors["logprob"]))
     return float(value), np.asarray(gradient), metrics
@@ -98,9 +110,9 @@ def own_loss(tensors, config, beta, totals):
 @given(
     seed=st.integers(0, 1000),
     loss_type=st.sampled_from(LOSS_TYPES),
-    level=st.sampled_from(losses.IMPORTANCE_SAMPLING_LEVELS),
+    level=st.sampled_from(LEVELS),
     epsilons=st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.05, 0.1)]),
-    delta=st.sampled_from([None, 1.4]),
+    delta=st.sampled_from([0.0, 1.4]),
     beta=st.sampled_from([0.0, 0.04, 0.5]),
     on_policy=st.booleans(),
 )
@@ -109,7 +121,7 @@ def test_policy_loss_and_gradient_equal_trl(seed, loss_type, level, epsilons, de
     tensors = batch(seed)
     if on_policy:
         tensors["old_logprob"] = None
-    config = PolicyLossConfig(
+    config = RlConfig(
         loss_type=loss_type,
         importance_sampling_level=level,
         epsilon=epsilons[0],
@@ -130,7 +142,7 @@ def test_policy_loss_and_gradient_equal_trl(seed, loss_type, level, epsilons, de
 def test_micro_batches_add_up_as_in_trl(loss_type):
     """Losses and gradients of unevenly masked micro-batches, each with the whole step's denominators."""
     tensors, parts, beta = batch(3, rows=8), 2, 0.04
-    config = PolicyLossConfig(loss_type=loss_type, max_completion_length=9)
+    config = RlConfig(loss_type=loss_type, max_completion_length=9)
     totals = step_totals(tensors["mask"], np.ones(8, bool), parts)
     num_items = int(tensors["mask"].sum())
     values, gradients = [], []
@@ -151,11 +163,11 @@ def test_micro_batches_add_up_as_in_trl(loss_type):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("level", losses.IMPORTANCE_SAMPLING_LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_masked_tokens_and_absent_rows_leave_no_trace(loss_type, level):
     """What stands behind the mask, infinities included, changes neither loss nor gradient; nor do absent rows."""
     tensors = batch(5)
-    config = PolicyLossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=9)
+    config = RlConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=9)
     present = np.ones(6, bool)
     clean = own_loss(tensors, config, 0.04, step_totals(tensors["mask"], present))
     dirty = dict(tensors)
@@ -173,7 +185,7 @@ def test_masked_tokens_and_absent_rows_leave_no_trace(loss_type, level):
 def test_a_step_without_a_token_has_a_zero_loss(loss_type):
     tensors = batch(6)
     tensors["mask"] = np.zeros_like(tensors["mask"])
-    config = PolicyLossConfig(loss_type=loss_type)
+    config = RlConfig(loss_type=loss_type)
     value, gradient, metrics = own_loss(tensors, config, 0.04, step_totals(tensors["mask"], np.ones(6, bool)))
     assert value == 0 and not gradient.any()
     assert all(np.isfinite(metric) for metric in metrics.values())
@@ -221,14 +233,15 @@ def test_token_logprobs_equal_the_whole_softmax_in_value_and_gradient(chunk):
     [
         (dict(loss_type="gspo"), "grpo, bnpo, dr_grpo, dapo"),
         (dict(importance_sampling_level="word"), "token, sequence"),
+        (dict(epsilon=1.1), "epsilon"),
         (dict(epsilon=-0.1), "epsilon"),
         (dict(delta=1.1), "delta"),
         (dict(max_completion_length=0), "max_completion_length"),
     ],
 )
 def test_impossible_loss_settings_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        PolicyLossConfig(**changes)
+    with pytest.raises(ConfigError, match=message):
+        from_mapping({"rl": changes})
 
 
 def test_logprobs_at_zero_temperature_are_refused():

@@ -1,12 +1,13 @@
 """Rollouts against the plain way: one unpadded sequence at a time, recomputed without cache or packing."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.rl_policy import LAYOUT, bound, log_softmax, packed_hidden, policy, prompts, row_logits, sampled, uids
+from support.rl_policy import bound, carried, log_softmax, packed_hidden, policy, prompts, row_logits, sampled, uids
 
 from mer_r1_jax.rl import losses
 from mer_r1_jax.rl.packing import Continuations
@@ -15,7 +16,7 @@ from mer_r1_jax.rl.sampling import SamplingConfig
 
 LENGTH, WIDTH, GENERATIONS = 12, 11, 4
 LENGTHS = (11, 6, 0, 8)
-KEY = jax.random.key(1)
+KEY = jax.random.fold_in(jax.random.key(1), 2)
 
 
 def setting(**changes):
@@ -31,20 +32,9 @@ def setting(**changes):
 
 @functools.cache
 def rolled(forced_ids=(), lengths=LENGTHS, width=WIDTH, generations=GENERATIONS, config=None, uid=None):
-    tokens, features, next_position = prompts(lengths, width)
-    uid_B = uids(len(lengths)) if uid is None else jnp.asarray(uid, jnp.uint32)
-    completions = sampled(
-        policy()[2],
-        tokens,
-        features,
-        next_position,
-        uid_B,
-        KEY,
-        jnp.int32(2),
-        generations=generations,
-        config=config or setting(),
-        forced_ids=forced_ids,
-    )
+    uid_B = None if uid is None else jnp.asarray(uid, jnp.uint32)
+    sampling = dataclasses.replace(config or setting(), num_generations=generations, forced_ids=forced_ids)
+    completions = sampled(policy()[2], carried(*prompts(lengths, width), uid_B), KEY, sampling)
     return jax.tree.map(np.asarray, completions)
 
 
@@ -159,29 +149,15 @@ def test_an_end_token_at_the_cap_is_an_end_and_id_zero_is_a_token():
 
 
 def test_a_rollout_cut_into_calls_equals_one_call_and_stops_early():
-    tokens, features, next_position = prompts(LENGTHS, WIDTH)
-    params, config = policy()[2], setting()
-    begin = jax.jit(
-        lambda params: start(
-            bound(params),
-            tokens,
-            features,
-            LAYOUT,
-            next_position_B=next_position,
-            prompt_uid_B=uids(len(LENGTHS)),
-            key=KEY,
-            rollout_step=jnp.int32(2),
-            generations=GENERATIONS,
-            config=config,
-        )
-    )
+    params, config = policy()[2], setting(num_generations=GENERATIONS)
+    begin = jax.jit(lambda params: start(bound(params), carried(*prompts(LENGTHS, WIDTH)), KEY, config))
     go_on = jax.jit(lambda params, state: advance(bound(params), state, config, 5), donate_argnums=1)
     state = begin(params)
     for _ in range(3):
         state = go_on(params, state)
     completions = jax.tree.map(np.asarray, finish(state.sampled))
     jax.tree.map(np.testing.assert_array_equal, completions, rolled())
-    short = setting(eos_ids=tuple(range(3, policy()[0].text.vocab_size)), banned_ids=())
+    short = setting(num_generations=GENERATIONS, eos_ids=tuple(range(3, policy()[0].text.vocab_size)), banned_ids=())
     ended = jax.jit(lambda params, state: advance(bound(params), state, short, LENGTH))(params, begin(params))
     assert int(ended.step) < LENGTH  # nearly every token ends a completion
 

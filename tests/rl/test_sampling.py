@@ -88,19 +88,19 @@ def test_zero_temperature_takes_the_most_likely_allowed_token():
 
 
 def test_random_numbers_depend_on_the_sample_alone():
-    key = jax.random.key(3)
-    uniforms = jax.jit(sampling.uniforms, static_argnums=(3, 4))
-    whole = np.asarray(uniforms(key, 5, jnp.array([10, 11, 12], jnp.uint32), 4, 9))
-    alone = np.asarray(uniforms(key, 5, jnp.array([12], jnp.uint32), 2, 4))
+    key = jax.random.fold_in(jax.random.key(3), 5)
+    uniforms = jax.jit(sampling.uniforms, static_argnums=(2, 3))
+    whole = np.asarray(uniforms(key, jnp.array([10, 11, 12], jnp.uint32), 4, 9))
+    alone = np.asarray(uniforms(key, jnp.array([12], jnp.uint32), 2, 4))
     np.testing.assert_array_equal(alone[0], whole[2, :2, :4])
     assert len(np.unique(whole)) == whole.size
-    for other_key, other_step in ((key, 6), (jax.random.key(4), 5)):
-        other = uniforms(other_key, other_step, jnp.array([12], jnp.uint32), 2, 4)
+    for other_key, other_step in ((jax.random.key(3), 6), (jax.random.key(4), 5)):
+        other = uniforms(jax.random.fold_in(other_key, other_step), jnp.array([12], jnp.uint32), 2, 4)
         assert not np.isin(np.asarray(other), alone).any()
 
 
 def test_random_numbers_are_uniform():
-    numbers = np.asarray(sampling.uniforms(jax.random.key(0), 0, jnp.arange(64, dtype=jnp.uint32), 8, 32)).ravel()
+    numbers = np.asarray(sampling.uniforms(jax.random.key(0), jnp.arange(64, dtype=jnp.uint32), 8, 32)).ravel()
     counts = np.histogram(numbers, bins=64, range=(0, 1))[0]
     statistic = ((counts - 256) ** 2 / 256).sum()
     assert statistic < 112  # the 99.99% point of chi-square with 63 degrees of freedom

@@ -5,6 +5,7 @@ import pytest
 from support.answers import completions_of, slow
 from support.tiny_tokenizer import tiny_tokenizer
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.emotion.candidates import CandidateTable
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.rl.confidence import NO_SET
@@ -29,7 +30,7 @@ def scorer_of(wheels, candidates):
             AnswerTags(tiny_tokenizer()),
             wheels,
             candidates,
-            **({"max_words": 4, "max_fast_context": 24} | settings),
+            RlConfig(**({"max_answer_words": 4, "max_fast_context": 24} | settings)),
         )
 
     return make
@@ -115,7 +116,7 @@ def test_fast_answers_get_confidences_only_when_their_format_is_excused(scorer_o
 
 def test_surplus_words_are_counted_and_get_no_confidence(scorer_of):
     rows = [[slow("happy, sad, angry")]]
-    scored = scorer_of(max_words=2).groups(completions_of(rows), [("happy", "angry")])
+    scored = scorer_of(max_answer_words=2).groups(completions_of(rows), [("happy", "angry")])
     assert scored.counts["surplus_words"] == 1
     assert scored.anchors.set_BGWQ.shape[2] == 2
     assert scored.answers[0][0].rewards.n_words == 3

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from support.answers import completions_of, slow
 from support.tiny_tokenizer import tiny_tokenizer
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
-from mer_r1_jax.rl.advantage import ARMS, AdvantageConfig, advantages
+from mer_r1_jax.rl.advantage import ARMS, advantages
 from mer_r1_jax.rl.confidence import NO_SET, calibration
 from mer_r1_jax.rl.losses import loss_mask
 from mer_r1_jax.rl.scoring import AnswerScorer
@@ -30,7 +31,8 @@ TEXT = st.one_of(WHOLE, WHOLE.map(lambda text: text[:-4] + "..."), WHOLE.map(lam
 @functools.cache
 def scorer(table):
     tokenizer, wheels = tiny_tokenizer(), load_wheels()
-    return AnswerScorer(AnswerTags(tokenizer), wheels, table(tokenizer, wheels), max_words=4, max_fast_context=24)
+    config = RlConfig(max_answer_words=4, max_fast_context=24)
+    return AnswerScorer(AnswerTags(tokenizer), wheels, table(tokenizer, wheels), config)
 
 
 def scored(rows, truths, arm="mer_r1", seed=0):
@@ -45,7 +47,7 @@ def scored(rows, truths, arm="mer_r1", seed=0):
 
 
 def of_arm(arm, rewards, **config):
-    return np.asarray(advantages(arm, rewards, AdvantageConfig(**config)))
+    return np.asarray(advantages(arm, rewards, RlConfig(**config)))
 
 
 @given(

@@ -13,8 +13,9 @@ from support.commands import run_command
 from support.small_run import CONFIG_FILE, command, environment
 from support.small_run import run_command as run_alone
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.evaluation.ablation.alikeness import sampled_rewards
-from mer_r1_jax.rl.advantage import AdvantageConfig, advantages
+from mer_r1_jax.rl.advantage import advantages
 from mer_r1_jax.run.jobs import FINISHED
 
 WAIT_SECONDS = 500
@@ -75,7 +76,7 @@ def test_arms_start_where_sft_ended(ablation):
 def test_advantages_made_anew_for_the_table_are_those_of_the_run(ablation, arm):
     folder = ablation[0] / f"{arm}_seed3"
     logged = [pq.read_table(path)["advantage"].to_numpy() for path in sorted(folder.glob("completions/*.parquet"))]
-    made = [np.asarray(advantages(arm, rewards, AdvantageConfig())).ravel() for rewards in sampled_rewards(folder)]
+    made = [np.asarray(advantages(arm, rewards, RlConfig())).ravel() for rewards in sampled_rewards(folder)]
     assert len(made) == 6 and np.ptp(logged) > 1
     np.testing.assert_allclose(made, logged, atol=1e-6)
 

@@ -16,13 +16,13 @@ from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.run import policy
 from mer_r1_jax.run.inference import answer, clip_record
-from mer_r1_jax.training.state import merge
+from mer_r1_jax.training.state import nest
 
 
 @pytest.fixture(scope="module")
 def export(small, trained, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("model") / "export"
-    export_model(folder, small.backbone.config, merge(trained), source=small.tokenizer_path, overwrite=True)
+    export_model(folder, small.backbone.config, nest(trained), source=small.tokenizer_path, overwrite=True)
     policy.write_settings(folder, small.config)
     return folder
 
@@ -45,7 +45,7 @@ def test_importing_the_package_imports_nothing_else():
 def test_answers_are_those_of_the_command(model, small_folder):  # noqa: F811
     clip = small_folder / "clips/1.mp4"
     record = clip_record(clip, "Feel?", "I never", frames=True, audio=True)
-    _, expected = answer(model._setup, model._leaves, record)
+    _, expected = answer(model._setup, model._params, record)
     for mode, reading in zip(("slow", "fast"), expected, strict=True):
         got = model.answer(video=clip, subtitle="I never", question="Feel?", mode=mode)
         assert (got.mode, got.text, got.truncated) == (mode, reading.text, reading.truncated)

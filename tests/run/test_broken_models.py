@@ -13,10 +13,9 @@ from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.rl.rollout import RolloutError
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.policy import load_policy, open_model
-from mer_r1_jax.run.setup import tower_flags
 from mer_r1_jax.training import durable
 from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.training.state import make_optimizer, merge, trainable_names
+from mer_r1_jax.training.state import as_stored, make_optimizer, nest, tower_flags, trainable_names
 
 NORM = "text/norm/scale"
 
@@ -25,7 +24,7 @@ NORM = "text/norm/scale"
 def exported(small, tmp_path):
     """The export of the small run's model, and a function that changes a stored tensor without its sum."""
     folder = tmp_path / "hf"
-    export_model(folder, small.backbone.config, merge(small.backbone.init(0)), source=small.tokenizer_path)
+    export_model(folder, small.backbone.config, nest(small.backbone.init(0)), source=small.tokenizer_path)
 
     def change(name, edit):
         tensors = load_file(folder / "model.safetensors")
@@ -50,11 +49,11 @@ def test_finite_weights_that_give_scores_that_are_none_give_no_answer(exported, 
     folder, change = exported
     change("model.norm.weight", lambda weight: np.full_like(weight, 3e38))
     change("lm_head.weight", lambda weight: np.full_like(weight, 3e38))
-    setup, leaves = open_model(folder, {"rl.max_completion_length": 16}, devices=jax.devices()[:1])
+    setup, params = open_model(folder, {"rl.max_completion_length": 16}, devices=jax.devices()[:1])
     try:
         record = clip_record(small_folder / "clips/0.mp4", "Feel?", None, frames=True, audio=True)
         with pytest.raises(RolloutError, match="NaN or infinite in 1 of 1 answers.*weights are damaged"):
-            answer(setup, leaves, record, ("fast",))
+            answer(setup, params, record, ("fast",))
     finally:
         setup.close()
 
@@ -65,13 +64,13 @@ def test_a_runs_checkpoint_that_is_not_finite_is_refused_by_every_reader(small, 
     run = tmp_path / "run"
     run.mkdir()
     durable.write_json(run / "config.json", dataclasses.asdict(config))
-    leaves = small.backbone.init(0)
-    leaves[name] = jnp.full_like(leaves[name], value)
+    params = small.backbone.init(0)
+    params[name] = jnp.full_like(params[name], value)
     flags = trainable_names(**tower_flags(config, "sft"))
-    state = small.new_state(leaves, flags, make_optimizer(config.sft.optimizer, total_steps=1), "float32")
+    state = small.backbone.new_state(params, flags, make_optimizer(config.sft.optimizer, total_steps=1), "float32")
     data = {"stream": {}, "quarantine": []}
     host = {"phase": "sft", "step": 7, "data": data, "counters": {"num_tokens": 0}}
-    Checkpoints(run / "checkpoints").save(7, state, host)
+    Checkpoints(run / "checkpoints").save(7, as_stored(state), host)
     for read in (load_policy, lambda path: open_model(path, devices=jax.devices()[:1])):
         with pytest.raises(CheckpointError) as error:
             read(run)

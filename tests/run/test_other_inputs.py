@@ -18,10 +18,10 @@ from mer_r1_jax.media.fingerprints import END_BYTES, ClipChangedError, ClipFinge
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.run import fingerprints
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, of_source
-from mer_r1_jax.run.road import run
 from mer_r1_jax.run.setup import make_setup
+from mer_r1_jax.run.train import train as run
 from mer_r1_jax.training.run_directory import RunDirectory, RunDirectoryError
-from mer_r1_jax.training.state import merge
+from mer_r1_jax.training.state import nest
 
 REWARD = "def warmth(completions, **columns):\n    return [1.0 for _ in completions]\n"
 
@@ -207,7 +207,7 @@ NO_SIZES = {
 
 def test_a_models_weights_and_settings_are_told_apart_and_its_place_is_not(small, small_folder, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    export_model(first, small.backbone.config, merge(small.backbone.init(0)), source=small.tokenizer_path)
+    export_model(first, small.backbone.config, nest(small.backbone.init(0)), source=small.tokenizer_path)
     shutil.copytree(first, second)
 
     def model_of(folder):

@@ -14,9 +14,9 @@ from support.small_run import CONFIG_FILE, make_data, run_command, small_config_
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.hf.sums import SUMS_FILE
 from mer_r1_jax.run.fingerprints import of_inputs
-from mer_r1_jax.run.setup import make_setup, tower_flags
+from mer_r1_jax.run.setup import make_setup
 from mer_r1_jax.training.run_directory import RunDirectory
-from mer_r1_jax.training.state import make_optimizer, merge, trainable_names
+from mer_r1_jax.training.state import as_stored, make_optimizer, nest, tower_flags, trainable_names
 
 # The tests have eight emulated devices, and a step of the small run has four rows.
 MESH = {"data": 4, "tensor": 2}
@@ -126,12 +126,12 @@ def test_a_checkpoint_with_numbers_that_are_none_is_not_gone_on_from(refusal, co
     setup = make_setup(config)
     config = setup.config
     flags, optimizer = trainable_names(**tower_flags(config, "sft")), make_optimizer(config.sft.optimizer, 1)
-    state = setup.new_state(setup.initial_leaves(), flags, optimizer, config.sft.optimizer.dtype)
+    state = setup.backbone.new_state(setup.initial_params(), flags, optimizer, config.sft.optimizer.dtype)
     setup.close()
     spoil = lambda leaf: jnp.full_like(leaf, np.nan)  # noqa: E731
     if part == "parameters":
         name = "text/norm/scale"
-        state = dataclasses.replace(state, trainable=state.trainable | {name: spoil(state.trainable[name])})
+        state = dataclasses.replace(state, params=state.params | {name: spoil(state.params[name])})
     else:
         name = "optimizer"
         is_number = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
@@ -141,7 +141,7 @@ def test_a_checkpoint_with_numbers_that_are_none_is_not_gone_on_from(refusal, co
     with RunDirectory.open(folder, dataclasses.asdict(config), fingerprints=of_inputs(setup)) as run_folder:
         data = {"stream": {}, "quarantine": []}
         host = {"phase": "sft", "step": 1, "data": data, "counters": {"num_tokens": 0}}
-        run_folder.open_checkpoints("checkpoints", 2).save(1, state, host)
+        run_folder.open_checkpoints("checkpoints", 2).save(1, as_stored(state), host)
     told = refusal(config_of(data={"sft_path": str(own_data / "sft.jsonl")}, train={"run_name": "broken"}))
     assert f"{folder}/checkpoints/1: NaN or infinite values in" in told and name in told
 
@@ -166,7 +166,7 @@ NO_SIZES = {
 def model_dir(small, tmp_path_factory):
     """A Hugging Face directory of the small run's model."""
     folder = tmp_path_factory.mktemp("hf") / "model"
-    export_model(folder, small.backbone.config, merge(small.backbone.init(0)), source=small.tokenizer_path)
+    export_model(folder, small.backbone.config, nest(small.backbone.init(0)), source=small.tokenizer_path)
     return folder
 
 

@@ -12,7 +12,7 @@ from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.rollout import STOP_EOS, Completions
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.policy import open_model
-from mer_r1_jax.training.state import merge
+from mer_r1_jax.training.state import nest
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def folder(small_folder, compiled, tmp_path_factory):
     setup = small_setup(small_folder, model={"tokenizer_path": str(source)}, sft=idle, rl=idle)
     setup.close()
     out = tmp_path_factory.mktemp("out") / "hf"
-    export_model(out, setup.backbone.config, merge(setup.backbone.init(0)), source=source)
+    export_model(out, setup.backbone.config, nest(setup.backbone.init(0)), source=source)
     assert (out / "tokenizer.model").is_file() and not (out / "tokenizer.json").exists()
     return out
 
@@ -35,11 +35,11 @@ def test_a_sentencepiece_model_answers_and_is_scored(folder, small_folder):
         "media.min_frames": 2,
         "media.max_frames": 2,
     }
-    setup, leaves = open_model(folder, overrides, devices=jax.devices()[:1])
+    setup, params = open_model(folder, overrides, devices=jax.devices()[:1])
     try:
         clip = small_folder / "clips/0.mp4"
         record = clip_record(clip, DataConfig.question, "I never", frames=True, audio=True)
-        prompt, (slow, fast) = answer(setup, leaves, record)
+        prompt, (slow, fast) = answer(setup, params, record)
     finally:
         setup.close()
     assert "<subtitle>I never</subtitle>" in prompt.text and prompt.stats["frames"] == 2

@@ -7,8 +7,8 @@ from support.small_run import small_config_of
 
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import read_records
-from mer_r1_jax.run.road import run
 from mer_r1_jax.run.setup import make_setup
+from mer_r1_jax.run.train import train
 
 NOTHING = "no record's solution has a word on a wheel, so nothing can be learnt from it"
 
@@ -74,7 +74,7 @@ def test_sft_alone_needs_no_word_on_a_wheel(neutral, config_of):
 
 def test_an_evaluation_alone_says_how_many_clips_are_in_no_score(neutral, config_of, tmp_path, capsys):
     config = config_of(neutral("eval", count=2), sft={"max_steps": 0}, rl={"max_steps": 0})
-    assert run(config) == 0
+    assert train(config) == 0
     told = capsys.readouterr()
     said = " ".join((told.out + told.err).split())
     assert "5 held-out records (2 unscorable, in no score)" in said

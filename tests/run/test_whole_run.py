@@ -208,10 +208,10 @@ def test_updates_that_are_not_finite_are_left_out_and_stop_the_run(alone, small_
 
 
 def readings_of(model, clip, overrides=None, **shown):
-    setup, leaves = open_model(model, {"media.missing_audio": "skip", **(overrides or {})}, devices=jax.devices()[:1])
+    setup, params = open_model(model, {"media.missing_audio": "skip", **(overrides or {})}, devices=jax.devices()[:1])
     try:
         record = clip_record(clip, "Feel?", "I never", **({"frames": True, "audio": True} | shown))
-        return answer(setup, leaves, record)
+        return answer(setup, params, record)
     finally:
         setup.source.close()
 

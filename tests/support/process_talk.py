@@ -45,7 +45,7 @@ def main(ending: str) -> None:
         "config": refusal_of(check_config, config(beta=0.04 + own, decode_workers=own)),
         "data": refusal_of(check_data, data_of("sad" if own else "happy")),
         "length": refusal_of(check_data, data_of("happy", records=1 + own)),
-        "code": refusal_of_other_code(own, "SOURCES", "training/rl.py"),
+        "code": refusal_of_other_code(own, "SOURCES", "training/rl_step.py"),
         "kernels": refusal_of_other_code(own, "KERNELS", "attention/__init__.py"),
         "stopped": stopped_at(own),
         "announced": processes.is_announced(ANNOUNCED),

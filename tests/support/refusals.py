@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mer_r1_jax.cli import EXIT_ERROR, explained
-from mer_r1_jax.run.road import run
+from mer_r1_jax.run.train import train
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def refusal(capsys):
 
     def refusal(config):
         with pytest.raises(SystemExit) as ended, explained():
-            run(config)
+            train(config)
         assert ended.value.code == EXIT_ERROR == 2
         told = capsys.readouterr().err
         assert told.count("error: ") == 1

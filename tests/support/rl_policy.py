@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from support.tiny_tokenizer import tiny_tokenizer
 
-from mer_r1_jax.omni.batch import Tokens
+from mer_r1_jax.omni.batch import FeatureLayout, Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.thinker import FeatureLayout, abstract_thinker, bind, init_params
+from mer_r1_jax.omni.thinker import abstract_thinker, bind, init_params
 from mer_r1_jax.rl import packing
 from mer_r1_jax.rl.rollout import rollout
 
@@ -61,28 +61,23 @@ def prompts(lengths, width, seed=0):
     return rows, np.stack(features), np.asarray(next_position, np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("generations", "config", "forced_ids"))
-def sampled(params, tokens, features, next_position_B, uid_B, key, step, *, generations, config, forced_ids=()):
+def carried(tokens, features, next_position_B, uid_B=None):
+    """The same prompts as programs take them."""
+    if uid_B is None:
+        uid_B = uids(len(next_position_B))
+    return Prompts(tokens=tokens, features_BRD=features, layout=LAYOUT, next_position_B=next_position_B, uid_B=uid_B)
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def sampled(params, prompts, key, sampling):
     """`rollout` of the tiny policy, jitted."""
-    return rollout(
-        bound(params),
-        tokens,
-        features,
-        LAYOUT,
-        next_position_B=next_position_B,
-        prompt_uid_B=uid_B,
-        key=key,
-        rollout_step=step,
-        generations=generations,
-        config=config,
-        forced_ids=forced_ids,
-    )
+    return rollout(bound(params), prompts, key, sampling)
 
 
 @functools.partial(jax.jit, static_argnames="packed")
 def packed_hidden(params, tokens, features, next_position_B, *sets, packed=True):
     """Hidden states that predict the tokens of each set of continuations, from one forward pass."""
-    return packing.continuation_hidden(bound(params), tokens, features, LAYOUT, next_position_B, *sets, packed=packed)
+    return packing.continuation_hidden(bound(params), carried(tokens, features, next_position_B), *sets, packed=packed)
 
 
 @jax.jit

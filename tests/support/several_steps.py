@@ -12,22 +12,25 @@ import optax
 
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.schema import MeshConfig, RlConfig
-from mer_r1_jax.omni.batch import PADDING, PROMPT, Batch, Tokens
+from mer_r1_jax.omni.batch import PADDING, PROMPT, Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import local_rows, put, row_share
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.parallel.whole import on_first
+from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
-from mer_r1_jax.training.rl import Experience, PromptRows, RlPrograms
+from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.state import init_state, state_shardings, trainable_names
 
 LENGTHS = (11, 6, 0, 8, 5, 0, 7, 9)  # of the prompts; two rows are absent
 WIDTH, GENERATIONS, TOKENS = 12, 4, 12
-SAMPLING = SamplingConfig(max_completion_length=TOKENS, eos_ids=tuple(range(40, 90)), temperature=0.8)
+SAMPLING = SamplingConfig(
+    max_completion_length=TOKENS, eos_ids=tuple(range(40, 90)), temperature=0.8, num_generations=GENERATIONS
+)
 TEXT_ONLY = trainable_names(train_audio=False, train_vision=False)
 OPTIMIZER = optax.sgd(1.0, momentum=0.9)  # its trace after the first update is the gradient
 
@@ -47,12 +50,12 @@ def small_backbone(mesh: MeshConfig, devices=None) -> Backbone:
 
 def results(backbone: Backbone, chunks: tuple[int, ...]) -> dict[str, np.ndarray]:
     """By name, on the first process: completions for every size of chunk, and an update's metrics and gradients."""
-    leaves = parameters(backbone)
+    params = parameters(backbone)
     found = {}
     for chunk in chunks:
-        sampled = completions(backbone, leaves, chunk)
+        sampled = completions(backbone, params, chunk)
         found |= {f"{field.name} {chunk}": getattr(sampled, field.name) for field in dataclasses.fields(sampled)}
-    return found | update(backbone, leaves)
+    return found | update(backbone, params)
 
 
 def parameters(backbone: Backbone) -> dict[str, jax.Array]:
@@ -70,7 +73,7 @@ def parameters(backbone: Backbone) -> dict[str, jax.Array]:
     }
 
 
-def prompts(backbone: Backbone) -> PromptRows:
+def prompts(backbone: Backbone) -> Prompts:
     length_B1 = np.asarray(LENGTHS, np.int32)[:, None]
     index_BT = np.broadcast_to(np.arange(WIDTH, dtype=np.int32), (len(LENGTHS), WIDTH))
     exists_BT = index_BT < length_B1
@@ -81,8 +84,8 @@ def prompts(backbone: Backbone) -> PromptRows:
         position_3BT=np.stack([np.where(exists_BT, index_BT, 1)] * 3).astype(np.int32),
         source_BT2=np.full((*exists_BT.shape, 2), -1, np.int32),
     )
-    rows = PromptRows(
-        batch=Batch(tokens=tokens, vision=None, audio=None),
+    rows = Prompts(
+        tokens=tokens,
         next_position_B=length_B1[:, 0],
         uid_B=np.arange(len(LENGTHS), dtype=np.uint32) + 7,
     )
@@ -101,12 +104,11 @@ def on_mesh(batch, backbone: Backbone):
     return put(jax.tree_util.tree_map_with_path(mine, batch), backbone.mesh)
 
 
-def completions(backbone: Backbone, leaves, chunk: int):
+def completions(backbone: Backbone, params, chunk: int):
     """Sampled completions of all processes, row by row."""
     programs = RlPrograms(backbone, RlConfig(decode_chunk=chunk), SAMPLING)
-    with programs.rollout_weights((leaves, {})) as weights:
-        settings = dict(generations=GENERATIONS)
-        sampled = programs.sample(weights, prompts(backbone), None, jax.random.key(1), np.int32(2), **settings)
+    with programs.rollout_params(params) as decoding:
+        sampled = programs.sample(decoding, prompts(backbone), jax.random.fold_in(jax.random.key(1), 2))
     parts = processes.gather("completions", local_rows(sampled, backbone.mesh))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts) if parts else sampled
 
@@ -137,30 +139,29 @@ def fixed() -> Fixed:
     )
 
 
-def update(backbone: Backbone, leaves) -> dict[str, np.ndarray]:
+def update(backbone: Backbone, params) -> dict[str, np.ndarray]:
     """Metrics and gradients of one update on the fixed completions, in two micro-batches and with a KL term."""
     config = RlConfig(gradient_accumulation_steps=2, max_completion_length=TOKENS)
     programs = RlPrograms(backbone, config, SAMPLING)
     rows, own = prompts(backbone), on_mesh(fixed(), backbone)
     completion = Continuations(id_BGC=own.id_BGC, exists_BGC=own.exists_BGC)
     # The reference is a fixed step away from the policy, so that the KL term has a gradient.
-    logprob_BGC = jax.jit(lambda x: x - 0.3)(programs.logprobs((leaves, {}), rows, None, completion))
+    logprob_BGC = jax.jit(lambda x: x - 0.3)(programs.logprobs(params, rows, completion))
     experience = Experience(
         prompts=rows,
-        features_BRD=None,
         completion=completion,
-        loss_mask_BGC=own.exists_BGC,
-        present_BG=own.present_BG,
-        advantage_BG=own.advantage_BG,
+        targets=PolicyTargets(
+            advantage_BG=own.advantage_BG,
+            mask_BGC=own.exists_BGC,
+            present_BG=own.present_BG,
+            reference_logprob_BGC=logprob_BGC,
+        ),
         sampling_logprob_BGC=own.sampling_logprob_BGC,
-        reference_logprob_BGC=logprob_BGC,
-        old_logprob_BGC=None,
-        anchors=None,
     )
     shapes = backbone.abstract_state(TEXT_ONLY, OPTIMIZER, "float32")
     shardings = state_shardings(shapes, backbone.shardings, replicated(backbone.mesh))
-    state = jax.jit(lambda x: init_state(x, TEXT_ONLY, OPTIMIZER, "float32"), out_shardings=shardings)(leaves)
-    state, metrics = programs.make_update(OPTIMIZER, np.zeros((1, 1), np.int32))(state, experience, np.float32(0.04))
+    state = jax.jit(lambda x: init_state(x, TEXT_ONLY, OPTIMIZER, "float32"), out_shardings=shardings)(params)
+    state, metrics = programs.make_update(OPTIMIZER)(state, experience, np.float32(0.04))
     gradients = on_first(optax.tree.get(state.opt_state, "trace")) or {}
     metrics = {f"metric {name}": np.asarray(value) for name, value in metrics.items()}
     return metrics | {f"gradient {name}": leaf for name, leaf in gradients.items()}

@@ -10,8 +10,7 @@ import pytest
 from support.small_run import TRAINED, make_data, small_setup, visits_of
 
 from mer_r1_jax.parallel.rows import put
-from mer_r1_jax.run.sft import SftPhase
-from mer_r1_jax.training.sft import make_sft_step
+from mer_r1_jax.training.sft_step import make_sft_step
 
 
 @functools.cache
@@ -28,16 +27,16 @@ def _setup(folder):
 
 @functools.cache
 def _trained(setup):
-    phase = SftPhase(setup)
+    phase = setup.sft_phase()
     dtype = phase.config.optimizer.dtype
-    state = setup.new_state(setup.backbone.init(seed=0), phase.is_trainable, phase.optimizer, dtype)
-    step = make_sft_step(setup.backbone, phase.optimizer, phase.config, phase.encode_inside)
+    state = setup.backbone.new_state(setup.backbone.init(seed=0), phase.is_trainable, phase.optimizer, dtype)
+    step = make_sft_step(setup.backbone, phase.optimizer, phase.config, phase.towers_trained)
     order = np.random.default_rng(0)
     for _ in range(phase.total_steps):
         numbers = order.permutation(TRAINED)[: phase.config.prompts_per_step]
         batch, _ = phase.batch(visits_of(setup, setup.data.sft, numbers))
         state, _ = step(state, put(batch, setup.backbone.mesh))
-    return state.trainable | state.frozen
+    return state.params
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +66,7 @@ def small(small_folder, compiled):
 @pytest.fixture(scope="session")
 def sft_phase(small):
     """The small run's SFT phase."""
-    return SftPhase(small)
+    return small.sft_phase()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.pipeline import Item
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.training.rl_step import RlPrograms
 
 # Programs that run for milliseconds need not be optimised for half a minute.
 QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -99,7 +100,7 @@ def with_config(setup: Setup, **sections) -> Setup:
     """The same setup under other settings; programs are made anew. `sections` are dicts of fields."""
     replaced = {name: dataclasses.replace(getattr(setup.config, name), **fields) for name, fields in sections.items()}
     config = dataclasses.replace(setup.config, **replaced)
-    programs = dataclasses.replace(setup.programs, config=config.rl)
+    programs = RlPrograms(setup.backbone, config.rl, setup.programs.sampling)
     return dataclasses.replace(setup, config=config, programs=programs)
 
 

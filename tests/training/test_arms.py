@@ -13,9 +13,8 @@ from support.small_run import visits_of
 from mer_r1_jax.emotion.candidates import WordTable
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.rl.reward_funcs import TAKEN, RewardFunctions
-from mer_r1_jax.run.experience import ExperienceMaker
 from mer_r1_jax.training.prompts import plan_buckets
-from mer_r1_jax.training.state import init_state, partition, trainable_names
+from mer_r1_jax.training.state import init_state, trainable_names
 
 TEXT_ONLY = trainable_names(train_audio=False, train_vision=False)
 EQUAL = {frozenset({"ad", "sfcc_loss"})}  # the calibration of sfcc_loss is beside the policy loss, not in A
@@ -24,14 +23,13 @@ EQUAL = {frozenset({"ad", "sfcc_loss"})}  # the calibration of sfcc_loss is besi
 @pytest.fixture(scope="module")
 def rollout_of(small, trained):
     """(rl settings, other parts) -> rollout of four clips. All share the compiled programs and the random bits."""
-    policy = partition(trained, TEXT_ONLY)
     buckets = plan_buckets(small.config, small.backbone.config, small.data.rl, small.config.rl.prompts_per_step)
     visits = visits_of(small, small.data.rl, [0, 1, 2, 3])
 
     def rollout_of(settings, **parts):
         config = dataclasses.replace(small.config, rl=dataclasses.replace(small.config.rl, **settings))
         setup = dataclasses.replace(small, config=config, **parts)
-        return ExperienceMaker(setup, buckets, encode_inside=False).make(policy, policy, visits, 0)
+        return setup.rl_step(buckets).rollout(trained, trained, visits, 0)
 
     return rollout_of
 
@@ -97,12 +95,12 @@ def test_advantages_are_the_arms_formula_of_what_the_table_shows(rollouts, arm):
 @pytest.fixture(scope="module")
 def gradients(small, trained, rollouts):
     """arm -> (gradients by name, metrics) of one whole update by plain gradient descent."""
-    update = small.programs.make_update(optax.sgd(1.0), small.candidates.ids_ZY)
+    update = small.programs.make_update(optax.sgd(1.0))
     made = {}
     for arm, rollout in rollouts.items():
         state = init_state(jax.tree.map(jnp.array, trained), TEXT_ONLY, optax.sgd(1.0), "float32")
         state, metrics = update(state, rollout.experience, np.float32(0.04))
-        moved = {name: np.asarray(trained[name] - new) for name, new in state.trainable.items()}
+        moved = {name: np.asarray(trained[name] - new) for name, new in state.split()[0].items()}
         made[arm] = moved, jax.device_get(metrics)
     return made
 

@@ -202,7 +202,7 @@ BY_HAND = {
     "mer_r1_jax/evaluation/result_log.py": "lines that are taken back",
     "mer_r1_jax/evaluation/judge/cache.py": "a lock",
     "mer_r1_jax/run/jobs.py": "a lock, and what processes print",
-    "mer_r1_jax/run/session.py": "nowhere",
+    "mer_r1_jax/run/train.py": "nowhere",
     "mer_r1_jax/media/cache.py": "beside its place, then renamed",
     "mer_r1_jax/omni/hf/export.py": "in a folder that is renamed when it is whole",
     "mer_r1_jax/omni/hf/sums.py": "in a folder that is renamed when it is whole",

@@ -9,10 +9,9 @@ import optax
 import pytest
 from support.small_run import visits_of
 
-from mer_r1_jax.omni.batch import Tokens
-from mer_r1_jax.omni.thinker import FeatureLayout
+from mer_r1_jax.omni.batch import FeatureLayout, Tokens
 from mer_r1_jax.parallel.rows import put, split_rows
-from mer_r1_jax.training.sft import SftBatch, make_sft_step
+from mer_r1_jax.training.sft_step import SftBatch, make_sft_step
 from mer_r1_jax.training.state import init_state, trainable_names
 
 
@@ -22,7 +21,7 @@ def batch_of(small, phase, numbers):
 
 
 @pytest.fixture(scope="module")
-def leaves(small):
+def params(small):
     return small.backbone.init(seed=1)
 
 
@@ -34,22 +33,22 @@ def step_of(small):
     def step_of(parts):
         if parts not in steps:
             config = dataclasses.replace(small.config.sft, gradient_accumulation_steps=parts)
-            steps[parts] = make_sft_step(small.backbone, optax.sgd(1.0), config, encode_inside=True)
+            steps[parts] = make_sft_step(small.backbone, optax.sgd(1.0), config, towers_trained=True)
         return steps[parts]
 
     return step_of
 
 
 @pytest.fixture(scope="module")
-def gradients_of(small, leaves, step_of):
+def gradients_of(small, params, step_of):
     """(batch, parts) -> (gradients by name, metrics)."""
 
     def gradients_of(batch, parts=1):
         everything = trainable_names(train_audio=True, train_vision=True)
-        copied = jax.tree.map(jnp.array, leaves)
+        copied = jax.tree.map(jnp.array, params)
         state = init_state(copied, everything, optax.sgd(1.0), "float32")
         state, metrics = step_of(parts)(state, put(batch, small.backbone.mesh))
-        return {name: np.asarray(leaves[name] - new) for name, new in state.trainable.items()}, jax.device_get(metrics)
+        return {name: np.asarray(params[name] - new) for name, new in state.split()[0].items()}, jax.device_get(metrics)
 
     return gradients_of
 
@@ -63,11 +62,11 @@ def assert_same_gradients(one, other):
         np.testing.assert_allclose(other[name], one[name], rtol=0, atol=2e-5 * scale + 2e-7, err_msg=name)
 
 
-def test_loss_is_the_weighted_mean_over_slow_and_fast_tokens(small, sft_phase, leaves, gradients_of):
+def test_loss_is_the_weighted_mean_over_slow_and_fast_tokens(small, sft_phase, params, gradients_of):
     batch = batch_of(small, sft_phase, [0, 3, 4, 1])
     _, metrics = gradients_of(batch)
-    slow, slow_tokens = plain_loss(small, leaves, batch, batch.slow)
-    fast, fast_tokens = plain_loss(small, leaves, batch, batch.fast)
+    slow, slow_tokens = plain_loss(small, params, batch, batch.slow)
+    fast, fast_tokens = plain_loss(small, params, batch, batch.fast)
     # The empty think block is given, not learnt.
     assert fast_tokens == slow_tokens - sum(
         len(small.tags.ids(small.data.sft[n].target_reasoning)) + len(small.tags.empty_think) for n in (0, 3, 4, 1)
@@ -78,7 +77,7 @@ def test_loss_is_the_weighted_mean_over_slow_and_fast_tokens(small, sft_phase, l
     np.testing.assert_allclose(metrics["loss"], (1 - fraction) * slow + fraction * fast, rtol=1e-5)
 
 
-def plain_loss(small, leaves, batch, targets):
+def plain_loss(small, params, batch, targets):
     """Mean negative log-probability of a kind of target: each behind its prompt in a row of its own, no packing."""
     prompts = batch.prompts
     lengths = np.sum(prompts.tokens.segment_BT == 1, axis=1)
@@ -97,17 +96,17 @@ def plain_loss(small, leaves, batch, targets):
         full["id_BT"][row, :end] = [*prompts.tokens.id_BT[row, :length], *target]
         full["segment_BT"][row, :end] = 1
         full["position_3BT"][:, row, :length] = prompts.tokens.position_3BT[:, row, :length]
-        full["position_3BT"][:, row, length:end] = batch.next_position_B[row] + np.arange(len(target))
+        full["position_3BT"][:, row, length:end] = batch.prompts.next_position_B[row] + np.arange(len(target))
         full["source_BT2"][row, :length] = prompts.tokens.source_BT2[row, :length]
         scored[row, length:end] = targets.loss_mask_BGC[row, 0][exists[row]]
 
     @jax.jit
-    def logits(leaves):
-        model = small.backbone.bind(leaves)
+    def logits(params):
+        model = small.backbone.bind(params)
         features = model.encode_media(prompts.vision, prompts.audio)
         return model.logits(model.hidden(Tokens(**full), features, FeatureLayout.of_batch(prompts)))
 
-    logits_BTN = np.asarray(logits(leaves), np.float64)[:, :-1]
+    logits_BTN = np.asarray(logits(params), np.float64)[:, :-1]
     shifted = logits_BTN - logits_BTN.max(-1, keepdims=True)
     logprob_BTN = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     chosen = np.take_along_axis(logprob_BTN, full["id_BT"][:, 1:, None], -1)[..., 0]
@@ -140,21 +139,21 @@ def test_batch_of_broken_clips_alone_moves_nothing(small, sft_phase, gradients_o
     assert metrics["loss"] == 0 and metrics["skipped_steps"] == 0
 
 
-def test_frozen_towers_stay_and_the_language_model_gets_the_same_gradient(small, sft_phase, leaves, gradients_of):
+def test_frozen_towers_stay_and_the_language_model_gets_the_same_gradient(small, sft_phase, params, gradients_of):
     batch = batch_of(small, sft_phase, [0, 3, 4, 1])
     inside, _ = gradients_of(batch)
     state = init_state(
-        jax.tree.map(jnp.array, leaves),
+        jax.tree.map(jnp.array, params),
         trainable_names(train_audio=False, train_vision=False),
         optax.sgd(1.0),
         "float32",
     )
-    step = make_sft_step(small.backbone, optax.sgd(1.0), small.config.sft, encode_inside=False)
+    step = make_sft_step(small.backbone, optax.sgd(1.0), small.config.sft, towers_trained=False)
     state, _ = step(state, put(batch, small.backbone.mesh))
-    assert {name.partition("/")[0] for name in state.trainable} == {"text"}
-    for name, leaf in state.frozen.items():
-        np.testing.assert_array_equal(leaf, leaves[name], err_msg=name)
-    outside = {name: np.asarray(leaves[name] - new) for name, new in state.trainable.items()}
+    assert {name.partition("/")[0] for name in state.trained} == {"text"}
+    for name, leaf in state.split()[1].items():
+        np.testing.assert_array_equal(leaf, params[name], err_msg=name)
+    outside = {name: np.asarray(params[name] - new) for name, new in state.split()[0].items()}
     assert_same_gradients({name: inside[name] for name in outside}, outside)
 
 

@@ -9,25 +9,28 @@ import optax
 import pytest
 
 from mer_r1_jax.config.schema import OptimizerConfig, RlConfig
-from mer_r1_jax.training.rl import beta_at
+from mer_r1_jax.training.rl_step import beta_at
 from mer_r1_jax.training.state import (
     apply_gradients,
+    as_stored,
     flatten,
+    from_stored,
     init_state,
     learning_rate_schedule,
     make_optimizer,
-    merge,
+    nest,
     partition,
     state_shardings,
     trainable_names,
 )
+from mer_r1_jax.training.stored_arrays import named_leaves
 
-LEAVES = {"text/a": [1.0, -2.0], "text/b": [0.5], "vision/c": [3.0]}
+PARAMS = {"text/a": [1.0, -2.0], "text/b": [0.5], "vision/c": [3.0]}
 GRADIENTS = {"text/a": [3.0, -4.0], "text/b": [12.0]}
 
 
-def leaves():
-    return {name: jnp.asarray(values, jnp.float32) for name, values in LEAVES.items()}
+def params():
+    return {name: jnp.asarray(values, jnp.float32) for name, values in PARAMS.items()}
 
 
 def gradients(**changes):
@@ -35,7 +38,7 @@ def gradients(**changes):
 
 
 def fresh_state(optimizer, dtype="float32"):
-    return init_state(leaves(), trainable_names(train_audio=False, train_vision=False), optimizer, dtype)
+    return init_state(params(), trainable_names(train_audio=False, train_vision=False), optimizer, dtype)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +57,12 @@ def test_language_model_is_always_trained_and_towers_on_demand(audio, vision, tr
     assert set(frozen) == set(names) - trained
 
 
-def test_leaves_are_the_nested_parameters_and_back():
-    params = {"text": {"layers": {"q": 1, "k": 2}}, "vision": {"patch": 3}}
-    flat = flatten(params)
+def test_flat_parameters_are_the_nested_ones_and_back():
+    nested = {"text": {"layers": {"q": 1, "k": 2}}, "vision": {"patch": 3}}
+    flat = flatten(nested)
     assert flat == {"text/layers/q": 1, "text/layers/k": 2, "vision/patch": 3}
-    assert merge(*partition(flat, lambda name: name.startswith("text"))) == params
+    trained, frozen = partition(flat, lambda name: name.startswith("text"))
+    assert nest(trained | frozen) == nested
 
 
 @pytest.mark.parametrize(
@@ -92,13 +96,13 @@ def test_update_is_adamw_on_the_clipped_gradient():
     state, metrics = apply_gradients(fresh_state(optimizer), gradients(), jnp.float32(1), optimizer, "float32")
     assert float(metrics["grad_norm"]) == 13.0  # before clipping: sqrt(9 + 16 + 144)
     for name, gradient in GRADIENTS.items():
-        g, p = np.asarray(gradient) / 2, np.asarray(LEAVES[name])
+        g, p = np.asarray(gradient) / 2, np.asarray(PARAMS[name])
         m, v = 0.1 * g / (1 - 0.9), 0.001 * g**2 / (1 - 0.999)
         expected = p - 0.1 * (m / (np.sqrt(v) + 1e-8) + 0.01 * p)
         # 1 - 0.999 in float32 is off by 5e-5 of itself, which its square root halves.
-        np.testing.assert_allclose(state.trainable[name], expected, atol=0.1 * 3e-5, rtol=0, err_msg=name)
+        np.testing.assert_allclose(state.params[name], expected, atol=0.1 * 3e-5, rtol=0, err_msg=name)
     assert int(state.step) == 1
-    np.testing.assert_array_equal(state.frozen["vision/c"], LEAVES["vision/c"])
+    np.testing.assert_array_equal(state.params["vision/c"], PARAMS["vision/c"])
 
 
 def test_moments_are_kept_in_the_dtype_asked_for():
@@ -108,7 +112,7 @@ def test_moments_are_kept_in_the_dtype_asked_for():
     assert {leaf.dtype for leaf in moments} == {jnp.dtype("bfloat16")} and len(moments) == 4
     state, _ = apply_gradients(state, gradients(), jnp.float32(1), optimizer, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {jnp.dtype("bfloat16")}
-    assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in state.split()[0].values()} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(
@@ -129,13 +133,31 @@ def test_update_that_is_not_finite_is_left_out_and_counted(loss, changes):
     assert (float(metrics["skipped_steps"]), float(metrics["skipped_in_a_row"])) == (2, 2)
     good, metrics = update(again, gradients(), jnp.float32(1))
     assert (float(metrics["skipped_steps"]), float(metrics["skipped_in_a_row"])) == (2, 0)
-    assert not np.array_equal(good.trainable["text/a"], before.trainable["text/a"])
+    assert not np.array_equal(good.params["text/a"], before.params["text/a"])
+
+
+def test_a_stored_state_keeps_trained_and_frozen_parameters_apart_and_comes_back():
+    state = fresh_state(optax.adam(1e-3))
+    stored = as_stored(state)
+    assert list(named_leaves(stored)) == [
+        "frozen.vision/c",
+        "opt_state.0.count",
+        *(f"opt_state.0.{moment}.text/{name}" for moment in ("mu", "nu") for name in ("a", "b")),
+        "skipped",
+        "skipped_in_a_row",
+        "step",
+        "trainable.text/a",
+        "trainable.text/b",
+    ]
+    back = from_stored(stored)
+    assert back.trained == state.trained and back.params.keys() == state.params.keys()
+    assert all(back.params[name] is state.params[name] for name in state.params)
 
 
 def test_moments_live_where_their_parameter_does():
     optimizer = optax.adam(1e-3)
     places = state_shardings(fresh_state(optimizer), {"text/a": "A", "text/b": "B", "vision/c": "C"}, "scalar")
-    assert places.trainable == {"text/a": "A", "text/b": "B"} and places.frozen == {"vision/c": "C"}
+    assert places.split() == ({"text/a": "A", "text/b": "B"}, {"vision/c": "C"})
     assert places.opt_state[0].mu == places.opt_state[0].nu == {"text/a": "A", "text/b": "B"}
     assert places.opt_state[0].count == places.step == places.skipped == "scalar"
 

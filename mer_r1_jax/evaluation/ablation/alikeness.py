@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS
-from mer_r1_jax.rl.advantage import ARMS, AdvantageConfig, Rewards, advantages, zscore
+from mer_r1_jax.rl.advantage import ARMS, Rewards, advantages, zscore
 
 OBJECTIVES = ("recall", "precision")
 _COLUMNS = ("generation", "recall", "precision", "f1", "format", "r_plus", "r_minus")
@@ -37,7 +38,7 @@ class Alikeness:
     answers: int
 
 
-def alikeness(folders: Sequence[Path], arms: Sequence[str], config: AdvantageConfig) -> Alikeness | None:
+def alikeness(folders: Sequence[Path], arms: Sequence[str], config: RlConfig) -> Alikeness | None:
     """Compares arms on what runs have sampled in their last steps; None where no table of completions was kept.
 
     Args:
@@ -92,7 +93,7 @@ def _rewards(rows: dict[str, list], generations: int) -> Rewards:
     )
 
 
-def _given(rewards: Rewards, arms: Sequence[str], config: AdvantageConfig) -> np.ndarray:
+def _given(rewards: Rewards, arms: Sequence[str], config: RlConfig) -> np.ndarray:
     """float64 [arms and objectives, answers of the step]."""
     rows = [np.asarray(advantages(arm, rewards, config)) for arm in arms]
     rows += [np.asarray(zscore(x_BG, rewards.valid_BG)) for x_BG in (rewards.recall_BG, rewards.precision_BG)]

@@ -1,0 +1,611 @@
+"""A whole run, top to bottom: SFT, RL, evaluations, export, report. Started again, it goes on where it stopped.
+
+    train        the door: configuration, data and model checked, the run's folder opened
+    _stages      the stages in their order, those of them that are not done yet
+    train_sft    the SFT loop
+    train_rl     the RL loop: a rollout, one or more updates from it, evaluations in between
+    evaluate, export, report
+
+Every stage is either recorded in a checkpoint or leaves a file that appears whole; a stage whose record is there is not
+done again, and one that is cut short is done again from the last record, with the same result.
+
+A signal (SIGTERM, SIGINT, a spot notice) is obeyed between steps, by all processes at the same one. A rollout can take
+minutes and a spot machine gives seconds, so a signal that comes while one is made leaves it: the step before is saved,
+and the run that goes on samples it again, from the same random bits. A signal that comes half-way through the updates
+of a rollout is obeyed after the last of them, so that no buffer of experience has to be kept with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from mer_r1_jax import faults, screen
+from mer_r1_jax.bucket import storage
+from mer_r1_jax.bucket.storage import is_bucket
+from mer_r1_jax.config.build import checked
+from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.data.pipeline import PromptStream
+from mer_r1_jax.data.prefetch import ClipPrefetcher, stall_limit
+from mer_r1_jax.data.quarantine import Quarantine
+from mer_r1_jax.evaluation import summary
+from mer_r1_jax.evaluation.report import make_report
+from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.media.fingerprints import ClipFingerprints
+from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.parallel import processes
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.parallel.whole import on_first
+from mer_r1_jax.run.agreement import check_config, check_data
+from mer_r1_jax.run.answering import load_prompts, make_evaluator
+from mer_r1_jax.run.console import conclude, introduce, unscored
+from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
+from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
+from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.training.bucket_checkpoints import BucketCheckpoints
+from mer_r1_jax.training.bucket_run_directory import BucketRunDirectory
+from mer_r1_jax.training.checkpoints import CheckpointError, Checkpoints, Restored
+from mer_r1_jax.training.damage import DamagedStepError
+from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
+from mer_r1_jax.training.phase import Phase
+from mer_r1_jax.training.restoring import AllDamagedError
+from mer_r1_jax.training.rl_step import Rollout, beta_at
+from mer_r1_jax.training.run_directory import RunDirectory
+from mer_r1_jax.training.sft_step import SftPhase, make_sft_step
+from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
+from mer_r1_jax.training.state import (
+    Params,
+    TrainState,
+    as_stored,
+    check_host,
+    check_numbers,
+    from_stored,
+    nest,
+    partition,
+    stored_params,
+)
+from mer_r1_jax.training.stopping import Stop
+from mer_r1_jax.training.stored_arrays import named_leaves
+
+BENCHMARK = "heldout"  # names the files of evaluations
+EVALUATED_MODES = ("slow", "fast")
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+class ReferenceLostError(RuntimeError):
+    """The reference that RL started from is not there any more."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Run(Setup):
+    """One attempt at a run: its parts (`Setup`), and where it writes.
+
+    Attributes:
+        folder: the run's folder.
+        checkpoints: of training states, numbered by optimizer steps over both phases.
+        metrics: metrics.jsonl, TensorBoard, completion tables; written by the first process.
+        stop: asks for SIGTERM and SIGINT.
+        console: of the first process.
+        sft_steps: steps of the whole SFT phase, which checkpoints of RL are numbered after.
+    """
+
+    folder: RunDirectory
+    checkpoints: Checkpoints | BucketCheckpoints
+    metrics: MetricsWriter | NoMetrics
+    stop: Stop
+    console: Console
+    sft_steps: int
+
+
+# ----------------------------------------------------------------------------------------------------------- the door
+
+
+def train(config: RunConfig) -> int:
+    """Runs, or goes on with, a run.
+
+    Returns:
+        The process's exit code: 0 when everything is done, EXIT_SAVED when a signal stopped the run with a checkpoint.
+    """
+    console = screen.console(stderr=True, quiet=not processes.is_first())
+    config = checked(config)
+    check_config(config)  # the same on all processes
+    if is_bucket(config.train.output_dir):
+        storage.require()
+    setup = make_setup(config, _clip_progress(console))
+    if not (setup.data.sft or setup.data.rl or setup.data.eval):
+        raise ConfigError(
+            "there is nothing to do: sft.max_steps and rl.max_steps are 0 and data.eval_path is empty; set one of them"
+        )
+    check_data(setup.data)
+    with _open_folder(setup, config) as folder, StopSignals(config.train.preemption_grace_seconds) as signals:
+        try:
+            setup.source.clips = ClipFingerprints(clip_label(setup.config))
+            setup.source.clips.restore(read_clips(folder))
+            return _stages(setup, folder, Stop(signals), console)
+        except StopRequested:
+            # Raised inside the last evaluation or the export, which leave no trace: everything before them is saved.
+            console.print("stopped; training is done, and the same command goes on with what comes after it")
+            return EXIT_SAVED
+        finally:
+            setup.close()
+
+
+def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
+    """Opens the run's folder on the first process, whose lock and log it is, and joins it on the others."""
+    section, name = config.train, config.train.run_name or config.name
+    if is_bucket(section.output_dir):
+        place = f"{section.output_dir.rstrip('/')}/{name}", section.local_dir
+        open_folder, join = BucketRunDirectory.open_in_bucket, BucketRunDirectory.join_in_bucket
+    else:
+        place = (pathlib.Path(section.output_dir) / name,)
+        open_folder, join = RunDirectory.open, RunDirectory.join
+    folder = None
+    if processes.is_first():
+        resume = section.resume_from_checkpoint == "auto"
+        fingerprints = of_inputs(setup)
+        folder = open_folder(*place, dataclasses.asdict(config), fingerprints=fingerprints, resume=resume)
+    opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
+    return folder or join(*place, *opened, process=processes.index())
+
+
+def _clip_progress(console: Console) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == total or done % 512 < 32:
+            console.print(f"clips of the embedded world: {done} of {total}", highlight=False)
+            sys.stderr.flush()
+
+    return progress
+
+
+# --------------------------------------------------------------------------------------------------------- the stages
+
+
+def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) -> int:
+    """Does what is not done yet; see `train`."""
+    # Both phases are made before anything is compiled: targets and numbers of steps that cannot be used end here.
+    sft = setup.sft_phase() if setup.data.sft else None
+    rl = setup.rl_phase() if setup.data.rl else None
+    section = setup.config.train
+    checkpoints = folder.open_checkpoints(RUN_MARKER, section.save_total_limit)
+
+    def abstract(step: int, host: dict[str, Any]) -> dict[str, Any]:
+        check_host(host)
+        return as_stored(setup.abstract_state_of(host["phase"]))
+
+    restored = checkpoints.restore(abstract)
+    if restored:
+        # The optimizer's moments too: broken ones break the next update.
+        numbers = stored_params(restored.arrays) | named_leaves({"optimizer": restored.arrays["opt_state"]})
+        check_numbers(numbers, f"{checkpoints.directory}/{restored.step}")
+    if processes.is_first():
+        introduce(console, setup, folder, (sft, rl), restored)
+    resume_at = (restored.host["phase"], restored.host["step"]) if restored else None
+    first = processes.is_first()
+    with MetricsWriter(folder, resume_at, section.report_to) if first else NoMetrics() as metrics:
+        run = Run(
+            **vars(setup),
+            folder=folder,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            stop=stop,
+            console=console,
+            sft_steps=sft.total_steps if sft else 0,
+        )
+        params = _train_phases(run, sft, rl, restored)
+    if params is None:
+        newest = processes.from_first("the newest checkpoint", checkpoints.latest_step)
+        place = "the beginning, as nothing was saved yet" if newest is None else f"checkpoint {newest}"
+        console.print(f"stopped; the same command goes on from {place}")
+        return EXIT_SAVED
+    evaluate(run, params, "rl" if rl else "sft", rl.total_steps if rl else run.sft_steps)
+    export(run, params)
+    report(run)
+    return 0
+
+
+def _train_phases(run: Run, sft: SftPhase | None, rl: Phase | None, restored: Restored | None) -> Params | None:
+    """Takes up the phase that the checkpoint belongs to; None when a signal stopped the run."""
+    if restored is not None and restored.host["phase"] == "rl":
+        return train_rl(run, rl, None, restored)
+    if sft is None:
+        params = run.initial_params()
+    elif restored is not None and restored.host["step"] == sft.total_steps:
+        params = stored_params(restored.arrays)  # SFT is done, RL has no checkpoint yet
+    else:
+        params = train_sft(run, sft, restored)
+    if params is None or rl is None:
+        return params
+    return train_rl(run, rl, params, None)
+
+
+def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | None:
+    """Trains from the initial parameters or a checkpoint of SFT to the end of the phase.
+
+    Returns:
+        All parameters, or None when a signal stopped the run (a checkpoint was saved).
+    """
+    config = run.config.train
+    with _prompts_of(run, phase) as data:
+        state, done, num_tokens = _begin(phase, None if restored else run.initial_params(), restored, data)
+        sft_step = make_sft_step(run.backbone, phase.optimizer, phase.config, phase.towers_trained)
+        with StepLog(run, phase, done, num_tokens) as steps:
+            saved = done
+            for step in range(done + 1, phase.total_steps + 1):
+                position = data.state()
+                try:
+                    batch, tokens = phase.batch(data.next(step, run.stop.asked))
+                except StopRequested:
+                    if saved < step - 1:
+                        save(run, phase, step - 1, (state, position), steps)
+                    return None
+                faults.here("sft_step", step)
+                learning_rate = float(phase.schedule(step - 1))
+                # Donated: the old state's memory becomes the new one's.
+                state, metrics = sft_step(state, put(batch, run.backbone.mesh))
+                steps.add(step, {**metrics, **data.metrics(), "learning_rate": learning_rate}, tokens)
+                stopping = run.stop.agreed()
+                if step % config.save_steps == 0 or step == phase.total_steps or stopping:
+                    save(run, phase, step, (state, data.state()), steps)
+                    saved = step
+                    steps.restart_clock()
+                if stopping:
+                    return None
+    return state.params
+
+
+def train_rl(run: Run, phase: Phase, params: Params | None, restored: Restored | None) -> Params | None:
+    """Trains from the SFT result or a checkpoint of RL to the end of the phase.
+
+    Returns:
+        All parameters, or None when a signal stopped the run (a checkpoint was saved).
+    """
+    iterations = phase.config.num_iterations  # updates made from one rollout
+    with _prompts_of(run, phase) as data:
+        state, done, num_tokens = _begin(phase, params, restored, data)
+        reference = _reference(run, phase, state, fresh=restored is None)
+        rl_step, update = run.rl_step(phase.buckets), run.programs.make_update(phase.optimizer)
+        with StepLog(run, phase, done, num_tokens) as steps:
+            try:
+                _evaluate_when_due(run, phase, state, done)
+            except StopRequested:
+                return None  # nothing was done since the newest checkpoint
+            steps.restart_clock()
+            saved = done
+            for step in range(done + 1, phase.total_steps + 1):
+                first_update = (step - 1) % iterations == 0
+                if first_update:
+                    position = data.state()
+                    try:
+                        loaded = data.next(step, run.stop.asked)
+                        # The reference has the policy's own frozen towers: only what is trained is held twice.
+                        held_against = None if reference is None else state.params | reference
+                        rollout_step = (step - 1) // iterations
+                        rollout = rl_step.rollout(state.params, held_against, loaded, rollout_step, run.stop)
+                    except StopRequested:
+                        steps.note(f"the rollout of rl step {step} was left; the run that goes on samples it again")
+                        if saved < step - 1:
+                            save(run, phase, step - 1, (state, position), steps)
+                        return None
+                    faults.here("rl_update", step)
+                beta = beta_at(phase.config, step - 1, phase.total_steps)
+                state, metrics = update(state, rollout.experience, np.float32(beta))
+                metrics |= {"beta": beta, "learning_rate": float(phase.schedule(step - 1))}
+                steps.add(step, metrics | rollout.metrics | data.metrics(), rollout.tokens if first_update else 0)
+                if first_update:
+                    _log_completions(run, phase, steps, step, rollout)
+                if step % iterations:
+                    continue
+
+                # Between two rollouts: save, stop or evaluate where that is due.
+                steps.flush()  # the next rollout needs the update anyhow, and what comes first is not its time
+                due = step % run.config.train.save_steps < iterations or step == phase.total_steps
+                stopping = run.stop.agreed()  # read once: a signal may come at any moment
+                if due or stopping:
+                    save(run, phase, step, (state, data.state()), steps)
+                    saved = step
+                if stopping:
+                    return None
+                try:
+                    _evaluate_when_due(run, phase, state, step)
+                except StopRequested:
+                    if not due:
+                        save(run, phase, step, (state, data.state()), steps)
+                    return None
+                steps.restart_clock()
+    return state.params
+
+
+def evaluate(run: Run, params: Params, phase: str, step: int) -> None:
+    """Answers the held-out clips slow and fast and writes the scores, once: where they are there, nothing is done.
+
+    Args:
+        phase, step: what was trained last, and its steps.
+    """
+    step += run.sft_steps if phase == "rl" else 0
+    if not run.data.eval:
+        return
+    if processes.from_first("evaluations", (run.folder.eval / f"{BENCHMARK}_{step:05d}.json").exists):
+        return
+    evaluator = make_evaluator(run)
+    # Each process loads its share of the records, and all go through as many batches, the last ones empty.
+    share, size = run.share, -(-len(run.data.eval) // run.share.count)
+    own = run.data.eval[share.index * size : (share.index + 1) * size]
+    batches = -(-size // evaluator.buckets[0].rows) if share.count > 1 else 0
+    found = evaluator.run(params, load_prompts(run, own), stop=run.stop, at_least=batches)
+    write_clips(run, run.folder)
+    if not processes.is_first():
+        return
+    scores = summary.summarise(found, run.wheels, benchmark=BENCHMARK, phase=phase, step=step)
+    summary.write(run.folder.eval, scores, summary.samples(found, run.wheels))
+    run.console.print(
+        f"held-out clips after step {step}: "
+        + "; ".join(
+            f"{mode} F1 {scores[mode]['f1']:.3f} (P {scores[mode]['precision']:.3f} R {scores[mode]['recall']:.3f})"
+            for mode in EVALUATED_MODES
+        )
+        + unscored(scores)
+    )
+
+
+def export(run: Run, params: Params) -> None:
+    """Writes the policy in Hugging Face format, on the first process, unless it is there already."""
+    if not run.config.train.export:
+        return
+    if processes.from_first("the export", (run.folder.export / SETTINGS_FILE).exists):
+        return
+    if processes.count() > 1:
+        params = on_first(params)  # whole arrays on the first process, None on the others
+    left = False
+    if processes.is_first():
+        try:
+            export_model(
+                run.folder.export,
+                run.backbone.config,
+                nest(params),
+                source=run.tokenizer_path,
+                overwrite=True,
+                asked=run.stop.asked,
+            )
+            faults.here("exported")
+            write_settings(run.folder.export, run.config)  # last: it says that the export is complete
+        except StopRequested:
+            left = True
+    if processes.from_first("whether the export was left", lambda: left):
+        raise StopRequested("a signal came while the model was exported")
+
+
+def report(run: Run) -> None:
+    """Writes report.html and prints what came of the run."""
+    if not processes.is_first():
+        return
+    faults.here("report")
+    data = run.config.data
+    make_report(run.folder.path, media_root=data.media_root or os.path.dirname(data.eval_path) or None)
+    conclude(run.folder, BENCHMARK)
+
+
+# ---------------------------------------------------------------------------------------------- parts of the two loops
+
+
+def _prompts_of(run: Run, phase: Phase) -> ClipPrefetcher:
+    """The stream of a phase's prompts, loaded ahead of use: this process's share of every step."""
+    config, share = run.config, run.share
+    stream = PromptStream(
+        phase.records,
+        phase.config.prompts_per_step,
+        seed=config.train.seed * 2 + (phase.name == "rl"),
+        process_index=share.index,
+        process_count=share.count,
+    )
+    return ClipPrefetcher(
+        stream,
+        run.source.load,
+        Quarantine(len(phase.records), config.data.max_quarantined_fraction),
+        prompts_ahead=stream.local_prompts,
+        threads=max(1, config.media.decode_workers),
+        stall_seconds=stall_limit(config.media, phase.records),
+        counted=share.leader,
+    )
+
+
+def _begin(
+    phase: Phase, params: Params | None, restored: Restored | None, data: ClipPrefetcher
+) -> tuple[TrainState, int, int]:
+    """The state, the steps done and the tokens seen: of fresh parameters, or of a checkpoint of this phase."""
+    if restored is None:
+        return phase.new_state(params), 0, 0
+    data.restore(restored.host["data"])
+    return from_stored(restored.arrays), restored.host["step"], restored.host["counters"]["num_tokens"]
+
+
+def save(run: Run, phase: Phase, step: int, at: tuple[TrainState, Any], steps: StepLog) -> None:
+    """Saves a checkpoint of `step` steps done in a phase.
+
+    Args:
+        at: the state, and where the phase's prompts stand, after those steps.
+        steps: the log, whose last step is written first.
+    """
+    state, position = at
+    with run.stop.signals.saving() if run.stop.signals else contextlib.nullcontext():
+        steps.flush()
+        run.metrics.sync()  # a checkpoint must not outlive its metrics
+        write_clips(run, run.folder)  # nor what its clips were
+        run.folder.publish()
+        done_before = run.sft_steps if phase.name == "rl" else 0
+        host = {"phase": phase.name, "step": step, "data": position, "counters": {"num_tokens": steps.num_tokens}}
+        run.checkpoints.save(done_before + step, as_stored(state), host)
+
+
+def _evaluate_when_due(run: Run, phase: Phase, state: TrainState, step: int) -> None:
+    """Evaluates before RL and every `eval.eval_steps` updates; the end is evaluated after the phase."""
+    every = run.config.eval.eval_steps
+    if step == 0 or (every and step % every == 0 and step < phase.total_steps):
+        evaluate(run, state.params, "rl", step)
+
+
+def _log_completions(run: Run, phase: Phase, steps: StepLog, step: int, rollout: Rollout) -> None:
+    """Writes the table of a rollout, and shows some of it, where a logging step is among its updates."""
+    config = run.config.train
+    last = step + phase.config.num_iterations - 1
+    if not config.log_completions or last // config.logging_steps == (step - 1) // config.logging_steps:
+        return
+    run.metrics.write_completions(step, rollout.table)
+    for line in range(min(config.num_completions_to_print, len(rollout.table.get("id", ())))):
+        clip, words, truth, f1 = (rollout.table[name][line] for name in ("id", "words", "truth", "f1"))
+        steps.note(
+            f"  {printable(clip)}: {rollout.table['completion'][line]!r}\n"
+            f"  answer {printable(', '.join(words)) or 'none'} | truth {printable(', '.join(truth))} | "
+            + ("its truth is on no wheel" if f1 is None else f"F1 {f1:.2f}")
+        )
+
+
+class StepLog:
+    """Writes the metrics of a step after the next one was dispatched, so that the device never waits for the host.
+
+    Args:
+        run, phase: whose steps they are.
+        done: steps done before.
+        num_tokens: tokens seen in them.
+    """
+
+    def __init__(self, run: Run, phase: Phase, done: int, num_tokens: int):
+        self._run, self._phase = run, phase.name
+        self._nowhere = None if processes.is_first() else open(os.devnull, "w")
+        self._progress = Progress(phase.name, phase.total_steps, done, self._nowhere)
+        self._pending: tuple[int, dict[str, Any], int] | None = None
+        self._last = time.perf_counter()
+        self.num_tokens = num_tokens
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.close()
+        if self._nowhere is not None:
+            self._nowhere.close()
+
+    def add(self, step: int, metrics: Mapping[str, Any], tokens: int) -> None:
+        """Takes the metrics of a step that was just dispatched and writes those of the step before.
+
+        Args:
+            step: of the phase, from 1.
+            metrics: over all processes, on host or device.
+            tokens: of this process's rows.
+        """
+        faults.here("update_dispatched", f"{self._phase} {step}")
+        self.flush()
+        self._pending = (step, dict(metrics), tokens)
+        faults.here("update_noted", f"{self._phase} {step}")
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last step (a checkpoint, an evaluation) out of the next one's time."""
+        self._last = time.perf_counter()
+
+    def flush(self) -> None:
+        """Writes what is pending; waits for the device.
+
+        Raises:
+            NonFiniteError: too many updates in a row were left out; the step is named, and what to do.
+        """
+        if self._pending is None:
+            return
+        (step, metrics, tokens), self._pending = self._pending, None
+        config = self._run.config.train
+        told = processes.gather("the tokens of a step", tokens if self._run.share.leader else 0)
+        tokens = tokens if told is None else sum(told)
+        self.num_tokens += tokens
+        metrics = jax.device_get(metrics) | {"num_tokens": self.num_tokens}
+        now = time.perf_counter()  # a step's time ends when the device is done with it
+        seconds, self._last = now - self._last, now
+        metrics |= {"step_time": seconds, "perf/throughput": tokens / seconds}  # seconds; tokens a second
+        skipped_in_a_row = int(metrics.pop("skipped_in_a_row"))
+        if step % config.logging_steps == 0:
+            self._progress.update(step, self._run.metrics.write(self._phase, step, metrics))
+        if skipped_in_a_row >= config.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"{self._phase} step {step}: {skipped_in_a_row} updates in a row had a loss or gradient that is not "
+                f"finite and were left out; the run stops at train.max_nonfinite_steps={config.max_nonfinite_steps}. "
+                f"Lower {self._phase}.optimizer.learning_rate and go on from an earlier checkpoint under a new "
+                "train.run_name"
+            )
+
+    def note(self, text: str) -> None:
+        """Prints text beside the progress line."""
+        self._progress.note(text)
+
+
+# ------------------------------------------------------------------------------------------------------- the reference
+
+
+def _reference(run: Run, phase: Phase, state: TrainState, fresh: bool) -> Params | None:
+    """The trained parameters as the phase started with them, kept on disk once for later attempts; None without KL."""
+    if not phase.config.beta:
+        return None
+    kept = run.folder.open_checkpoints("reference", max_to_keep=1)
+    if fresh:
+        # A copy, because the state's own buffers are donated to the first update.
+        reference = jax.tree.map(lambda array: array.copy(), state.split()[0])
+        kept.save(0, reference, {})
+        return reference
+    shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
+    abstract = {
+        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in shapes.items()
+    }
+    try:
+        restored = kept.restore(abstract)
+        lost = None if restored else f"{kept.directory} holds nothing"
+    except AllDamagedError as error:
+        lost = str(error)
+    if lost is None:
+        return restored.arrays
+    reference, origin = _start_of_rl(run, phase, abstract, lost)
+    log.warning("the reference was lost and is made again from %s. %s", origin, lost)
+    kept.save(0, reference, {})
+    return reference
+
+
+def _start_of_rl(run: Run, phase: Phase, abstract: Params, lost: str) -> tuple[Params, str]:
+    """The trained parameters that RL started from, and where they were found.
+
+    Raises:
+        ReferenceLostError: they are nowhere any more.
+    """
+    if not run.sft_steps:
+        origin = run.config.model.path or f"random weights of seed {run.config.train.seed}"
+        return partition(run.initial_params(), phase.is_trainable)[0], origin
+
+    def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Params]:
+        if host.get("phase") != "sft":
+            raise DamagedStepError("it is no checkpoint of SFT")
+        stored = as_stored(run.abstract_state_of("sft"))  # which trains other towers than RL, perhaps
+        return {
+            kind: {name: abstract[name] for name in stored[kind] if name in abstract}
+            for kind in ("trainable", "frozen")
+        }
+
+    try:
+        arrays = run.checkpoints.restore(end_of_sft, step=run.sft_steps, part=True).arrays
+    except CheckpointError as error:
+        raise ReferenceLostError(
+            f"the reference, which this run needs to go on, is lost ({lost}), and so is the end of SFT that it "
+            f"could be made from again ({error}). Expected one of them: put a copy of {run.folder.path}/"
+            f"reference/0 or of checkpoint {run.sft_steps} back, or begin again under another train.run_name"
+        ) from error
+    return stored_params(arrays), f"checkpoint {run.sft_steps}, the end of SFT"

@@ -1,0 +1,156 @@
+"""What is logged of a rollout: one line per completion, and the means of rewards, lengths and answers."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mer_r1_jax.data.prefetch import LoadedItem
+from mer_r1_jax.parallel import processes
+from mer_r1_jax.rl.advantage import Rewards
+from mer_r1_jax.rl.reward_funcs import Scored, columns_of, metrics_of, together
+from mer_r1_jax.rl.rollout import Completions
+from mer_r1_jax.rl.scoring import ScoredAnswer, ScoredGroups
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutLog:
+    """What the host keeps of a rollout's completions.
+
+    Attributes:
+        answers: scored, row by row and generation by generation.
+        counts: how often a word or completion got no confidence, by reason.
+        table: columns with one line per completion, without those of the user's reward functions.
+        custom: what the user's reward functions gave, by name.
+    """
+
+    answers: list[ScoredAnswer]
+    counts: Mapping[str, int]
+    table: dict[str, list[Any]]
+    custom: dict[str, Scored]
+
+    def of_all_processes(self, leader: bool) -> RolloutLog:
+        """Gathers the logs of all processes on process 0, which writes them; gives its own back on every other.
+
+        Args:
+            leader: whether this process speaks for its rows (several may load the same ones).
+        """
+        parts = processes.gather("the answers of a rollout", self if leader else RolloutLog([], {}, {}, {})) or [self]
+        counts, table = collections.Counter(), collections.defaultdict(list)
+        for part in parts:
+            counts.update(part.counts)
+            for name, column in part.table.items():
+                table[name] += column
+        return RolloutLog(
+            answers=[answer for part in parts for answer in part.answers],
+            counts=dict(counts),
+            table=dict(table),
+            custom=together([part.custom for part in parts]),
+        )
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """The whole table."""
+        return self.table | columns_of(self.custom)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Lengths (tokens), truncation, words and categories of the completions, and the user's rewards."""
+        if not self.answers:
+            return {"completions/count": 0.0} | metrics_of(self.custom)
+        lengths = np.asarray([answer.length for answer in self.answers], np.float64)
+        ended = lengths[[not answer.truncated for answer in self.answers]]
+        return {
+            "completions/count": float(len(self.answers)),
+            "completions/mean_length": lengths.mean(),
+            "completions/min_length": lengths.min(),
+            "completions/max_length": lengths.max(),
+            "completions/clipped_ratio": float(np.mean([answer.truncated for answer in self.answers])),
+            "completions/mean_terminated_length": ended.mean() if ended.size else 0.0,
+            "answers/mean_words": float(np.mean([answer.rewards.n_words for answer in self.answers])),
+            "answers/mean_unknown_words": float(np.mean([answer.rewards.n_unknown for answer in self.answers])),
+            "answers/mean_categories": float(np.mean([answer.rewards.n_categories for answer in self.answers])),
+            **{f"confidence/left_out/{reason}": float(count) for reason, count in self.counts.items()},
+        } | metrics_of(self.custom)
+
+
+def completions_table(
+    loaded: Sequence[LoadedItem],
+    groups: ScoredGroups,
+    completions: Completions,
+    scores: Mapping[str, np.ndarray],
+    rollout_step: int,
+) -> dict[str, list[Any]]:
+    """One line per completion, as columns.
+
+    Args:
+        loaded: the prompts.
+        groups: their answers, read and scored.
+        completions: on the host.
+        scores: advantage_BG, plus_BG and minus_BG (NaN where a completion has no R+ or R-).
+        rollout_step: how many rollouts came before.
+    """
+    advantage_BG, plus_BG, minus_BG = (scores[name] for name in ("advantage_BG", "plus_BG", "minus_BG"))
+    lines = []
+    for row, (visit, group) in enumerate(zip(loaded, groups.answers, strict=False)):
+        for column, answer in enumerate(group):
+            lines.append(
+                {
+                    "rollout_step": rollout_step,
+                    "id": visit.record.id,
+                    "generation": column,
+                    "completion": answer.text,
+                    "words": list(answer.parsed.words),
+                    "truth": list(visit.record.solution),
+                    **{name: answer.rewards.score(name) for name in ("recall", "precision", "f1")},
+                    "format": answer.parsed.format_reward,
+                    "r_plus": _or_none(plus_BG[row, column]),
+                    "r_minus": _or_none(minus_BG[row, column]),
+                    "advantage": float(advantage_BG[row, column]),
+                    "length": answer.length,
+                    "truncated": bool(answer.truncated),
+                    "logprob": float(completions.logprob_BGC[row, column].sum()),
+                }
+            )
+    names = lines[0] if lines else {}
+    return {name: [line[name] for line in lines] for name in names}
+
+
+def reward_metrics(rewards: Rewards, format_weight: float) -> dict[str, jax.Array]:
+    """Means and spreads of each reward, for use inside `jit`. `reward` is F1 + w R_F whatever the arm, so that arms can
+    be compared."""
+    held_BG = rewards.valid_BG & rewards.scored_BG
+    kinds = {
+        "recall": (rewards.recall_BG, held_BG),
+        "precision": (rewards.precision_BG, held_BG),
+        "f1": (rewards.f1_BG, held_BG),
+        "format": (rewards.format_BG, rewards.valid_BG),
+        "r_plus": (rewards.plus_BG, rewards.plus_valid_BG),
+        "r_minus": (rewards.minus_BG, rewards.minus_valid_BG),
+    }
+    metrics = {}
+    for name, (x_BG, valid_BG) in kinds.items():
+        mean = mean_of(x_BG, valid_BG)
+        metrics[f"rewards/{name}/mean"] = mean
+        metrics[f"rewards/{name}/std"] = jnp.sqrt(mean_of((x_BG - mean) ** 2, valid_BG))
+    total_BG = rewards.f1_BG + format_weight * rewards.format_BG
+    group_mean = functools.partial(mean_of, held=held_BG, axis=-1)
+    # `reward_std` is within groups: it is what an advantage can be made of, and falls to 0 when groups agree.
+    spread_B = jnp.sqrt(group_mean((total_BG - group_mean(total_BG)[:, None]) ** 2))
+    return metrics | {"reward": mean_of(total_BG, held_BG), "reward_std": mean_of(spread_B, jnp.any(held_BG, -1))}
+
+
+def mean_of(x: jax.Array, held: jax.Array, axis: int | None = None) -> jax.Array:
+    """Mean over the values that are held; 0 when there are none."""
+    return jnp.sum(jnp.where(held, x, 0.0), axis=axis) / jnp.maximum(jnp.sum(held, axis=axis), 1)
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
