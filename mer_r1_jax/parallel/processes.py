@@ -73,7 +73,7 @@ def start() -> bool:
     if jax.distributed.is_initialized() or not (named or on_tpu):
         return count() > 1
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Its handler of SIGTERM would stand beside ours, which agrees on a step by itself (see Session.stopping).
+    # Its handler of SIGTERM would stand beside ours, which agrees on a step by itself (see `Stop.agreed`).
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

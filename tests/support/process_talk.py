@@ -71,7 +71,7 @@ def batch_of(length: int) -> np.ndarray:
     )
     empty = {"vision_clips": 0, "frame_pairs": 0, "patches": 0, "audio_clips": 0, "audio_units": 0}
     buckets = [BatchShape(rows=1, tokens=tokens, **empty) for tokens in (4, 8)]
-    return prompt_rows([prompt], buckets, ThinkerConfig.tiny(), [1]).batch.tokens.id_BT
+    return prompt_rows([prompt], buckets, ThinkerConfig.tiny(), [1]).tokens.id_BT
 
 
 def refusal_of(check, argument) -> str | None:

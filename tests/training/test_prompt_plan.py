@@ -81,7 +81,7 @@ def test_buckets_hold_clips_of_every_size_length_and_rate(small, wide_config, re
         assert all(bucket.tokens < len(prompt.ids) for bucket in smaller)
     rows = prompt_rows(prompts, buckets, thinker, [uid_of(prompt.id) for prompt in prompts])
     shape = max(bucket_for([prompt], buckets) for prompt in prompts)
-    assert rows.batch.tokens.id_BT.shape == (5, shape.tokens)
+    assert rows.tokens.id_BT.shape == (5, shape.tokens)
     np.testing.assert_array_equal(rows.next_position_B, [prompt.next_position for prompt in prompts])
     assert len(set(rows.uid_B.tolist())) == 5
 
@@ -91,7 +91,7 @@ def test_places_of_broken_clips_stay_empty(small, wide_config, records):
     buckets = plan_buckets(wide_config, small.backbone.config, records, rows=4)
     rows = prompt_rows([source.load(records[0]).prompt, None], buckets, small.backbone.config, [5, 6])
     assert rows.uid_B.tolist() == [5, 0, 0, 0] and rows.next_position_B[1:].tolist() == [0, 0, 0]
-    assert not rows.batch.tokens.segment_BT[1:].any() and not rows.batch.vision.pairs_BV[1:].any()
+    assert not rows.tokens.segment_BT[1:].any() and not rows.vision.pairs_BV[1:].any()
 
 
 @settings(max_examples=300)

@@ -276,7 +276,7 @@ def test_second_update_from_a_rollout_sees_the_policy_that_sampled(small, traine
     experience = rollout_of(setup, maker, trained, [0, 1, 2, 3]).experience
     np.testing.assert_allclose(experience.targets.old_logprob_BGC, experience.targets.reference_logprob_BGC, atol=1e-6)
     assert isinstance(experience.completion, Continuations)
-    update = setup.programs.make_update(optax.sgd(3.0), setup.candidates.ids_ZY)
+    update = setup.programs.make_update(optax.sgd(3.0))
     state = init_state(jax.tree.map(jnp.array, trained), TEXT_ONLY, optax.sgd(3.0), "float32")
     state, first = update(state, experience, BETA)
     state, second = update(state, experience, BETA)
