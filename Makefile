@@ -43,12 +43,13 @@ docs: $(BIN)/.installed-docs
 	$(BIN)/python experiments/reference_page.py
 	$(BIN)/zensical build --clean --strict
 
-# The drawings of docs/ and the README. CLIP_MODEL: the run that answers about the clip.
+# The drawings of docs/ and the README. CLIP_MODEL: the run that answers about the clip; CLIP_NOTE: what it has been through.
 CLIP_MODEL ?= runs/synthetic
+CLIP_NOTE ?= after make train
 
 figures: $(BIN)/.installed
 	$(BIN)/python experiments/variance_figure.py
-	$(BIN)/python experiments/clip_figure.py --model=$(CLIP_MODEL)
+	$(BIN)/python experiments/clip_figure.py --model=$(CLIP_MODEL) --note="$(CLIP_NOTE)"
 
 $(BIN)/python $(TEST_BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
