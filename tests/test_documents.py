@@ -1,7 +1,6 @@
 """The documents: no dead link, nothing left out of the reference, examples that work."""
 
 import ast
-import importlib.util
 import re
 import sys
 import tomllib
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.commands import EXPERIMENTS, load_command
 
 from mer_r1_jax.config.names import field_names
 from mer_r1_jax.config.schema import RlConfig
@@ -85,16 +85,9 @@ def test_the_readme_stays_short_and_says_first_what_it_is():
         assert said in first, said
 
 
-def page_maker():
-    spec = importlib.util.spec_from_file_location("command_reference_page", ROOT / "experiments/reference_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_reference_is_up_to_date_and_holds_every_setting_and_metric():
     text = (DOCS / "reference.md").read_text(encoding="utf-8")
-    assert text == page_maker().page(), "run python experiments/reference_page.py"
+    assert text == load_command("reference_page", EXPERIMENTS).page(), "run python experiments/reference_page.py"
     for name in field_names():
         section, _, field = name.rpartition(".")
         part = text.partition(f"\n### {section or 'The run'}\n")[2].partition("\n##")[0]

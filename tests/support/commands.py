@@ -17,8 +17,8 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 COMMANDS = Path(__file__).resolve().parents[2] / "mer_r1_jax/commands"
 
 
-def load_command(name: str):
-    """Loads a command afresh; flags that an earlier command defined are taken back."""
+def load_command(name: str, folder: Path = COMMANDS) -> ModuleType:
+    """Loads a command, or another script with flags, afresh; flags that an earlier command defined are taken back."""
     # Taken down first: deleting a flag also takes it off the list its module is filed under.
     earlier = [
         flag.name
@@ -28,7 +28,7 @@ def load_command(name: str):
     ]
     for flag_name in set(earlier):
         delattr(flags.FLAGS, flag_name)
-    spec = importlib.util.spec_from_file_location(f"command_{name}", COMMANDS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"command_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
