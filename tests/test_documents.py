@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from support.commands import EXPERIMENTS, load_command
 from mer_r1_jax.config.names import field_names
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.config.settings import sections, settings
-from mer_r1_jax.rl import advantage
+from mer_r1_jax.rl import advantage, losses
 from mer_r1_jax.training import metric_names
 from mer_r1_jax.training.metrics import SHOWN
 
@@ -126,24 +127,52 @@ def test_names_of_metrics_are_matched_whole(name, known):
     assert metric_names.is_known(name) is known
 
 
-def test_the_arm_of_the_extending_page_does_what_it_says(monkeypatch):
-    """Its function is put into rl/advantage.py's own namespace, its line into the table, as the page tells."""
-    function, line = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), flags=re.DOTALL)[:2]
-    names = dict(vars(advantage))
-    exec(function, names)
-    arms = eval("{" + line.strip() + "}", names)
-    monkeypatch.setattr(advantage, "ARMS", advantage.ARMS | arms)
-    rng = np.random.default_rng(0)
-    recall, precision = rng.uniform(size=(2, 3, 8)).astype(np.float32)
-    ones = jnp.ones((3, 8), bool)
-    rewards = advantage.Rewards(
+def snippets():
+    return re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def example_rewards(seed=0, prompts=3, answers=8):
+    recall, precision = np.random.default_rng(seed).uniform(size=(2, prompts, answers)).astype(np.float32)
+    floats, flags = jnp.ones((prompts, answers)), jnp.ones((prompts, answers), bool)
+    return advantage.Rewards(
         recall_BG=jnp.asarray(recall),
         precision_BG=jnp.asarray(precision),
-        f1_BG=jnp.zeros((3, 8)),
-        format_BG=jnp.ones((3, 8)),
-        valid_BG=ones,
-        scored_BG=ones,
+        f1_BG=floats,
+        format_BG=floats,
+        valid_BG=flags,
+        scored_BG=flags,
     )
-    z = lambda x: (x - x.mean(-1, keepdims=True)) / (x.std(-1, ddof=1, keepdims=True) + 1e-4)  # noqa: E731
+
+
+def z(x):
+    return (x - x.mean(-1, keepdims=True)) / (x.std(-1, ddof=1, keepdims=True) + 1e-4)
+
+
+def test_the_arm_of_the_extending_page_does_what_it_says(monkeypatch):
+    """Its function is put into rl/advantage.py's own namespace, its line into the table, as the page tells."""
+    function = next(text for text in snippets() if "def recall_twice" in text)
+    line = next(text for text in snippets() if '"recall_twice":' in text)
+    names = dict(vars(advantage))
+    exec(function, names)
+    monkeypatch.setattr(advantage, "ARMS", advantage.ARMS | eval("{" + line.strip() + "}", names))
+    rewards = example_rewards()
     got = advantage.advantages("recall_twice", rewards, RlConfig())
-    np.testing.assert_allclose(got, 2 * z(recall) + z(precision), atol=2e-5)
+    expected = 2 * z(np.asarray(rewards.recall_BG)) + z(np.asarray(rewards.precision_BG))
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_functions_of_the_extending_page_are_taken_by_their_dotted_path(tmp_path, monkeypatch):
+    arm, loss = (next(text for text in snippets() if f"def {name}" in text) for name in ("recall_alone", "sqrt_length"))
+    (tmp_path / "page_functions.py").write_text(arm + loss)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rewards = example_rewards()
+    got = advantage.advantages("page_functions.recall_alone", rewards, RlConfig())
+    np.testing.assert_allclose(got, z(np.asarray(rewards.recall_BG)), atol=2e-5)
+    losses.check_loss_type("page_functions.sqrt_length")
+    mask = np.arange(4) < np.array([[4, 1, 0]])[..., None]  # [1, 3, 4]
+    token_loss = np.random.default_rng(0).normal(size=mask.shape).astype(np.float32)
+    totals = losses.step_totals(mask, np.ones((1, 3), bool))
+    value = losses._reduce(token_loss, mask, totals, RlConfig(loss_type="page_functions.sqrt_length"))
+    expected = (token_loss[0, 0].sum() / 2 + token_loss[0, 1, 0]) / 3
+    np.testing.assert_allclose(value, expected, rtol=1e-6)

@@ -115,6 +115,23 @@ def is_bucket(path: str | os.PathLike) -> bool:
     return str(path).startswith(SCHEME)
 
 
+@dataclasses.dataclass(frozen=True)
+class NameOrPath:
+    """One of several names, or the dotted path of a function of the user's, such as my_module.my_advantage."""
+
+    names: tuple[str, ...]
+
+    def problem(self, value: str) -> str:
+        """What is expected in place of a name; "" where nothing is wrong with it."""
+        parts = value.split(".")
+        if value in self.names or (len(parts) > 1 and all(part.isidentifier() for part in parts)):
+            return ""
+        return f"expected {self}"
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.names)}, or a function of your own as module.function"
+
+
 def _wrong_part(part: str) -> str:
     if part in ("", ".", ".."):
         return f"a part of it is {part!r}" if part else "it, or a part of it, is empty"

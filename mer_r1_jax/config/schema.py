@@ -19,6 +19,7 @@ from mer_r1_jax.config.bounds import (
     Epochs,
     FewOrZero,
     MeshSize,
+    NameOrPath,
     NameText,
     Number,
     Pixels,
@@ -43,6 +44,12 @@ Temperature = Annotated[float, Number(0, 100, above=True, note="a group must dif
 Grace = Annotated[float, Number(0, 86_400)]  # seconds; 0 = no limit
 AudioSeconds = Annotated[float, Number(0, 300, above=True)]  # the spectrogram takes 300 s at most
 Megabytes = Annotated[int, Number(16, 1 << 24)]
+# The names that rl/advantage.py and rl/losses.py give a meaning to.
+ARM_NAMES = (
+    *("baseline", "rd", "ad", "mer_r1"),
+    *("sfcc_word", "sfcc_recall_only", "sfcc_reward_space", "sfcc_mixed", "sfcc_loss"),
+)
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
 SideRatio = Annotated[float, Number(1.0, MAX_ASPECT_RATIO)]
 
@@ -167,7 +174,7 @@ class SftConfig:
 class RlConfig:
     """Group-relative policy optimisation and the method on top of it. Names are TRL's; defaults are the method's."""
 
-    arm: Words = "mer_r1"  # how rewards become advantages: baseline | rd | ad | mer_r1 | sfcc_* (rl/advantage.py)
+    arm: Annotated[str, NameOrPath(ARM_NAMES)] = "mer_r1"  # how rewards become advantages (rl/advantage.py)
     max_steps: Steps = 0  # optimizer steps; 0 skips RL, -1 means num_train_epochs
     num_train_epochs: Epochs = 1.0  # used when max_steps is -1
     prompts_per_step: Rows = 16  # unique prompts of one rollout (TRL's batch counts completions: prompts x generations)
@@ -185,7 +192,7 @@ class RlConfig:
     epsilon: Share = 0.2  # lower clip (verl: clip_ratio_low)
     epsilon_high: Weight = 0.2  # upper clip (verl: clip_ratio_high)
     delta: Weight = 0.0  # the unclipped ratio is cut at this, two-sided clipping; 0 = off (TRL: None)
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"  # token averaging (verl: loss_agg_mode)
+    loss_type: Annotated[str, NameOrPath(LOSS_TYPES)] = "dapo"  # token averaging (verl: loss_agg_mode)
     importance_sampling_level: Literal["token", "sequence"] = "token"  # token | sequence (GSPO)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divisor of z: group | batch | none
     mask_truncated_completions: bool = False  # leave completions that hit the length cap out of the loss

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from mer_r1_jax.config import schema
-from mer_r1_jax.config.bounds import Number, PlaceText, bounds_of, field_types, plain_type
+from mer_r1_jax.config.bounds import NameOrPath, Number, PlaceText, bounds_of, field_types, plain_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,8 @@ def _kind(hint: Any) -> str:
         if isinstance(bound, Number):
             also = "".join(f", or {value:g}" for value in bound.also)
             return f"{name}, {bound}{also}"
+        if isinstance(bound, NameOrPath):
+            return f"{' | '.join(bound.names)} | module.function"
         if isinstance(bound, PlaceText):
             return "path or gs:// address" if bound.bucket else "path on a disk"
     return name

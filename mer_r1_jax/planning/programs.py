@@ -28,7 +28,7 @@ from mer_r1_jax.parallel.rows import row_shardings
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
 from mer_r1_jax.planning.useful import FORWARD, TRAINED, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
-from mer_r1_jax.rl.advantage import ARMS
+from mer_r1_jax.rl.advantage import arm_of
 from mer_r1_jax.rl.confidence import Anchors
 from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
@@ -103,7 +103,7 @@ class RunPrograms:
         self._thinker = thinker
         self.backbone = Backbone.create(thinker, mesh, config.model.packed_rows)
         wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
-        table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
+        table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
         self.candidates = table(tokenizer or PrefixTokens(thinker.text.vocab_size), wheels)
         self._wheels = len(wheels)
         banned = thinker.media_token_ids if tokenizer is None else banned_ids_of(AnswerTags(tokenizer), thinker)
@@ -218,7 +218,7 @@ class RunPrograms:
             visited=self._visited(bucket, (slow,)),
         )
         logprob_BGC = completions.sampling_logprob_BGC
-        calibrated = ARMS[config.arm].calibration_loss
+        calibrated = arm_of(config.arm).calibration_loss
         experience = Experience(
             prompts=with_clips if towers_trained else prompts,
             completion=completion,

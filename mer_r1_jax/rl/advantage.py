@@ -11,6 +11,7 @@ Normalising each first gives both sqrt((1 + r) / 2). That is the difference betw
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.omni.batch import Array
+from mer_r1_jax.rl.own_function import check_result, own_function
 
 EPSILON = 1e-4  # added to the standard deviation, as TRL does
 
@@ -234,6 +236,29 @@ ARMS: dict[str, Arm] = {
 }
 
 
+@functools.cache
+def arm_of(name: str) -> Arm:
+    """The arm of a name, or of the dotted path of a function `advantage(rewards, config)` of the user's.
+
+    Raises:
+        OwnFunctionError: a path without a function, or one whose function does not return one float for each answer.
+        ValueError: neither a name nor a path.
+    """
+    if name in ARMS:
+        return ARMS[name]
+    if "." not in name:
+        raise ValueError(f"arm is {name!r}, expected one of {', '.join(ARMS)}, or module.function")
+    prompts, answers = 2, 3
+    floats, flags = jnp.zeros((prompts, answers)), jnp.ones((prompts, answers), bool)
+    example = Rewards(
+        **{field: floats for field in ("recall_BG", "precision_BG", "f1_BG", "format_BG", "plus_BG", "minus_BG")},
+        **{field: flags for field in ("valid_BG", "scored_BG", "plus_valid_BG", "minus_valid_BG")},
+    )
+    meaning = "one advantage for each of G answers to each of B prompts"
+    check_result("rl.arm", name, (example,), RlConfig(), (prompts, answers), meaning)
+    return Arm(advantage=own_function("rl.arm", name))
+
+
 def advantages(arm: str, rewards: Rewards, config: RlConfig) -> Array:
     """float32 [B, G], one advantage per completion, given to each of its tokens; no gradient flows through it.
 
@@ -242,8 +267,7 @@ def advantages(arm: str, rewards: Rewards, config: RlConfig) -> Array:
     Raises:
         ValueError: an unknown arm, or an arm that needs confidences without them.
     """
-    if arm not in ARMS:
-        raise ValueError(f"arm is {arm!r}, expected one of {', '.join(ARMS)}")
-    if ARMS[arm].needs_confidence and rewards.plus_BG is None:
+    chosen = arm_of(arm)
+    if chosen.needs_confidence and rewards.plus_BG is None:
         raise ValueError(f"arm {arm!r} needs slow and fast confidences: fill plus_BG, minus_BG and their masks")
-    return jax.lax.stop_gradient(ARMS[arm].advantage(rewards, config) + custom_rewards(rewards, config))
+    return jax.lax.stop_gradient(chosen.advantage(rewards, config) + custom_rewards(rewards, config))

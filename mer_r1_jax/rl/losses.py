@@ -12,8 +12,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.config.schema import LOSS_TYPES, RlConfig
 from mer_r1_jax.omni.batch import Array
+from mer_r1_jax.rl.own_function import check_result, own_function
 
 
 @jax.tree_util.register_dataclass
@@ -159,7 +160,24 @@ def _reduce(token_loss: Array, mask: Array, totals: StepTotals, config: RlConfig
         return jnp.sum(sum_) / jnp.maximum(jnp.sum(mask), 1) / totals.micro_batches
     if config.loss_type == "dr_grpo":
         return jnp.sum(sum_) / (completions * config.max_completion_length)
-    return jnp.sum(sum_) / jnp.maximum(totals.tokens, 1)
+    if config.loss_type == "dapo":
+        return jnp.sum(sum_) / jnp.maximum(totals.tokens, 1)
+    return own_function("rl.loss_type", config.loss_type)(token_loss, mask, totals, config)
+
+
+def check_loss_type(loss_type: str) -> None:
+    """Tries a loss type of the user's, given by dotted path, on shapes: before anything is compiled.
+
+    Its function takes what `_reduce` takes and returns the micro-batch's share of the step's loss.
+
+    Raises:
+        OwnFunctionError: there is no such function, or it does not return one float.
+    """
+    if loss_type not in LOSS_TYPES:
+        mask_BGC = jnp.ones((2, 3, 4), bool)
+        arrays = (jnp.zeros((2, 3, 4)), mask_BGC, step_totals(mask_BGC, mask_BGC.any(-1)))
+        meaning = "the micro-batch's share of the step's loss"
+        check_result("rl.loss_type", loss_type, arrays, RlConfig(loss_type=loss_type), (), meaning)
 
 
 def _clip_metrics(ratio: Array, targets: PolicyTargets, totals: StepTotals, config: RlConfig) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.config.bounds import Seed, bounds_of, shown_value
+from mer_r1_jax.config.bounds import NameOrPath, Seed, bounds_of, shown_value
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import ModelConfig, RlConfig, RunConfig
@@ -145,7 +145,12 @@ def make_plan(
     Raises:
         ConfigError: for everything that cannot be used, in one message.
     """
-    problems = [f"--arms: {name!r} is no arm; expected some of {', '.join(ARMS)}" for name in arms if name not in ARMS]
+    known = NameOrPath(tuple(ARMS))
+    problems = [
+        f"--arms: {name!r} is no arm; expected some of {', '.join(ARMS)}, or module.function"
+        for name in arms
+        if known.problem(name)
+    ]
     problems += [
         f"--controls: {name!r} is no control; expected some of {', '.join(CONTROLS)}"
         for name in controls

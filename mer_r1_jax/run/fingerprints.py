@@ -42,11 +42,13 @@ def of_inputs(setup: Setup) -> dict[str, Any]:
         "model": _of_model(Path(config.model.path)) if config.model.path else "random weights",
         "reward_funcs": {path: of_source(path) for path in config.rl.reward_funcs},
         "clips": CLIPS_RULE,
+        # An arm and a loss type of the user's; those with a name belong to this program.
+        **{path: of_source(path) for path in (config.rl.arm, config.rl.loss_type) if "." in path},
     }
 
 
 def of_source(function: str) -> str:
-    """Hash of the file that a reward function `package.module.function` is written in; no module is imported.
+    """Hash of the file that a function of the user's, `package.module.function`, is written in; no module is imported.
 
     Modules that this one imports are not looked at.
     """

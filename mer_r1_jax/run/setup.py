@@ -25,7 +25,8 @@ from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import make_mesh, row_cut
 from mer_r1_jax.parallel.rows import RowShare, row_share
-from mer_r1_jax.rl.advantage import ARMS
+from mer_r1_jax.rl.advantage import arm_of
+from mer_r1_jax.rl.losses import check_loss_type
 from mer_r1_jax.rl.reward_funcs import RewardFunctions, extra_columns
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer
@@ -158,8 +159,8 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
     Raises:
         ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
     """
-    if config.rl.arm not in ARMS:
-        raise ConfigError(f"rl.arm: got {config.rl.arm!r}, expected one of {', '.join(ARMS)}")
+    arm_of(config.rl.arm)
+    check_loss_type(config.rl.loss_type)
     named = config
     config = with_embedded_world(with_local_inputs(config), progress)
     wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
@@ -171,7 +172,7 @@ def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.De
     check_rows(config, mesh)
     backbone = Backbone.create(thinker_config(config.model, tokenizer), mesh, config.model.packed_rows)
     tags = AnswerTags(tokenizer)
-    table = WordTable if ARMS[config.rl.arm].candidates == "word" else CandidateTable
+    table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
     return Setup(
         config=config,
         tokenizer=tokenizer,

@@ -35,7 +35,7 @@ from mer_r1_jax.omni.thinker import Thinker
 from mer_r1_jax.parallel.rows import local_rows, put, row_share
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl import compaction
-from mer_r1_jax.rl.advantage import ARMS, Rewards, advantages, permute_within_groups, zero_spread
+from mer_r1_jax.rl.advantage import Rewards, advantages, arm_of, permute_within_groups, zero_spread
 from mer_r1_jax.rl.confidence import (
     Anchors,
     calibration,
@@ -211,7 +211,7 @@ class RlStep:
             old_logprob_BGC = programs.logprobs(params, prompts, completion)
 
         # 8. Everything the update needs; it divides by the tokens of the whole step, so nothing is normalised here.
-        calibrated = ARMS[config.arm].calibration_loss
+        calibrated = arm_of(config.arm).calibration_loss
         experience = Experience(
             prompts=with_clips if self.towers_trained else prompts,
             completion=completion,

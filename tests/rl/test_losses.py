@@ -15,12 +15,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.config.schema import LOSS_TYPES, RlConfig
 from mer_r1_jax.rl import losses
 from mer_r1_jax.rl.losses import PolicyTargets, kl_penalty, loss_mask, policy_loss, step_totals
 
 LENGTH = 7
-LOSS_TYPES = typing.get_args(typing.get_type_hints(RlConfig)["loss_type"])
 LEVELS = typing.get_args(typing.get_type_hints(RlConfig)["importance_sampling_level"])
 
 

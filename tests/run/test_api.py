@@ -45,7 +45,7 @@ def test_importing_the_package_imports_nothing_else():
 def test_answers_are_those_of_the_command(model, small_folder):  # noqa: F811
     clip = small_folder / "clips/1.mp4"
     record = clip_record(clip, "Feel?", "I never", frames=True, audio=True)
-    _, expected = answer(model._setup, model._leaves, record)
+    _, expected = answer(model._setup, model._params, record)
     for mode, reading in zip(("slow", "fast"), expected, strict=True):
         got = model.answer(video=clip, subtitle="I never", question="Feel?", mode=mode)
         assert (got.mode, got.text, got.truncated) == (mode, reading.text, reading.truncated)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS
-from mer_r1_jax.rl.advantage import ARMS, Rewards, advantages, zscore
+from mer_r1_jax.rl.advantage import Rewards, advantages, arm_of, zscore
 
 OBJECTIVES = ("recall", "precision")
 _COLUMNS = ("generation", "recall", "precision", "f1", "format", "r_plus", "r_minus")
@@ -46,7 +46,7 @@ def alikeness(folders: Sequence[Path], arms: Sequence[str], config: RlConfig) ->
         arms: those to compare; arms that score words in a way of their own are left out.
         config: settings of the advantages.
     """
-    names = [arm for arm in arms if ARMS[arm].candidates == "category" and not ARMS[arm].calibration_loss]
+    names = [arm for arm in arms if arm_of(arm).candidates == "category" and not arm_of(arm).calibration_loss]
     found, answers = [], 0
     for folder in folders:
         given = [_given(rewards, names, config) for rewards in sampled_rewards(folder)]
