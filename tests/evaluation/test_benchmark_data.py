@@ -79,7 +79,7 @@ def test_the_paper_rows_are_those_of_the_nine_sets():
 def test_pickled_labels_are_refused_and_the_way_out_is_named(published):
     for name, layout in LAYOUTS.items():
         if layout.labels.endswith(".npz"):
-            with pytest.raises(BenchmarkError, match=r"pickle can run code.*convert_labels\.py --labels="):
+            with pytest.raises(BenchmarkError, match=r"pickle can run code.*mer-r1 convert-labels --labels="):
                 read_set(name, published, question="Feel?")
 
 
