@@ -52,31 +52,41 @@ def pytest_runtest_makereport():
     return report
 
 
-# What `--fast` leaves out without importing it: whole runs, several processes, compiles, PyTorch as an oracle.
-SLOW = (
-    *("run", "storage", "parallel", "planning", "omni", "hf", "kernels", "mme", "speed", "training", "evaluation"),
-    "judge",
-)
-SLOW_FILES = (
-    "test_process_pool.py",
-    *("media/test_frames.py", "media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py"),
-    *(
-        "media/test_opening.py",
-        "media/test_pool.py",
-        "rl/test_advantage.py",
-        "rl/test_losses.py",
-        "rl/test_sampling.py",
+# Markers by folder or file below tests/, so that `--fast` can leave tests out without importing them.
+MARKED = {
+    # Training runs, several processes, or many seconds.
+    "slow": (
+        *("run", "storage", "parallel", "mme", "speed", "training", "evaluation", "judge", "omni", "hf", "kernels"),
+        *("planning", "test_process_pool.py", "media/test_opening.py", "media/test_pool.py", "rl/test_rollout.py"),
+        *("rl/test_compaction.py", "rl/test_packing.py", "rl/test_reward_funcs.py", "rl/test_other_tokenizers.py"),
     ),
-    *("rl/test_rollout.py", "rl/test_compaction.py", "rl/test_packing.py", "rl/test_reward_funcs.py"),
-)
+    "tpu_compiler": ("planning",),
+    # PyTorch, TRL or a second transformers as an oracle.
+    "torch": (
+        *("omni", "hf", "speed", "evaluation/test_export_cases.py", "media/test_frames.py", "media/test_mel.py"),
+        *("media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py", "rl/test_advantage.py"),
+        *("media/test_media_tokenizer.py", "rl/test_losses.py", "rl/test_sampling.py", "rl/test_tags.py"),
+    ),
+}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="leave out what takes long or needs PyTorch")
+    parser.addoption("--fast", action="store_true", help="leave out all tests with a marker, without importing them")
+
+
+def markers_of(path: Path) -> list[str]:
+    """The markers of a test file, or of a folder of them."""
+    place = path.relative_to(Path(__file__).parent).as_posix()
+    return [
+        marker for marker, places in MARKED.items() if any(f"{place}/".startswith(f"{listed}/") for listed in places)
+    ]
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leaves slow tests out under --fast."""
-    place = collection_path.relative_to(Path(__file__).parent)
-    left_out = str(place) in SLOW_FILES or (place.parts and place.parts[0] in SLOW)
-    return True if config.getoption("--fast") and left_out else None
+    return True if config.getoption("--fast") and markers_of(collection_path) else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for marker in markers_of(item.path):
+            item.add_marker(marker)

@@ -266,5 +266,8 @@ def test_answers_that_cannot_be_kept_end_with_a_message_and_deep_ones_are_asked_
             next((tmp_path / "answers").rglob("*.json")).write_text("[" * 100_000)
             assert ask(client) == "fine" and "cannot be read" in caplog.text
         (tmp_path / "file").write_text("")
-        with client_at(port, tmp_path / "file") as client, pytest.raises(JudgeAbortedError, match="could not be written"):
+        with (
+            client_at(port, tmp_path / "file") as client,
+            pytest.raises(JudgeAbortedError, match="could not be written"),
+        ):
             ask(client)

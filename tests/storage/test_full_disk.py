@@ -232,9 +232,11 @@ def writes_a_file(node):
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))
     if name in ("write_text", "write_bytes"):
         return ast.unparse(node.func) != "durable.write_text"
-    modes = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
-    modes += [keyword.value.value for keyword in node.keywords if keyword.arg == "mode"]
-    return name == "open" and any(isinstance(mode, str) and set(mode) & set("wax+") for mode in modes)
+    if name != "open":
+        return False
+    modes = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+    texts = [mode.value for mode in modes if isinstance(mode, ast.Constant) and isinstance(mode.value, str)]
+    return any(set(mode) & set("wax+") for mode in texts)
 
 
 def test_a_run_that_finds_no_room_to_begin_says_so(tmp_path, failing):
