@@ -112,9 +112,19 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Called by logging inside `except`."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if isinstance(error, OSError):
+            self._tell(error)
+        else:
             super().handleError(record)
-        elif not self._told:
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # lines that found no room are tried once more, and must not hide what ended the run
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
             self._told = True
             say(explanation("the log", self.baseFilename, error), error=True)
 

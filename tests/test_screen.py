@@ -13,6 +13,7 @@ import sys
 import textwrap
 import xml.etree.ElementTree
 
+import pytest
 from rich.table import Table
 from support.terminal import in_a_terminal
 
@@ -106,6 +107,18 @@ def test_json_for_a_terminal_is_json():
     for indent in (None, 1):
         written = json_text(value, indent)
         assert is_clean(written) and "愤怒" in written and json.loads(written) == value
+
+
+def test_a_log_that_finds_no_room_says_so_once_and_hides_no_other_error(capsys):
+    handler = screen.log_file(pathlib.Path("/dev/full"))
+    with pytest.raises(ValueError, match="what ended the run"):
+        try:
+            for text in ("one", "two"):
+                handler.handle(logging.makeLogRecord({"msg": text}))
+            raise ValueError("what ended the run")
+        finally:
+            handler.close()
+    assert capsys.readouterr().err.count("the log could not be written: /dev/full: No space left on device") == 1
 
 
 def test_orbaxs_tracebacks_go_to_the_log_file_where_there_is_one(tmp_path):
