@@ -35,7 +35,7 @@ def prompts_of(small, numbers):
 @pytest.fixture(scope="module")
 def evaluation(small, trained, evaluator):
     """Of the six clips the policy has learnt; batches of two."""
-    return evaluator.run((trained, {}), iter(prompts_of(small, range(6))))
+    return evaluator.run(trained, iter(prompts_of(small, range(6))))
 
 
 def test_both_modes_answer_every_clip_in_order(small, evaluation):
@@ -68,7 +68,7 @@ def test_confidence_is_the_probability_of_the_words_categories(evaluation):
 
 
 def test_answers_do_not_depend_on_the_batch_they_are_in(small, trained, evaluator, evaluation):
-    turned = evaluator.run((trained, {}), iter(prompts_of(small, [5, 0, 3])))
+    turned = evaluator.run(trained, iter(prompts_of(small, [5, 0, 3])))
     for mode, answers in turned.answers.items():
         expected = [evaluation.answers[mode][number].answer.text for number in (5, 0, 3)]
         assert [answer.answer.text for answer in answers] == expected
@@ -76,7 +76,7 @@ def test_answers_do_not_depend_on_the_batch_they_are_in(small, trained, evaluato
 
 def test_clips_that_broke_are_left_out_and_listed(small, trained, evaluator, evaluation):
     prompts = prompts_of(small, [0, None, 2, 3])
-    partly = evaluator.run((trained, {}), iter(prompts))
+    partly = evaluator.run(trained, iter(prompts))
     assert [record.id for record in partly.records] == ["clip-0", "clip-2", "clip-3"]
     assert [(record.id, reason) for record, reason in partly.skipped] == [(prompts[1][0].id, "truncated")]
     for mode in ("slow", "fast"):
@@ -89,11 +89,11 @@ def test_clips_that_broke_are_left_out_and_listed(small, trained, evaluator, eva
 
 def test_no_usable_clip_at_all_is_an_error(small, trained, evaluator):
     with pytest.raises(EvaluationError, match="none of the 2 held-out clips can be used, the first for: truncated"):
-        evaluator.run((trained, {}), iter(prompts_of(small, [None, None])))
+        evaluator.run(trained, iter(prompts_of(small, [None, None])))
 
 
 def test_one_mode_alone_gives_the_same_answers(small, trained, evaluator, evaluation):
-    fast = evaluator.run((trained, {}), iter(prompts_of(small, [0, 1])), modes=("fast",))
+    fast = evaluator.run(trained, iter(prompts_of(small, [0, 1])), modes=("fast",))
     assert set(fast.answers) == {"fast"}
     expected = [answer.answer.text for answer in evaluation.answers["fast"][:2]]
     assert [answer.answer.text for answer in fast.answers["fast"]] == expected
@@ -109,7 +109,7 @@ def test_evaluation_stops_between_batches_when_asked(small, trained, evaluator):
                 raise StopRequested("SIGTERM asked the run to stop")
 
     with pytest.raises(StopRequested):
-        evaluator.run((trained, {}), iter(prompts_of(small, range(6))), stop=Asked())
+        evaluator.run(trained, iter(prompts_of(small, range(6))), stop=Asked())
     assert len(looked) == 4
 
 
