@@ -9,13 +9,13 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support.compile_flags import QUICK_COMPILES  # noqa: E402
+from support.compile_flags import QUICK  # noqa: E402
 
 EMULATED_DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILES} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
+    f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
