@@ -7,22 +7,18 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from support.compile_flags import QUICK  # noqa: E402
-
 EMULATED_DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # libtpu, installed for ahead-of-time compiles, looks for a TPU host when jax is imported; these keep it quiet.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 # On a busy machine any example can take longer than hypothesis' 200 ms.
 settings.register_profile("any_machine", deadline=None)

@@ -9,8 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from support.compile_flags import QUICK_COMPILES
-from support.small_run import environment
+from support.small_run import QUICK_COMPILES, environment
 
 
 class Started(NamedTuple):
