@@ -20,7 +20,7 @@ train: $(BIN)/.installed
 smoke: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG):smoke $(ARGS)
 
-# What every commit passes, in about a minute: without PyTorch, whole runs or the TPU compiler.
+# What every commit passes: without PyTorch, whole runs or the TPU compiler.
 check: $(BIN)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .

@@ -1,6 +1,6 @@
 """The embedded world on one machine: real mp4 clips, a tiny Thinker trained from scratch, SFT then MER-R1.
 
-`synthetic.py` is the full run of `make train`; `synthetic.py:smoke` walks the same road in about a minute and a half.
+`synthetic.py` is the full run of `make train`; `synthetic.py:smoke` runs the same pipeline in a few minutes.
 """
 
 from mer_r1_jax.config.build import config_dict

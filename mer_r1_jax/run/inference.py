@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.media.collate import prompt_shape
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
@@ -25,7 +26,6 @@ from mer_r1_jax.training.prompts import prompt_rows
 from mer_r1_jax.training.state import Params
 
 LENGTH_STEP = 64  # prompts are padded to a multiple of this, so that clips of one size share a compiled program
-MODES = ("slow", "fast")
 
 
 @dataclasses.dataclass(frozen=True)

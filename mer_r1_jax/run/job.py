@@ -19,7 +19,7 @@ PARENT_CHECK_SECONDS = 1.0
 
 
 def main(arguments: list[str]) -> int:
-    """Runs, or goes on with, the run of a saved configuration; returns the exit code of `road.run`."""
+    """Runs, or goes on with, the run of a saved configuration; returns the exit code of `run.train.train`."""
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     with explained():
         code = train(load_config(arguments[0]))

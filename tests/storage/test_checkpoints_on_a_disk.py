@@ -1,8 +1,6 @@
 """Checkpoints under a disk's own faults: a full disk, odd folders, and SIGKILL at every durable operation."""
 
-import contextlib
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from support.full_file import largest_file
 from support.steps import MANIFEST, restored_step, save_steps, small_arrays
 
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
@@ -32,17 +31,6 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_no_empty_one(tmp_path)
     (tmp_path / "checkpoints").symlink_to("checkpoints")
     with pytest.raises(CheckpointError, match="cannot be read: .*what is saved there is not taken for lost"):
         Checkpoints(tmp_path / "checkpoints").restore(small_arrays(0))
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """Makes every write beyond `size` bytes of a file fail in the kernel, as a full disk or quota does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_failing_disk_leaves_earlier_checkpoints_and_says_what_to_do(tmp_path):

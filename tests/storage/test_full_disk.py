@@ -6,11 +6,11 @@ import errno
 import json
 import os
 import pathlib
-import resource
 
 import jax
 import numpy as np
 import pytest
+from support.full_file import largest_file
 
 from mer_r1_jax import faults
 from mer_r1_jax.cli import EXIT_ERROR, explained
@@ -31,17 +31,6 @@ from mer_r1_jax.training.metrics import MetricsWriter, read_metrics
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 RESULTS = result_log.LogForm(key=("key",), lines="results", error=ValueError, last_counts=True)
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """Makes every write beyond `size` bytes of a file fail in the kernel, after those that fit were written."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
