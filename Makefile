@@ -24,10 +24,13 @@ smoke: $(BIN)/.installed
 check: $(BIN)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --fast -q $(ARGS)
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --lane=fast -q $(ARGS)
 
 test: $(TEST_BIN)/.installed $(TRANSFORMERS4)/.installed
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TEST_BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	for lane in rest torch; do \
+		JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 \
+			$(TEST_BIN)/python -m pytest -n 2 --dist loadfile --lane=$$lane $(ARGS) || failed="$$failed $$lane"; \
+	done; test -z "$$failed"
 
 # Sheets of docs/plans: minutes of compiling each, without a TPU. One of them: make plan PLANS=omni_3b.py:v5e:4x4
 PLANS ?= omni_3b.py:v5e:4x4 omni_3b.py:v5p:2x2x4 omni_7b.py:v5p:2x2x4 omni_7b.py:v6e:4x4 omni_7b.py:v5e:16x16

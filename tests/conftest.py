@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from support.compile_flags import QUICK_COMPILES  # noqa: E402
+
 EMULATED_DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,8 +21,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 # On a busy machine any example can take longer than hypothesis' 200 ms.
 settings.register_profile("any_machine", deadline=None)
@@ -52,7 +54,7 @@ def pytest_runtest_makereport():
     return report
 
 
-# Markers by folder or file below tests/, so that `--fast` can leave tests out without importing them.
+# Markers by folder or file below tests/, so that lanes can leave tests out without importing them.
 MARKED = {
     # Training runs, several processes, or many seconds.
     "slow": (
@@ -70,8 +72,22 @@ MARKED = {
 }
 
 
+LANES = {
+    "fast": "no test with a marker",
+    "torch": "those that compare with PyTorch, with programs compiled as users' are",
+    "rest": "all others, with programs compiled quickly",
+}
+
+
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="leave out all tests with a marker, without importing them")
+    told = "; ".join(f"{lane}: {tests}" for lane, tests in LANES.items())
+    parser.addoption("--lane", choices=LANES, help=f"{told}. Others are left out without importing them")
+
+
+def pytest_configure(config):
+    # Early enough: XLA reads its flags when the first device is asked for.
+    if config.getoption("--lane") == "rest":
+        os.environ["XLA_FLAGS"] += f" {QUICK_COMPILES}"
 
 
 def markers_of(path: Path) -> list[str]:
@@ -83,7 +99,11 @@ def markers_of(path: Path) -> list[str]:
 
 
 def pytest_ignore_collect(collection_path, config):
-    return True if config.getoption("--fast") and markers_of(collection_path) else None
+    markers, lane = markers_of(collection_path), config.getoption("--lane")
+    if lane == "torch":
+        return True if collection_path.suffix == ".py" and "torch" not in markers else None
+    left_out = {"fast": set(MARKED), "rest": {"torch"}}.get(lane, set())
+    return True if left_out & set(markers) else None
 
 
 def pytest_collection_modifyitems(items):

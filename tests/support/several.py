@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from support.small_run import QUICK_COMPILES, environment
+from support.compile_flags import QUICK_COMPILES
+from support.small_run import environment
 
 
 class Started(NamedTuple):

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 from support import small_config
 from support.clips import make_clip
+from support.compile_flags import QUICK_COMPILES
 from support.tiny_tokenizer import tiny_tokenizer
 
 from mer_r1_jax.config.build import from_mapping
@@ -21,8 +22,6 @@ from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training.rl_step import RlPrograms
 
-# Programs that run for milliseconds need not be optimised for half a minute.
-QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 REPOSITORY = Path(__file__).parents[2]
 CONFIG_FILE = Path(small_config.__file__)
 ANSWERS = (("happy",), ("sad", "afraid"), ("angry",), ("surprised", "happy"), ("disgusted", "angry"), ("calm", "sad"))
