@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from mer_r1_jax.peers.timing import WHOLE, Laps, Stopwatch
 
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.data.pipeline import Item
@@ -17,6 +16,7 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.peers.timing import WHOLE, Laps, Stopwatch
 from mer_r1_jax.rl.rollout import STOP_EOS, Completions
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from mer_r1_jax.peers.omni import REFERENCE, SAMPLE, SCORE, UPDATE, OmniJob
-from mer_r1_jax.peers.timing import Laps, Stopwatch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from mer_r1_jax.evaluation.export_cases import processor_tensors
+from mer_r1_jax.peers.omni import REFERENCE, SAMPLE, SCORE, UPDATE, OmniJob
+from mer_r1_jax.peers.timing import Laps, Stopwatch
 from mer_r1_jax.rl.advantage import EPSILON
 
 FLOOR = 1e-10  # of a summed probability

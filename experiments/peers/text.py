@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from mer_r1_jax.peers.timing import Laps, Stopwatch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +18,7 @@ from mer_r1_jax.omni.config import TextConfig, ThinkerConfig
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.peers.timing import Laps, Stopwatch
 from mer_r1_jax.rl.advantage import Rewards, advantages
 from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from mer_r1_jax.peers.text import END, PAD, TextJob, reward, tokenizer_of
-from mer_r1_jax.peers.timing import WHOLE, Laps, Stopwatch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+
+from mer_r1_jax.peers.text import END, PAD, TextJob, reward, tokenizer_of
+from mer_r1_jax.peers.timing import WHOLE, Laps, Stopwatch
 
 TOWERS = ("audio_tower.", "visual.")
 

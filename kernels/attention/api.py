@@ -9,6 +9,7 @@ import functools
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+
 from mer_r1_jax.kernels.attention import reference
 from mer_r1_jax.kernels.placement import Placement, device, on_each_device, vmem_mib
 

@@ -41,6 +41,7 @@ def attend(flags: argparse.Namespace, device):
     """The attention that was asked for, as a function of q, k, v and segments."""
     import jax
     import numpy as np
+
     from mer_r1_jax.kernels.attention.api import attention
     from mer_r1_jax.kernels.placement import Placement
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from mer_r1_jax.kernels.attention import schedule as tiles
 from mer_r1_jax.kernels.attention.tile import MASKED, ROWS_BY_COLUMNS, ROWS_BY_ROWS, Options, pieces, turned, visible
 

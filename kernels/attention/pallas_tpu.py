@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
 from mer_r1_jax.kernels.attention.pallas_backward import backward
 from mer_r1_jax.kernels.attention.pallas_forward import forward
 from mer_r1_jax.kernels.attention.reference import INPUTS, RESIDUALS

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
 from mer_r1_jax.kernels.attention.api import choose
 from mer_r1_jax.kernels.decode_attention import reference
 from mer_r1_jax.kernels.placement import Placement, device, on_each_device

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from mer_r1_jax.kernels.attention.tile import FLOOR, LANES, MASKED, ROWS_BY_COLUMNS, ROWS_BY_ROWS
 
 SUBLANES = 8

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
 from mer_r1_jax.kernels.attention.reference import shared_prompt_attention
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from mer_r1_jax.kernels.logprobs import direct, one_pass
 from mer_r1_jax.kernels.logprobs.one_pass import Partition, Plan
 from mer_r1_jax.kernels.logprobs.reference import FLOOR

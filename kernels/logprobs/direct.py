@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
 from mer_r1_jax.kernels.logprobs import reference
 
 

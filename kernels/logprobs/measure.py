@@ -57,6 +57,7 @@ def compile_here(arguments: argparse.Namespace) -> None:
     import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
+
     from mer_r1_jax.kernels.logprobs.api import gather_logprobs
     from mer_r1_jax.kernels.logprobs.tiles import tiles_for
 

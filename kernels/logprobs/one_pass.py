@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+
 from mer_r1_jax.kernels.logprobs import pallas_tpu, xla
 from mer_r1_jax.kernels.logprobs.reference import FLOOR
 from mer_r1_jax.kernels.logprobs.tiles import LANES, Tiles

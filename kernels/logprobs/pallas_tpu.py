@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from mer_r1_jax.kernels.logprobs.tiles import LANES, Tiles
 
 F32 = jnp.float32

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from support.attention_cases import CASES, LIMITS, AttentionCase, packed_row, relative_error
+
 from mer_r1_jax.kernels.attention import pallas_tpu, reference
 from mer_r1_jax.kernels.attention import schedule as tiles
 from mer_r1_jax.kernels.attention.api import attention
 from mer_r1_jax.kernels.attention.tile import pieces
 from mer_r1_jax.kernels.placement import Placement
-from support.attention_cases import CASES, LIMITS, AttentionCase, packed_row, relative_error
 
 
 def expected(case: AttentionCase, q, k, v):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from support.tpu_compiler import CHIPS, compile_for, topology
+
 from mer_r1_jax.kernels.attention import reference
 from mer_r1_jax.kernels.attention.api import attention
 from mer_r1_jax.kernels.decode_attention.api import decode_attention
 from mer_r1_jax.kernels.placement import Placement
-from support.tpu_compiler import CHIPS, compile_for, topology
-
 from mer_r1_jax.omni.batch import FeatureLayout, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.layers import axis_rules

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from support.attention_cases import LIMITS, relative_error
+
 from mer_r1_jax.kernels.attention.api import attention
 from mer_r1_jax.kernels.decode_attention import pallas_tpu
 from mer_r1_jax.kernels.decode_attention.api import decode_attention
 from mer_r1_jax.kernels.placement import Placement
-from support.attention_cases import LIMITS, relative_error
 
 
 def arguments(B=2, G=3, H=14, K=2, h=32, T=200, C=150, L=2, dtype=jnp.float32, seed=0) -> list[jax.Array]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from mer_r1_jax.kernels.logprobs import reference
 from mer_r1_jax.kernels.logprobs.api import DIRECT_VOCAB, Partition, Tiles, gather_logprobs
 from mer_r1_jax.kernels.logprobs.tiles import CHIPS, tiles_for

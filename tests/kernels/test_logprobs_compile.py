@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from mer_r1_jax.kernels.logprobs.api import Partition, gather_logprobs
 from support.tpu_compiler import compile_for, topology
+
+from mer_r1_jax.kernels.logprobs.api import Partition, gather_logprobs
 
 N, D, V = 16384, 3584, 152064  # rows of a step of one chip, and the 7B model's width and vocabulary
 GIB = 2**30

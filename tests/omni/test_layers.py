@@ -11,9 +11,9 @@ import pytest
 import torch
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from mer_r1_jax.kernels.attention.api import attention, shared_prompt_attention
 from support.omni_model import tiny_port
 
+from mer_r1_jax.kernels.attention.api import attention, shared_prompt_attention
 from mer_r1_jax.omni.architecture_checks import ConfigError
 from mer_r1_jax.omni.audio import sinusoids
 from mer_r1_jax.omni.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig

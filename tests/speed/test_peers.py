@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from support.small_fixtures import compiled, small, small_folder  # noqa: F401
+from support.small_run import with_config
+
 from mer_r1_jax.peers import page, timing
 from mer_r1_jax.peers.omni import PARTS, OmniSide, make_job
 from mer_r1_jax.peers.omni_torch import OmniPeer
 from mer_r1_jax.peers.text import END, TextJob, TextSide
 from mer_r1_jax.peers.text_torch import TextPeer
-from support.small_fixtures import compiled, small, small_folder  # noqa: F401
-from support.small_run import with_config
 
 LENGTH = 48  # tokens of a completion of clips; a demonstration has to fit
 
