@@ -33,7 +33,7 @@ from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopSignals
 if TYPE_CHECKING:
     from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
     from mer_r1_jax.evaluation.benchmarks.word_protocol import Extractor
-    from mer_r1_jax.run.benchmark import Policy
+    from mer_r1_jax.run.asking import Policy
 
 MODES = ("slow", "fast")
 MME_EMOTION = "mme_emotion"
@@ -131,7 +131,7 @@ def _request() -> Request:
 
 
 def _policy(stack: contextlib.ExitStack) -> Policy:
-    from mer_r1_jax.run.benchmark import open_policy
+    from mer_r1_jax.run.asking import open_policy
 
     if not _MODEL.value:
         raise BenchmarkError("--model is empty; give a run's folder, its export or a Hugging Face directory")

@@ -146,7 +146,7 @@ def _client(url: str, model: str, key_env: str) -> ChatClient:
 def _policy(benchmark, stop: StopSignals) -> Iterator:
     # Imported here: rating answers made elsewhere needs no JAX.
     from mer_r1_jax.emotion.answer_form import MODES
-    from mer_r1_jax.run.benchmark import open_policy
+    from mer_r1_jax.run.asking import open_policy
     from mer_r1_jax.run.mme import PolicyAnswers
     from mer_r1_jax.run.policy import refuse_in_run
     from mer_r1_jax.training.stopping import Stop

@@ -25,7 +25,7 @@ from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.durable import writing
 from mer_r1_jax.training.backbone import Backbone
-from mer_r1_jax.training.prompts import prompt_rows, uid_of
+from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
 
 MEL_PADDING = 3000  # mel is padded to a multiple of Whisper's 30 seconds, as the processor pads it
@@ -102,7 +102,7 @@ def make_cases(
     with jax.default_matmul_precision("highest"):
         answers = evaluator.run(params, iter(prompts), modes=("slow",)).answers["slow"]
         logits = _all_logits(evaluator, params, prompts, answers)
-    sampling = evaluator.sampling
+    sampling = evaluator.answerer.sampling
     arrays: dict[str, Any] = {
         "cases": len(prompts),
         "eos_ids": sampling.eos_ids,
@@ -146,22 +146,23 @@ def _all_logits(
     answers: Sequence[AnswerOf],
 ) -> list[np.ndarray]:
     """float32 [C, N] of each answer: the logits that predict its tokens, from one forward pass as training makes it."""
-    programs, length = evaluator.programs, evaluator.sampling.max_completion_length
-    backbone, size, found = programs.backbone, evaluator.buckets[0].rows, []
-    forward = _forward(backbone)
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        uids = [uid_of(record.id) for record, _ in batch]
-        host = prompt_rows([prompt for _, prompt in batch], evaluator.buckets, backbone.config, uids)
-        id_BGC = np.zeros((size, 1, length), np.int32)
-        exists_BGC = np.zeros(id_BGC.shape, bool)
-        lengths = [len(answer.ids) for answer in answers[start : start + size]]
-        for row, answer in enumerate(answers[start : start + size]):
-            id_BGC[row, 0, : lengths[row]] = answer.ids
-            exists_BGC[row, 0, : lengths[row]] = True
-        rows, completion = put((host, Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC)), backbone.mesh)
-        logits_BGCN = jax.device_get(forward(params, programs.encode(params, rows), completion))
-        found += [logits_BGCN[row, 0, :count] for row, count in enumerate(lengths)]
+    backbone, size = evaluator.answerer.programs.backbone, evaluator.buckets[0].rows
+    length = evaluator.answerer.sampling.max_completion_length
+    forward, found = _forward(backbone), []
+    with evaluator.answerer.holding(params) as policy:
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            uids = [uid_of(record.id) for record, _ in batch]
+            encoded = policy.encode([prompt for _, prompt in batch], evaluator.buckets, uids)
+            id_BGC = np.zeros((size, 1, length), np.int32)
+            exists_BGC = np.zeros(id_BGC.shape, bool)
+            lengths = [len(answer.ids) for answer in answers[start : start + size]]
+            for row, answer in enumerate(answers[start : start + size]):
+                id_BGC[row, 0, : lengths[row]] = answer.ids
+                exists_BGC[row, 0, : lengths[row]] = True
+            completion = put(Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC), backbone.mesh)
+            logits_BGCN = jax.device_get(forward(params, encoded, completion))
+            found += [logits_BGCN[row, 0, :count] for row, count in enumerate(lengths)]
     return found
 
 

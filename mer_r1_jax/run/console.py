@@ -16,7 +16,7 @@ from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.run.answering import eval_buckets, eval_length, load_prompts
+from mer_r1_jax.run.asking import eval_buckets, eval_length, load_prompts
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory

@@ -11,7 +11,7 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.probes import Prober
-from mer_r1_jax.run.answering import load_prompts, make_evaluator
+from mer_r1_jax.run.asking import load_prompts, make_evaluator
 from mer_r1_jax.run.inputs import require_files
 from mer_r1_jax.run.policy import RUN_MARKER, PolicyError, open_model, require_model, saved_config
 from mer_r1_jax.run.setup import Setup

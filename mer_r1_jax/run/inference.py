@@ -7,25 +7,19 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.evaluation.answering import LENGTH_STEP, AnsweringPolicy
 from mer_r1_jax.media.collate import prompt_shape
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.omni.batch import Prompts
 from mer_r1_jax.parallel.mesh import row_cut
-from mer_r1_jax.parallel.rows import put
-from mer_r1_jax.rl.confidence import NO_SET
-from mer_r1_jax.rl.packing import Continuations
-from mer_r1_jax.rl.rollout import check_finite
-from mer_r1_jax.rl.sampling import greedy
+from mer_r1_jax.rl.rollout import STOP_LENGTH
+from mer_r1_jax.run.asking import make_answerer
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.training.prompts import prompt_rows
 from mer_r1_jax.training.state import Params
-
-LENGTH_STEP = 64  # prompts are padded to a multiple of this, so that clips of one size share a compiled program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,39 +89,30 @@ def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = 
     bucket = dataclasses.replace(
         shape, rows=row_cut(setup.backbone.mesh), tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
     )
-    with setup.programs.rollout_params(params) as decoding:
-        return prompt, [_read(setup, params, decoding, prompt, bucket, mode) for mode in modes]
+    answerer = make_answerer(setup, setup.programs.sampling.max_completion_length)
+    with answerer.holding(params) as policy:
+        prompts = policy.encode([prompt], [bucket], [0])
+        return prompt, [_read(setup, policy, prompts, mode) for mode in modes]
 
 
-def _read(setup: Setup, params: Params, decoding: Params, prompt: Prompt, bucket: BatchShape, mode: str) -> Reading:
-    programs, scorer = setup.programs, setup.eval_scorer
-    rows = put(prompt_rows([prompt], [bucket], setup.backbone.config, [0]), setup.backbone.mesh)
-    rows = programs.encode(params, rows)
-    sampling = greedy(programs.sampling, scorer.tags.empty_think if mode == "fast" else ())
-    completions = programs.sample(decoding, rows, jax.random.key(0), sampling)
-    host = jax.device_get(completions)
-    check_finite(host)
-    padding = [None] * (bucket.rows - 1)
-    scored = scorer.groups(host, [(), *padding]).answers[0][0]
+def _read(setup: Setup, policy: AnsweringPolicy, prompts: Prompts, mode: str) -> Reading:
+    answers = policy.answer(prompts, mode)
+    ids, length, stop = (array[0, 0] for array in (answers.host.id_BGC, answers.host.length_BG, answers.host.stop_BG))
+    said = policy.answerer.scorer.answer(ids, int(length), bool(stop == STOP_LENGTH), ())
     # With its own words for truth every word has a confidence.
-    groups = scorer.groups(host, [scored.parsed.words, *padding], require_format=False)
-    completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
-    anchors = put(groups.anchors, setup.backbone.mesh)
-    slow_BGWQ, _ = programs.score(params, rows, completion, anchors, setup.candidates.ids_ZY)
-    confidences = _by_word(np.exp(jax.device_get(slow_BGWQ))[0, 0], groups.anchors.set_BGWQ[0, 0])
-    wheels = range(len(setup.wheels))
+    probability_WQ = policy.score(answers, [said.parsed.words], require_format=False).probability_BWQ[0]
     words = tuple(
         WordReading(
             word=word,
-            categories=tuple(setup.wheels.category(word, wheel) for wheel in wheels),
-            confidence=confidences.get(index),
+            categories=tuple(setup.wheels.category(word, wheel) for wheel in range(len(setup.wheels))),
+            confidence=_mean(probability_WQ[index]) if index < len(probability_WQ) else None,
         )
-        for index, word in enumerate(scored.parsed.words)
+        for index, word in enumerate(said.parsed.words)
     )
-    return Reading(mode, scored.text, scored.parsed.reasoning, words, scored.truncated)
+    return Reading(mode, said.text, said.parsed.reasoning, words, said.truncated)
 
 
-def _by_word(probability_WQ: np.ndarray, set_WQ: np.ndarray) -> dict[int, float]:
-    """Mean over the wheels on which a word has a candidate set."""
-    held_WQ = set_WQ != NO_SET
-    return {w: float(probability_WQ[w][held_WQ[w]].mean()) for w in range(len(set_WQ)) if held_WQ[w].any()}
+def _mean(probability_Q: np.ndarray) -> float | None:
+    """Over the wheels on which a word has a candidate set."""
+    held_Q = ~np.isnan(probability_Q)
+    return float(probability_Q[held_Q].mean()) if held_Q.any() else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,14 +13,9 @@ from mer_r1_jax.evaluation.mme.mme_folder import NAME
 from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure
-from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.run.answering import make_evaluator
-from mer_r1_jax.run.benchmark import Policy, answer_fingerprint
-from mer_r1_jax.training.prompts import PromptSource
+from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.run.asking import Policy, answer_fingerprint, ask, make_evaluator
 from mer_r1_jax.training.stopping import NEVER, Stop
-
-log = logging.getLogger(__name__)
 
 
 class PolicyAnswers:
@@ -52,38 +45,16 @@ class PolicyAnswers:
             return
         records = {one.item.key: record_of(one.item) for one in present}
         evaluator = make_evaluator(self._policy.setup, tuple(records.values()))
-        source = self._source()
-        try:
-            for modes, items in _by_modes(present).items():
-                failures: list[tuple[Item, Failure]] = []
-                prompts = self._prompts(source, [(item, records[item.key]) for item in items], failures)
-                of_record = {item.key: item for item in items}
-                for batch, answers in evaluator.batches(self._policy.params, prompts, modes, [], self._stop):
-                    for row, record in enumerate(batch):
-                        for mode in modes:
-                            yield Asked(of_record[record.id], mode), answer_row(answers[mode][row])
-                for item, failure in failures:
-                    for mode in modes:
-                        yield Asked(item, mode), failure
-        finally:
-            source.close()
-
-    def _source(self) -> PromptSource:
-        """Decodes clips below the benchmark's folder."""
-        setup = self._policy.setup
-        data = dataclasses.replace(setup.config.data, media_root=str(self._benchmark.root))
-        return PromptSource(dataclasses.replace(setup.config, data=data), setup.tokenizer, setup.backbone.config)
-
-    def _prompts(
-        self, source: PromptSource, items: Sequence[tuple[Item, Record]], failures: list[tuple[Item, Failure]]
-    ) -> Iterator[tuple[Record, Prompt | str]]:
-        for item, record in items:
-            try:
-                yield record, source.load(record).prompt
-            except (MediaError, PromptError) as error:
-                reason = f"clip_{error.reason}" if isinstance(error, MediaError) else "prompt"
-                log.warning("%s: not asked: %s", item.key, error)
-                failures.append((item, Failure(reason, str(error))))
+        pairs = [(records[one.item.key], one.mode) for one in present]
+        items = {one.item.key: one.item for one in present}
+        for replies in ask(self._policy, evaluator, self._benchmark.root, pairs, self._stop):
+            for reply in replies:
+                one, outcome = Asked(items[reply.record.id], reply.mode), reply.outcome
+                if isinstance(outcome, AnswerOf):
+                    yield one, answer_row(outcome)
+                else:
+                    reason = f"clip_{outcome.reason}" if isinstance(outcome, MediaError) else "prompt"
+                    yield one, Failure(reason, str(outcome))
 
 
 def record_of(item: Item) -> Record:
@@ -101,14 +72,3 @@ def answer_row(answer: AnswerOf) -> dict[str, Any]:
     faults.here("answer_row")
     scored = answer.answer
     return {"text": scored.text, "tokens": scored.length, "truncated": scored.truncated}
-
-
-def _by_modes(asked: Sequence[Asked]) -> dict[tuple[str, ...], list[Item]]:
-    """Items by the modes they lack: one that lacks both is encoded once for both."""
-    lacking: dict[Item, list[str]] = {}
-    for one in asked:
-        lacking.setdefault(one.item, []).append(one.mode)
-    grouped: dict[tuple[str, ...], list[Item]] = {}
-    for item, modes in lacking.items():
-        grouped.setdefault(tuple(modes), []).append(item)
-    return grouped

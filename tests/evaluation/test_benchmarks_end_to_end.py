@@ -17,7 +17,7 @@ from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.omni.hf.export import export_model
-from mer_r1_jax.run.benchmark import open_policy
+from mer_r1_jax.run.asking import open_policy
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.training.state import nest
 
@@ -74,9 +74,9 @@ def resumed(export, root, small_folder, compiled, tmp_path_factory):
     asked = []
     answer = Evaluator._answer
 
-    def counted(self, params, decoding, batch, modes, stop):
+    def counted(self, policy, batch, modes, stop):
         asked.extend((record.file, record.id, mode) for record, _ in batch for mode in modes)
-        return answer(self, params, decoding, batch, modes, stop)
+        return answer(self, policy, batch, modes, stop)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_answer", counted)

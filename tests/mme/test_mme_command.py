@@ -18,7 +18,7 @@ from support.mme_standin import COUNT, follow_rule
 from support.small_run import command, environment, with_config
 
 from mer_r1_jax.omni.hf.export import export_model
-from mer_r1_jax.run.benchmark import open_policy
+from mer_r1_jax.run.asking import open_policy
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.training.signals import EXIT_SAVED
 from mer_r1_jax.training.state import nest
