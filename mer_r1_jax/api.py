@@ -61,7 +61,7 @@ class Model:
     def answer(
         self,
         *,
-        video: str | os.PathLike,
+        video: str | os.PathLike[str],
         subtitle: str | None = None,
         question: str | None = None,
         mode: Mode = "slow",
@@ -86,7 +86,7 @@ class Model:
         _require("mode", mode, ("slow", "fast"))
         _require("show", show, ("both", "video", "audio"))
         asked = question or self._setup.config.data.question
-        record = clip_record(video, asked, subtitle, frames=show != "audio", audio=show != "video")
+        record = clip_record(os.fspath(video), asked, subtitle, frames=show != "audio", audio=show != "video")
         _, (reading,) = answer(self._setup, self._params, record, (mode,))
         return Answer(
             mode=reading.mode,
@@ -109,7 +109,7 @@ class Model:
         self.close()
 
 
-def load(path: str | os.PathLike, **settings: Any) -> Model:
+def load(path: str | os.PathLike[str], **settings: Any) -> Model:
     """Loads a model.
 
     Args:
@@ -125,15 +125,15 @@ def load(path: str | os.PathLike, **settings: Any) -> Model:
 
     # As in `mer-r1 infer`, a clip without a sound track is no error.
     overrides = {"media.missing_audio": "skip"} | {name.replace("__", "."): value for name, value in settings.items()}
-    return Model(*open_model(path, overrides))
+    return Model(*open_model(os.fspath(path), overrides))
 
 
 def score(
-    predictions: str | os.PathLike | Mapping[str, str | Sequence[str] | Answer],
-    truths: str | os.PathLike | Mapping[str, Any] | None = None,
+    predictions: str | os.PathLike[str] | Mapping[str, str | Sequence[str] | Answer],
+    truths: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     metric: Literal["set_f1", "hit", "waf"] = "set_f1",
-    wheel_dir: str | os.PathLike = "",
+    wheel_dir: str | os.PathLike[str] = "",
     variant: Literal["unibench", "mer2026"] = "unibench",
 ) -> dict[str, Any]:
     """Scores predictions as MER-UniBench does.
@@ -155,11 +155,11 @@ def score(
         PredictionError: predictions that cannot be read, or ids that differ from those of the truths.
         RecordError, WheelError: a data file or a wheel folder that cannot be read.
     """
-    wheels = load_wheels(wheel_dir, variant)
+    wheels = load_wheels(os.fspath(wheel_dir), variant)
     if not isinstance(predictions, Mapping):
         if truths is not None:
             raise ArgumentError("truths: got some beside a file of predictions, which has its own; leave them out")
-        return scoring.score_predictions(scoring.read_predictions(predictions, metric), metric, wheels)
+        return scoring.score_predictions(scoring.read_predictions(os.fspath(predictions), metric), metric, wheels)
     if truths is None:
         raise ArgumentError("truths: got None, expected id -> truth, or a data file whose records have a solution")
     if not isinstance(truths, Mapping):

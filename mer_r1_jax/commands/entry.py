@@ -34,7 +34,6 @@ COMMANDS = {
     "plan": "compiles a run's programs for a TPU slice and says what they take",
     "bench": "measures our speed beside PyTorch's",
     "convert-labels": "turns pickled label files into CSV without running them",
-    "wheel-coverage": "measures how much of another wheel folder's vocabulary ours knows",
 }
 ALONE = "check-in-transformers"  # runs without this package as well, so it reads its arguments itself
 EXIT_USAGE = 1  # arguments that do not go together

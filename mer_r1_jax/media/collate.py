@@ -42,6 +42,12 @@ def prompt_shape(prompt: Prompt) -> BatchShape:
     )
 
 
+def largest_of(shapes: Sequence[BatchShape]) -> BatchShape:
+    """Returns the smallest bucket that holds each of these shapes."""
+    names = [field.name for field in dataclasses.fields(BatchShape)]
+    return BatchShape(**{name: max(getattr(shape, name) for shape in shapes) for name in names})
+
+
 def fits(shape: BatchShape, bucket: BatchShape) -> bool:
     """Whether everything of `shape` but its rows fits into `bucket`."""
     return all(
@@ -137,8 +143,7 @@ def _padded_source(prompt: Prompt, shape: BatchShape) -> np.ndarray:
 def _vision(rows, shape: BatchShape, thinker: ThinkerConfig) -> VisionClips:
     B, V, P, S = shape.rows, shape.vision_clips, shape.frame_pairs, shape.patches
     sizes = thinker.vision
-    X = sizes.in_channels * sizes.temporal_patch_size * sizes.patch_size**2
-    patches_BVPSX = np.zeros((B, V, P, S, X), np.float32)
+    patches_BVPSX = np.zeros((B, V, P, S, sizes.patch_values), np.float32)
     position_BVS2 = np.zeros((B, V, S, 2), np.int32)
     window_BVS = np.full((B, V, S), -1, np.int32)
     pairs_BV = np.zeros((B, V), np.int32)

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.emotion.answer_form import MODES
-from mer_r1_jax.evaluation.ablation.ablation_narrative import counted, describe
 from mer_r1_jax.evaluation.ablation.ablation_report import write
 from mer_r1_jax.evaluation.ablation.alikeness import alikeness
 from mer_r1_jax.evaluation.ablation.arm_comparison import compare
 from mer_r1_jax.evaluation.ablation.results import read_result
 from mer_r1_jax.evaluation.bootstrap import POINTS
+from mer_r1_jax.evaluation.narrative import tell_ablation
+from mer_r1_jax.evaluation.report_kit import counted
 from mer_r1_jax.run.ablation_plan import PLATEAU, SFT, Job, Plan, setting_differences
 from mer_r1_jax.run.jobs import Outcome, cores_for, hold, is_finished, run_jobs
 from mer_r1_jax.run.setup import with_embedded_world
@@ -86,7 +87,7 @@ def _write_tables(plan: Plan, jobs: list[Job], command: str, say: Any) -> None:
     alike = alikeness([job.folder for job in finished if job.row in plan.arms], plan.arms, settings)
     ablation = compare(results, plan.rows, missing, alike)
     paths = write(plan.out, ablation, command, plan_as_json(plan), setting_of(plan.config, plan))
-    for paragraph in describe(ablation):
+    for paragraph in tell_ablation(ablation):
         say(paragraph)
     for path in paths:
         say(str(path))

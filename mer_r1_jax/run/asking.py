@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
-
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
@@ -59,7 +57,7 @@ def make_evaluator(setup: Setup, records: tuple[Record, ...] | None = None) -> E
     return Evaluator(make_answerer(setup, eval_length(setup.config)), eval_buckets(setup, records))
 
 
-def load_prompts(setup: Setup, records: tuple[Record, ...]) -> Iterator[tuple[Record, Prompt | str]]:
+def load_prompts(setup: Setup, records: Iterable[Record]) -> Iterator[tuple[Record, Prompt | str]]:
     """Prompts of records; a clip that cannot be used comes as the reason, and is counted by whoever asked.
 
     Raises:
@@ -91,7 +89,7 @@ class Policy:
     held_out: tuple[str, str]
 
 
-def open_policy(path: str, config: RunConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Policy:
+def open_policy(path: str, config: RunConfig | None = None, devices: Sequence[Any] | None = None) -> Policy:
     """Opens a run's folder, an export or a Hugging Face directory for benchmarks.
 
     Args:
@@ -146,7 +144,7 @@ def model_fingerprint(path: str, tokenizer_path: pathlib.Path, read: ReadStep | 
     """
     folder = pathlib.Path(path)
     if read is not None:
-        found = {"checkpoint": read.step, "weights": read.manifest_sha256}
+        found: dict[str, Any] = {"checkpoint": read.step, "weights": read.manifest_sha256}
     else:
         files = sorted(folder.glob("*.safetensors"))
         found = {"weights": {file.name: durable.sha256_of(file) for file in files}}

@@ -126,7 +126,7 @@ def answer_line(reply: Reply, answer: AnswerOf, metric: str) -> dict[str, Any]:
         metric: of the benchmark; it decides the form of the truth.
     """
     record, scored = reply.record, answer.answer
-    line = {
+    line: dict[str, Any] = {
         "id": record.id,
         "mode": reply.mode,
         "record": dataset_hash([record]),

@@ -87,8 +87,7 @@ def open_held_out(
 def _evaluated_config(path: pathlib.Path) -> RunConfig:
     """The configuration, with its held-out file, of a run's folder or of the run that an export lies in."""
     for folder in (path, path.resolve().parent.parent):
-        if (folder / RUN_MARKER).is_dir():
-            config = saved_config(folder)
+        if (folder / RUN_MARKER).is_dir() and (config := saved_config(folder)) is not None:
             require_files(config, ("data.eval_path", "data.media_root"))
             world = config.data.synthetic_dir
             file = config.data.eval_path or (world and str(pathlib.Path(world) / "eval.jsonl"))

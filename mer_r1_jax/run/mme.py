@@ -59,6 +59,7 @@ class PolicyAnswers:
 
 def record_of(item: Item) -> Record:
     """An item as the policy is asked it: frames, sound and our question."""
+    assert item.video is not None  # where its clip is missing it is not asked
     return Record(
         id=item.key,
         messages=({"role": "user", "content": question(TASKS[item.task], item.label_set)},),

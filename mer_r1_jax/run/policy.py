@@ -117,7 +117,7 @@ def refuse_in_run(out: str | pathlib.Path, flag: str = "--out") -> None:
 
 
 def open_model(
-    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
+    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[Any] | None = None
 ) -> tuple[Setup, Params]:
     """The policy of a run's folder, of its export, or of a Hugging Face directory, ready to answer; see `open_step`."""
     setup, params, _ = open_step(path, overrides, devices)
@@ -125,7 +125,7 @@ def open_model(
 
 
 def open_step(
-    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
+    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[Any] | None = None
 ) -> tuple[Setup, Params, ReadStep | None]:
     """The same, and of a run's folder also which of its checkpoints that is.
 
@@ -188,7 +188,7 @@ def _join(run_dir: str | pathlib.Path, name: str) -> str:
 
 def _read_config(file: str | pathlib.Path) -> RunConfig:
     try:
-        content = bucket.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
+        content = bucket.read(str(file)) if is_bucket(file) else pathlib.Path(file).read_bytes()
         return from_mapping(json.loads(content or b""))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):

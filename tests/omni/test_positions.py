@@ -13,7 +13,7 @@ from support.tiny_hf import AUDIO, VIDEO
 
 from mer_r1_jax.omni import positions
 from mer_r1_jax.omni.positions import PositionError, audio_token_count, interleave, rope_positions, vision_token_count
-from mer_r1_jax.omni.reference import torch_inputs
+from mer_r1_jax.parity.transformers_reference import torch_inputs
 
 
 def theirs(inputs) -> np.ndarray:

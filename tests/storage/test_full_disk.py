@@ -18,12 +18,12 @@ from mer_r1_jax.data.synthetic.render import write_clip
 from mer_r1_jax.evaluation import result_log
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
-from mer_r1_jax.evaluation.export_cases import write_cases
 from mer_r1_jax.evaluation.judge.answer_cache import AnswerCache
 from mer_r1_jax.evaluation.judge.endpoint import JudgeAbortedError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.thinker import init_params
+from mer_r1_jax.parity.export_cases import write_cases
 from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.durable import WriteError, writing
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError

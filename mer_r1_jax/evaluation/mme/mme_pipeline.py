@@ -43,7 +43,7 @@ class Responses:
         MmeError: the files cannot be used.
     """
 
-    modes = (RESPONSE,)
+    modes: tuple[str, ...] = (RESPONSE,)
 
     def __init__(self, folder: str | Path, benchmark: Benchmark):
         files = response_files(folder)

@@ -169,6 +169,7 @@ class Predictor(Interface):
 
     def answers(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Mapping[str, Any] | Failure]]:
         """An answer with its `text`, or why there is none, for each, in any order."""
+        ...
 
 
 def asked_of(benchmark: Benchmark, modes: Iterable[str]) -> list[Asked]:

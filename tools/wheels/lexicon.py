@@ -1,10 +1,10 @@
-"""Builds the wheels shipped with the package from `wheels/lexicon.txt`.
+"""Builds the wheels shipped with the package from the lexicon beside this file.
 
-    python -m mer_r1_jax.emotion.lexicon
+    python -m tools.wheels.lexicon
 
-rewrites `wheel1.csv` to `wheel5.csv`, `synonym.csv` and `format.csv` beside it. The lexicon is written by hand:
-families of words that mean nearly the same, with the place of each family on the five wheels (`wheels/README.md` names
-the literature). A family:
+rewrites `wheel1.csv` to `wheel5.csv`, `synonym.csv` and `format.csv` in `mer_r1_jax/emotion/wheels`. The lexicon is
+written by hand: families of words that mean nearly the same, with the place of each family on the five wheels (the
+README of the tables names the literature). A family:
 
     [annoyance]
     at: anger/annoyance | anger/annoyance | anger/irritation | angry/annoyed | negative and forceful/irritation
@@ -25,9 +25,10 @@ import csv
 import dataclasses
 import pathlib
 
-from mer_r1_jax.emotion import inflection
+from tools.wheels import inflection
 
-FOLDER = pathlib.Path(__file__).parent / "wheels"
+LEXICON = pathlib.Path(__file__).parent / "lexicon.txt"
+TABLES = pathlib.Path(__file__).parents[2] / "mer_r1_jax/emotion/wheels"
 NUM_WHEELS = 5
 
 
@@ -87,7 +88,8 @@ def _family(name: str, block: dict[str, list[str]], where: str) -> Family:
     cells = [cell.strip() for cell in "|".join(block.get("at", [])).split("|")]
     if len(cells) != NUM_WHEELS or not all(cell == "-" or cell.count("/") == 1 for cell in cells):
         raise LexiconError(f"{where}: [{name}] needs 'at:' with five places 'level1/level2' or '-', got {cells}")
-    places = tuple(None if cell == "-" else tuple(cell.split("/")) for cell in cells)
+    pairs = [None if cell == "-" else cell.split("/") for cell in cells]
+    places = tuple(None if pair is None else (pair[0], pair[1]) for pair in pairs)
     lines = [(part, cell) for part in inflection.PARTS for cell in block.get(part, [])]
     entries = tuple(entry for part, cell in lines for entry in _entries(part, cell))
     family = Family(name, places, entries)
@@ -140,8 +142,8 @@ def build_tables(families: list[Family]) -> dict[str, list[list[str]]]:
 def _wheel_rows(families: list[Family], wheel: int) -> list[list[str]]:
     tree: dict[str, dict[str, list[str]]] = {}
     for family in families:
-        if family.places[wheel] is not None:
-            core, child = family.places[wheel]
+        if (place := family.places[wheel]) is not None:
+            core, child = place
             tree.setdefault(core, {}).setdefault(child, []).extend(family.wheel_words)
     rows = [["level1", "level2", "level3"]]
     for core, children in tree.items():
@@ -154,8 +156,8 @@ def _wheel_rows(families: list[Family], wheel: int) -> list[list[str]]:
 
 
 def main() -> None:
-    for name, rows in build_tables(read_lexicon(FOLDER / "lexicon.txt")).items():
-        with open(FOLDER / name, "w", encoding="utf-8", newline="") as file:
+    for name, rows in build_tables(read_lexicon(LEXICON)).items():
+        with open(TABLES / name, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
 

@@ -1,6 +1,6 @@
 """What the real TPU compiler makes of attention: memory, kernel calls and the schedule of a tile. Needs no TPU.
 
-    python -m mer_r1_jax.kernels.attention.measure --chip v5p [--splash] [--schedule] [--tokens 4096 --heads 28 ...]
+    python tools/measure_attention.py --chip v5p [--splash] [--schedule] [--tokens 4096 --heads 28 ...]
 
 A bundle is one instruction word and takes a cycle or more, so bundles and matrix-unit cycles are both lower bounds of a
 tile's time. `--schedule` reads them from dumps that libtpu writes under flags it does not document: they were seen to

@@ -20,6 +20,7 @@ from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import Prompts
 from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.parity.processor_inputs import processor_tensors
 from mer_r1_jax.rl.packing import Continuations, pack, predictor_hidden
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.storage import durable
@@ -28,46 +29,11 @@ from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
 
-MEL_PADDING = 3000  # mel is padded to a multiple of Whisper's 30 seconds, as the processor pads it
 PREFIX = "case{number:03d}."  # of a case's arrays; settings have none
 
 
 class AgreementError(ValueError):
     """Records that make no cases; the message says why."""
-
-
-def processor_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
-    """A prompt as the tensors of transformers' Qwen2_5OmniProcessor, batch 1, under its names.
-
-    Returns:
-        `input_ids` and `attention_mask` [1, T]; as far as present, `pixel_values` and `image_grid_thw`,
-        `pixel_values_videos`, `video_grid_thw` and `video_second_per_grid` (patches of all clips behind one another, in
-        merge-block order), `input_features` [A, M, frames] and `feature_attention_mask` [A, frames].
-    """
-    ids = prompt.ids[None].astype(np.int64)
-    tensors = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    # An image has no time between frame pairs; a video always has.
-    images = [clip for clip in prompt.vision if not clip.second_per_grid]
-    videos = [clip for clip in prompt.vision if clip.second_per_grid]
-    for clips, pixels, grid in (
-        (images, "pixel_values", "image_grid_thw"),
-        (videos, "pixel_values_videos", "video_grid_thw"),
-    ):
-        if clips:
-            patches = [clip.patches for clip in clips]
-            tensors[pixels] = np.concatenate([clip.reshape(-1, clip.shape[-1]) for clip in patches])
-            tensors[grid] = np.asarray([clip.grid for clip in clips], np.int64)
-    if videos:
-        tensors["video_second_per_grid"] = np.asarray([clip.second_per_grid for clip in videos], np.float32)
-    if prompt.audio:
-        frames = -(-max(len(clip.mel) for clip in prompt.audio) // MEL_PADDING) * MEL_PADDING
-        features_AMF = np.zeros((len(prompt.audio), prompt.audio[0].mel.shape[1], frames), np.float32)
-        mask_AF = np.zeros((len(prompt.audio), frames), np.int64)
-        for number, clip in enumerate(prompt.audio):
-            features_AMF[number, :, : len(clip.mel)] = clip.mel.T
-            mask_AF[number, : len(clip.mel)] = 1
-        tensors |= {"input_features": features_AMF, "feature_attention_mask": mask_AF}
-    return tensors
 
 
 def make_cases(
@@ -116,7 +82,7 @@ def make_cases(
     return {name: np.asarray(value) for name, value in arrays.items()}
 
 
-def write_cases(path: str | pathlib.Path, cases: dict[str, np.ndarray]) -> None:
+def write_cases(path: str | pathlib.Path, cases: dict[str, Any]) -> None:
     """Writes cases as one compressed .npz file."""
     path = pathlib.Path(path)
     with writing("the cases", path):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from mer_r1_jax.omni.border import ProcessorInputs
+from mer_r1_jax.parity.processor_inputs import ProcessorInputs
 
 
 def load_reference(directory: str) -> Qwen2_5OmniThinkerForConditionalGeneration:
@@ -33,7 +33,8 @@ def torch_inputs(inputs: ProcessorInputs) -> dict[str, Any]:
 @torch.no_grad()
 def run_reference(model_or_directory: Any, inputs: ProcessorInputs, *, generate: int = 0) -> dict[str, np.ndarray]:
     """The outputs of `parity.run_port` as transformers computes them."""
-    model = load_reference(model_or_directory) if isinstance(model_or_directory, str) else model_or_directory
+    # Any: transformers' annotations allow for outputs that this model does not give.
+    model: Any = load_reference(model_or_directory) if isinstance(model_or_directory, str) else model_or_directory
     given = torch_inputs(inputs)
     lengths = given["feature_attention_mask"].sum(-1) if "feature_attention_mask" in given else None
     position_ids, _ = model.model.get_rope_index(

@@ -1,6 +1,6 @@
 """What the real TPU compiler says about the kernels, without a TPU: memory, and a lower bound of the time.
 
-    python -m mer_r1_jax.kernels.logprobs.measure --topology=v5p:2x2x1
+    python tools/measure_logprobs.py --topology=v5p:2x2x1
 
 Compiles log-probability and entropy with their gradients, and lets libtpu write down the kernels' machine code. A TPU
 issues one bundle of instructions a cycle at most, so the bundles on the way through a kernel, times how often they run,
@@ -107,7 +107,7 @@ def main() -> None:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
         }
-        command = [sys.executable, "-m", "mer_r1_jax.kernels.logprobs.measure", *sys.argv[1:], "--child"]
+        command = [sys.executable, __file__, *sys.argv[1:], "--child"]
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
         if child.returncode:
             raise SystemExit(child.stderr[-4000:])

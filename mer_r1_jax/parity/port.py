@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mer_r1_jax.omni.batch import Batch, BatchShape, FeatureLayout
-from mer_r1_jax.omni.border import ProcessorInputs, to_batch
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.thinker import Params, abstract_thinker, bind
+from mer_r1_jax.parity.processor_inputs import ProcessorInputs, to_batch
 
 
 def run_port(
