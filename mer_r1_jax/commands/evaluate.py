@@ -161,7 +161,7 @@ def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, sto
     from mer_r1_jax.evaluation.mme import mme_pipeline as mme
     from mer_r1_jax.evaluation.mme.mme_folder import MmeFolder
     from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark
-    from mer_r1_jax.run.mme import PolicyAnswers
+    from mer_r1_jax.run.benchmark import PolicyAnswers
     from mer_r1_jax.training.stopping import Stop
 
     benchmark = read_benchmark(pathlib.Path(request.root) / MME_FOLDER, limit=request.limit)
@@ -231,12 +231,6 @@ def _print_mme(rated: list[dict[str, Any]], out: pathlib.Path) -> None:
     if not _asks_mme():
         return
     from mer_r1_jax.evaluation.mme.mme_folder import MmeFolder
-    from mer_r1_jax.evaluation.mme.mme_scores import lines_of
 
-    folder = MmeFolder.of(out)
-    for line in (line for score in rated for line in lines_of(score)):
+    for line in MmeFolder.of(out).told(rated):
         screen.say(line)
-    if rated:
-        screen.say(f"report: {folder.report}")
-    else:
-        screen.say(f"answers: {folder.predictions}; add --judge_url and --judge_model to rate them")

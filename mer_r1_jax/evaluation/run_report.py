@@ -224,7 +224,7 @@ def _held_out_panels(evaluations: Sequence[KeptEvaluation], stages: Stages) -> l
     levels = tuple(
         (100 * value, label)
         for label, name in (("floor", "majority_f1"), ("ceiling", "oracle_f1"))
-        if stages.end is not None and (value := stages.end.reference(name)) is not None
+        if (value := stages.end.reference(name)) is not None
     )
     where = f"over {'RL' if stages.end_is_rl else 'SFT'} steps"
     return [
