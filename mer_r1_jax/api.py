@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mer_r1_jax.emotion import predictions as scoring
+from mer_r1_jax.emotion.answer_form import Answer
 from mer_r1_jax.emotion.wheels import load_wheels
 
 Mode = Literal["slow", "fast"]
@@ -23,30 +24,6 @@ Part = Literal["both", "video", "audio"]
 
 class ArgumentError(ValueError):
     """An argument that cannot be used; the message says what was got, what was expected and how to mend it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a model says about a clip.
-
-    Attributes:
-        mode: slow (after reasoning) or fast (at once).
-        reasoning: what stands in the think block; None where there is none, as in every fast answer.
-        words: the emotion words, lower-case, in the order of the answer; empty where it cannot be read.
-        probabilities: word -> probability of its categories where it is said, mean over the wheels, in [0, 1]; a word
-            that is on no wheel has none.
-        categories: word -> its category on each of the five wheels, None where it has none.
-        truncated: the answer was cut at the length cap.
-        text: everything that was generated.
-    """
-
-    mode: str
-    reasoning: str | None
-    words: tuple[str, ...]
-    probabilities: Mapping[str, float]
-    categories: Mapping[str, tuple[str | None, ...]]
-    truncated: bool
-    text: str
 
 
 class Model:
@@ -87,16 +64,8 @@ class Model:
         _require("show", show, ("both", "video", "audio"))
         asked = question or self._setup.config.data.question
         record = clip_record(os.fspath(video), asked, subtitle, frames=show != "audio", audio=show != "video")
-        _, (reading,) = answer(self._setup, self._params, record, (mode,))
-        return Answer(
-            mode=reading.mode,
-            reasoning=reading.reasoning or None,
-            words=tuple(word.word for word in reading.words),
-            probabilities={word.word: word.confidence for word in reading.words if word.confidence is not None},
-            categories={word.word: word.categories for word in reading.words},
-            truncated=reading.truncated,
-            text=reading.text,
-        )
+        _, (answered,) = answer(self._setup, self._params, record, (mode,))
+        return dataclasses.replace(answered, reasoning=answered.reasoning or None)
 
     def close(self) -> None:
         """Ends the processes that decode clips. Closing twice does no harm."""

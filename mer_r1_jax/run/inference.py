@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.emotion.answer_form import MODES, Answer
 from mer_r1_jax.evaluation.answering import LENGTH_STEP, AnsweringPolicy
 from mer_r1_jax.media.collate import prompt_shape
 from mer_r1_jax.media.prompt import Prompt
@@ -20,40 +20,6 @@ from mer_r1_jax.rl.rollout import STOP_LENGTH
 from mer_r1_jax.run.asking import make_answerer
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.state import Params
-
-
-@dataclasses.dataclass(frozen=True)
-class WordReading:
-    """One emotion word of an answer.
-
-    Attributes:
-        word: as answered, lower-case.
-        categories: its category on each wheel, None where it has none.
-        confidence: probability of its categories where it was said, mean over the wheels; None where it has none.
-    """
-
-    word: str
-    categories: tuple[str | None, ...]
-    confidence: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """One mode's answer to a clip.
-
-    Attributes:
-        mode: slow or fast.
-        text: everything that was generated, a forced prefix included.
-        reasoning: what stands in the think block; None when there is none.
-        words: the emotion words.
-        truncated: the answer hit the length cap.
-    """
-
-    mode: str
-    text: str
-    reasoning: str | None
-    words: tuple[WordReading, ...]
-    truncated: bool
 
 
 def clip_record(video: str | pathlib.Path, question: str, subtitle: str | None, *, frames: bool, audio: bool) -> Record:
@@ -76,7 +42,7 @@ def clip_record(video: str | pathlib.Path, question: str, subtitle: str | None, 
     )
 
 
-def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = MODES) -> tuple[Prompt, list[Reading]]:
+def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = MODES) -> tuple[Prompt, list[Answer]]:
     """Answers a clip greedily in each mode.
 
     Raises:
@@ -95,24 +61,22 @@ def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = 
         return prompt, [_read(setup, policy, prompts, mode) for mode in modes]
 
 
-def _read(setup: Setup, policy: AnsweringPolicy, prompts: Prompts, mode: str) -> Reading:
+def _read(setup: Setup, policy: AnsweringPolicy, prompts: Prompts, mode: str) -> Answer:
     answers = policy.answer(prompts, mode)
     ids, length, stop = (array[0, 0] for array in (answers.host.id_BGC, answers.host.length_BG, answers.host.stop_BG))
     said = policy.answerer.scorer.answer(ids, int(length), bool(stop == STOP_LENGTH), ())
-    # With its own words for truth every word has a confidence.
-    probability_WQ = policy.score(answers, [said.parsed.words], require_format=False).probability_BWQ[0]
-    words = tuple(
-        WordReading(
-            word=word,
-            categories=tuple(setup.wheels.category(word, wheel) for wheel in range(len(setup.wheels))),
-            confidence=_mean(probability_WQ[index]) if index < len(probability_WQ) else None,
-        )
-        for index, word in enumerate(said.parsed.words)
+    words = said.parsed.words
+    # With its own words for truth every word has a confidence; beyond `rl.max_answer_words` there are none.
+    probability_WQ = policy.score(answers, [words], require_format=False).probability_BWQ[0]
+    held = {word: row_Q[~np.isnan(row_Q)] for word, row_Q in zip(words, probability_WQ, strict=False)}
+    return Answer(
+        mode=mode,
+        reasoning=said.parsed.reasoning,
+        words=words,
+        probabilities={word: float(row.mean()) for word, row in held.items() if len(row)},  # mean over its wheels
+        categories={
+            word: tuple(setup.wheels.category(word, wheel) for wheel in range(len(setup.wheels))) for word in words
+        },
+        truncated=said.truncated,
+        text=said.text,
     )
-    return Reading(mode, said.text, said.parsed.reasoning, words, said.truncated)
-
-
-def _mean(probability_Q: np.ndarray) -> float | None:
-    """Over the wheels on which a word has a candidate set."""
-    held_Q = ~np.isnan(probability_Q)
-    return float(probability_Q[held_Q].mean()) if held_Q.any() else None
