@@ -21,7 +21,7 @@ from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.rl.sampling import greedy
-from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, require_model, saved_config
+from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, configs_of, held_out_of, open_step, require_model
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage import durable
 from mer_r1_jax.training.prompts import PromptSource, plan_buckets
@@ -124,14 +124,11 @@ def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
 
 def _held_out(path: str, config: RunConfig | None) -> tuple[str, str]:
     """Where the embedded world's held-out clips are: of the configuration, the run, or the run an export lies in."""
-    folders = (pathlib.Path(path), pathlib.Path(path).resolve().parent.parent)
-    for found in (config, *(saved_config(folder) for folder in folders if (folder / RUN_MARKER).is_dir())):
+    for found in (config, *configs_of(path)):
         if found is None or is_bucket(found.data.eval_path) or is_bucket(found.data.media_root):
             continue
-        if found.data.eval_path:
-            return found.data.eval_path, found.data.media_root
-        if found.data.synthetic_dir:
-            return str(pathlib.Path(found.data.synthetic_dir) / "eval.jsonl"), found.data.synthetic_dir
+        if (held_out := held_out_of(found))[0]:
+            return held_out
     return "", ""
 
 

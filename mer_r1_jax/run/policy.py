@@ -165,6 +165,21 @@ def saved_config(path: str | pathlib.Path) -> RunConfig | None:
     return _read_config(settings) if settings.is_file() else None
 
 
+def configs_of(path: str | pathlib.Path) -> list[RunConfig]:
+    """The configuration of the run in a folder, or of the run whose export lies there; none of another folder."""
+    folder = pathlib.Path(path)
+    found = (saved_config(place) for place in (folder, folder.resolve().parent.parent) if _is_run(place))
+    return [config for config in found if config is not None]
+
+
+def held_out_of(config: RunConfig) -> tuple[str, str]:
+    """(file, media root) of the held-out clips a configuration names; empty strings where it names none."""
+    data = config.data
+    if not data.eval_path and data.synthetic_dir:
+        return str(pathlib.Path(data.synthetic_dir) / "eval.jsonl"), data.synthetic_dir
+    return data.eval_path, data.media_root
+
+
 def require_model(path: str | pathlib.Path) -> None:
     """Raises PolicyError for a path that is neither a run's folder nor one that may hold a model, saying what it is."""
     if not _is_run(pathlib.Path(path)) and (problem := path_problem(path)):
