@@ -89,7 +89,7 @@ def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
 
 
 def _held_out(path: str, config: RunConfig | None) -> tuple[str, str]:
-    """Where the embedded world's held-out clips are: of the configuration, the run, or the run an export lies in."""
+    """Where the synthetic world's held-out clips are: of the configuration, the run, or the run an export lies in."""
     folders = (pathlib.Path(path), pathlib.Path(path).resolve().parent.parent)
     for found in (config, *(saved_config(folder) for folder in folders if (folder / RUN_MARKER).is_dir())):
         if found is None or is_bucket(found.data.eval_path) or is_bucket(found.data.media_root):
@@ -143,7 +143,7 @@ def _synthetic_file(root: str, held_out: tuple[str, str]) -> tuple[str, str]:
         return str(own), str(own.parent)
     if not held_out[0]:
         raise BenchmarkError(
-            "synthetic: the model's run names no embedded world; give a --config with data.synthetic_dir, or "
+            "synthetic: the model's run names no synthetic world; give a --config with data.synthetic_dir, or "
             f"--benchmark_root with {SYNTHETIC}/eval.jsonl in it"
         )
     return held_out

@@ -69,6 +69,7 @@ def phase_parts(config: RunConfig, name: str, records: tuple[Record, ...], backb
     steps = total_steps(config, name, len(records))
     if name == "rl":
         _check_iterations(config, steps)
+    # Of this process; all of them together make the step's batch.
     rows = row_share(backbone.mesh).of(section.prompts_per_step)
     return {
         "name": name,
