@@ -33,9 +33,9 @@ from mer_r1_jax.rl.confidence import Anchors
 from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
-from mer_r1_jax.run.setup import banned_ids_of, check_rows, sampling_config
 from mer_r1_jax.training.chunked import state_shardings
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
+from mer_r1_jax.training.phase import banned_ids_of, check_rows, sampling_config
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step

@@ -19,8 +19,6 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.data.synthetic.make import WorldPaths, make_world
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.rl.advantage import arm_of
-from mer_r1_jax.rl.losses import check_loss_type
 from mer_r1_jax.storage import bucket
 
 FOLDERS = ("model.path", "model.tokenizer_path", "emotion.wheel_dir")
@@ -42,12 +40,9 @@ def resolve(config: RunConfig, say: Say = lambda line: None) -> RunConfig:
         say: prints a line about clips that are made.
 
     Raises:
-        OwnFunctionError: an arm or loss type of the user's that cannot be used.
         BucketError: there is nothing at an address, or it cannot be read.
         WorldError: the world's folder holds another one.
     """
-    arm_of(config.rl.arm)
-    check_loss_type(config.rl.loss_type)
     return _with_world(_on_disk(config), say)
 
 

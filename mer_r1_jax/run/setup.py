@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RlConfig, RunConfig
@@ -23,18 +22,17 @@ from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 from mer_r1_jax.media.identity import FileKey, file_key
 from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.parallel.mesh import make_mesh, row_cut
+from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import RowShare, row_share
 from mer_r1_jax.rl.advantage import arm_of
+from mer_r1_jax.rl.losses import check_loss_type
 from mer_r1_jax.rl.reward_funcs import RewardFunctions, extra_columns
-from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.run.inputs import Say, fetch_clips, resolve
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
-from mer_r1_jax.training.phase import Phase, phase_parts
+from mer_r1_jax.training.phase import Phase, banned_ids_of, check_rows, phase_parts, sampling_config
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.rl_step import RlPrograms, RlStep
 from mer_r1_jax.training.sft_step import SftPhase
@@ -180,6 +178,9 @@ def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequenc
     Raises:
         ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
     """
+    # The user's own functions first: trying them takes a moment, making or fetching data may take an hour.
+    arm_of(config.rl.arm)
+    check_loss_type(config.rl.loss_type)
     config = resolve(config, say)
     # Data before the model: a file that cannot be used is found in seconds, weights load in minutes.
     wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
@@ -221,25 +222,6 @@ def _reward_functions(config: RunConfig, records: Sequence[Record]) -> RewardFun
         max_faulty_rollouts=config.rl.max_faulty_rollouts,
         columns=extra_columns(records),
     )
-
-
-def sampling_config(rl: RlConfig, thinker: ThinkerConfig, banned_ids: tuple[int, ...]) -> SamplingConfig:
-    """How the training rollout samples; `banned_ids` are never sampled."""
-    return SamplingConfig(
-        max_completion_length=rl.max_completion_length,
-        eos_ids=thinker.eos_token_ids,
-        banned_ids=banned_ids,
-        temperature=rl.temperature,
-        top_k=rl.top_k,
-        top_p=rl.top_p,
-        min_p=rl.min_p,
-        num_generations=rl.num_generations,
-    )
-
-
-def banned_ids_of(tags: AnswerTags, thinker: ThinkerConfig) -> tuple[int, ...]:
-    """Ids no completion may hold: special tokens, media placeholders and ids without a token."""
-    return tags.banned_ids(thinker.text.vocab_size, eos_ids=thinker.eos_token_ids, extra=thinker.media_token_ids)
 
 
 def _read(config: RunConfig, wheels: Wheels) -> DataSets:
@@ -293,29 +275,8 @@ def _scorable(rl: tuple[Record, ...], wheels: Wheels, config: RunConfig) -> tupl
     return rl, unscorable
 
 
-def check_rows(config: RunConfig, mesh: Mesh) -> None:
-    """Refuses batches whose rows the devices cannot share evenly.
-
-    Raises:
-        ConfigError: with the number of prompts that would do.
-    """
-    problems, cut = [], row_cut(mesh)
-    for phase in ("sft", "rl"):
-        section = getattr(config, phase)
-        # Rows of a micro-batch, which is what the devices share.
-        rows = section.prompts_per_step // section.gradient_accumulation_steps
-        if section.max_steps and rows % cut:
-            problems.append(
-                f"{phase}.prompts_per_step: got {section.prompts_per_step} in {section.gradient_accumulation_steps} "
-                f"micro-batch(es), {rows} rows each, but mesh.data x mesh.fsdp = {cut} devices share the rows of one; "
-                f"try {-(-rows // cut) * cut * section.gradient_accumulation_steps}"
-            )
-    if problems:
-        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))
-
-
 def _check_held_out(training: tuple[Record, ...], held_out: tuple[Record, ...], config: RunConfig) -> None:
-    """Refuses held-out clips that are trained on."""
+    """Names held-out clips that are trained on, unless one file serves both on purpose."""
     # As files: a clip may have two names, or be linked to.
     trained = {key for record in training for key in _files_of(record, config.data.media_root)}
     shared = [record.id for record in held_out if trained & _files_of(record, config.data.media_root)]
