@@ -18,7 +18,7 @@ from mer_r1_jax.config.settings import settings
 
 # Name -> what it is for, in the order in which somebody new needs them.
 COMMANDS = {
-    "make-synthetic": "makes the embedded world: clips, records, tokenizer",
+    "make-synthetic": "makes the synthetic world: clips, records, tokenizer",
     "validate": "checks records and clips before a run",
     "train": "trains: SFT, then RL, evaluation, export and report",
     "infer": "answers about a clip: reasoning, emotion words, probabilities",

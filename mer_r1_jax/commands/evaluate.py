@@ -4,7 +4,7 @@
         [--benchmark_root=DIR] [--config=FILE.py] [--limit=N] [--rescore]
 
 Benchmarks: mer_unibench (all nine sets), or ovmerd_plus, mer2023, mer2024, meld, iemocap, cmu_mosi, cmu_mosei, ch_sims,
-ch_sims_v2 one by one, from their official folders below --benchmark_root; synthetic, the embedded world's held-out
+ch_sims_v2 one by one, from their official folders below --benchmark_root; synthetic, the synthetic world's held-out
 clips; mme_emotion, from --benchmark_root/MME-Emotion, rated by --judge_url and --judge_model (`mer-r1 evaluate-mme` has
 more settings). docs/benchmarks.md says how to lay the data out and what the scores are.
 

@@ -1,4 +1,4 @@
-"""Makes the embedded synthetic data set: mer-r1 make-synthetic --out=synthetic_data [--seed=1 ...]
+"""Makes the synthetic data set: mer-r1 make-synthetic --out=synthetic_data [--seed=1 ...]
 
 Writes sft.jsonl, rl.jsonl, eval.jsonl, mp4 clips, the tokenizer and the ceiling's scores. Safe to repeat: what is there
 already is kept.

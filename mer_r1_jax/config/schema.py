@@ -125,11 +125,11 @@ class DataConfig:
     prompt_buckets: tuple[Tokens, ...] = ()  # token lengths prompts are padded to; () = four even steps up to the cap
     cache_dir: DiskPlace = ""  # decoded clips are kept here, keyed by file content and media settings; "" = no cache
     max_quarantined_fraction: Share = 0.02  # share of an epoch's clips that may break before the run stops
-    synthetic_dir: DiskPlace = ""  # folder the embedded world is made in, or found; "" = no embedded world
-    synthetic_sft_clips: CountOrZero = 0  # clips of the embedded world for SFT
+    synthetic_dir: DiskPlace = ""  # folder the synthetic world is made in, or found; "" = no synthetic world
+    synthetic_sft_clips: CountOrZero = 0  # clips of the synthetic world for SFT
     synthetic_rl_clips: CountOrZero = 0  # likewise for RL
     synthetic_eval_clips: CountOrZero = 0  # likewise held out
-    synthetic_seed: Seed = 0  # seed of the embedded world
+    synthetic_seed: Seed = 0  # seed of the synthetic world
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
 from mer_r1_jax.storage import durable
 
-ORACLE_COLUMN = "oracle"  # extra column of the embedded world's held-out records: the answer of one who knows the cues
+ORACLE_COLUMN = "oracle"  # extra column of the synthetic world's held-out records: the answer of one who knows the cues
 
 
 def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: str, step: int) -> dict[str, Any]:

@@ -33,9 +33,9 @@ from mer_r1_jax.rl.confidence import Anchors
 from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
-from mer_r1_jax.run.setup import banned_ids_of, check_rows, sampling_config
-from mer_r1_jax.training.backbone import Backbone, thinker_config
 from mer_r1_jax.training.chunked import state_shardings
+from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
+from mer_r1_jax.training.phase import banned_ids_of, check_rows, sampling_config
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
@@ -101,7 +101,7 @@ class RunPrograms:
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
         thinker = thinker_config(config.model, tokenizer)
         self._thinker = thinker
-        self.backbone = Backbone.create(thinker, mesh, config.model.packed_rows)
+        self.backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows)
         wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
         table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
         self.candidates = table(tokenizer or PrefixTokens(thinker.text.vocab_size), wheels)

@@ -70,6 +70,7 @@ class Plan:
         values["train"] |= {"output_dir": str(self.out), "run_name": name, "seed": seed}
         # The arm says how rewards become advantages, which SFT has not; the default keeps it out of comparisons.
         values["rl"]["arm"] = RlConfig().arm
+        # SFT rows stop before RL; all others take up their seed's export, whose sizes are its own.
         if starts_new:
             values["rl"]["max_steps"] = 0
         else:
@@ -78,6 +79,7 @@ class Plan:
         if row == SFT:
             values["train"]["export"] = True
         elif row == control_row("plateau"):
+            # As the configuration counts: steps stay whole numbers, epochs need not.
             field = "num_train_epochs" if self.config.sft.max_steps == -1 else "max_steps"
             values["sft"][field] = type(values["sft"][field])(round(PLATEAU * values["sft"][field], 6))
         elif row == control_row("sft"):
@@ -156,6 +158,7 @@ def make_plan(
         for name in controls
         if name not in CONTROLS
     ]
+    # The schema's own bound, so that a plan takes what a run would.
     (seed_bound,) = bounds_of(Seed)
     problems += [
         f"--seeds: got {shown_value(seed)}, expected whole numbers: {wrong}"

@@ -123,7 +123,7 @@ def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
 
 
 def _held_out(path: str, config: RunConfig | None) -> tuple[str, str]:
-    """Where the embedded world's held-out clips are: of the configuration, the run, or the run an export lies in."""
+    """Where the synthetic world's held-out clips are: of the configuration, the run, or the run an export lies in."""
     for found in (config, *configs_of(path)):
         if found is None or is_bucket(found.data.eval_path) or is_bucket(found.data.media_root):
             continue

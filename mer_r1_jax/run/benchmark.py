@@ -54,7 +54,7 @@ def _synthetic_file(root: str, held_out: tuple[str, str]) -> tuple[str, str]:
         return str(own), str(own.parent)
     if not held_out[0]:
         raise BenchmarkError(
-            "synthetic: the model's run names no embedded world; give a --config with data.synthetic_dir, or "
+            "synthetic: the model's run names no synthetic world; give a --config with data.synthetic_dir, or "
             f"--benchmark_root with {SYNTHETIC}/eval.jsonl in it"
         )
     return held_out

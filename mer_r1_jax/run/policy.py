@@ -217,7 +217,7 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
     for name in ("sft_path", "rl_path", "eval_path", "media_root", "cache_dir"):
         values["data"][name] = ""
     if not values["model"]["path"] and not values["model"]["tokenizer_path"] and values["data"]["synthetic_dir"]:
-        # The embedded world's tokenizer was made with it.
+        # The synthetic world's tokenizer was made with it.
         values["model"]["tokenizer_path"] = str(pathlib.Path(values["data"]["synthetic_dir"]) / "tokenizer")
     values["data"]["synthetic_dir"] = ""
     if mesh_sizes(config.mesh, jax.device_count()) is None:

@@ -21,7 +21,7 @@ from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import PromptBuilder
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.training.backbone import special_ids
+from mer_r1_jax.training.omni_backbone import special_ids
 
 ROOT = Path(__file__).parents[2]
 MEDIA = MediaConfig(decode_workers=0, video_min_pixels=4 * 28 * 28, video_max_pixels=8 * 28 * 28)

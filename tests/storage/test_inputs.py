@@ -12,9 +12,8 @@ from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.omni.hf.config import load_config
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.hf.load import load_params
-from mer_r1_jax.run.inputs import with_local_inputs
-from mer_r1_jax.storage.bucket import BucketError
-from mer_r1_jax.storage.copies import fetch_file, fetch_folder
+from mer_r1_jax.run.inputs import resolve
+from mer_r1_jax.storage.bucket import BucketError, fetch_file, fetch_folder
 from mer_r1_jax.training.state import flatten, nest
 
 
@@ -122,7 +121,7 @@ def test_weights_from_a_bucket_are_those_on_the_disk(bucket, small, tmp_path):
         model=dataclasses.replace(small.config.model, path="gs://bucket/hf"),
         train=dataclasses.replace(small.config.train, local_dir=str(tmp_path / "copies")),
     )
-    path = with_local_inputs(config).model.path
+    path = resolve(config).model.path
     assert path.startswith(str(tmp_path / "copies"))
     expected, found = (flatten(load_params(folder, load_config(folder))) for folder in (tmp_path / "hf", path))
     for name, leaf in expected.items():
