@@ -121,7 +121,7 @@ def _padded(x, block: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("options",))
-def _attention(q, k, v, query_segment, key_segment, tile, span_tiles, options: Options):
+def _attention(q, k, v, query_segment, key_segment, tile, span_tiles, options: Options) -> jax.Array:
     return forward(q, k, v, query_segment, key_segment, tile, options, keep=False)[0]
 
 
@@ -152,7 +152,7 @@ def _attention_backward(options: Options, residuals, do):
         )
         for begin, tile in zip(range(0, k.shape[2], options.span), span_tiles, strict=True)
     ]
-    dq = sum(part[0] for part in parts).astype(q.dtype)
+    dq = jnp.asarray(sum(part[0] for part in parts)).astype(q.dtype)
     dk, dv = (jnp.concatenate([part[n] for part in parts], axis=2) for n in (1, 2))
     return dq, dk, dv, None, None, None, None
 

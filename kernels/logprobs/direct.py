@@ -42,7 +42,7 @@ def scores(h, unembedding, token, sets, candidate_ids_ZY, *, temperature, vocab_
     leading = h.shape[:-1]
     count, parts = math.prod(leading), 1 if partition is None else partition.size(partition.rows)
     own = functools.partial(_own, settings)
-    if parts > 1:
+    if partition is not None and parts > 1:
         row = PartitionSpec(partition.rows)
         specs = dict(in_specs=(row, PartitionSpec(), row, row, PartitionSpec()), out_specs=row)
         axes = set(partition.rows)
@@ -73,7 +73,7 @@ def _own(settings: _Settings, x_ND, w, token_N, set_NK, ids_ZY):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_scores(settings: _Settings, x_ND, w, token_N):
+def _token_scores(settings: _Settings, x_ND, w, token_N) -> tuple[jax.Array, jax.Array]:
     return _token_forward(settings, x_ND, w, token_N)[0]
 
 

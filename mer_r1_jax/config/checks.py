@@ -13,7 +13,7 @@ from mer_r1_jax.config.schema import RunConfig
 def _places(section: type, prefix: str = "") -> Iterator[tuple[str, PlaceText]]:
     """Dotted names of the fields that name places, with what they may be."""
     for name, hint in field_types(section).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _places(hint, f"{prefix}{name}.")
         yield from ((prefix + name, bound) for bound in bounds_of(hint) if isinstance(bound, PlaceText))
 

@@ -118,8 +118,9 @@ class _Turns:
             got = f"{kind_of(turns)} {shown(turns)}"
             self.problems.add(self.name, got, "a list of turns that is not empty", example)
             return None
-        messages = [self._turn(f"{self.name}[{place}]", turn) for place, turn in enumerate(turns)]
-        if not all(messages):
+        read = [self._turn(f"{self.name}[{place}]", turn) for place, turn in enumerate(turns)]
+        messages = [message for message in read if message is not None]
+        if len(messages) < len(turns):
             return None
         if self.media and self._literal:
             mend = "write all media as parts, or all as placeholders with their paths in the columns"

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import av.container
+import av.error
 from PIL import Image, UnidentifiedImageError
 
 from mer_r1_jax import faults

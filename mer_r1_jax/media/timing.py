@@ -38,7 +38,7 @@ class Clock:
         order, last, restart = decoded, self._last_decoded, RESTART
         if order is None or last is None:
             order, last, restart = display, self._last, RESTART_UNORDERED
-        if last is not None and order + restart < last:
+        if last is not None and self._end is not None and order + restart < last:
             self._shift = self._end - order
         self._last, self._last_decoded = display, self._last_decoded if decoded is None else decoded
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import av
+from av.stream import Disposition
 
 from mer_r1_jax.media.errors import MediaError
 
 DEFAULT_WEIGHT = 5_000_000  # what FFmpeg's command adds to a default track's pixels or channels
-_Disposition = av.stream.Disposition
-_PICTURES = _Disposition.attached_pic | _Disposition.timed_thumbnails  # cover art and previews are no video
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # cover art and previews are no video
 
 
 def video_track(path, container):
@@ -71,7 +70,7 @@ def _score(track, size: int) -> tuple[bool, bool, int]:
 
 def is_default(track) -> bool:
     """Whether the file marks a track as the one to play."""
-    return bool(track.disposition & _Disposition.default)
+    return bool(track.disposition & Disposition.default)
 
 
 def _checked(path, track, kind: str):

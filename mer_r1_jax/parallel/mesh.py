@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +16,12 @@ from mer_r1_jax.config.schema import MeshConfig
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays the devices out as data x fsdp x tensor, with Auto axes (the compiler propagates shardings).
+
+    Args:
+        config: sizes of the axes, at most one of them -1.
+        devices: of type jax.Device, which type checkers know nothing about; None for all there are.
 
     Raises:
         ConfigError: when the sizes do not multiply to the number of devices.

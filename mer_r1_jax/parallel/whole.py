@@ -24,10 +24,11 @@ def on_first(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray] | None:
     """
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in arrays}
     for names, spans in _batches(arrays):
-        mesh = arrays[names[0]].sharding.mesh
+        sharding = arrays[names[0]].sharding
+        assert isinstance(sharding, NamedSharding)
         starts = np.asarray([start for start, _ in spans], np.int32)
         sizes = tuple(size for _, size in spans)
-        fetched = jax.block_until_ready(_whole(mesh, sizes)([arrays[name] for name in names], starts))
+        fetched = jax.block_until_ready(_whole(sharding.mesh, sizes)([arrays[name] for name in names], starts))
         if processes.is_first():
             for name, piece in zip(names, fetched, strict=True):
                 pieces[name].append(np.asarray(piece))

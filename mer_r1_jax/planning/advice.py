@@ -1,12 +1,16 @@
-"""What to change when a run does not fit: what is too big, by how much, and the settings that make it smaller."""
+"""What to change: what does not fit, by how much, and the settings that mend it; the RL update under other settings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.planning.chips import GIB
 from mer_r1_jax.planning.sheet import ProgramSheet
+
+REMATS = ("nothing", "attention", "dots")
+FACTORS = (1, 4)  # times the configuration's prompts
 
 
 def advise(config: RunConfig, programs: Sequence[ProgramSheet], chips: int) -> tuple[str, ...]:
@@ -61,3 +65,40 @@ def _cures(config: RunConfig, program: ProgramSheet, chips: int) -> list[str]:
         cures.append(f"model.param_dtype=bfloat16, which saves {saved:.2f} GiB and rounds every update")
     cures.append(f"a larger slice: {2 * chips} chips halve what is held")
     return ["Try " + cures[0], *cures[1:]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """The RL update under other settings.
+
+    Attributes:
+        remat, prompts: the settings.
+        update: what becomes of the program.
+    """
+
+    remat: str
+    prompts: int
+    update: ProgramSheet
+
+    @property
+    def prompt_seconds(self) -> float:
+        """The compiler's estimate for one prompt; what a larger batch saves shows here."""
+        return self.update.estimate / self.prompts
+
+
+def alternatives(config: RunConfig, update: Callable[[RunConfig], ProgramSheet]) -> Iterator[Alternative]:
+    """Every remat setting with every batch; once one does not fit, larger batches are not tried.
+
+    Args:
+        config: the configuration the others are made from.
+        update: plans the RL update of a configuration.
+    """
+    for remat in REMATS:
+        for factor in FACTORS:
+            prompts = factor * config.rl.prompts_per_step
+            model = dataclasses.replace(config.model, remat=remat)
+            rl = dataclasses.replace(config.rl, prompts_per_step=prompts)
+            sheet = update(dataclasses.replace(config, model=model, rl=rl))
+            yield Alternative(remat=remat, prompts=prompts, update=sheet)
+            if not sheet.fits:
+                break

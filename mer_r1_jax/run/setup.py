@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RlConfig, RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash, read_records
-from mer_r1_jax.data.synthetic.make import make_world
+from mer_r1_jax.data.synthetic.make import WorldSettings, make_world
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import is_scorable
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
@@ -228,11 +228,13 @@ def with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
     with processes.one_after_first("the embedded world"):
         world = make_world(
             config.data.synthetic_dir,
-            sft_clips=config.data.synthetic_sft_clips,
-            rl_clips=config.data.synthetic_rl_clips,
-            eval_clips=config.data.synthetic_eval_clips,
-            seed=config.data.synthetic_seed,
-            wheel_dir=config.emotion.wheel_dir,
+            WorldSettings(
+                sft_clips=config.data.synthetic_sft_clips,
+                rl_clips=config.data.synthetic_rl_clips,
+                eval_clips=config.data.synthetic_eval_clips,
+                seed=config.data.synthetic_seed,
+                wheel_dir=config.emotion.wheel_dir,
+            ),
             progress=progress,
         )
     found = {"sft_path": world.sft, "rl_path": world.rl, "eval_path": world.eval, "media_root": world.media_root}

@@ -42,7 +42,7 @@ from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.fingerprints import ClipFingerprints
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.whole import on_first
@@ -374,8 +374,7 @@ def export(run: Run, params: Params) -> None:
                 run.folder.export,
                 run.backbone.config,
                 nest(params),
-                source=run.tokenizer_path,
-                overwrite=True,
+                ExportSettings(source=run.tokenizer_path, overwrite=True),
                 asked=run.stop.asked,
             )
             faults.here("exported")

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 
 from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.schema import RunConfig
-from mer_r1_jax.planning.advice import advise
-from mer_r1_jax.planning.alternatives import alternatives
+from mer_r1_jax.planning.advice import advise, alternatives
 from mer_r1_jax.planning.chips import chip_of, topology_devices
 from mer_r1_jax.planning.compilation import compile_program, versions
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.sheet import ProgramSheet, Sheet, program_sheet
 from mer_r1_jax.planning.work import work_of
-from mer_r1_jax.planning.workload import Workload
 
 PROGRAMS = ("sft_step", "encode", "cast", "sample", "decode", "score", "reference", "update")
 
@@ -25,23 +23,17 @@ def plan(
     *,
     cache_dir: pathlib.Path,
     only: Sequence[str] = PROGRAMS,
-    workload: Workload | None = None,
-    bucket: int = -1,
     try_others: bool = False,
-    command: str = "",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Sheet:
-    """The sheet of a configuration on a slice.
+    """The sheet of a configuration on a slice, each phase in its largest bucket of prompts.
 
     Args:
         config: the configuration.
         topology: the slice, as Cloud TPU spells it.
         cache_dir: where compiled answers are kept.
         only: programs to compile, of PROGRAMS; the others are left off the sheet, and with them the hours.
-        workload: sizes a run would read off its data.
-        bucket: which of the prompt shapes, the largest by default.
         try_others: compile the RL update under other remat settings and batches too.
-        command: named on the sheet.
         progress: called with a line as each program is done.
 
     Raises:
@@ -50,10 +42,10 @@ def plan(
     if unknown := sorted(set(only) - set(PROGRAMS)):
         raise ConfigError(f"unknown programs {', '.join(unknown)}: expected some of {', '.join(PROGRAMS)}")
     chip = chip_of(topology)
-    run = RunPrograms(config, topology_devices(topology), workload)
+    run = RunPrograms(config, topology_devices(topology))
     if not run.phases():
         raise ConfigError("nothing to plan: sft.max_steps and rl.max_steps are both 0, so the run trains nothing")
-    buckets = {phase: run.buckets(phase)[bucket] for phase in run.phases()}
+    buckets = {phase: run.buckets(phase)[-1] for phase in run.phases()}
     sheets: list[ProgramSheet] = []
     missing: list[str] = []
     for phase, shape in buckets.items():
@@ -67,9 +59,7 @@ def plan(
             progress(f"{topology} {program.name}: {_outcome(sheets[-1])}")
 
     def update_of(other: RunConfig) -> ProgramSheet:
-        (sheet,) = plan(
-            other, topology, cache_dir=cache_dir, only=["update"], workload=workload, bucket=bucket, progress=progress
-        ).programs
+        (sheet,) = plan(other, topology, cache_dir=cache_dir, only=["update"], progress=progress).programs
         return sheet
 
     mesh = run.backbone.mesh
@@ -85,7 +75,6 @@ def plan(
         missing=tuple(missing),
         advice=advise(config, sheets, mesh.size),
         alternatives=tuple(alternatives(config, update_of)) if try_others and "rl" in buckets else (),
-        command=command,
     )
 
 
