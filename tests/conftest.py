@@ -56,11 +56,17 @@ def pytest_runtest_makereport():
 
 # Markers by folder or file below tests/, so that lanes can leave tests out without importing them.
 MARKED = {
-    # Training runs, several processes, or many seconds.
+    # Training runs, several processes, or many seconds. Single tests of other files carry the marker themselves.
     "slow": (
         *("run", "storage", "parallel", "mme", "speed", "training", "evaluation", "judge", "omni", "hf", "kernels"),
         *("planning", "test_process_pool.py", "media/test_opening.py", "media/test_pool.py", "rl/test_rollout.py"),
-        *("rl/test_compaction.py", "rl/test_packing.py", "rl/test_reward_funcs.py", "rl/test_other_tokenizers.py"),
+        *(
+            "rl/test_compaction.py",
+            "rl/test_packing.py",
+            "rl/test_reward_funcs.py",
+            "rl/test_other_tokenizers.py",
+            "synthetic",
+        ),
     ),
     "tpu_compiler": ("planning",),
     # PyTorch, TRL or a second transformers as an oracle.
@@ -73,7 +79,7 @@ MARKED = {
 
 
 LANES = {
-    "fast": "no test with a marker",
+    "fast": "no test with a marker, with programs compiled quickly",
     "torch": "those that compare with PyTorch, with programs compiled as users' are",
     "rest": "all others, with programs compiled quickly",
 }
@@ -86,7 +92,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # Early enough: XLA reads its flags when the first device is asked for.
-    if config.getoption("--lane") == "rest":
+    if config.getoption("--lane") in ("fast", "rest"):
         os.environ["XLA_FLAGS"] += f" {QUICK_COMPILES}"
 
 
@@ -106,7 +112,11 @@ def pytest_ignore_collect(collection_path, config):
     return True if left_out & set(markers) else None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         for marker in markers_of(item.path):
             item.add_marker(marker)
+    if config.getoption("--lane") == "fast":  # single tests of a fast file that are marked where they stand
+        slow = [item for item in items if any(item.iter_markers("slow"))]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

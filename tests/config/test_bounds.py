@@ -170,6 +170,7 @@ def test_configurations_made_by_hand_are_held_to_the_same_bounds():
         from_mapping(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "words"),
     [

@@ -368,6 +368,7 @@ worker.main()
 """
 
 
+@pytest.mark.slow
 def test_processes_that_hang_or_exit_cost_their_clip_only(tmp_path):
     """Real decoding processes; two clips make theirs hang, or end as if all were well."""
     names = ("fine", "hangs", "exits")

@@ -34,6 +34,7 @@ def brute_force(tokenizer, wheel: int) -> dict[str, set[int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 3, 40])
 def test_sets_agree_with_a_plain_loop(width):
     tokenizer = PrefixTokenizer(width)
@@ -50,6 +51,7 @@ def test_sets_agree_with_a_plain_loop(width):
             z += 1
 
 
+@pytest.mark.slow
 def test_share_of_forms_lost_agrees_with_a_plain_loop():
     tokenizer = PrefixTokenizer(3)
     lost = total = 0

@@ -97,6 +97,7 @@ def test_media_lie_where_they_belong():
         np.testing.assert_array_equal(flat[number, : len(clip.mel)], clip.mel)
 
 
+@pytest.mark.slow
 def test_a_model_sees_the_same_prompt_in_any_bucket():
     """Hidden states in a large, shared bucket equal those of the prompt alone in a smaller one."""
     graphdef, _, _ = abstract_thinker(THINKER)

@@ -108,6 +108,7 @@ def test_group_cut_short_before_any_answer_teaches_nothing(arm):
     np.testing.assert_array_equal(kept, [[False] * 4, [True, False, True, False]])
 
 
+@pytest.mark.slow
 def test_words_that_share_their_first_token_with_another_category_have_no_confidence_there():
     table = CandidateTable(tiny_tokenizer(), load_wheels())
     assert 0 < table.share_lost < 1

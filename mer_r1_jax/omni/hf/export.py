@@ -83,6 +83,13 @@ class ExportReport:
     left_out: tuple[str, ...] = ()
 
 
+def _parse_size(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", str(size).strip().upper())
+    if match is None or match[2] not in _SIZE_UNITS or int(match[1]) == 0:
+        raise ExportError(f'max_shard_size is {size!r}: expected a positive number of bytes or text like "5GB"')
+    return int(match[1]) * _SIZE_UNITS[match[2]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     """How a model is written.
@@ -369,10 +376,3 @@ def _report(
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _parse_size(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", str(size).strip().upper())
-    if match is None or match[2] not in _SIZE_UNITS or int(match[1]) == 0:
-        raise ExportError(f'max_shard_size is {size!r}: expected a positive number of bytes or text like "5GB"')
-    return int(match[1]) * _SIZE_UNITS[match[2]]
