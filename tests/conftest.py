@@ -59,14 +59,10 @@ MARKED = {
     # Training runs, several processes, or many seconds. Single tests of other files carry the marker themselves.
     "slow": (
         *("run", "storage", "parallel", "mme", "speed", "training", "evaluation", "judge", "omni", "hf", "kernels"),
-        *("planning", "test_process_pool.py", "media/test_opening.py", "media/test_pool.py", "rl/test_rollout.py"),
-        *(
-            "rl/test_compaction.py",
-            "rl/test_packing.py",
-            "rl/test_reward_funcs.py",
-            "rl/test_other_tokenizers.py",
-            "synthetic",
-        ),
+        *("planning", "synthetic", "test_process_pool.py", "media/test_opening.py", "media/test_pool.py"),
+        *("rl/test_rollout.py", "rl/test_compaction.py", "rl/test_packing.py", "rl/test_reward_funcs.py"),
+        *("rl/test_other_tokenizers.py", "media/test_clip_times.py", "media/test_clip_sound.py"),
+        *("media/test_loader.py", "media/test_cache.py", "media/test_decode.py"),
     ),
     "tpu_compiler": ("planning",),
     # PyTorch, TRL or a second transformers as an oracle.
