@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 def _model_parameters(model: str):
     """(config, parameters, where the tokenizer lies) of a Hugging Face directory."""
-    from mer_r1_jax.omni.hf.config import load_config
+    from mer_r1_jax.omni.hf.config_json import load_config
     from mer_r1_jax.omni.hf.load import load_params
 
     config = load_config(model)

@@ -16,9 +16,8 @@ import ml_collections
 
 from mer_r1_jax.config.bounds import field_types, plain_type, shown_value
 from mer_r1_jax.config.checks import check_values
-from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import KNOWN_ELSEWHERE, advice
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 
 
 def config_dict(config: RunConfig | None = None) -> ml_collections.ConfigDict:

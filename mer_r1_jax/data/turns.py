@@ -10,8 +10,7 @@ import re
 from typing import Any
 
 from mer_r1_jax.data.content_parts import COLUMN, PartError, read_parts
-from mer_r1_jax.data.plain_text import PLACEHOLDER, SPECIAL_TOKEN, check_text
-from mer_r1_jax.data.problems import LineProblems, shown
+from mer_r1_jax.data.problems import PLACEHOLDER, SPECIAL_TOKEN, LineProblems, check_text, shown
 from mer_r1_jax.json_lines import JsonLineError, kind_of, parse_value
 
 ROLES = ("system", "user", "assistant")

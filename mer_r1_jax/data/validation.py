@@ -20,9 +20,8 @@ from mer_r1_jax.data.problems import Problem
 from mer_r1_jax.data.records import Record, scan_files
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.media.clips import Clips, sound_remarks
-from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.identity import FileKey, file_key
-from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.media.opening import FileKey, MediaError, file_key
+from mer_r1_jax.media.prompt import Prompt, PromptError
 
 Load = Callable[[Record], Clips]
 Build = Callable[[Record, Clips], Prompt]

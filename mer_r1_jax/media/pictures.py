@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 PHOTOGRAPHS = ("MPO",)  # a camera's JPEG, whose further pictures are its preview, depth or brightness map

@@ -15,10 +15,8 @@ import numpy as np
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.emotion.answer_form import is_answer_tag
-from mer_r1_jax.media.clips import AudioInput, Clips
-from mer_r1_jax.media.errors import PromptError
+from mer_r1_jax.media.clips import AudioInput, Clips, VisionInput
 from mer_r1_jax.media.tokenizer import TURN_END, TURN_START, check_special_tokens
-from mer_r1_jax.media.vision import VisionInput
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.positions import (
     AUDIO,
@@ -43,6 +41,10 @@ ITEM_TEXT = {
 ASSISTANT_TURN = f"{TURN_START}assistant\n"
 _PLACEHOLDER = re.compile("(" + "|".join(f"<{kind}>" for kind in KINDS) + ")")
 _SUBTITLE_TAG = re.compile("</?subtitle>")
+
+
+class PromptError(ValueError):
+    """A record that cannot become a prompt; the message names the record's id."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

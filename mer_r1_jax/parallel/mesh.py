@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import MeshConfig
+from mer_r1_jax.config.schema import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 

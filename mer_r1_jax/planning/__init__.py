@@ -6,7 +6,7 @@ it is imported.
 
 import os
 
-from mer_r1_jax.parallel.tpu_flags import set_tpu_flags
+from mer_r1_jax.parallel import set_tpu_flags
 
 _SETTINGS = {
     "JAX_PLATFORMS": "cpu",

@@ -15,7 +15,7 @@ import time
 
 import jax
 
-from mer_r1_jax.parallel.tpu_flags import VARIABLE
+from mer_r1_jax.parallel import VARIABLE
 from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.storage import durable

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Sequence
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.planning.advice import advise, alternatives
 from mer_r1_jax.planning.chips import chip_of, topology_devices
 from mer_r1_jax.planning.compilation import compile_program, versions

@@ -15,8 +15,7 @@ from typing import Any
 
 from mer_r1_jax.config.bounds import NameOrPath, Seed, bounds_of, shown_value
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import ModelConfig, RlConfig, RunConfig
+from mer_r1_jax.config.schema import ConfigError, ModelConfig, RlConfig, RunConfig
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.storage.run_settings import MAY_CHANGE, config_differences
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mer_r1_jax.config.build import config_dict, difference, from_mapping, load_config, to_json
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 
 
 def test_schema_survives_the_round_trip_through_ml_collections_and_json(tmp_path):

@@ -19,9 +19,10 @@ from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads, StalledLoadErr
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.media.decode import read_video
-from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.loader import ClipLoader
+from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.media.pool import WorkerPool
+from mer_r1_jax.media.prompt import PromptError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.process_pool import START_SECONDS
 

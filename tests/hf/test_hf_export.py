@@ -23,7 +23,7 @@ from support.transformers4 import VERSION, transformers4_path
 from mer_r1_jax import faults
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.hf.staging import ExportError

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mer_r1_jax.omni.architecture_checks import ConfigError
-from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import find_weights, load_params
 from mer_r1_jax.omni.hf.sums import SUMS_FILE

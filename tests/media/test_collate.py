@@ -20,7 +20,7 @@ from support.prompts import (
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.collate import bucket_for, collate, prompt_shape
-from mer_r1_jax.media.errors import PromptError
+from mer_r1_jax.media.prompt import PromptError
 from mer_r1_jax.omni.batch import BatchShape, FeatureLayout
 from mer_r1_jax.omni.thinker import abstract_thinker, bind, init_params
 

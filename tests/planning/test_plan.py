@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from support.tiny_plan import tiny_config
 
 from mer_r1_jax.config.build import load_config
-from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.planning.advice import alternatives
 from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
 from mer_r1_jax.planning.flops import traced_flops

@@ -12,8 +12,7 @@ from hypothesis.extra.numpy import arrays
 from trl.trainer.utils import nanstd
 
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig
 from mer_r1_jax.rl.advantage import (
     ARMS,
     Rewards,

@@ -14,8 +14,7 @@ from support.rl_policy import bound, log_softmax, policy
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import LOSS_TYPES, RlConfig
+from mer_r1_jax.config.schema import LOSS_TYPES, ConfigError, RlConfig
 from mer_r1_jax.rl import losses
 from mer_r1_jax.rl.losses import PolicyTargets, kl_penalty, loss_mask, policy_loss, step_totals
 

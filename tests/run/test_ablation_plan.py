@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 
 from mer_r1_jax.config.build import difference, to_json
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import DataConfig, ModelConfig, OptimizerConfig, RlConfig, RunConfig, SftConfig
+from mer_r1_jax.config.schema import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RlConfig,
+    RunConfig,
+    SftConfig,
+)
 from mer_r1_jax.run.ablation_plan import Controls, make_plan, setting_differences
 
 OUT = Path("/somewhere/ablation")

@@ -12,7 +12,7 @@ from support.small_fixtures import compiled, small, small_folder, trained  # noq
 import mer_r1_jax
 from mer_r1_jax.api import Answer, ArgumentError
 from mer_r1_jax.emotion.predictions import PredictionError
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.run import policy
 from mer_r1_jax.run.inference import answer, clip_record

@@ -14,7 +14,7 @@ from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.emotion import wheels as wheels_module
 from mer_r1_jax.media.cache import ClipCache
-from mer_r1_jax.media.fingerprints import END_BYTES, ClipChangedError, ClipFingerprints, of_ends
+from mer_r1_jax.media.seen_clips import END_BYTES, ClipChangedError, ClipFingerprints, of_ends
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.run import fingerprints
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, of_source

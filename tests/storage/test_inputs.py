@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support.small_run import small_setup
 
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.run.inputs import with_local_inputs

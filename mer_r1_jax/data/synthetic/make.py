@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax import faults
-from mer_r1_jax.data.synthetic import text
+from mer_r1_jax.data.synthetic import wording
 from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
     DEFAULT_WORLD,
@@ -129,7 +129,7 @@ def make_world(
         WorldError: the folder holds a data set made with other settings, or a count is negative.
     """
     from mer_r1_jax.data.synthetic.oracle import Oracle
-    from mer_r1_jax.data.synthetic.tokenizer import save_tokenizer, train_tokenizer
+    from mer_r1_jax.data.synthetic.world_tokenizer import save_tokenizer, train_tokenizer
     from mer_r1_jax.emotion.wheels import load_wheels
 
     paths = WorldPaths(Path(root))
@@ -235,20 +235,20 @@ def _row(scene: Scene, lexicon: dict) -> dict:
     """A record with the clean truth."""
     return {
         "id": scene.name,
-        "question": text.QUESTION,
+        "question": wording.QUESTION,
         "videos": [clip_path(scene)],
         "audios": [clip_path(scene)],
-        "subtitle": text.subtitle(scene, lexicon)[0],
+        "subtitle": wording.subtitle(scene, lexicon)[0],
         "solution": list(scene.truth_words),
     }
 
 
 def _sft_row(scene: Scene, lexicon: dict, config: WorldConfig, tokenizer) -> dict:
     """A record with an annotator's noisy label, and a slow demonstration that keeps what it has evidence for."""
-    trace, kept = text.short_reasoning(
+    trace, kept = wording.short_reasoning(
         scene, lexicon, config, lambda piece: len(tokenizer(piece)["input_ids"]), MAX_REASONING_TOKENS
     )
-    target = text.slow_target(trace, text.slow_answer(scene, kept))
+    target = wording.slow_target(trace, wording.slow_answer(scene, kept))
     row = _row(scene, lexicon) | {"id": f"{scene.name}-{scene.annotator}", "solution": list(scene.label_words)}
     question = row.pop("question")
     row["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": target}]

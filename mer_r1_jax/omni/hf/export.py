@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mer_r1_jax import faults
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.omni.config import DTYPES, ThinkerConfig
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.config import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
+from mer_r1_jax.omni.hf.config_json import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
 from mer_r1_jax.omni.hf.staging import ExportError, staged
 from mer_r1_jax.omni.hf.sums import SUMS_FILE, VOCABULARY_FILES, check_weights, sum_of, write_sums
@@ -38,7 +39,6 @@ from mer_r1_jax.omni.hf.tensor_files import (
     write_tensor_file,
 )
 from mer_r1_jax.omni.thinker import abstract_thinker
-from mer_r1_jax.stop_requested import StopRequested
 
 # Tokenizer, processor and generation files, of which a source directory has some.
 COPIED_FILES = (
