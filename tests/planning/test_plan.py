@@ -13,11 +13,10 @@ from support.tiny_plan import tiny_config
 
 from mer_r1_jax.config.build import load_config
 from mer_r1_jax.config.schema import ConfigError
-from mer_r1_jax.planning.advice import alternatives
 from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
 from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.markdown import markdown
-from mer_r1_jax.planning.planner import plan
+from mer_r1_jax.planning.planner import alternatives, plan
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.work import work_of
 
