@@ -89,6 +89,7 @@ def attention(
         span_tiles,
         options,
     )
+    assert isinstance(out_BHTh, jax.Array)  # type checkers do not see through custom_vjp
     return out_BHTh.swapaxes(1, 2)[:, :T]
 
 
@@ -121,7 +122,7 @@ def _padded(x, block: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("options",))
-def _attention(q, k, v, query_segment, key_segment, tile, span_tiles, options: Options) -> jax.Array:
+def _attention(q, k, v, query_segment, key_segment, tile, span_tiles, options: Options):
     return forward(q, k, v, query_segment, key_segment, tile, options, keep=False)[0]
 
 

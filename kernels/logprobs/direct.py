@@ -62,7 +62,9 @@ def _own(settings: _Settings, x_ND, w, token_N, set_NK, ids_ZY):
     """What is asked for of one device's rows."""
     logprob_N = entropy_N = set_logprob_NK = None
     if token_N is not None:
-        logprob_N, entropy_N = _token_scores(settings, x_ND, w, token_N)
+        scores = _token_scores(settings, x_ND, w, token_N)
+        assert isinstance(scores, tuple)  # type checkers do not see through custom_vjp
+        logprob_N, entropy_N = scores
     if set_NK is not None:
 
         def of_sets(x_MD, set_MK):
@@ -73,7 +75,7 @@ def _own(settings: _Settings, x_ND, w, token_N, set_NK, ids_ZY):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_scores(settings: _Settings, x_ND, w, token_N) -> tuple[jax.Array, jax.Array]:
+def _token_scores(settings: _Settings, x_ND, w, token_N):
     return _token_forward(settings, x_ND, w, token_N)[0]
 
 

@@ -362,5 +362,7 @@ class ThinkerConfig:
         names = ("pad", "eos", "audio", "audio_start", "audio_end", "vision_start", "vision_end", "image", "video")
         ids: dict[str, Any] = {f"{name}_token_id": vocab_size - len(names) + i for i, name in enumerate(names)}
         ids["eos_token_ids"] = (ids.pop("eos_token_id"),)
-        defaults = dict(audio=audio, vision=vision, text=text, user_token_id=min(872, vocab_size - 1)) | ids
+        defaults: dict[str, Any] = (
+            dict(audio=audio, vision=vision, text=text, user_token_id=min(872, vocab_size - 1)) | ids
+        )
         return cls(**(defaults | overrides))
