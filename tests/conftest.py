@@ -54,9 +54,10 @@ def pytest_runtest_makereport():
     return report
 
 
-# Markers by folder or file below tests/, so that lanes can leave tests out without importing them.
+# Markers by folder or file below tests/, so that lanes leave tests out without importing them. Single tests of other
+# files carry their marker themselves, and import an oracle where they need it.
 MARKED = {
-    # Training runs, several processes, or many seconds. Single tests of other files carry the marker themselves.
+    # Training runs, several processes, or many seconds.
     "slow": (
         *("run", "storage", "parallel", "mme", "speed", "training", "evaluation", "judge", "omni", "hf", "kernels"),
         *("planning", "synthetic", "test_process_pool.py", "media/test_opening.py", "media/test_pool.py"),
@@ -68,8 +69,8 @@ MARKED = {
     # PyTorch, TRL or a second transformers as an oracle.
     "torch": (
         *("omni", "hf", "speed", "evaluation/test_export_cases.py", "media/test_frames.py", "media/test_mel.py"),
-        *("media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py", "rl/test_advantage.py"),
-        *("media/test_media_tokenizer.py", "rl/test_losses.py", "rl/test_sampling.py", "rl/test_tags.py"),
+        *("media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py"),
+        *("media/test_media_tokenizer.py",),
     ),
 }
 
@@ -79,6 +80,7 @@ LANES = {
     "torch": "those that compare with PyTorch, with programs compiled as users' are",
     "rest": "all others, with programs compiled quickly",
 }
+LEFT_OUT = {"fast": set(MARKED), "rest": {"torch"}}  # markers that keep a test out of a lane
 
 
 def pytest_addoption(parser):
@@ -101,18 +103,25 @@ def markers_of(path: Path) -> list[str]:
 
 
 def pytest_ignore_collect(collection_path, config):
-    markers, lane = markers_of(collection_path), config.getoption("--lane")
+    markers, lane = set(markers_of(collection_path)), config.getoption("--lane")
     if lane == "torch":
-        return True if collection_path.suffix == ".py" and "torch" not in markers else None
-    left_out = {"fast": set(MARKED), "rest": {"torch"}}.get(lane, set())
-    return True if left_out & set(markers) else None
+        if collection_path.suffix != ".py" or "torch" in markers:
+            return None
+        return None if "@pytest.mark.torch" in collection_path.read_text() else True
+    return True if markers & LEFT_OUT.get(lane, set()) else None
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         for marker in markers_of(item.path):
             item.add_marker(marker)
-    if config.getoption("--lane") == "fast":  # single tests of a fast file that are marked where they stand
-        slow = [item for item in items if any(item.iter_markers("slow"))]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    lane = config.getoption("--lane")
+    left_out = LEFT_OUT.get(lane, set())
+    kept, rest = [], []
+    for item in items:
+        markers = {marker.name for marker in item.iter_markers()}
+        fits = "torch" in markers if lane == "torch" else not markers & left_out
+        (kept if fits else rest).append(item)
+    if rest:
+        config.hook.pytest_deselected(items=rest)
+        items[:] = kept

@@ -321,6 +321,7 @@ def test_a_record_that_breaks_the_checker_is_named(tmp_path):
     assert caught.value.__notes__ == [f"while checking {path}:1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

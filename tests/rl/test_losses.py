@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rl_policy import bound, log_softmax, policy
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.schema import LOSS_TYPES, ConfigError, RlConfig
@@ -46,6 +44,9 @@ def trl_loss(tensors, config, beta, num_items, accumulation=1):
     Returns:
         loss, gradient with respect to the log-probabilities, TRL's metrics.
     """
+    import torch
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
     logprob = torch.tensor(tensors["logprob"], requires_grad=True)
     zeros = torch.zeros_like(logprob)
     metrics = {name: [] for name in ("kl", "entropy")}
@@ -105,6 +106,7 @@ def own_loss(tensors, config, beta, totals):
     return float(value), np.asarray(gradient), metrics
 
 
+@pytest.mark.torch
 @given(
     seed=st.integers(0, 1000),
     loss_type=st.sampled_from(LOSS_TYPES),
@@ -136,6 +138,7 @@ def test_policy_loss_and_gradient_equal_trl(seed, loss_type, level, epsilons, de
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_micro_batches_add_up_as_in_trl(loss_type):
     """Losses and gradients of unevenly masked micro-batches, each with the whole step's denominators."""

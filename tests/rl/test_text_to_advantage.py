@@ -50,6 +50,7 @@ def of_arm(arm, rewards, **config):
     return np.asarray(advantages(arm, rewards, RlConfig(**config)))
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.lists(TEXT, min_size=G, max_size=G), min_size=2, max_size=2),
     same=TEXT,
