@@ -65,6 +65,7 @@ def test_share_of_forms_lost_agrees_with_a_plain_loop():
     assert CandidateTable(tokenizer, WHEELS).share_lost == lost / total > 0
 
 
+@pytest.mark.slow
 def test_sharing_falls_with_longer_tokens():
     losses = [CandidateTable(PrefixTokenizer(width), WHEELS).share_lost for width in (1, 3, 40)]
     assert 1.0 >= losses[0] > losses[1] > losses[2] == 0.0

@@ -234,6 +234,7 @@ def test_degenerate_groups_give_exactly_zero(arm):
     np.testing.assert_array_equal(result[2], whole[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_equal_values_give_exactly_zero_although_their_mean_is_rounded(scale):
     values = np.linspace(0.01, 0.99, 99, dtype=np.float32)

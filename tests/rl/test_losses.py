@@ -163,6 +163,7 @@ def test_micro_batches_add_up_as_in_trl(loss_type):
         np.testing.assert_allclose(np.concatenate(gradients), gradient, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_masked_tokens_and_absent_rows_leave_no_trace(loss_type, level):
@@ -205,6 +206,7 @@ def test_kl_is_zero_for_equal_policies_and_positive_otherwise():
     assert (np.asarray(kl_penalty(logprob, logprob[::-1]))[[0, -1]] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1000, 8, 5])
 def test_token_logprobs_equal_the_whole_softmax_in_value_and_gradient(chunk):
     config, _, params = policy()

@@ -50,7 +50,6 @@ def of_arm(arm, rewards, **config):
     return np.asarray(advantages(arm, rewards, RlConfig(**config)))
 
 
-@pytest.mark.slow
 @given(
     rows=st.lists(st.lists(TEXT, min_size=G, max_size=G), min_size=2, max_size=2),
     same=TEXT,
@@ -109,7 +108,6 @@ def test_group_cut_short_before_any_answer_teaches_nothing(arm):
     np.testing.assert_array_equal(kept, [[False] * 4, [True, False, True, False]])
 
 
-@pytest.mark.slow
 def test_words_that_share_their_first_token_with_another_category_have_no_confidence_there():
     table = CandidateTable(tiny_tokenizer(), load_wheels())
     assert 0 < table.share_lost < 1
