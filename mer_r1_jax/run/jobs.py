@@ -1,9 +1,9 @@
 """Runs the jobs of an ablation as processes: some at once, each on cores of its own, none that is finished again.
 
-A job is a process of its own, `python -m mer_r1_jax.run.jobs CONFIG.json`, so that a crash or a kill costs that run
-alone, and its own resume takes it up. What it prints goes to `<out>/jobs/<name>.log`, its configuration lies in
-`<out>/jobs/<name>.json`. It is stopped (saved, exit code 75) when the process that started it is gone, so that nothing
-trains on unseen.
+A job is a process of its own, `python -m mer_r1_jax.run.jobs CONFIG.json`, which does what `mer-r1 train` does: a crash
+or a kill costs that run alone, and its own resume takes it up. What it prints goes to `<out>/jobs/<name>.log`, its
+configuration lies in `<out>/jobs/<name>.json`. It is stopped (saved, exit code 75) when the process that started it is
+gone, so that nothing trains on unseen.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from mer_r1_jax.cli import ended, explained
-from mer_r1_jax.config.build import load_config, to_json
+from mer_r1_jax.config.build import to_json
 from mer_r1_jax.run.ablation_plan import Job
 from mer_r1_jax.storage import durable
 from mer_r1_jax.training.signals import EXIT_SAVED, StopSignals
@@ -106,6 +105,7 @@ def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS
     except OSError as error:
         raise JobsError(f"{out} cannot be written: {error}; choose another --out") from error
     with lock:
+        # Runs of an attempt that was killed hold the lock as well: they save within seconds of losing their parent.
         waited = 0.0
         while not _locked(lock):
             if waited == 0:
@@ -140,6 +140,7 @@ def cores_for(parallel: int) -> list[tuple[int, ...]]:
         raise JobsError(f"--parallel: got {parallel}, expected at least 1")
     if parallel == 1 or not hasattr(os, "sched_setaffinity"):
         return [()] * parallel
+    # Of this process: a container may have fewer than the machine.
     cores = sorted(os.sched_getaffinity(0))
     if parallel > len(cores):
         raise JobsError(f"--parallel: got {parallel}, but there are {len(cores)} cores; expected at most as many")
@@ -190,6 +191,7 @@ class _Runner:
     def run(self, stop: StopSignals) -> Outcome:
         try:
             while self._running or self._startable():
+                # Everything that may start does, then one look at what has ended.
                 while self._free and not stop.should_stop() and (job := self._startable()):
                     self._start(job)
                 if not self._running:
@@ -241,6 +243,7 @@ class _Runner:
             job, cores, begun = self._running.pop(process)
             self._free.append(cores)
             seconds = round(time.monotonic() - begun)
+            # It may have come to its end before it heard.
             told_to_stop = job.name in self.outcome.stopped
             if process.returncode == 0:
                 durable.write_json(job.folder / FINISHED, {"seconds_of_last_attempt": seconds})
@@ -287,7 +290,10 @@ def _tail(log: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs, or goes on with, the run of a saved configuration; returns the exit code of `run.train.train`."""
-    from mer_r1_jax.run.train import train  # only in a job's process: the one that starts them trains nothing
+    # Only a job trains: who starts jobs needs none of this.
+    from mer_r1_jax.cli import ended, explained
+    from mer_r1_jax.config.build import load_config
+    from mer_r1_jax.run.train import train
 
     threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     with explained():
