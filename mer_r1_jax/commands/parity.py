@@ -34,7 +34,7 @@ _REFERENCE = flags.DEFINE_bool("reference", False, "Compare with transformers.")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    from mer_r1_jax.omni.hf.config import load_config
+    from mer_r1_jax.omni.hf.config_json import load_config
     from mer_r1_jax.omni.hf.load import load_params
     from mer_r1_jax.parity.port import run_port
     from mer_r1_jax.parity.processor_inputs import ProcessorInputs

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mer_r1_jax.media.clips import AudioInput
+from mer_r1_jax.media.clips import IMAGE_SECONDS, AudioInput, VisionInput
 from mer_r1_jax.media.collate import collate, largest_of, prompt_shape
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.media.vision import IMAGE_SECONDS, VisionInput
 from mer_r1_jax.omni.batch import Batch, BatchShape, FeatureLayout, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.positions import feature_sources, rope_positions
+from mer_r1_jax.omni.positions import MediaSizes, feature_sources, rope_positions
 
 MEL_PADDING = 3000  # mel is padded to a multiple of Whisper's 30 seconds, as the processor pads it
 Clip = TypeVar("Clip", bound=VisionInput | AudioInput)
@@ -162,11 +161,13 @@ def _prompts(inputs: ProcessorInputs, config: ThinkerConfig, ids_of_rows: list[n
         position, next_position = rope_positions(
             ids,
             config,
-            image_grids=[clip.grid for clip in images],
-            video_grids=[clip.grid for clip in videos],
-            second_per_grids=[float(clip.second_per_grid) for clip in videos],
-            audio_lengths=[len(clip.mel) for clip in audios],
-            use_audio_in_video=inputs.use_audio_in_video,
+            MediaSizes(
+                image_grids=[clip.grid for clip in images],
+                video_grids=[clip.grid for clip in videos],
+                second_per_grids=[float(clip.second_per_grid) for clip in videos],
+                audio_lengths=[len(clip.mel) for clip in audios],
+                use_audio_in_video=inputs.use_audio_in_video,
+            ),
         )
         # Images are numbered before videos, wherever they stand: sources say which clip is meant.
         numbered = [(number, np.arange(clip.rows)) for number, clip in enumerate([*images, *videos, *audios])]

@@ -16,8 +16,8 @@ from mer_r1_jax.emotion.candidates import CandidateTable
 from mer_r1_jax.evaluation.answering import Answerer
 from mer_r1_jax.evaluation.benchmarks.word_protocol import wheels_digest
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
-from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.rl.sampling import greedy

@@ -25,7 +25,7 @@ from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure
 from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.run.asking import Policy, Reply, answer_fingerprint, ask, make_evaluator
 from mer_r1_jax.training.stopping import NEVER, Stop
 

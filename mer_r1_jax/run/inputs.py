@@ -14,10 +14,9 @@ from typing import Any
 
 from mer_r1_jax.config.bounds import SCHEME, is_bucket
 from mer_r1_jax.config.checks import lookup
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.data.synthetic.make import WorldPaths, make_world
+from mer_r1_jax.data.synthetic.make import WorldPaths, WorldSettings, make_world
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.storage import bucket
 
@@ -93,11 +92,13 @@ def _with_world(config: RunConfig, say: Say) -> RunConfig:
     with processes.one_after_first("the synthetic world"):
         world = make_world(
             data.synthetic_dir,
-            sft_clips=data.synthetic_sft_clips,
-            rl_clips=data.synthetic_rl_clips,
-            eval_clips=data.synthetic_eval_clips,
-            seed=data.synthetic_seed,
-            wheel_dir=config.emotion.wheel_dir,
+            WorldSettings(
+                sft_clips=data.synthetic_sft_clips,
+                rl_clips=data.synthetic_rl_clips,
+                eval_clips=data.synthetic_eval_clips,
+                seed=data.synthetic_seed,
+                wheel_dir=config.emotion.wheel_dir,
+            ),
             progress=progress,
         )
     return _in_world(config, world)

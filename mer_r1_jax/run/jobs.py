@@ -67,9 +67,24 @@ class Outcome:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldFolder:
+    """The folder of an ablation while this process keeps others out of it.
+
+    Attributes:
+        path: the folder.
+        lock: file descriptor of its lock, which jobs inherit.
+        say: is told what begins and ends there.
+    """
+
+    path: Path
+    lock: int
+    say: Callable[[str], None]
+
+
 @contextlib.contextmanager
-def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS) -> Iterator[int]:
-    """Makes the folder of an ablation and keeps others out of it; gives the lock, to be passed on to the jobs.
+def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS) -> Iterator[HeldFolder]:
+    """Makes the folder of an ablation and keeps others out of it.
 
     Jobs share the lock, so that those of an attempt that was killed are waited for: they notice, and save.
 
@@ -99,7 +114,7 @@ def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS
                 raise JobsError(f"another ablation is at work in {out}: wait for its end, or choose another --out")
             time.sleep(POLL_SECONDS)
             waited += POLL_SECONDS
-        yield lock.fileno()
+        yield HeldFolder(out, lock.fileno(), say)
 
 
 def _locked(lock: IO[str]) -> bool:
@@ -135,48 +150,43 @@ def cores_for(parallel: int) -> list[tuple[int, ...]]:
 
 def run_jobs(
     jobs: Sequence[Job],
-    out: Path,
+    folder: HeldFolder,
     parallel: int,
     stop: StopSignals,
-    say: Callable[[str], None],
-    lock: int | None = None,
     scores_of: Callable[[Job], str] = lambda job: "",
     program: Sequence[str] = PROGRAM,
 ) -> Outcome:
     """Runs what is not finished. A job that another needs comes before it in `jobs`.
 
     Args:
-        out: the ablation's folder, held by `hold`.
+        folder: what `hold` gave.
         parallel: processes at once.
         stop: asks for the end: running jobs are told to save, no others are started.
-        say: is told what begins and ends.
-        lock: what `hold` gave.
         scores_of: what a finished run came to, to be said.
         program: the command of a job, to which its configuration file is added.
     """
-    return _Runner(jobs, out, cores_for(parallel), say, lock, scores_of, program).run(stop)
+    return _Runner(jobs, folder, cores_for(parallel), scores_of, program).run(stop)
 
 
 class _Runner:
     def __init__(
         self,
         jobs: Sequence[Job],
-        out: Path,
+        folder: HeldFolder,
         cores: list[tuple[int, ...]],
-        say: Callable[[str], None],
-        lock: int | None,
         scores_of: Callable[[Job], str],
         program: Sequence[str],
     ):
-        self._out, self._say, self._lock, self._scores_of, self._program = out, say, lock, scores_of, program
-        self._environment = _environment(out)
+        self._out, self._say, self._lock = folder.path, folder.say, folder.lock
+        self._scores_of, self._program = scores_of, program
+        self._environment = _environment(folder.path)
         self._free = list(cores)
         self._running: dict[subprocess.Popen, tuple[Job, tuple[int, ...], float]] = {}
         self.outcome = Outcome(finished=[job.name for job in jobs if is_finished(job)])
         self._pending = [job for job in jobs if not is_finished(job)]
         self._total = len(jobs)
         if self.outcome.finished:
-            say(f"{len(self.outcome.finished)} of {len(jobs)} runs are finished already")
+            self._say(f"{len(self.outcome.finished)} of {len(jobs)} runs are finished already")
 
     def run(self, stop: StopSignals) -> Outcome:
         try:
@@ -212,7 +222,7 @@ class _Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
-                pass_fds=() if self._lock is None else (self._lock,),
+                pass_fds=(self._lock,),
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
             )
         self._running[process] = (job, cores, time.monotonic())

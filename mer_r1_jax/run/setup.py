@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig, RunConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig
 from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
 from mer_r1_jax.data.quarantine import Quarantine
@@ -19,7 +18,7 @@ from mer_r1_jax.data.records import Record, dataset_hash, read_records
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import is_scorable
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
-from mer_r1_jax.media.identity import FileKey, file_key
+from mer_r1_jax.media.opening import FileKey, file_key
 from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel.mesh import make_mesh

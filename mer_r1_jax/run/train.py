@@ -33,13 +33,12 @@ from rich.console import Console
 from mer_r1_jax import faults, screen
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import checked
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.media.fingerprints import ClipFingerprints
+from mer_r1_jax.media.seen_clips import ClipFingerprints
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.whole import on_first

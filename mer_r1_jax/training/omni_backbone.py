@@ -12,12 +12,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import ModelConfig
+from mer_r1_jax.config.schema import ConfigError, ModelConfig
 from mer_r1_jax.media.tokenizer import PAD_TOKEN, SPECIAL_TOKENS, TURN_END
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.hf.config import load_config
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.config_json import load_config
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
@@ -95,7 +94,7 @@ class OmniBackbone(Backbone):
     def save(
         self, path: str | os.PathLike, params: Params, source: str | os.PathLike, asked: Callable[[], bool]
     ) -> None:
-        export_model(path, self.config, nest(params), source=source, overwrite=True, asked=asked)
+        export_model(path, self.config, nest(params), ExportSettings(source=source, overwrite=True), asked=asked)
 
     def rules(self, *, decode: bool = False) -> contextlib.AbstractContextManager[None]:
         return axis_rules(DECODE_RULES if decode else TRAIN_RULES, self.mesh)
