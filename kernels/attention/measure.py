@@ -25,7 +25,7 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*([A-Z]{2})?\s*:")
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags; the defaults are the 7B decoder at 4 rows of 4096 tokens."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--chip", choices=TOPOLOGIES, default="v5p")
     flags.add_argument("--splash", action="store_true", help="jax's splash attention instead (no shared segment)")
     flags.add_argument("--xla", action="store_true", help="the plain computation instead")
@@ -69,7 +69,9 @@ def attend(flags: argparse.Namespace, device):
     def run(q, k, v, segment):
         q, k, v = ((x.swapaxes(1, 2)) for x in (q * flags.width**-0.5, k, v))
         one = lambda q, k, v, segment: kernel(q, k, v, splash.SegmentIds(segment, segment))  # noqa: E731
-        return jax.vmap(one)(q, k, v, segment).swapaxes(1, 2)
+        out = jax.vmap(one)(q, k, v, segment)
+        assert isinstance(out, jax.Array)  # a tuple only where residuals are kept
+        return out.swapaxes(1, 2)
 
     return run
 
@@ -98,6 +100,7 @@ def measure(flags: argparse.Namespace) -> None:
     began, worked = time.monotonic(), time.process_time()
     compiled = jax.jit(program).trace(q, k, k, segment, q).lower(lowering_platforms=("tpu",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # the TPU compiler gives both
     print(
         f"{flags.chip}: temp {memory.temp_size_in_bytes / 2**20:.0f} MiB, "
         f"arguments {memory.argument_size_in_bytes / 2**20:.0f} MiB, "

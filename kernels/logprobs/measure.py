@@ -44,7 +44,7 @@ def read_bundles(path: pathlib.Path) -> Loops:
         depth = match.group(2).count(">") if match else 0
         if depth == 1:
             step += 1
-        elif depth > 1:
+        elif match and depth > 1:
             if match.group(1) == "LB":
                 inner.append(0)
             inner[-1] += 1
@@ -82,12 +82,14 @@ def compile_here(arguments: argparse.Namespace) -> None:
     lowered = jax.jit(run).trace(abstract((N, D)), w, abstract((N,), jnp.int32), row, row)
     compiled = lowered.lower(lowering_platforms=("tpu",)).compile()
     tiles = tiles_for(N, D, V, 0, 2, device.device_kind)
-    print(f"temp_bytes={compiled.memory_analysis().temp_size_in_bytes}")
+    memory = compiled.memory_analysis()
+    assert memory is not None  # the TPU compiler gives one
+    print(f"temp_bytes={memory.temp_size_in_bytes}")
     print(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(tiles).items()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--topology", default="v5p:2x2x1")
     parser.add_argument("--rows", type=int, default=16384)
     parser.add_argument("--width", type=int, default=3584)

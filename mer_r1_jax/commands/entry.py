@@ -111,7 +111,7 @@ def overview() -> str:
 
 def described(module: ModuleType) -> str:
     """What `mer-r1 COMMAND --help` prints: its docstring, its flags and, where it takes --config, every setting."""
-    lines = [module.__doc__.strip(), "", "Flags:"]
+    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
     own = [flag for flag in flags.FLAGS.flags_by_module_dict()[module.__name__] if "." not in flag.name]
     for flag in sorted(own, key=lambda flag: flag.name):
         lines += [f"  --{flag.name}{_taken(flag)}", f"      {_HELP_CHOICES.sub('', flag.help)}"]

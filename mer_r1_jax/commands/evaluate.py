@@ -27,7 +27,7 @@ from mer_r1_jax.cli import ended, explained
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError, Request, benchmark_names, title_of
 from mer_r1_jax.evaluation.benchmarks.word_protocol import POLARITY_CHOICES, WORDS_CHOICES
-from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopSignals
 
 if TYPE_CHECKING:

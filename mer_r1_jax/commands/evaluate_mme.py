@@ -19,7 +19,7 @@ from absl import app, flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained
 from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
-from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopSignals
 
 if TYPE_CHECKING:

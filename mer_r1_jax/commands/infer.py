@@ -12,7 +12,7 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.foreign_text import json_text, printable
 
 if TYPE_CHECKING:

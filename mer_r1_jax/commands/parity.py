@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     from mer_r1_jax.omni.border import ProcessorInputs
-    from mer_r1_jax.omni.hf.config import load_config
+    from mer_r1_jax.omni.hf.config_json import load_config
     from mer_r1_jax.omni.hf.load import load_params
     from mer_r1_jax.omni.parity import run_port
 

@@ -20,8 +20,7 @@ from ml_collections import config_flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.run.inputs import require_files
 from mer_r1_jax.storage import durable

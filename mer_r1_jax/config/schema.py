@@ -37,6 +37,11 @@ from mer_r1_jax.config.bounds import (
     Words,
 )
 
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names each field, what it got and what it expects."""
+
+
 Dtype = Literal["float32", "bfloat16"]
 GroupSize = Annotated[int, Number(2, 65_536, note="a group of one answer has no advantage")]
 Temperature = Annotated[float, Number(0, 100, above=True, note="a group must differ")]

@@ -218,7 +218,8 @@ def _meant_by(name: str, value: Any) -> str | None:
 
 def _leaves(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(keys that lead to it, leaf) for what stands inside a value, at most `_MOST_LEAVES`."""
-    waiting, seen = [((), value)], 0
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    seen = 0
     while waiting and seen < _MOST_LEAVES:
         keys, entry = waiting.pop()
         if isinstance(entry, dict):

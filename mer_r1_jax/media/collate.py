@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mer_r1_jax.media.errors import PromptError
-from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.omni.batch import (
     MEL_FRAMES_PER_UNIT,
     PROMPT,

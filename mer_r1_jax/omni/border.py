@@ -24,7 +24,7 @@ from mer_r1_jax.omni.batch import (
 )
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.grids import feature_rows, patch_layout
-from mer_r1_jax.omni.positions import audio_token_count, feature_sources, rope_positions, vision_token_count
+from mer_r1_jax.omni.positions import MediaSizes, audio_token_count, feature_sources, rope_positions, vision_token_count
 
 
 class InputError(ValueError):
@@ -166,11 +166,13 @@ def to_batch(
         position_3BT[:, b, at], next_position_B[b] = rope_positions(
             ids,
             config,
-            image_grids=[clip.grid for clip in images],
-            video_grids=[clip.grid for clip in videos],
-            second_per_grids=[clip.second_per_grid for clip in videos],
-            audio_lengths=[len(clip.array) for clip in audios],
-            use_audio_in_video=inputs.use_audio_in_video,
+            MediaSizes(
+                image_grids=[clip.grid for clip in images],
+                video_grids=[clip.grid for clip in videos],
+                second_per_grids=[clip.second_per_grid for clip in videos],
+                audio_lengths=[len(clip.array) for clip in audios],
+                use_audio_in_video=inputs.use_audio_in_video,
+            ),
         )
         rows = [(number, feature_rows(clip.grid, shape.patches)) for number, clip in enumerate(images + videos)]
         source_BT2[b, at] = feature_sources(

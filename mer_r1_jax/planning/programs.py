@@ -26,7 +26,7 @@ from mer_r1_jax.omni.batch import PROMPT, BatchShape, Prompts
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
-from mer_r1_jax.planning.useful import FORWARD, TRAINED, text_flops, tower_flops
+from mer_r1_jax.planning.flops import FORWARD, TRAINED, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import arm_of
 from mer_r1_jax.rl.confidence import Anchors
@@ -346,6 +346,6 @@ def bytes_per_chip(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
         total += math.prod(shape) * size
     return total

@@ -44,7 +44,7 @@ def ablate(plan: Plan, parallel: int, command: str, console: Console) -> int:
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     jobs = plan.jobs()
     cores_for(parallel)  # refuses before anything is made
-    with hold(plan.out, say) as lock:
+    with hold(plan.out, say) as folder:
         if differences := setting_differences(jobs):
             raise SettingsError(
                 f"{plan.out} holds runs with other settings, which cannot be put into one table with these:\n  "
@@ -54,7 +54,7 @@ def ablate(plan: Plan, parallel: int, command: str, console: Console) -> int:
         # Made once, before several runs look for it at the same time.
         with_embedded_world(plan.config, functools.partial(_world_progress, say))
         with StopSignals() as stop:
-            outcome = run_jobs(jobs, plan.out, parallel, stop, say, lock, _scores_of)
+            outcome = run_jobs(jobs, folder, parallel, stop, _scores_of)
             _write_tables(plan, jobs, command, say)
             outcome.check()
             return EXIT_SAVED if _is_incomplete(outcome, say) else 0

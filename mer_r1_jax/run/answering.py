@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.evaluation.evaluate import Evaluator
-from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.run.setup import Setup

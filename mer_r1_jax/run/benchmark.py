@@ -23,8 +23,8 @@ from mer_r1_jax.evaluation.benchmarks.word_protocol import wheels_digest
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
 from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
-from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.run.answering import eval_length, make_evaluator
 from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, require_model, saved_config
 from mer_r1_jax.run.setup import Setup

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.config.schema import RunConfig
-from mer_r1_jax.media.fingerprints import ClipChangedError, in_words, of_ends
+from mer_r1_jax.media.seen_clips import ClipChangedError, in_words, of_ends
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 
 CLIPS_FILE = "clips.json"
-CLIPS_RULE = f"by size and both ends, in {CLIPS_FILE}"  # of media/fingerprints.py; another one begins anew
+CLIPS_RULE = f"by size and both ends, in {CLIPS_FILE}"  # of media/seen_clips.py; another one begins anew
 # What decides which tokens a text becomes, and how clips are cut for the model.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.checks import lookup
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import DataConfig, RunConfig
+from mer_r1_jax.config.schema import ConfigError, DataConfig, RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.storage import bucket, copies
 

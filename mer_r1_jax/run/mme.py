@@ -15,8 +15,8 @@ from mer_r1_jax.evaluation.mme.mme_folder import NAME
 from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure
-from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.run.answering import make_evaluator
 from mer_r1_jax.run.benchmark import Policy, answer_fingerprint
 from mer_r1_jax.training.prompts import PromptSource

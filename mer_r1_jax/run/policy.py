@@ -14,8 +14,7 @@ import jax
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.checks import PATHS
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import MeshConfig, RunConfig
+from mer_r1_jax.config.schema import ConfigError, MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes

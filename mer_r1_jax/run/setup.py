@@ -11,14 +11,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig, RunConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig
 from mer_r1_jax.data.records import Record, dataset_hash, read_records
-from mer_r1_jax.data.synthetic.make import make_world
+from mer_r1_jax.data.synthetic.make import WorldSettings, make_world
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import is_scorable
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
-from mer_r1_jax.media.identity import FileKey, file_key
+from mer_r1_jax.media.opening import FileKey, file_key
 from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.config import ThinkerConfig
@@ -228,11 +227,13 @@ def with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
     with processes.one_after_first("the embedded world"):
         world = make_world(
             config.data.synthetic_dir,
-            sft_clips=config.data.synthetic_sft_clips,
-            rl_clips=config.data.synthetic_rl_clips,
-            eval_clips=config.data.synthetic_eval_clips,
-            seed=config.data.synthetic_seed,
-            wheel_dir=config.emotion.wheel_dir,
+            WorldSettings(
+                sft_clips=config.data.synthetic_sft_clips,
+                rl_clips=config.data.synthetic_rl_clips,
+                eval_clips=config.data.synthetic_eval_clips,
+                seed=config.data.synthetic_seed,
+                wheel_dir=config.emotion.wheel_dir,
+            ),
             progress=progress,
         )
     found = {"sft_path": world.sft, "rl_path": world.rl, "eval_path": world.eval, "media_root": world.media_root}

@@ -33,16 +33,15 @@ from rich.console import Console
 from mer_r1_jax import faults, screen
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import checked
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.media.fingerprints import ClipFingerprints
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.media.seen_clips import ClipFingerprints
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.whole import on_first
@@ -374,8 +373,7 @@ def export(run: Run, params: Params) -> None:
                 run.folder.export,
                 run.backbone.config,
                 nest(params),
-                source=run.tokenizer_path,
-                overwrite=True,
+                ExportSettings(source=run.tokenizer_path, overwrite=True),
                 asked=run.stop.asked,
             )
             faults.here("exported")

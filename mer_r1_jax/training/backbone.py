@@ -11,11 +11,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import ModelConfig
+from mer_r1_jax.config.schema import ConfigError, ModelConfig
 from mer_r1_jax.media.tokenizer import PAD_TOKEN, SPECIAL_TOKENS, TURN_END
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params

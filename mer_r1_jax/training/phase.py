@@ -8,8 +8,7 @@ from typing import Any
 
 import optax
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig, RunConfig, SftConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig, SftConfig
 from mer_r1_jax.data.pipeline import steps_for_epochs
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.omni.batch import BatchShape

@@ -14,13 +14,12 @@ import numpy as np
 from mer_r1_jax.config.schema import MediaConfig, RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.media.clips import Clips, sound_remarks
+from mer_r1_jax.media.clips import Clips, merge_factor, sound_remarks
 from mer_r1_jax.media.collate import bucket_for, collate
-from mer_r1_jax.media.fingerprints import ClipFingerprints
 from mer_r1_jax.media.frames import FRAME_FACTOR, most_cells, video_pixels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import Prompt, PromptBuilder
-from mer_r1_jax.media.vision import merge_factor
+from mer_r1_jax.media.seen_clips import ClipFingerprints
 from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT, BatchShape, FeatureLayout, Prompts
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes

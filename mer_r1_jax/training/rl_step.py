@@ -30,6 +30,7 @@ import numpy as np
 from mer_r1_jax import faults
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.data.prefetch import LoadedItem
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.omni.batch import Array, AudioClips, BatchShape, Prompts, VisionClips
 from mer_r1_jax.omni.thinker import Thinker
 from mer_r1_jax.parallel.rows import local_rows, put, row_share
@@ -50,7 +51,6 @@ from mer_r1_jax.rl.reward_funcs import RewardFunctions, Sample, Scored
 from mer_r1_jax.rl.rollout import Completions, rollout
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer, ScoredGroups
-from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training import chunked
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.prompts import prompt_rows

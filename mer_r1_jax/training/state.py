@@ -16,8 +16,8 @@ import optax
 from flax import traverse_util
 
 from mer_r1_jax.config.schema import OptimizerConfig, RunConfig
-from mer_r1_jax.omni.finite import not_finite
 from mer_r1_jax.parallel.rows import split_rows
+from mer_r1_jax.parallel.whole import not_finite
 from mer_r1_jax.storage.damage import DamagedStepError, is_count
 from mer_r1_jax.storage.stored_arrays import CheckpointError
 

@@ -254,6 +254,7 @@ def folder(clips, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_passes_good_data_with_status_zero(folder):
     done = command("--config=config.py", "--json=report.json", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -264,6 +265,7 @@ def test_the_command_passes_good_data_with_status_zero(folder):
     assert report["ok"] and [file["counts"]["records"] for file in report["files"]] == [3, 3]
 
 
+@pytest.mark.slow
 def test_the_command_lists_faults_with_status_one(folder):
     done = command("--data=bad.jsonl", "--media_root=clips", "--json=report.json", cwd=folder)
     assert done.returncode == 1
@@ -274,6 +276,7 @@ def test_the_command_lists_faults_with_status_one(folder):
     assert json.loads((folder / "report.json").read_text())["errors"] == 3
 
 
+@pytest.mark.slow
 def test_the_command_names_further_columns_and_words_on_no_wheel(folder):
     rows = [both(name, id=name, split="train", answer="happy", solution="[happy; flurgh]") for name in GOOD]
     (folder / "further.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -318,6 +321,7 @@ def test_a_record_that_breaks_the_checker_is_named(tmp_path):
     assert caught.value.__notes__ == [f"while checking {path}:1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,7 +16,7 @@ from support.unibench_standins import CLIPS, clip_name, write_csv, write_sets
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS
 from mer_r1_jax.evaluation.evaluate import Evaluator
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.run.benchmark import open_policy
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.training.state import nest
@@ -30,7 +30,9 @@ BROKEN = ("ch_sims", clip_name("ch_sims", 2))
 def export(small, trained, tmp_path_factory):
     """A tiny model in Hugging Face format."""
     folder = tmp_path_factory.mktemp("model") / "export"
-    export_model(folder, small.backbone.config, nest(trained), source=small.tokenizer_path, overwrite=True)
+    export_model(
+        folder, small.backbone.config, nest(trained), ExportSettings(source=small.tokenizer_path, overwrite=True)
+    )
     write_settings(folder, small.config)
     return folder
 

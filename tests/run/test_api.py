@@ -12,8 +12,8 @@ from support.small_fixtures import compiled, small, small_folder, trained  # noq
 import mer_r1_jax
 from mer_r1_jax.api import Answer, ArgumentError
 from mer_r1_jax.emotion.predictions import PredictionError
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.run import policy
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.training.state import nest
@@ -22,7 +22,9 @@ from mer_r1_jax.training.state import nest
 @pytest.fixture(scope="module")
 def export(small, trained, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("model") / "export"
-    export_model(folder, small.backbone.config, nest(trained), source=small.tokenizer_path, overwrite=True)
+    export_model(
+        folder, small.backbone.config, nest(trained), ExportSettings(source=small.tokenizer_path, overwrite=True)
+    )
     policy.write_settings(folder, small.config)
     return folder
 

@@ -22,7 +22,7 @@ from mer_r1_jax.evaluation.mme.judging import MAX_STEPS, digest_of
 from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
 from mer_r1_jax.evaluation.result_log import FAILED, ResultLog
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 
 _STEPS_BLOCK = re.compile(r"<steps?>(.*?)</steps?>", re.DOTALL | re.IGNORECASE)
 _SCORE_BLOCK = re.compile(r"<scores?>(.*?)</scores?>", re.DOTALL | re.IGNORECASE)

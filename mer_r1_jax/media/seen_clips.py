@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.media.opening import media_file
+from mer_r1_jax.media.opening import MediaError, media_file
 
 END_BYTES = 1 << 20  # hashed of each end of a file: enough to tell files apart, little beside what decoding reads
 

@@ -18,9 +18,8 @@ import numpy as np
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media import decode
-from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.mel import log_mel
-from mer_r1_jax.media.opening import MediaFile, media_file
+from mer_r1_jax.media.opening import MediaError, MediaFile, media_file
 
 MAGIC = b"MERCLIP1"
 _PREFIX = struct.Struct("<8sI")

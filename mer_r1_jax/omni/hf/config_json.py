@@ -108,7 +108,7 @@ def config_from_hf(
     """
     problems: list[str] = []
     thinker = _thinker_part(mapping, where)
-    parts = {name: thinker.get(f"{name}_config") for name in ("audio", "vision", "text")}
+    parts: dict[str, Any] = {name: thinker.get(f"{name}_config") for name in ("audio", "vision", "text")}
     absent = [f"{name}_config" for name, part in parts.items() if not isinstance(part, Mapping)]
     if absent:
         raise ConfigError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mer_r1_jax.data.synthetic import text
+from mer_r1_jax.data.synthetic import wording
 from mer_r1_jax.emotion.answer_form import ANSWER_CLOSE, BRIDGE, THINK_OPEN
 from mer_r1_jax.media.tokenizer import TURN_END
 
@@ -112,7 +112,7 @@ def corpus(lexicon: dict, wheels, extra: Iterable[str] = ()) -> Iterator[str]:
     words = [word for category in lexicon["words"].values() for word in category]
     pieces = [THINK_OPEN, BRIDGE, ANSWER_CLOSE, "<subtitle>", "</subtitle>\n", "system\n", "user\n"]
     pieces += ["assistant\n", "\nYou are a helpful assistant."]
-    often = text.all_texts(lexicon) + pieces + list(extra)
+    often = wording.all_texts(lexicon) + pieces + list(extra)
     often += [form for word in words for form in (word, f", {word}", word.capitalize())]
     for _ in range(WORLD_REPEATS):
         yield from often
