@@ -20,11 +20,14 @@ train: $(BIN)/.installed
 smoke: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG):smoke $(ARGS)
 
-# What every commit passes: without PyTorch, whole runs or the TPU compiler.
+# What every commit passes: without PyTorch, whole runs or the TPU compiler. Types are checked beside the tests, on a core
+# of their own, and their errors come last.
 check: $(BIN)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --lane=fast -q $(ARGS)
+	$(BIN)/basedpyright > $(VENV)/types.txt & types=$$!; \
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest --lane=fast -q $(ARGS); tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests ? tests : types))
 
 test: $(TEST_BIN)/.installed $(TRANSFORMERS4)/.installed
 	for lane in rest torch; do \
