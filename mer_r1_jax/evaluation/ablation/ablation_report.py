@@ -25,8 +25,9 @@ from mer_r1_jax.evaluation.ablation.arm_comparison import (
     as_json,
 )
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS, SeedResult
-from mer_r1_jax.evaluation.bootstrap import POINTS, Mean, mean_over_seeds, signed
+from mer_r1_jax.evaluation.bootstrap import POINTS, signed
 from mer_r1_jax.evaluation.figures import FAST, MUTED, SLOW, STYLE, data_uri, smooth, svg
+from mer_r1_jax.evaluation.over_seeds import Mean, mean_over_seeds
 from mer_r1_jax.evaluation.report_kit import NONE, Table, markdown, number, percent, render_page, text_table
 from mer_r1_jax.foreign_text import for_markdown, printable
 from mer_r1_jax.storage import durable

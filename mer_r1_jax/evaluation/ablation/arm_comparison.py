@@ -11,7 +11,8 @@ import numpy as np
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.ablation.alikeness import Alikeness
 from mer_r1_jax.evaluation.ablation.results import COUNTS, SCORES, AblationError, SeedResult, is_scored, same_answers
-from mer_r1_jax.evaluation.bootstrap import Difference, Mean, Order, Resampled, mean_over_seeds, paired_difference
+from mer_r1_jax.evaluation.bootstrap import Difference, paired_difference
+from mer_r1_jax.evaluation.over_seeds import Mean, Order, Resampled, mean_over_seeds
 
 SFT = "sft"
 FAST = "fast "  # before the name of a row: its fast answers
