@@ -1,4 +1,4 @@
-# `make train` (the whole pipeline on the embedded world), `make test` and others. Each makes its environment first.
+# `make train` (the whole pipeline on the synthetic world), `make test` and others. Each makes its environment first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,11 +20,14 @@ train: $(BIN)/.installed
 smoke: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG):smoke $(ARGS)
 
-# What every commit passes: without PyTorch, whole runs or the TPU compiler.
+# What every commit passes: without PyTorch, whole runs or the TPU compiler. Types are checked beside the tests, on a core
+# of their own, and their errors come last.
 check: $(BIN)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -n 2 --dist worksteal --lane=fast -q $(ARGS)
+	$(BIN)/basedpyright > $(VENV)/types.txt & types=$$!; \
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest --lane=fast -q $(ARGS); tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests ? tests : types))
 
 test: $(TEST_BIN)/.installed $(TRANSFORMERS4)/.installed
 	for lane in rest torch; do \
@@ -44,15 +47,18 @@ plan: $(BIN)/.installed-plan
 # The documentation, into site/: a dead link, or a page that is nowhere in the menu, is an error.
 docs: $(BIN)/.installed-docs
 	$(BIN)/python experiments/reference_page.py
+	$(BIN)/python experiments/tutorial.py
 	$(BIN)/zensical build --clean --strict
 
-# The drawings of docs/ and the README. CLIP_MODEL: the run that answers about the clip; CLIP_NOTE: what it has been through.
+# The drawings of docs/ and the README, and the tutorial notebook with its page, run anew (about two minutes).
+# CLIP_MODEL: the run that answers about the clip; CLIP_NOTE: what it has been through.
 CLIP_MODEL ?= runs/synthetic
 CLIP_NOTE ?= after make train
 
-figures: $(BIN)/.installed
+figures: $(BIN)/.installed-docs
 	$(BIN)/python experiments/variance_figure.py
 	$(BIN)/python experiments/clip_figure.py --model=$(CLIP_MODEL) --note="$(CLIP_NOTE)"
+	$(BIN)/python experiments/tutorial.py --execute
 
 $(BIN)/python $(TEST_BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

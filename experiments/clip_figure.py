@@ -1,4 +1,4 @@
-"""Draws docs/clip.svg: a held-out clip of the embedded world, and what a trained model really answered about it.
+"""Draws docs/clip.svg: a held-out clip of the synthetic world, and what a trained model really answered about it.
 
     python experiments/clip_figure.py --model=runs/synthetic [--data=synthetic_data/eval.jsonl --clip=0] [--note=...]
 

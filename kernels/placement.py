@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -46,8 +47,8 @@ class Placement:
         return PartitionSpec(*(axes.get(letter) or None for letter in letters))
 
 
-def device(placement: Placement | None) -> jax.Device:
-    """A device of the kind the call will run on."""
+def device(placement: Placement | None) -> Any:
+    """A jax.Device, which type checkers know nothing about, of the kind the call will run on."""
     return jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
 
 

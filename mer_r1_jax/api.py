@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mer_r1_jax.emotion import predictions as scoring
+from mer_r1_jax.emotion.answer_form import Answer
 from mer_r1_jax.emotion.wheels import load_wheels
 
 Mode = Literal["slow", "fast"]
@@ -23,30 +24,6 @@ Part = Literal["both", "video", "audio"]
 
 class ArgumentError(ValueError):
     """An argument that cannot be used; the message says what was got, what was expected and how to mend it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a model says about a clip.
-
-    Attributes:
-        mode: slow (after reasoning) or fast (at once).
-        reasoning: what stands in the think block; None where there is none, as in every fast answer.
-        words: the emotion words, lower-case, in the order of the answer; empty where it cannot be read.
-        probabilities: word -> probability of its categories where it is said, mean over the wheels, in [0, 1]; a word
-            that is on no wheel has none.
-        categories: word -> its category on each of the five wheels, None where it has none.
-        truncated: the answer was cut at the length cap.
-        text: everything that was generated.
-    """
-
-    mode: str
-    reasoning: str | None
-    words: tuple[str, ...]
-    probabilities: Mapping[str, float]
-    categories: Mapping[str, tuple[str | None, ...]]
-    truncated: bool
-    text: str
 
 
 class Model:
@@ -61,7 +38,7 @@ class Model:
     def answer(
         self,
         *,
-        video: str | os.PathLike,
+        video: str | os.PathLike[str],
         subtitle: str | None = None,
         question: str | None = None,
         mode: Mode = "slow",
@@ -86,17 +63,9 @@ class Model:
         _require("mode", mode, ("slow", "fast"))
         _require("show", show, ("both", "video", "audio"))
         asked = question or self._setup.config.data.question
-        record = clip_record(video, asked, subtitle, frames=show != "audio", audio=show != "video")
-        _, (reading,) = answer(self._setup, self._params, record, (mode,))
-        return Answer(
-            mode=reading.mode,
-            reasoning=reading.reasoning or None,
-            words=tuple(word.word for word in reading.words),
-            probabilities={word.word: word.confidence for word in reading.words if word.confidence is not None},
-            categories={word.word: word.categories for word in reading.words},
-            truncated=reading.truncated,
-            text=reading.text,
-        )
+        record = clip_record(os.fspath(video), asked, subtitle, frames=show != "audio", audio=show != "video")
+        _, (answered,) = answer(self._setup, self._params, record, (mode,))
+        return dataclasses.replace(answered, reasoning=answered.reasoning or None)
 
     def close(self) -> None:
         """Ends the processes that decode clips. Closing twice does no harm."""
@@ -109,7 +78,7 @@ class Model:
         self.close()
 
 
-def load(path: str | os.PathLike, **settings: Any) -> Model:
+def load(path: str | os.PathLike[str], **settings: Any) -> Model:
     """Loads a model.
 
     Args:
@@ -125,15 +94,15 @@ def load(path: str | os.PathLike, **settings: Any) -> Model:
 
     # As in `mer-r1 infer`, a clip without a sound track is no error.
     overrides = {"media.missing_audio": "skip"} | {name.replace("__", "."): value for name, value in settings.items()}
-    return Model(*open_model(path, overrides))
+    return Model(*open_model(os.fspath(path), overrides))
 
 
 def score(
-    predictions: str | os.PathLike | Mapping[str, str | Sequence[str] | Answer],
-    truths: str | os.PathLike | Mapping[str, Any] | None = None,
+    predictions: str | os.PathLike[str] | Mapping[str, str | Sequence[str] | Answer],
+    truths: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     metric: Literal["set_f1", "hit", "waf"] = "set_f1",
-    wheel_dir: str | os.PathLike = "",
+    wheel_dir: str | os.PathLike[str] = "",
     variant: Literal["unibench", "mer2026"] = "unibench",
 ) -> dict[str, Any]:
     """Scores predictions as MER-UniBench does.
@@ -155,11 +124,11 @@ def score(
         PredictionError: predictions that cannot be read, or ids that differ from those of the truths.
         RecordError, WheelError: a data file or a wheel folder that cannot be read.
     """
-    wheels = load_wheels(wheel_dir, variant)
+    wheels = load_wheels(os.fspath(wheel_dir), variant)
     if not isinstance(predictions, Mapping):
         if truths is not None:
             raise ArgumentError("truths: got some beside a file of predictions, which has its own; leave them out")
-        return scoring.score_predictions(scoring.read_predictions(predictions, metric), metric, wheels)
+        return scoring.score_predictions(scoring.read_predictions(os.fspath(predictions), metric), metric, wheels)
     if truths is None:
         raise ArgumentError("truths: got None, expected id -> truth, or a data file whose records have a solution")
     if not isinstance(truths, Mapping):

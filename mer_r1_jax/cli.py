@@ -14,7 +14,7 @@ from absl import flags, logging
 from mer_r1_jax import screen
 from mer_r1_jax.config import command_line
 from mer_r1_jax.config.build import from_mapping, to_json
-from mer_r1_jax.parallel.tpu_flags import set_tpu_flags
+from mer_r1_jax.parallel import set_tpu_flags
 from mer_r1_jax.storage.durable import DISK_ERRORS, WriteError, explanation
 from mer_r1_jax.training.signals import EXIT_SAVED
 

@@ -1,4 +1,4 @@
-"""Names of the places where tests kill, break or slow down a run.
+"""What interrupts a run: the exception by which a signal stops it, and the places where tests do worse.
 
 A place is a line of the code, `faults.here("rl_saved")`. In a product run the call does nothing. A test replaces `here`
 (tests/support/interrupt.py does so in a process of its own), so it depends on the place's name only and survives when
@@ -6,6 +6,10 @@ functions are moved or renamed.
 """
 
 from __future__ import annotations
+
+
+class StopRequested(Exception):
+    """Raised to leave a rollout, an evaluation or a wait early, because a signal asked for it."""
 
 
 def here(place: str, detail: object = "") -> None:

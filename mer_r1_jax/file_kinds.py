@@ -147,8 +147,9 @@ def _text_kind(path: str, start: bytes) -> OtherKind | None:
 def _object_kind(path: str, text: str, lines: list[str], complete: bool) -> OtherKind | None:
     """JSON that is one object, or objects over several lines."""
     first = lines[0]
-    if isinstance(_parsed(first), dict):
-        return _wrapped_kind(path, _parsed(first)) if len(lines) == 1 and complete else None
+    row = _parsed(first)
+    if isinstance(row, dict):
+        return _wrapped_kind(path, row) if len(lines) == 1 and complete else None
     pieces = [piece.strip() for piece in text.split("\r") if piece.strip()]
     if "\n" not in text and len(pieces) > 1 and isinstance(_parsed(pieces[0]), dict):
         mend = "write line feeds, e.g. `tr '\\r' '\\n' < {file} > data.jsonl`"

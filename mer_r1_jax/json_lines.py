@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mer_r1_jax.file_kinds import START, conversion_to_utf8, likely_encoding, other_kind
 from mer_r1_jax.foreign_text import printable
@@ -201,7 +201,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _no_constant(name: str) -> None:
+def _no_constant(name: str) -> NoReturn:
     raise _BadJson(f"the number {name}, which JSON does not know")
 
 

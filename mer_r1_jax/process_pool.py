@@ -30,7 +30,7 @@ from os import getpid
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.faults import StopRequested
 
 Answer = TypeVar("Answer")
 Ask = Callable[[Mapping[str, Any], float], dict[str, Any]]  # a job and its time limit in seconds to its answer

@@ -7,6 +7,7 @@ would obey. Square brackets are brackets: Rich's markup is off, styles are given
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import threading
@@ -133,11 +134,11 @@ def guard_terminal() -> None:
     """Makes logs and tracebacks on the terminal printable too, and letters that its encoding lacks no error."""
     # Absl's, whose formatter writes the head of a line, and the one for what comes before that is set up.
     for handler in (absl_logging.get_absl_handler().python_handler, logging.lastResort):
-        if not isinstance(handler.formatter, PlainFormatter):
+        if handler is not None and not isinstance(handler.formatter, PlainFormatter):
             handler.setFormatter(PlainFormatter(handler.formatter or logging.Formatter()))
             handler.addFilter(_is_said_here_only)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _show_bug
     threading.excepthook = lambda args: _show_bug(args.exc_type, args.exc_value, args.exc_traceback)

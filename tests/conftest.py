@@ -54,29 +54,34 @@ def pytest_runtest_makereport():
     return report
 
 
-# Markers by folder or file below tests/, so that lanes can leave tests out without importing them.
+# Markers by folder or file below tests/, so that lanes leave tests out without importing them. Single tests of other
+# files carry their marker themselves, and import an oracle where they need it.
 MARKED = {
     # Training runs, several processes, or many seconds.
     "slow": (
         *("run", "storage", "parallel", "mme", "speed", "training", "evaluation", "judge", "omni", "hf", "kernels"),
-        *("planning", "test_process_pool.py", "media/test_opening.py", "media/test_pool.py", "rl/test_rollout.py"),
-        *("rl/test_compaction.py", "rl/test_packing.py", "rl/test_reward_funcs.py", "rl/test_other_tokenizers.py"),
+        *("planning", "synthetic", "test_process_pool.py", "media/test_opening.py", "media/test_pool.py"),
+        *("rl/test_rollout.py", "rl/test_compaction.py", "rl/test_packing.py", "rl/test_reward_funcs.py"),
+        *("rl/test_sampling.py", "rl/test_text_to_advantage.py", "rl/test_other_tokenizers.py"),
+        *("media/test_clip_times.py", "media/test_clip_sound.py"),
+        *("media/test_loader.py", "media/test_cache.py", "media/test_decode.py"),
     ),
     "tpu_compiler": ("planning",),
     # PyTorch, TRL or a second transformers as an oracle.
     "torch": (
         *("omni", "hf", "speed", "evaluation/test_export_cases.py", "media/test_frames.py", "media/test_mel.py"),
-        *("media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py", "rl/test_advantage.py"),
-        *("media/test_media_tokenizer.py", "rl/test_losses.py", "rl/test_sampling.py", "rl/test_tags.py"),
+        *("media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py"),
+        *("media/test_media_tokenizer.py",),
     ),
 }
 
 
 LANES = {
-    "fast": "no test with a marker",
+    "fast": "no test with a marker, with programs compiled quickly",
     "torch": "those that compare with PyTorch, with programs compiled as users' are",
     "rest": "all others, with programs compiled quickly",
 }
+LEFT_OUT = {"fast": set(MARKED), "rest": {"torch"}}  # markers that keep a test out of a lane
 
 
 def pytest_addoption(parser):
@@ -86,7 +91,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # Early enough: XLA reads its flags when the first device is asked for.
-    if config.getoption("--lane") == "rest":
+    if config.getoption("--lane") in ("fast", "rest"):
         os.environ["XLA_FLAGS"] += f" {QUICK_COMPILES}"
 
 
@@ -99,14 +104,25 @@ def markers_of(path: Path) -> list[str]:
 
 
 def pytest_ignore_collect(collection_path, config):
-    markers, lane = markers_of(collection_path), config.getoption("--lane")
+    markers, lane = set(markers_of(collection_path)), config.getoption("--lane")
     if lane == "torch":
-        return True if collection_path.suffix == ".py" and "torch" not in markers else None
-    left_out = {"fast": set(MARKED), "rest": {"torch"}}.get(lane, set())
-    return True if left_out & set(markers) else None
+        if collection_path.suffix != ".py" or "torch" in markers:
+            return None
+        return None if "@pytest.mark.torch" in collection_path.read_text() else True
+    return True if markers & LEFT_OUT.get(lane, set()) else None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         for marker in markers_of(item.path):
             item.add_marker(marker)
+    lane = config.getoption("--lane")
+    left_out = LEFT_OUT.get(lane, set())
+    kept, rest = [], []
+    for item in items:
+        markers = {marker.name for marker in item.iter_markers()}
+        fits = "torch" in markers if lane == "torch" else not markers & left_out
+        (kept if fits else rest).append(item)
+    if rest:
+        config.hook.pytest_deselected(items=rest)
+        items[:] = kept

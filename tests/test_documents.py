@@ -1,6 +1,7 @@
 """The documents: no dead link, nothing left out of the reference, examples that work."""
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -93,6 +94,16 @@ def test_the_reference_is_up_to_date_and_holds_every_setting_and_metric():
         part = text.partition(f"\n### {section or 'The run'}\n")[2].partition("\n##")[0]
         assert f"| `{field}` |" in part, name
     assert all(f"`{name}`" in text for names in metric_names.METRICS for name in names)
+
+
+def test_the_tutorial_s_page_is_that_of_its_notebook():
+    notebook = json.loads((DOCS / "tutorial.ipynb").read_text(encoding="utf-8"))
+    page, pictures = load_command("tutorial", EXPERIMENTS).page(notebook)
+    assert (DOCS / "tutorial.md").read_text(encoding="utf-8") == page, "run python experiments/tutorial.py"
+    assert len(pictures) == 3
+    for name, content in pictures.items():
+        assert (DOCS / name).read_bytes() == content and f"]({name})" in page
+    assert {path.name for path in DOCS.glob("tutorial_*")} == set(pictures)
 
 
 def test_every_setting_has_a_comment_and_every_section_a_line():

@@ -14,9 +14,9 @@ import pytest
 from support.process_tree import descendants, gone
 
 from mer_r1_jax import process_pool
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.process_guard import SHOWN_BYTES
 from mer_r1_jax.process_pool import ChildDiedError, Countdown, ProcessPool
-from mer_r1_jax.stop_requested import StopRequested
 
 # A job is Python code that says what its answer is; the names it makes stay, as those of a module do.
 WORKER = """

@@ -121,6 +121,7 @@ def test_a_log_that_finds_no_room_says_so_once_and_hides_no_other_error(capsys):
     assert capsys.readouterr().err.count("the log could not be written: /dev/full: No space left on device") == 1
 
 
+@pytest.mark.slow
 def test_orbaxs_tracebacks_go_to_the_log_file_where_there_is_one(tmp_path):
     """A save that finds no room, in a process of its own: what the terminal shows is one message."""
     program = textwrap.dedent("""

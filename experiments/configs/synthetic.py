@@ -1,4 +1,4 @@
-"""The embedded world on one machine: real mp4 clips, a tiny Thinker trained from scratch, SFT then MER-R1.
+"""The synthetic world on one machine: real mp4 clips, a tiny Thinker trained from scratch, SFT then MER-R1.
 
 `synthetic.py` is the full run of `make train`; `synthetic.py:smoke` runs the same pipeline in a few minutes.
 """

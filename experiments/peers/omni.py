@@ -100,7 +100,7 @@ def make_job(setup: Setup, records: Sequence[Record]) -> OmniJob:
 
 
 def synthetic_job(config, folder: pathlib.Path) -> OmniJob:
-    """The job of a shipped configuration of the embedded world: its model, its prompts a step, its generations.
+    """The job of a shipped configuration of the synthetic world: its model, its prompts a step, its generations.
 
     Args:
         config: of experiments/configs/synthetic.py.

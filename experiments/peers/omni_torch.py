@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from mer_r1_jax.evaluation.export_cases import processor_tensors
+from mer_r1_jax.parity.processor_inputs import processor_tensors
 from mer_r1_jax.peers.omni import REFERENCE, SAMPLE, SCORE, UPDATE, OmniJob
 from mer_r1_jax.peers.timing import Laps, Stopwatch
 from mer_r1_jax.rl.advantage import EPSILON

@@ -23,7 +23,7 @@ from mer_r1_jax.rl.advantage import Rewards, advantages
 from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.sampling import SamplingConfig
-from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.omni_backbone import OmniBackbone
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.state import make_optimizer, nest, trainable_names
 
@@ -98,7 +98,7 @@ class TextSide:
 
     def __init__(self, job: TextJob):
         self.job, self.tokenizer = job, tokenizer_of(job)
-        self.backbone = Backbone.create(job.thinker, make_mesh(MeshConfig()))
+        self.backbone = OmniBackbone.create(job.thinker, make_mesh(MeshConfig()))
         self.params = self.backbone.init(seed=0)
         optimizer = OptimizerConfig(learning_rate=job.learning_rate, lr_scheduler_type="constant", warmup_ratio=0.0)
         self.config = RlConfig(

@@ -71,7 +71,7 @@ def _kernel(
         for begin, size in pieces(options.key_block, options.backward_piece):
             k, v = k_ref[0, 0, pl.ds(begin, size)], v_ref[0, 0, pl.ds(begin, size)]
             score_st = product(k, q, ROWS_BY_ROWS) * factor
-            if masked:
+            if segment_sl is not None:
                 seen_st = visible(
                     query_segment_ref[0],
                     jnp.tile(segment_sl[begin : begin + size], (1, options.query_block // segment_sl.shape[1])),

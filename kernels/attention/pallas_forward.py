@@ -61,7 +61,7 @@ def _kernel(
                 q_ref[0, 0], k_ref[0, 0, keys], ROWS_BY_ROWS, preferred_element_type=jnp.float32
             )
             score_ts *= factor
-            if masked:
+            if segment_tl is not None:
                 seen_ts = visible(
                     jnp.tile(segment_tl, (1, repeats)),
                     key_segment_ref[0, :, keys],

@@ -89,6 +89,7 @@ def attention(
         span_tiles,
         options,
     )
+    assert isinstance(out_BHTh, jax.Array)  # type checkers do not see through custom_vjp
     return out_BHTh.swapaxes(1, 2)[:, :T]
 
 
@@ -152,7 +153,7 @@ def _attention_backward(options: Options, residuals, do):
         )
         for begin, tile in zip(range(0, k.shape[2], options.span), span_tiles, strict=True)
     ]
-    dq = sum(part[0] for part in parts).astype(q.dtype)
+    dq = jnp.asarray(sum(part[0] for part in parts)).astype(q.dtype)
     dk, dv = (jnp.concatenate([part[n] for part in parts], axis=2) for n in (1, 2))
     return dq, dk, dv, None, None, None, None
 

@@ -42,7 +42,7 @@ def scores(h, unembedding, token, sets, candidate_ids_ZY, *, temperature, vocab_
     leading = h.shape[:-1]
     count, parts = math.prod(leading), 1 if partition is None else partition.size(partition.rows)
     own = functools.partial(_own, settings)
-    if parts > 1:
+    if partition is not None and parts > 1:
         row = PartitionSpec(partition.rows)
         specs = dict(in_specs=(row, PartitionSpec(), row, row, PartitionSpec()), out_specs=row)
         axes = set(partition.rows)
@@ -62,7 +62,9 @@ def _own(settings: _Settings, x_ND, w, token_N, set_NK, ids_ZY):
     """What is asked for of one device's rows."""
     logprob_N = entropy_N = set_logprob_NK = None
     if token_N is not None:
-        logprob_N, entropy_N = _token_scores(settings, x_ND, w, token_N)
+        scores = _token_scores(settings, x_ND, w, token_N)
+        assert isinstance(scores, tuple)  # type checkers do not see through custom_vjp
+        logprob_N, entropy_N = scores
     if set_NK is not None:
 
         def of_sets(x_MD, set_MK):

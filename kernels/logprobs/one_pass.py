@@ -108,6 +108,7 @@ def _scores_forward(plan, x_ND, w, token_N, set_NK, ids_ZY):
     entropy_N = lse_N - mean_N
     total_NK = set_logprob_NK = None
     if set_NK is not None:
+        assert set_NZ is not None  # sets are asked for together with the ids they consist of
         total_NK = jnp.take_along_axis(set_NZ, jnp.maximum(set_NK, 0), axis=1)
         total_NK = jnp.where(set_NK >= 0, total_NK, 0.0)
         set_logprob_NK = jnp.log(jnp.maximum(total_NK, FLOOR))

@@ -33,15 +33,15 @@ _CONTROL_SFT_LEARNING_RATE = flags.DEFINE_float(
     "control_sft_learning_rate", 0.0, "its peak; 0 = that of SFT", 0.0, 10.0
 )
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "runs at once, each on its share of the cores; only on CPUs", 1, 1024)
-_OUT = flags.DEFINE_string("out", None, "folder of the runs and the tables")
-flags.mark_flags_as_required(["config", "out"])
+_OUT = flags.DEFINE_string("out", None, "folder of the runs and the tables", required=True)
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.rl.max_steps=100")
     from mer_r1_jax.run.ablation import ablate
-    from mer_r1_jax.run.ablation_plan import make_plan
+    from mer_r1_jax.run.ablation_plan import Controls, make_plan
 
     with explained():
         plan = make_plan(
@@ -49,8 +49,6 @@ def main(argv: list[str]) -> int:
             pathlib.Path(_OUT.value).absolute(),
             _ARMS.value,
             _SEEDS.value,
-            _CONTROLS.value,
-            _CONTROL_SFT_STEPS.value,
-            _CONTROL_SFT_LEARNING_RATE.value,
+            Controls(_CONTROLS.value, _CONTROL_SFT_STEPS.value, _CONTROL_SFT_LEARNING_RATE.value),
         )
         return ablate(plan, _PARALLEL.value, as_typed("ablate"), screen.console(stderr=True))

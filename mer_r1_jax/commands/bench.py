@@ -76,7 +76,7 @@ def _problem(known: tuple[str, ...]) -> str:
         return f"--tasks: got {', '.join(unknown)}, expected some of {', '.join(known)}"
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         return f"{', '.join(missing)} not installed: the peers need them; pip install -e '.[test]'"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if _THREADS.value > cores or (_THREADS.value < cores and not hasattr(os, "sched_setaffinity")):
         return f"--threads={_THREADS.value} on {cores} usable cores: both sides are to have a core a thread"
     if _DEVICES.value < 1:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def check_case(model, case: dict, settings: dict) -> dict:
     """One clip: the logits of our completion, and transformers' own greedy completion."""
     import torch
 
-    inputs = {name: torch.from_numpy(value) for name, value in case.items() if name not in OURS}
+    inputs: dict[str, Any] = {name: torch.from_numpy(value) for name, value in case.items() if name not in OURS}
     inputs["use_audio_in_video"] = bool(settings["use_audio_in_video"])
     ours = torch.from_numpy(case["completion_ids"].astype(np.int64))
     prompt = inputs["input_ids"].shape[1]

@@ -18,7 +18,7 @@ from mer_r1_jax.config.settings import settings
 
 # Name -> what it is for, in the order in which somebody new needs them.
 COMMANDS = {
-    "make-synthetic": "makes the embedded world: clips, records, tokenizer",
+    "make-synthetic": "makes the synthetic world: clips, records, tokenizer",
     "validate": "checks records and clips before a run",
     "train": "trains: SFT, then RL, evaluation, export and report",
     "infer": "answers about a clip: reasoning, emotion words, probabilities",
@@ -34,7 +34,6 @@ COMMANDS = {
     "plan": "compiles a run's programs for a TPU slice and says what they take",
     "bench": "measures our speed beside PyTorch's",
     "convert-labels": "turns pickled label files into CSV without running them",
-    "wheel-coverage": "measures how much of another wheel folder's vocabulary ours knows",
 }
 ALONE = "check-in-transformers"  # runs without this package as well, so it reads its arguments itself
 EXIT_USAGE = 1  # arguments that do not go together
@@ -111,7 +110,7 @@ def overview() -> str:
 
 def described(module: ModuleType) -> str:
     """What `mer-r1 COMMAND --help` prints: its docstring, its flags and, where it takes --config, every setting."""
-    lines = [module.__doc__.strip(), "", "Flags:"]
+    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
     own = [flag for flag in flags.FLAGS.flags_by_module_dict()[module.__name__] if "." not in flag.name]
     for flag in sorted(own, key=lambda flag: flag.name):
         lines += [f"  --{flag.name}{_taken(flag)}", f"      {_HELP_CHOICES.sub('', flag.help)}"]

@@ -4,7 +4,7 @@
         [--benchmark_root=DIR] [--config=FILE.py] [--limit=N] [--rescore]
 
 Benchmarks: mer_unibench (all nine sets), or ovmerd_plus, mer2023, mer2024, meld, iemocap, cmu_mosi, cmu_mosei, ch_sims,
-ch_sims_v2 one by one, from their official folders below --benchmark_root; synthetic, the embedded world's held-out
+ch_sims_v2 one by one, from their official folders below --benchmark_root; synthetic, the synthetic world's held-out
 clips; mme_emotion, from --benchmark_root/MME-Emotion, rated by --judge_url and --judge_model (`mer-r1 evaluate-mme` has
 more settings). docs/benchmarks.md says how to lay the data out and what the scores are.
 
@@ -27,13 +27,13 @@ from mer_r1_jax.cli import ended, explained
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError, Request, benchmark_names, title_of
 from mer_r1_jax.evaluation.benchmarks.word_protocol import POLARITY_CHOICES, WORDS_CHOICES
-from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopSignals
 
 if TYPE_CHECKING:
     from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
     from mer_r1_jax.evaluation.benchmarks.word_protocol import Extractor
-    from mer_r1_jax.run.benchmark import Policy
+    from mer_r1_jax.run.asking import Policy
 
 MODES = ("slow", "fast")
 MME_EMOTION = "mme_emotion"
@@ -131,7 +131,7 @@ def _request() -> Request:
 
 
 def _policy(stack: contextlib.ExitStack) -> Policy:
-    from mer_r1_jax.run.benchmark import open_policy
+    from mer_r1_jax.run.asking import open_policy
 
     if not _MODEL.value:
         raise BenchmarkError("--model is empty; give a run's folder, its export or a Hugging Face directory")
@@ -161,7 +161,7 @@ def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, sto
     from mer_r1_jax.evaluation.mme import mme_pipeline as mme
     from mer_r1_jax.evaluation.mme.mme_folder import MmeFolder
     from mer_r1_jax.evaluation.mme.mme_reader import read_benchmark
-    from mer_r1_jax.run.mme import PolicyAnswers
+    from mer_r1_jax.run.benchmark import PolicyAnswers
     from mer_r1_jax.training.stopping import Stop
 
     benchmark = read_benchmark(pathlib.Path(request.root) / MME_FOLDER, limit=request.limit)
@@ -231,12 +231,6 @@ def _print_mme(rated: list[dict[str, Any]], out: pathlib.Path) -> None:
     if not _asks_mme():
         return
     from mer_r1_jax.evaluation.mme.mme_folder import MmeFolder
-    from mer_r1_jax.evaluation.mme.mme_scores import lines_of
 
-    folder = MmeFolder.of(out)
-    for line in (line for score in rated for line in lines_of(score)):
+    for line in MmeFolder.of(out).told(rated):
         screen.say(line)
-    if rated:
-        screen.say(f"report: {folder.report}")
-    else:
-        screen.say(f"answers: {folder.predictions}; add --judge_url and --judge_model to rate them")

@@ -19,7 +19,7 @@ from absl import app, flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained
 from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
-from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopSignals
 
 if TYPE_CHECKING:
@@ -55,21 +55,13 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --out=DIR")
     from mer_r1_jax.evaluation.mme.mme_folder import MmeFolder
     from mer_r1_jax.evaluation.mme.mme_pipeline import rescore
-    from mer_r1_jax.evaluation.mme.mme_scores import lines_of
 
     with explained():
         code, scores = (0, rescore(_OUT.value, _EXAMPLES.value)) if _RESCORE.value else _stoppable()
     if code:
         return ended(code)
-    console = screen.console()
-    if not scores:
-        console.print(
-            f"answers: {MmeFolder.of(_OUT.value).predictions}; add --judge_url and --judge_model to rate them"
-        )
-        return 0
-    for line in (line for score in scores for line in lines_of(score)):
-        console.print(line)
-    console.print(f"report: {MmeFolder.of(_OUT.value).report}")
+    for line in MmeFolder.of(_OUT.value).told(scores):
+        screen.say(line)
     return 0
 
 
@@ -146,8 +138,8 @@ def _client(url: str, model: str, key_env: str) -> ChatClient:
 def _policy(benchmark, stop: StopSignals) -> Iterator:
     # Imported here: rating answers made elsewhere needs no JAX.
     from mer_r1_jax.emotion.answer_form import MODES
-    from mer_r1_jax.run.benchmark import open_policy
-    from mer_r1_jax.run.mme import PolicyAnswers
+    from mer_r1_jax.run.asking import open_policy
+    from mer_r1_jax.run.benchmark import PolicyAnswers
     from mer_r1_jax.run.policy import refuse_in_run
     from mer_r1_jax.training.stopping import Stop
 

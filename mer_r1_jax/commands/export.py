@@ -26,22 +26,24 @@ flags.mark_flags_as_mutual_exclusive(["run", "model"], required=True)
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    from mer_r1_jax.omni.hf.export import export_model
+    from mer_r1_jax.omni.hf.export import ExportSettings, export_model
     from mer_r1_jax.run.policy import refuse_in_run, saved_config, write_settings
 
     with explained():
         # Not where a run that goes on would take it for its own last export.
         refuse_in_run(_OUT.value)
-        config, params, source = _run_parameters(_RUN.value) if _RUN.value else _model_parameters(_MODEL.value)
+        config, params, source = _run_parameters(_RUN.value) if _RUN.value else _model_parameters(_MODEL.value or "")
         report = export_model(
             _OUT.value,
             config,
             params,
-            source=source,
-            base=_BASE.value,
-            dtype=_DTYPE.value,
-            max_shard_size=_SHARD.value,
-            overwrite=_OVERWRITE.value,
+            ExportSettings(
+                source=source,
+                base=_BASE.value,
+                dtype=_DTYPE.value,
+                max_shard_size=_SHARD.value,
+                overwrite=_OVERWRITE.value,
+            ),
         )
         if _RUN.value:
             # The run's configuration lies beside its export: prompts and clips have to be made as the run made them.
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 def _model_parameters(model: str):
     """(config, parameters, where the tokenizer lies) of a Hugging Face directory."""
-    from mer_r1_jax.omni.hf.config import load_config
+    from mer_r1_jax.omni.hf.config_json import load_config
     from mer_r1_jax.omni.hf.load import load_params
 
     config = load_config(model)

@@ -12,13 +12,13 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.config.errors import ConfigError
+from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.foreign_text import json_text, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mer_r1_jax.run.inference import Reading
+    from mer_r1_jax.emotion.answer_form import Answer
 
 _MODEL = flags.DEFINE_string("model", None, "a run's folder, its export, or a Hugging Face directory", required=True)
 _VIDEO = flags.DEFINE_string("video", None, "the clip", required=True)
@@ -47,11 +47,11 @@ def main(argv: list[str]) -> None:
             audio=_SHOW.value != "video",
         )
         try:
-            prompt, readings = answer(setup, params, record, MODES if _MODE.value == "both" else (_MODE.value,))
+            prompt, answers = answer(setup, params, record, MODES if _MODE.value == "both" else (_MODE.value,))
         finally:
             setup.source.close()
     if _JSON.value:
-        screen.say(json_text([_as_json(reading) for reading in readings], indent=1))
+        screen.say(json_text([_as_json(one) for one in answers], indent=1))
         return
     console = screen.console()
     sound = f"{prompt.stats['audio_seconds']:.1f} s of audio" if prompt.audio else "no audio"
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> None:
         f"{printable(_VIDEO.value)}: {prompt.stats['frames']} frames, {sound}, {len(prompt.ids)} tokens",
         highlight=False,
     )
-    for reading in readings:
-        _show(console, reading)
+    for one in answers:
+        _show(console, one)
 
 
 def _settings(texts: list[str]) -> dict[str, Any]:
@@ -77,31 +77,31 @@ def _settings(texts: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _show(console: Console, reading: Reading) -> None:
+def _show(console: Console, answer: Answer) -> None:
     from rich.table import Table
 
     console.print()
-    console.print(reading.mode, style="bold", end="")
-    console.print(" (cut at the length cap)" if reading.truncated else "")
-    if reading.mode == "slow":
-        console.print(f"reasoning: {reading.reasoning or 'none'}", markup=False, highlight=False)
-    if not reading.words:
-        console.print(f"no answer; the model wrote: {reading.text!r}", markup=False, highlight=False)
+    console.print(answer.mode, style="bold", end="")
+    console.print(" (cut at the length cap)" if answer.truncated else "")
+    if answer.mode == "slow":
+        console.print(f"reasoning: {answer.reasoning or 'none'}", markup=False, highlight=False)
+    if not answer.words:
+        console.print(f"no answer; the model wrote: {answer.text!r}", markup=False, highlight=False)
         return
     table = Table("emotion", "confidence", "categories on the five wheels")
-    for word in reading.words:
-        confidence = "-" if word.confidence is None else f"{word.confidence:.2f}"
-        table.add_row(word.word, confidence, ", ".join(category or "-" for category in word.categories))
+    for word in answer.words:
+        confidence = f"{answer.probabilities[word]:.2f}" if word in answer.probabilities else "-"
+        table.add_row(word, confidence, ", ".join(category or "-" for category in answer.categories[word]))
     console.print(table)
 
 
-def _as_json(reading: Reading) -> dict:
+def _as_json(answer: Answer) -> dict:
     return {
-        "mode": reading.mode,
-        "reasoning": reading.reasoning,
-        "answer": [word.word for word in reading.words],
-        "categories": {word.word: list(word.categories) for word in reading.words},
-        "confidences": {word.word: word.confidence for word in reading.words},
-        "truncated": reading.truncated,
-        "text": reading.text,
+        "mode": answer.mode,
+        "reasoning": answer.reasoning,
+        "answer": list(answer.words),
+        "categories": {word: list(answer.categories[word]) for word in answer.words},
+        "confidences": {word: answer.probabilities.get(word) for word in answer.words},
+        "truncated": answer.truncated,
+        "text": answer.text,
     }

@@ -1,4 +1,4 @@
-"""Makes the embedded synthetic data set: mer-r1 make-synthetic --out=synthetic_data [--seed=1 ...]
+"""Makes the synthetic data set: mer-r1 make-synthetic --out=synthetic_data [--seed=1 ...]
 
 Writes sft.jsonl, rl.jsonl, eval.jsonl, mp4 clips, the tokenizer and the ceiling's scores. Safe to repeat: what is there
 already is kept.
@@ -23,7 +23,7 @@ _WHEELS = flags.DEFINE_string("wheel_dir", "", "Folder with emotion wheels; empt
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --sft_clips=4000")
-    from mer_r1_jax.data.synthetic.make import make_world
+    from mer_r1_jax.data.synthetic.make import WorldSettings, make_world
 
     with screen.bar(unit="clip", desc="synthetic clips") as bar:
 
@@ -34,12 +34,14 @@ def main(argv: list[str]) -> int:
         with explained():
             paths = make_world(
                 _OUT.value,
-                sft_clips=_SFT.value,
-                rl_clips=_RL.value,
-                eval_clips=_EVAL.value,
-                seed=_SEED.value,
+                WorldSettings(
+                    sft_clips=_SFT.value,
+                    rl_clips=_RL.value,
+                    eval_clips=_EVAL.value,
+                    seed=_SEED.value,
+                    wheel_dir=_WHEELS.value,
+                ),
                 workers=_WORKERS.value,
-                wheel_dir=_WHEELS.value,
                 progress=progress,
             )
     for name, scores in json.loads(paths.oracle.read_text()).items():

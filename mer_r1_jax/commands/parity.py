@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pathlib
 import zipfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import app, flags
@@ -22,7 +22,7 @@ from mer_r1_jax.cli import explained
 from mer_r1_jax.storage import durable
 
 if TYPE_CHECKING:
-    from mer_r1_jax.omni.border import ProcessorInputs
+    from mer_r1_jax.parity.processor_inputs import ProcessorInputs
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory of a Thinker or a full Omni model.", required=True)
 _INPUTS = flags.DEFINE_string("inputs", None, ".npz file of processor tensors.", required=True)
@@ -34,24 +34,25 @@ _REFERENCE = flags.DEFINE_bool("reference", False, "Compare with transformers.")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    from mer_r1_jax.omni.border import ProcessorInputs
-    from mer_r1_jax.omni.hf.config import load_config
+    from mer_r1_jax.omni.hf.config_json import load_config
     from mer_r1_jax.omni.hf.load import load_params
-    from mer_r1_jax.omni.parity import run_port
+    from mer_r1_jax.parity.port import run_port
+    from mer_r1_jax.parity.processor_inputs import ProcessorInputs
 
     with explained():
         inputs = ProcessorInputs.of(_read(_INPUTS.value))
         config = load_config(_MODEL.value, param_dtype="float32", compute_dtype="float32")
         outputs = run_port(load_params(_MODEL.value, config), config, inputs, generate=_GENERATE.value)
+        arrays: dict[str, Any] = {**outputs}  # beside them numpy takes settings by name
         # An open file, because savez would append .npz to another name.
-        durable.write_atomically(pathlib.Path(_OUT.value), lambda file: np.savez(file, **outputs))
+        durable.write_atomically(pathlib.Path(_OUT.value), lambda file: np.savez(file, **arrays))
         screen.say(f"{_OUT.value}: " + ", ".join(f"{name} {array.shape}" for name, array in outputs.items()))
         if _REFERENCE.value:
             _compare(outputs, _transformers(inputs), inputs.attention_mask == 1)
 
 
 def _read(path: str) -> dict[str, np.ndarray]:
-    from mer_r1_jax.omni.border import InputError
+    from mer_r1_jax.parity.processor_inputs import InputError
 
     try:
         with np.load(path) as file:
@@ -62,10 +63,10 @@ def _read(path: str) -> dict[str, np.ndarray]:
 
 def _transformers(inputs: ProcessorInputs) -> dict[str, np.ndarray]:
     """The same outputs from transformers in float32 on the CPU."""
-    from mer_r1_jax.omni.border import InputError
+    from mer_r1_jax.parity.processor_inputs import InputError
 
     try:
-        from mer_r1_jax.omni.reference import run_reference
+        from mer_r1_jax.parity.transformers_reference import run_reference
     except ImportError as error:
         raise InputError(
             f"--reference needs torch beside transformers ({error}); install torch or leave it out"

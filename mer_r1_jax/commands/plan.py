@@ -6,6 +6,7 @@ status 0 when the run fits every slice, 1 when it does not (the sheet says what 
 planned.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -20,19 +21,19 @@ from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.durable import writing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)
-_TOPOLOGY = flags.DEFINE_list("topology", None, "Slices as Cloud TPU spells them, such as v5p:2x2x4.")
+_TOPOLOGY = flags.DEFINE_list("topology", None, "Slices as Cloud TPU spells them, such as v5p:2x2x4.", required=True)
 _OUT = flags.DEFINE_string("out", "docs/plans", "Folder the sheets are written to, as Markdown and JSON.")
 _CACHE = flags.DEFINE_string("cache_dir", "plan_cache", "Folder compiled answers are kept in.")
 _PROGRAMS = flags.DEFINE_list("programs", [], "Programs to compile, such as encode,update; empty = all of them.")
 _OTHERS = flags.DEFINE_bool("try_others", False, "Compile the RL update under other remat settings and batches too.")
-flags.mark_flags_as_required(["config", "topology"])
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.rl.prompts_per_step=32")
     from mer_r1_jax.planning.markdown import markdown
-    from mer_r1_jax.planning.plan import PROGRAMS, plan
+    from mer_r1_jax.planning.planner import PROGRAMS, plan
     from mer_r1_jax.run.inputs import FOLDERS, require_files
 
     with explained():
@@ -46,9 +47,9 @@ def main(argv: list[str]) -> int:
                 cache_dir=pathlib.Path(_CACHE.value),
                 only=_PROGRAMS.value or PROGRAMS,
                 try_others=_OTHERS.value,
-                command=_command(topology),
                 progress=screen.say,
             )
+            sheet = dataclasses.replace(sheet, command=_command(topology))
             name = f"{config.name}_{topology.replace(':', '_')}"
             folder = pathlib.Path(_OUT.value)
             with writing("the plan", folder):

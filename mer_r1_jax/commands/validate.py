@@ -20,10 +20,8 @@ from ml_collections import config_flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.emotion.wheels import load_wheels
-from mer_r1_jax.run.inputs import require_files
 from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.durable import writing
 
@@ -61,7 +59,7 @@ def _check(argv: list[str]) -> int:
     with explained(), contextlib.ExitStack() as stack:
         if len(argv) > 1:
             raise ConfigError(f"unexpected arguments {argv[1:]}; data files are given as --data=FILE,FILE")
-        config = _with_synthetic_world(_config())
+        config = _config()
         files = _files(config)
         checks = _checks(config, stack)
         bar = stack.enter_context(screen.bar(unit="record", desc="checked"))
@@ -82,7 +80,9 @@ def _check(argv: list[str]) -> int:
 
 
 def _config() -> RunConfig:
-    """The configuration with the flags applied on top."""
+    """The configuration with the flags applied on top, its places resolved."""
+    from mer_r1_jax.run.inputs import require_files, resolve_here
+
     config = from_mapping(_CONFIG.value) if _CONFIG.value is not None else RunConfig()
     if _MODEL.value:
         config = dataclasses.replace(
@@ -95,8 +95,10 @@ def _config() -> RunConfig:
         config = dataclasses.replace(config, data=data)
     if _WHEELS.value:
         config = dataclasses.replace(config, emotion=dataclasses.replace(config.emotion, wheel_dir=_WHEELS.value))
-    require_files(config)
-    return config
+    if _DATA.value:
+        require_files(config)
+        return config  # files of the user's own; what the configuration's world holds is not asked for
+    return resolve_here(config)
 
 
 def _files(config: RunConfig) -> list[DataFile]:
@@ -112,26 +114,6 @@ def _files(config: RunConfig) -> list[DataFile]:
     return files
 
 
-def _with_synthetic_world(config: RunConfig) -> RunConfig:
-    """The configuration with the paths of the embedded world, where it uses one that has been made."""
-    from mer_r1_jax.data.synthetic.make import WorldPaths
-
-    data, model = config.data, config.model
-    if not data.synthetic_dir or _DATA.value:
-        return config
-    world = WorldPaths(pathlib.Path(data.synthetic_dir))
-    if not world.manifest.is_file():
-        raise ConfigError(
-            f"data.synthetic_dir: got {data.synthetic_dir!r}, which holds no finished data set; make it with "
-            f"mer-r1 make-synthetic --out={data.synthetic_dir}, or start the run, which makes it"
-        )
-    found = {"sft_path": world.sft, "rl_path": world.rl, "eval_path": world.eval, "media_root": world.media_root}
-    data = dataclasses.replace(data, **{name: getattr(data, name) or str(path) for name, path in found.items()})
-    if not (model.path or model.tokenizer_path):
-        model = dataclasses.replace(model, tokenizer_path=str(world.tokenizer))
-    return dataclasses.replace(config, data=data, model=model)
-
-
 def _checks(config: RunConfig, stack: contextlib.ExitStack) -> Checks:
     """Everything that can be checked with what was given."""
     from mer_r1_jax.data.validation import Checks
@@ -140,7 +122,7 @@ def _checks(config: RunConfig, stack: contextlib.ExitStack) -> Checks:
     from mer_r1_jax.media.tokenizer import load_tokenizer
     from mer_r1_jax.omni.config import ThinkerConfig
     from mer_r1_jax.rl.tags import AnswerTags
-    from mer_r1_jax.training.backbone import thinker_config
+    from mer_r1_jax.training.omni_backbone import thinker_config
 
     wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
     checks = Checks(wheels=wheels, threads=max(1, config.media.decode_workers))

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from mer_r1_jax.foreign_text import printable
@@ -183,6 +184,16 @@ Words = Annotated[str, Text()]
 def field_types(section: type) -> dict[str, Any]:
     """Name -> type of every field of a section of the schema, bounds included."""
     return typing.get_type_hints(section, include_extras=True)
+
+
+def all_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, type, value) of every field of a section and of those within it, in the schema's order."""
+    for name, hint in field_types(type(section)).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            yield from all_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint, value
 
 
 def plain_type(hint: Any) -> Any:

@@ -9,16 +9,15 @@ import json
 import pathlib
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
 from mer_r1_jax.config.bounds import field_types, plain_type, shown_value
 from mer_r1_jax.config.checks import check_values
-from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import KNOWN_ELSEWHERE, advice
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 
 
 def config_dict(config: RunConfig | None = None) -> ml_collections.ConfigDict:
@@ -73,7 +72,7 @@ def load_config(path: str | pathlib.Path, overrides: Mapping[str, Any] | None = 
 def shipped() -> dict[str, pathlib.Path]:
     """Name -> file of the configurations that come with the package, those of experiments/configs."""
     spec = importlib.util.find_spec("mer_r1_jax.configs")
-    places = list(spec.submodule_search_locations) if spec is not None else []
+    places = (spec and spec.submodule_search_locations) or ()
     files = sorted(file for place in places for file in pathlib.Path(place).glob("[!_]*.py"))
     return {file.stem: file for file in files}
 
@@ -135,6 +134,11 @@ def _plain(value: Any) -> Any:
 
 def _run_config_file(file: pathlib.Path, argument: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"mer_r1_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(
+            f"{file}: its name ends in {file.suffix!r}, expected a .py file with get_config() or a saved config.json; "
+            "rename it"
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -187,7 +191,7 @@ def _coerce(hint: Any, value: Any, dotted: str, problems: list[str]) -> Any:
     plain = plain_type(hint)
     several = typing.get_origin(plain) is tuple
     item = typing.get_args(plain)[0] if several else plain
-    items = (value if isinstance(value, (list, tuple)) else [None]) if several else [value]
+    items: Sequence[Any] = (value if isinstance(value, (list, tuple)) else [None]) if several else [value]
     try:
         if all(type(one) is item or (item is float and type(one) is int) for one in items):
             made = tuple(item(one) for one in items)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
-from mer_r1_jax.config.bounds import PlaceText, bounds_of, field_types, problem_with
+from mer_r1_jax.config.bounds import PlaceText, all_fields, bounds_of, problem_with
 from mer_r1_jax.config.schema import RunConfig
 
-
-def _places(section: type, prefix: str = "") -> Iterator[tuple[str, PlaceText]]:
-    """Dotted names of the fields that name places, with what they may be."""
-    for name, hint in field_types(section).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _places(hint, f"{prefix}{name}.")
-        yield from ((prefix + name, bound) for bound in bounds_of(hint) if isinstance(bound, PlaceText))
-
-
+_PLACES = {
+    name: bound
+    for name, hint, _ in all_fields(RunConfig())
+    for bound in bounds_of(hint)
+    if isinstance(bound, PlaceText)
+}
 # Fields that name places on the machine a run is made on, and those of them that must be on a disk of the host.
-PATHS = tuple(name for name, _ in _places(RunConfig))
-ON_DISK = tuple(name for name, place in _places(RunConfig) if not place.bucket)
+PATHS = tuple(_PLACES)
+ON_DISK = tuple(name for name, place in _PLACES.items() if not place.bucket)
 
 
 def lookup(config: Any, dotted: str) -> Any:
@@ -33,23 +28,17 @@ def lookup(config: Any, dotted: str) -> Any:
 def check_values(config: RunConfig) -> list[str]:
     """Every impossible value of a configuration, as one line each; an empty list means it can be used."""
     # Fields are held against each other only where each of them makes sense by itself.
-    return _out_of_bounds(config, RunConfig(), "") or [
+    defaults = {name: value for name, _, value in all_fields(RunConfig())}
+    out_of_bounds = [
+        f"{name}: {wrong} (left out, it is {defaults[name]!r})"
+        for name, hint, value in all_fields(config)
+        if (wrong := problem_with(hint, value))
+    ]
+    return out_of_bounds or [
         *_check_batches(config),
         *_check_rewards(config),
         *_check_media(config),
     ]
-
-
-def _out_of_bounds(section: Any, defaults: Any, prefix: str) -> list[str]:
-    """A line for every field whose value its type in the schema does not allow, sections within included."""
-    problems = []
-    for name, hint in field_types(type(section)).items():
-        value, default = getattr(section, name), getattr(defaults, name)
-        if dataclasses.is_dataclass(value):
-            problems += _out_of_bounds(value, default, f"{prefix}{name}.")
-        elif wrong := problem_with(hint, value):
-            problems.append(f"{prefix}{name}: {wrong} (left out, it is {default!r})")
-    return problems
 
 
 def _check_batches(config: RunConfig) -> list[str]:

@@ -9,8 +9,8 @@ from absl import flags
 
 from mer_r1_jax.config.bounds import Number, shown_value
 from mer_r1_jax.config.build import config_file, config_place, shipped
-from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import advice, field_names
+from mer_r1_jax.config.schema import ConfigError
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
-from typing import Any
 
+from mer_r1_jax.config.bounds import all_fields
 from mer_r1_jax.config.schema import RunConfig
 
 # Names that users of other trainers know, and where the setting lives here.
@@ -37,7 +36,7 @@ KNOWN_ELSEWHERE = {
 @functools.cache
 def field_names() -> tuple[str, ...]:
     """Dotted names of every field of the schema."""
-    return tuple(_names(RunConfig(), ""))
+    return tuple(name for name, _, _ in all_fields(RunConfig()))
 
 
 def advice(name: str) -> str:
@@ -55,12 +54,3 @@ def advice(name: str) -> str:
         near = difflib.get_close_matches(last, [field.rpartition(".")[2] for field in known], n=1, cutoff=0.6)
         meant = [field for field in known if near and field.rpartition(".")[2] == near[0]]
     return f"no such field; did you mean {' or '.join(meant)}?" if meant else "no such field"
-
-
-def _names(section: Any, prefix: str) -> list[str]:
-    names: list[str] = []
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        nested = dataclasses.is_dataclass(value)
-        names += _names(value, f"{prefix}{field.name}.") if nested else [prefix + field.name]
-    return names

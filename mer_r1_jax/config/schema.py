@@ -37,6 +37,11 @@ from mer_r1_jax.config.bounds import (
     Words,
 )
 
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names each field, what it got and what it expects."""
+
+
 Dtype = Literal["float32", "bfloat16"]
 GroupSize = Annotated[int, Number(2, 65_536, note="a group of one answer has no advantage")]
 Temperature = Annotated[float, Number(0, 100, above=True, note="a group must differ")]
@@ -125,11 +130,11 @@ class DataConfig:
     prompt_buckets: tuple[Tokens, ...] = ()  # token lengths prompts are padded to; () = four even steps up to the cap
     cache_dir: DiskPlace = ""  # decoded clips are kept here, keyed by file content and media settings; "" = no cache
     max_quarantined_fraction: Share = 0.02  # share of an epoch's clips that may break before the run stops
-    synthetic_dir: DiskPlace = ""  # folder the embedded world is made in, or found; "" = no embedded world
-    synthetic_sft_clips: CountOrZero = 0  # clips of the embedded world for SFT
+    synthetic_dir: DiskPlace = ""  # folder the synthetic world is made in, or found; "" = no synthetic world
+    synthetic_sft_clips: CountOrZero = 0  # clips of the synthetic world for SFT
     synthetic_rl_clips: CountOrZero = 0  # likewise for RL
     synthetic_eval_clips: CountOrZero = 0  # likewise held out
-    synthetic_seed: Seed = 0  # seed of the embedded world
+    synthetic_seed: Seed = 0  # seed of the synthetic world
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,10 +41,10 @@ def settings() -> tuple[Setting, ...]:
 
 def sections() -> dict[str, str]:
     """Section -> what it is about, from the docstrings of the schema; "" is that of the whole run."""
-    parts = {"": inspect.getdoc(schema.RunConfig)}
+    parts = {"": inspect.getdoc(schema.RunConfig) or ""}
     for name, hint in field_types(schema.RunConfig).items():
         if dataclasses.is_dataclass(hint):
-            parts[name] = inspect.getdoc(hint)
+            parts[name] = inspect.getdoc(hint) or ""
     return parts
 
 
@@ -92,9 +92,9 @@ def _comments() -> dict[str, dict[str, str]]:
     }
     return {
         node.name: {
-            field.target.id: said.get(field.lineno) or said.get(field.end_lineno, "")
+            field.target.id: said.get(field.lineno) or said.get(field.end_lineno or 0, "")
             for field in node.body
-            if isinstance(field, ast.AnnAssign)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         }
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
-from mer_r1_jax.data.plain_text import PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG, check_text
-from mer_r1_jax.data.problems import LineProblems, Problem, shown
+from mer_r1_jax.data.problems import PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG, LineProblems, Problem, check_text, shown
 from mer_r1_jax.data.turns import Chat, read_chat
 from mer_r1_jax.emotion.answer_form import blocks_of, format_answer, split_label
 from mer_r1_jax.json_lines import JsonLineError, kind_of, parse_value, unfit_values

@@ -18,7 +18,7 @@ from mer_r1_jax.emotion.answer_form import split_label
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.json_lines import cut
 
-OF_OUR_WORLD = ("cues", "oracle", "truth_categories")  # what the embedded world adds to its held-out records
+OF_OUR_WORLD = ("cues", "oracle", "truth_categories")  # what the synthetic world adds to its held-out records
 _SIMILAR = 0.82  # difflib ratio from which an unknown column counts as a mistyped one
 _MOST_LEAVES = 1000  # of one value that are looked at
 _LONG_LABEL = 200  # characters; what is longer is no label of these few words
@@ -218,7 +218,8 @@ def _meant_by(name: str, value: Any) -> str | None:
 
 def _leaves(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(keys that lead to it, leaf) for what stands inside a value, at most `_MOST_LEAVES`."""
-    waiting, seen = [((), value)], 0
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    seen = 0
     while waiting and seen < _MOST_LEAVES:
         keys, entry = waiting.pop()
         if isinstance(entry, dict):

@@ -90,7 +90,7 @@ class PromptStream:
         order_seed = int.from_bytes(hashlib.sha256(f"prompt order {seed}".encode()).digest()[:4], "little")
         order = grain.MapDataset.source(range(len(records))).shuffle(seed=order_seed).repeat()
         # Cached, because an index of a very small data set costs grain milliseconds and prefetching asks repeatedly.
-        self._record_index = functools.lru_cache(maxsize=STEPS_CACHED * prompts_per_step)(order.__getitem__)
+        self._record_index = functools.lru_cache(maxsize=STEPS_CACHED * prompts_per_step)(functools.partial(_at, order))
         self._next_index = 0
 
     def __iter__(self):
@@ -178,3 +178,9 @@ def _check_sizes(num_records: int, prompts_per_step: int, process_index: int, pr
             f"prompts_per_step: got {prompts_per_step}; expected at most the {num_records} records of the data set; "
             "to mend it, lower prompts_per_step or add records"
         )
+
+
+def _at(order: grain.MapDataset[int], index: int) -> int:
+    record = order[index]
+    assert record is not None  # nothing was filtered out of the order
+    return record

@@ -16,10 +16,11 @@ from mer_r1_jax.data.pipeline import Item, PromptStream
 from mer_r1_jax.data.quarantine import BrokenClip, Quarantine
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.data.threads import DaemonThreads
-from mer_r1_jax.media.errors import MediaError, PromptError
+from mer_r1_jax.faults import StopRequested
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.prompt import PromptError
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.process_pool import POLL_SECONDS, Countdown
-from mer_r1_jax.stop_requested import StopRequested
 
 COUNTED = ("silent_audio", "audio_cut", "audio_filled", "mute_audio", "cancelled_audio")  # of `media.clips.Clips`
 METRICS = ("data/skipped", *(f"data/{name}" for name in COUNTED), "data/decode_ms")

@@ -32,7 +32,7 @@ class BrokenClip:
 
     Attributes:
         id, file, line: the record and where it was read.
-        reason: short slug of what was wrong, e.g. `truncated`; see `media.errors.MediaError`.
+        reason: short slug of what was wrong, e.g. `truncated`; see `media.opening.MediaError`.
         message: the whole error.
         step: training step at which it was first met.
         again: it timed out and is loaded again at its next visit.

@@ -10,8 +10,7 @@ import re
 from typing import Any
 
 from mer_r1_jax.data.content_parts import COLUMN, PartError, read_parts
-from mer_r1_jax.data.plain_text import PLACEHOLDER, SPECIAL_TOKEN, check_text
-from mer_r1_jax.data.problems import LineProblems, shown
+from mer_r1_jax.data.problems import PLACEHOLDER, SPECIAL_TOKEN, LineProblems, check_text, shown
 from mer_r1_jax.json_lines import JsonLineError, kind_of, parse_value
 
 ROLES = ("system", "user", "assistant")
@@ -118,8 +117,9 @@ class _Turns:
             got = f"{kind_of(turns)} {shown(turns)}"
             self.problems.add(self.name, got, "a list of turns that is not empty", example)
             return None
-        messages = [self._turn(f"{self.name}[{place}]", turn) for place, turn in enumerate(turns)]
-        if not all(messages):
+        read = [self._turn(f"{self.name}[{place}]", turn) for place, turn in enumerate(turns)]
+        messages = [message for message in read if message is not None]
+        if len(messages) < len(turns):
             return None
         if self.media and self._literal:
             mend = "write all media as parts, or all as placeholders with their paths in the columns"

@@ -20,10 +20,11 @@ from mer_r1_jax.data.problems import Problem
 from mer_r1_jax.data.records import Record, scan_files
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.media.clips import Clips, sound_remarks
-from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.identity import FileKey, file_key
-from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.media.opening import FileKey, MediaError, file_key
+from mer_r1_jax.media.prompt import Prompt, PromptError
 
+Load = Callable[[Record], Clips]
+Build = Callable[[Record, Clips], Prompt]
 MEDIA_COLUMNS = ("videos", "audios", "images")
 
 
@@ -53,8 +54,8 @@ class Checks:
         threads: records checked at once.
     """
 
-    load: Callable[[Record], Clips] | None = None
-    build: Callable[[Record, Clips], Prompt] | None = None
+    load: Load | None = None
+    build: Build | None = None
     target_length: Callable[[Record], int] | None = None
     max_target_length: int = 0
     wheels: Wheels | None = None
@@ -182,9 +183,9 @@ def _check_record(record: Record, checks: Checks) -> _Findings:
     found = _Findings(problems=[], counts=collections.Counter(), lengths={})
     try:
         if checks.load is not None:
-            _check_clips(record, checks, found)
+            _check_clips(record, checks.load, checks.build, found)
         if checks.target_length is not None and record.target is not None:
-            _check_target(record, checks, found)
+            _check_target(record, checks.target_length, checks.max_target_length, found)
         if checks.wheels is not None and record.solution:
             _check_solution(record, checks.wheels, found)
     except Exception as error:
@@ -193,13 +194,13 @@ def _check_record(record: Record, checks: Checks) -> _Findings:
     return found
 
 
-def _check_clips(record: Record, checks: Checks, found: _Findings) -> None:
+def _check_clips(record: Record, load: Load, build: Build | None, found: _Findings) -> None:
     began = time.monotonic()
     try:
-        clips = checks.load(record)
+        clips = load(record)
     except MediaError as first:
         found.counts["broken"] += 1
-        for field, error in _broken_files(record, checks.load) or [("", first)]:
+        for field, error in _broken_files(record, load) or [("", first)]:
             found.counts[f"broken: {error.reason}"] += 1
             got, mend = f"{error.path}: {error.found}", error.mend[:1].lower() + error.mend[1:].rstrip(".")
             found.problems.append(_problem(record, field, got, error.expected, mend))
@@ -219,10 +220,10 @@ def _check_clips(record: Record, checks: Checks, found: _Findings) -> None:
         found.problems.append(_problem(record, "audios", got, expected, mend, "warning"))
     for got, expected, mend in sound_remarks(clips):
         found.problems.append(_problem(record, "audios", got, expected, mend, "warning"))
-    if checks.build is None:
+    if build is None:
         return
     try:
-        prompt = checks.build(record, clips)
+        prompt = build(record, clips)
     except PromptError as error:
         found.counts["bad_prompt"] += 1
         found.problems.append(_problem(record, "messages", str(error).removeprefix(f"{record.id}: "), "", ""))
@@ -232,17 +233,17 @@ def _check_clips(record: Record, checks: Checks, found: _Findings) -> None:
     found.lengths["audio_seconds"] = prompt.stats["audio_seconds"]
 
 
-def _check_target(record: Record, checks: Checks, found: _Findings) -> None:
+def _check_target(record: Record, target_length: Callable[[Record], int], most: int, found: _Findings) -> None:
     try:
-        length = checks.target_length(record)
+        length = target_length(record)
     except ValueError as error:
         found.counts["bad_target"] += 1
         found.problems.append(_problem(record, "target", str(error), "", ""))
         return
     found.lengths["target_tokens"] = length
-    if length > checks.max_target_length:
+    if length > most:
         found.counts["bad_target"] += 1
-        expected = f"at most sft.max_completion_length = {checks.max_target_length}"
+        expected = f"at most sft.max_completion_length = {most}"
         mend = "shorten the reasoning, or raise sft.max_completion_length"
         found.problems.append(_problem(record, "target", f"a target of {length} tokens", expected, mend))
 
@@ -347,7 +348,7 @@ def _report(
     return FileReport(file=file, counts=counts, lengths=lengths, unknown_words=dict(words.most_common()))
 
 
-def _broken_files(record: Record, load: Callable[[Record], Clips]) -> list[tuple[str, MediaError]]:
+def _broken_files(record: Record, load: Load) -> list[tuple[str, MediaError]]:
     """(column and place, error) of each file of a record that fails on its own; loading it whole stops at the first."""
     broken = []
     for column in MEDIA_COLUMNS:

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mer_r1_jax.json_lines import cut
 
@@ -66,6 +66,30 @@ class ParsedAnswer:
     answer_text: str | None
     words: tuple[str, ...]
     format_reward: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model says about a clip.
+
+    Attributes:
+        mode: slow (after reasoning) or fast (at once).
+        reasoning: what stands in the think block; None where there is none, or, in `Model.answer`, nothing in it.
+        words: the emotion words, lower-case, in the order of the answer; empty where it cannot be read.
+        probabilities: word -> probability of its categories where it is said, mean over the wheels, in [0, 1]; a word
+            that is on no wheel has none.
+        categories: word -> its category on each of the five wheels, None where it has none.
+        truncated: the answer was cut at the length cap.
+        text: everything that was generated, the empty think block of a fast answer included.
+    """
+
+    mode: str
+    reasoning: str | None
+    words: tuple[str, ...]
+    probabilities: Mapping[str, float]
+    categories: Mapping[str, tuple[str | None, ...]]
+    truncated: bool
+    text: str
 
 
 def format_answer(reasoning: str, answer: str) -> str:

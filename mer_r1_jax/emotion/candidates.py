@@ -68,7 +68,7 @@ class CandidateTable:
 
     def set_of(self, category: str | None, wheel: int) -> int:
         """Index of a category's candidate set, or NO_SET."""
-        z = self._index.get((wheel, category), NO_SET)
+        z = NO_SET if category is None else self._index.get((wheel, category), NO_SET)
         return z if z != NO_SET and self.size_Z[z] > 0 else NO_SET
 
     def word(self, word: str) -> tuple[int, ...]:

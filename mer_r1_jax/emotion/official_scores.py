@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -153,7 +154,8 @@ def waf(sentiments: Sequence[str], labels: Sequence[float]) -> Score:
     if not pairs:
         return Score(NAN, NAN, NAN, (), len(labels), 0)
     true, predicted = zip(*pairs, strict=True)
-    score = float(f1_score(true, predicted, average="weighted", zero_division=0))
+    settings: dict[str, Any] = {"average": "weighted", "zero_division": 0}
+    score = float(f1_score(true, predicted, **settings))
     return Score(score, NAN, NAN, (), len(labels), len(pairs), accuracy=float(accuracy_score(true, predicted)))
 
 
@@ -169,8 +171,11 @@ def _f1(precision: float, recall: float, undefined: float) -> float:
 
 
 def _over_wheels(per_wheel: list[WheelScore], rows_NKS: np.ndarray) -> Score:
-    means = (_mean([getattr(wheel, name) for wheel in per_wheel]) for name in ("score", "precision", "recall"))
-    return Score(*means, tuple(per_wheel), len(rows_NKS), int(rows_NKS[:, :, 0].any(axis=1).sum()))
+    score, precision, recall = (
+        _mean([getattr(wheel, name) for wheel in per_wheel]) for name in ("score", "precision", "recall")
+    )
+    scored = int(rows_NKS[:, :, 0].any(axis=1).sum())
+    return Score(score, precision, recall, tuple(per_wheel), len(rows_NKS), scored)
 
 
 def _mean(values: Sequence[float] | np.ndarray, undefined: float = NAN) -> float:

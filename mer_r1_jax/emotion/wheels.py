@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator
 
 WHEEL_NAMES = ("wheel1", "wheel2", "wheel3", "wheel4", "wheel5")
 VARIANTS = ("unibench", "mer2026")
-LEVELS = (1, 2)
 
 
 class WheelError(ValueError):
@@ -112,11 +111,12 @@ def _read_folder(folder: pathlib.Path, format_folder: pathlib.Path, variant: str
         form: sorted({word for base in bases for word in wheel_words.get(base, ())})
         for form, bases in base_words.items()
     }
-    levels = tuple(
-        tuple(_first_match(candidates, place) for place in (_places(tree, level) for tree in trees)) for level in LEVELS
-    )
+
+    def level(number: int) -> tuple[dict[str, str], ...]:
+        return tuple(_first_match(candidates, _places(tree, number)) for tree in trees)
+
     cores = tuple(tuple(tree) for tree in trees)
-    return Wheels(WHEEL_NAMES, variant, levels, cores, base_words, wheel_words)
+    return Wheels(WHEEL_NAMES, variant, (level(1), level(2)), cores, base_words, wheel_words)
 
 
 def _first_match(candidates: dict[str, list[str]], places: dict[str, str]) -> dict[str, str]:
@@ -152,7 +152,7 @@ def _read_tree(path: pathlib.Path) -> Tree:
             raise WheelError(
                 f"{path}, row {number}: level{blank} is blank and there is nothing above it to repeat; fill the cell"
             )
-        core, child, leaf = above
+        core, child, leaf = (cell for cell in above if cell is not None)
         tree.setdefault(core, {}).setdefault(child, []).append(leaf)
     return tree
 

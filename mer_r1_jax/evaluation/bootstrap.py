@@ -50,9 +50,13 @@ class Difference:
     p_value: float | None = None
 
     def __str__(self) -> str:
-        interval = f"{signed(self.low)} to {signed(self.high)}"
         seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""
-        return f"{signed(self.points)} points (95% interval {interval}, {self.clips} clips{seeds})"
+        return f"{signed(self.points)} points (95% interval {self.interval}, {self.clips} clips{seeds})"
+
+    @property
+    def interval(self) -> str:
+        """Its ends, for people."""
+        return f"{signed(self.low)} to {signed(self.high)}"
 
     @property
     def is_clear(self) -> bool:
@@ -150,8 +154,9 @@ def paired(after: Summed, before: Summed, *, seed: int = 0, resamples: int = RES
     found = {}
     for v, (name, value) in enumerate(after.point().items()):
         interval = _interval(value - before.point()[name], after_RV[:, v] - before_RV[:, v], clips)
-        if interval.value is not None and interval.low is not None:
-            found[name] = Difference(POINTS * interval.value, POINTS * interval.low, POINTS * interval.high, clips)
+        points, low, high = interval.value, interval.low, interval.high
+        if points is not None and low is not None and high is not None:
+            found[name] = Difference(POINTS * points, POINTS * low, POINTS * high, clips)
     return found
 
 

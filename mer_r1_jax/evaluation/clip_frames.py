@@ -14,8 +14,8 @@ from PIL import Image
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
-from mer_r1_jax.media.entry import STILLS, VIDEO
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.decoded import STILLS, VIDEO
+from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.media.pool import WorkerPool
 
 QUALITY = 85  # of a judge's JPEGs

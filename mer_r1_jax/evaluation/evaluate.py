@@ -10,23 +10,18 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.evaluation.answering import Answerer, AnsweringPolicy, Answers, Confidence
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.omni.batch import BatchShape, Prompts
+from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.parallel.rows import local_rows, put, row_share
-from mer_r1_jax.rl.confidence import NO_SET, Anchors
-from mer_r1_jax.rl.packing import Continuations
-from mer_r1_jax.rl.rollout import Completions, check_finite
-from mer_r1_jax.rl.sampling import greedy
-from mer_r1_jax.rl.scoring import AnswerScorer, ScoredAnswer
-from mer_r1_jax.training.prompts import prompt_rows, uid_of
-from mer_r1_jax.training.rl_step import RlPrograms
+from mer_r1_jax.parallel.rows import row_share
+from mer_r1_jax.rl.scoring import ScoredAnswer
+from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
 from mer_r1_jax.training.stopping import NEVER, Stop
 
@@ -81,32 +76,16 @@ class Evaluation:
 
 
 class Evaluator:
-    """Decodes and scores held-out clips.
+    """Answers and scores held-out clips, batch by batch.
 
     Args:
-        programs: the jitted programs of the run.
-        scorer: reads and scores answers.
-        candidate_ids_ZY: int32 candidate sets of the confidences.
+        answerer: decodes and scores.
         buckets: shapes of evaluation batches.
-        max_completion_length: tokens an answer may have.
-
-    Attributes:
-        sampling: how answers are decoded: greedily.
     """
 
-    def __init__(
-        self,
-        programs: RlPrograms,
-        scorer: AnswerScorer,
-        candidate_ids_ZY: np.ndarray,
-        buckets: Sequence[BatchShape],
-        max_completion_length: int,
-    ):
-        self.programs = programs
-        self.scorer = scorer
+    def __init__(self, answerer: Answerer, buckets: Sequence[BatchShape]):
+        self.answerer = answerer
         self.buckets = buckets
-        self._candidate_ids_ZY = candidate_ids_ZY
-        self.sampling = greedy(dataclasses.replace(programs.sampling, max_completion_length=max_completion_length))
 
     def run(
         self,
@@ -163,14 +142,14 @@ class Evaluator:
         Yields:
             the records of a batch, and mode -> their answers.
         """
-        with self.programs.rollout_params(params) as decoding:
+        with self.answerer.holding(params) as policy:
             for batch in filled_up(batched(prompts, self.buckets[0].rows, skipped), at_least):
                 stop.check()
-                yield [record for record, _ in batch], self._answer(params, decoding, batch, modes, stop)
+                yield [record for record, _ in batch], self._answer(policy, batch, modes, stop)
 
     def _of_all(self, *own: Any) -> tuple[list[Record], dict[str, list[AnswerOf]], list[tuple[Record, str]]]:
         """Records, answers and skipped records of all processes, in their order."""
-        leader = row_share(self.programs.backbone.mesh).leader
+        leader = row_share(self.answerer.programs.backbone.mesh).leader
         parts = [part for part in processes.exchange("the answers of an evaluation", own if leader else None) if part]
         return (
             [record for records, _, _ in parts for record in records],
@@ -179,52 +158,36 @@ class Evaluator:
         )
 
     def _answer(
-        self,
-        params: Params,
-        decoding: Params,
-        batch: Sequence[tuple[Record, Prompt]],
-        modes: Sequence[str],
-        stop: Stop,
+        self, policy: AnsweringPolicy, batch: Sequence[tuple[Record, Prompt]], modes: Sequence[str], stop: Stop
     ) -> dict[str, list[AnswerOf]]:
-        records, prompts = [record for record, _ in batch], [prompt for _, prompt in batch]
-        mesh, thinker = self.programs.backbone.mesh, self.programs.backbone.config
-        host = prompt_rows(prompts, self.buckets, thinker, [uid_of(record.id) for record in records])
-        encoded = self.programs.encode(params, put(host, mesh))  # once for both modes
-        padding = host.uid_B.shape[0] - len(records)
-        truths = [record.solution for record in records] + [None] * padding
+        prompts = policy.encode(
+            [prompt for _, prompt in batch], self.buckets, [uid_of(record.id) for record, _ in batch]
+        )
+        truths = [record.solution for record, _ in batch]
         results = {}
         for mode in modes:
-            forced_ids = self.scorer.tags.empty_think if mode == "fast" else ()
-            sampling = dataclasses.replace(self.sampling, forced_ids=forced_ids)
-            completions = self.programs.sample(decoding, encoded, jax.random.key(0), sampling, stop)
-            results[mode] = self._score(params, encoded, completions, truths, mode)[: len(records)]
+            answers = policy.answer(prompts, mode, stop)
+            faults.here("evaluation_scores", mode)
+            scored = policy.score(answers, truths)
+            results[mode] = [_answer_of(answers, scored, row) for row in range(len(batch))]
         return results
 
-    def _score(
-        self,
-        params: Params,
-        prompts: Prompts,
-        completions: Completions,
-        truths: list[Any],
-        mode: str,
-    ) -> list[AnswerOf]:
-        faults.here("evaluation_scores", mode)
-        host = local_rows(completions, self.programs.backbone.mesh)
-        check_finite(host)
-        groups = self.scorer.groups(host, truths, require_format=mode == "slow")
-        completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
-        anchors = put(groups.anchors, self.programs.backbone.mesh)
-        slow_BGWQ, _ = self.programs.score(params, prompts, completion, anchors, self._candidate_ids_ZY)
-        probability_BGWQ = np.exp(local_rows({"slow_BGWQ": slow_BGWQ}, self.programs.backbone.mesh)["slow_BGWQ"])
-        results = []
-        for row, group in enumerate(groups.answers):
-            if group:
-                correct, wrong = _mean_confidences(probability_BGWQ[row, 0], groups.anchors, row)
-                ids = np.asarray(host.id_BGC[row, 0, : group[0].length])
-                held_WQ = groups.anchors.set_BGWQ[row, 0] != NO_SET
-                confidence_WQ = np.where(held_WQ, probability_BGWQ[row, 0], np.nan)[: len(group[0].parsed.words)]
-                results.append(AnswerOf(group[0], ids, correct, wrong, confidence_WQ))
-        return results
+
+def _answer_of(answers: Answers, scored: Confidence, row: int) -> AnswerOf:
+    (answer,), anchors = scored.groups.answers[row], scored.groups.anchors
+    probability_WQ = scored.probability_BWQ[row]
+    held_WQ, correct_WQ = ~np.isnan(probability_WQ), anchors.correct_BGWQ[row, 0]
+    means = [
+        float(probability_WQ[kind_WQ].mean()) if kind_WQ.any() else None
+        for kind_WQ in (held_WQ & correct_WQ, held_WQ & ~correct_WQ)
+    ]
+    return AnswerOf(
+        answer=answer,
+        ids=np.asarray(answers.host.id_BGC[row, 0, : answer.length]),
+        confidence_correct=means[0],
+        confidence_wrong=means[1],
+        confidence_WQ=probability_WQ[: len(answer.parsed.words)],
+    )
 
 
 def batched(
@@ -252,13 +215,3 @@ def filled_up(batches: Iterator[list[Any]], at_least: int) -> Iterator[list[Any]
         yield batch
     for _ in range(at_least - there):
         yield []
-
-
-def _mean_confidences(probability_WQ: np.ndarray, anchors: Anchors, row: int) -> tuple[float | None, float | None]:
-    """Mean over the words (and wheels) of one answer, correct and wrong apart."""
-    held_WQ = anchors.set_BGWQ[row, 0] != NO_SET
-    correct_WQ = anchors.correct_BGWQ[row, 0]
-    means = []
-    for kind_WQ in (held_WQ & correct_WQ, held_WQ & ~correct_WQ):
-        means.append(float(probability_WQ[kind_WQ].mean()) if kind_WQ.any() else None)
-    return means[0], means[1]

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,10 +18,13 @@ from matplotlib.ticker import MaxNLocator
 
 from mer_r1_jax.foreign_text import printable
 
+if TYPE_CHECKING:  # newer than the oldest matplotlib this runs with
+    from matplotlib.typing import RcKeyType
+
 SLOW, FAST, RECALL, PRECISION, NEUTRAL = "#1f5fbf", "#d9730d", "#2a8c5f", "#8a4fbf", "#475569"
 GRID, _TEXT, MUTED = "#e2e8f0", "#1e293b", "#94a3b8"
 _BEHIND_LABEL = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "path",  # looks the same wherever it is opened
     "font.size": 9,
@@ -49,8 +53,8 @@ STYLE = {
 class Line:
     """One curve: steps and values of equal length, a label ("" for none), a colour, and how it is drawn."""
 
-    steps: Sequence[float]
-    values: Sequence[float]
+    steps: Sequence[float] | np.ndarray
+    values: Sequence[float] | np.ndarray
     label: str
     color: str
     markers: bool = False  # few, exact points rather than a noisy series that is smoothed

@@ -175,8 +175,8 @@ class Resampled:
                 (low, high, float((drawn[number + 1] > drawn[number]).mean()))
                 for number, (low, high) in enumerate(itertools.pairwise(expected))
             ),
-            by_seed=tuple((np.diff(by_seed, axis=0) > 0).all(axis=0).tolist()),
-            commonest=tuple(expected[number] for number in commonest),
+            by_seed=tuple(np.asarray((np.diff(by_seed, axis=0) > 0).all(axis=0)).tolist()),
+            commonest=tuple(expected[int(number)] for number in commonest),
             commonest_share=float(counts.max() / counts.sum()),
         )
 

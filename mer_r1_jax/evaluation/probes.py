@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -19,19 +18,18 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.emotion.rewards import answer_rewards, category_sets
 from mer_r1_jax.emotion.wheels import Wheels
+from mer_r1_jax.evaluation.answering import LENGTH_STEP, extended
 from mer_r1_jax.evaluation.evaluate import Evaluation, Evaluator, batched
 from mer_r1_jax.evaluation.sample_comparison import SCORES, Comparison
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.rollout import STOP_LENGTH
 from mer_r1_jax.rl.scoring import ScoredAnswer
-from mer_r1_jax.training.prompts import prompt_rows, uid_of
+from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
 
 MODALITIES = {"video": "videos", "audio": "audios", "subtitle": "subtitle"}  # a record's field of each
 ALONE = -1  # a clip without a partner
 NO_WHEEL = "truth on no wheel"  # clips without a score: neither asked nor lent to others
-LENGTH_STEP = 64  # forced reasoning lengthens prompts by a multiple of this, so that few programs are compiled
 
 
 class ProbeError(ValueError):
@@ -233,7 +231,7 @@ def swap_reasoning(prober: Prober, before: Evaluation) -> Swap:
 
 def _reasonings(prober: Prober, before: Evaluation) -> tuple[list[int], list[np.ndarray], dict[str, int]]:
     """Clips whose slow answer can be split, its ids up to the answer, and the others by reason."""
-    tags = prober.evaluator.scorer.tags
+    tags = prober.evaluator.answerer.scorer.tags
     kept, prefixes = [], []
     scored = before.scored
     left_out = {
@@ -256,7 +254,7 @@ def _reasonings(prober: Prober, before: Evaluation) -> tuple[list[int], list[np.
 
 def _length_statistics(prober: Prober, before: Evaluation) -> dict[str, float]:
     """Tokens of the slow answers' reasoning: what stands before the answer, without an empty think block's tokens."""
-    tags = prober.evaluator.scorer.tags
+    tags = prober.evaluator.answerer.scorer.tags
     found = [tags.locate(answer.ids, len(answer.ids)) for answer in before.answers["slow"]]
     tokens = [max(0, located.opening + 1 - len(tags.empty_think)) for located in found if located is not None]
     quantiles = np.percentile(tokens, [0, 5, 50, 95, 100])
@@ -267,36 +265,20 @@ def _length_statistics(prober: Prober, before: Evaluation) -> dict[str, float]:
 def _continued(prober: Prober, records: Sequence[Record], prefixes: Sequence[np.ndarray]) -> dict[str, ScoredAnswer]:
     """Greedy answers by clip, the prefix included, each after its forced prefix."""
     evaluator = prober.evaluator
-    programs, scorer = evaluator.programs, evaluator.scorer
+    # One length for all: a bucket for the prefixes of each batch would be a program each.
     added = -(-max(len(prefix) for prefix in prefixes) // LENGTH_STEP) * LENGTH_STEP
     buckets = [dataclasses.replace(bucket, tokens=bucket.tokens + added) for bucket in evaluator.buckets]
     prefix_of = {record.id: prefix for record, prefix in zip(records, prefixes, strict=True)}
     answers = {}
-    with programs.rollout_params(prober.params) as decoding:
+    with evaluator.answerer.holding(prober.params) as policy:
         for batch in batched(prober.load(records), buckets[0].rows, []):
             prompts = [extended(prompt, prefix_of[record.id]) for record, prompt in batch]
-            host = prompt_rows(prompts, buckets, programs.backbone.config, [uid_of(record.id) for record, _ in batch])
-            rows = put(host, programs.backbone.mesh)
-            completions = jax.device_get(
-                programs.sample(decoding, programs.encode(prober.params, rows), jax.random.key(0), evaluator.sampling)
-            )
+            uids = [uid_of(record.id) for record, _ in batch]
+            host = policy.answer(policy.encode(prompts, buckets, uids)).host
             for row, (record, _) in enumerate(batch):
-                prefix, length = prefix_of[record.id], int(completions.length_BG[row, 0])
-                ids = np.concatenate([prefix, completions.id_BGC[row, 0, :length]])
-                truncated = bool(completions.stop_BG[row, 0] == STOP_LENGTH)
+                prefix, length = prefix_of[record.id], int(host.length_BG[row, 0])
+                ids = np.concatenate([prefix, host.id_BGC[row, 0, :length]])
+                truncated = bool(host.stop_BG[row, 0] == STOP_LENGTH)
+                scorer = evaluator.answerer.scorer
                 answers[record.id] = scorer.answer(ids, len(ids), truncated, record.solution)
     return answers
-
-
-def extended(prompt: Prompt, ids: np.ndarray) -> Prompt:
-    """A prompt followed by text tokens, which take the positions a completion would."""
-    count = len(ids)
-    position = np.broadcast_to(prompt.next_position + np.arange(count, dtype=np.int32), (3, count))
-    source = np.tile(np.asarray([-1, 0], np.int32), (count, 1))
-    return dataclasses.replace(
-        prompt,
-        ids=np.concatenate([prompt.ids, np.asarray(ids, np.int32)]),
-        position=np.concatenate([prompt.position, position], axis=1).astype(np.int32),
-        source=np.concatenate([prompt.source, source]).astype(np.int32),
-        next_position=prompt.next_position + count,
-    )

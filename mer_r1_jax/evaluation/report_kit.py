@@ -17,7 +17,7 @@ import jinja2
 import markupsafe
 
 from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
-from mer_r1_jax.evaluation.bootstrap import POINTS
+from mer_r1_jax.evaluation.bootstrap import POINTS, Difference, signed
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.storage import durable
 
@@ -119,6 +119,23 @@ def number(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
+def span(difference: Difference) -> str:
+    """A difference and its interval."""
+    return f"{signed(difference.points)} ({difference.interval})"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def share(value: float) -> str:
+    """A share of the draws in per cent; what is not all of them is never rounded up to all, nor some down to none."""
+    if 0 < value < 0.01:
+        return "less than 1%"
+    return "more than 99%" if 0.99 < value < 1 else f"{value:.0%}"
+
+
 def cut(text: str, limit: int) -> str:
     """Text of at most so many characters, with an ellipsis where some are left out."""
     return text if len(text) <= limit else text[:limit] + " …"
@@ -165,9 +182,9 @@ class WordMarks:
 
     def _shared(self, word: str, others: Sequence[str]) -> bool:
         """Whether a word has a category of the others on at least half of the wheels it is on."""
-        wheels = range(len(self._wheels))
-        own = {wheel: self._wheels.category(word, wheel) for wheel in wheels}
-        hits = [own[w] in self._wheels.categories(others, w) for w in wheels if own[w] is not None]
+        assert (wheels := self._wheels) is not None  # asked only where there are wheels
+        own = {wheel: wheels.category(word, wheel) for wheel in range(len(wheels))}
+        hits = [category in wheels.categories(others, wheel) for wheel, category in own.items() if category is not None]
         return bool(hits) and 2 * sum(hits) >= len(hits)
 
 

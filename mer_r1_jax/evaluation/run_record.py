@@ -6,12 +6,15 @@ import dataclasses
 import json
 import math
 import os
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from mer_r1_jax.evaluation.bootstrap import Difference, mean_interval
 from mer_r1_jax.training.metrics import PHASES, read_metrics
 
 
@@ -20,7 +23,7 @@ class ReportError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class KeptEvaluation:
     """One evaluation: its JSON file and, where present, the answers beside it.
 
     Attributes:
@@ -64,7 +67,7 @@ class RunRecord:
     config: dict[str, Any]
     environment: dict[str, Any]
     metrics: dict[str, list[dict[str, Any]]]
-    evaluations: dict[str, list[Evaluation]]
+    evaluations: dict[str, list[KeptEvaluation]]
     completions: tuple[int, list[dict[str, Any]]] | None
     missing: tuple[str, ...]
 
@@ -95,6 +98,67 @@ def read_run(run_dir: str | os.PathLike) -> RunRecord:
     return RunRecord(path, config, environment, metrics, evaluations, completions, tuple(missing))
 
 
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The evaluations a run is told by. Evaluations count steps over both phases.
+
+    Attributes:
+        start: after SFT, where RL starts; None when it was not evaluated.
+        end: the last one; `start` where RL made none.
+        end_is_rl: whether `end` was made by RL.
+        sft_steps: steps done before RL, to be taken off an evaluation's step.
+    """
+
+    start: KeptEvaluation | None
+    end: KeptEvaluation
+    end_is_rl: bool
+    sft_steps: int
+
+    def rl_step(self, evaluation: KeptEvaluation) -> int:
+        """Steps of RL done at an evaluation; 0 at one of SFT."""
+        return max(0, evaluation.step - self.sft_steps) if evaluation.phase == "rl" else 0
+
+
+def stages_of(run: RunRecord, benchmark: str) -> Stages:
+    """Picks start and end: RL before its first update or else the last of SFT; the last of RL or else of SFT.
+
+    Args:
+        run: the run.
+        benchmark: on which it was evaluated.
+    """
+    evaluations = run.evaluations[benchmark]
+    sft_steps = _sft_steps(run, evaluations)
+    sft = [evaluation for evaluation in evaluations if evaluation.phase == "sft"]
+    untrained = [evaluation for evaluation in evaluations if evaluation.phase == "rl" and evaluation.step <= sft_steps]
+    trained = [evaluation for evaluation in evaluations if evaluation.phase == "rl" and evaluation.step > sft_steps]
+    start = untrained[-1] if untrained else sft[-1] if sft else None
+    end = trained[-1] if trained else start
+    assert end is not None, benchmark  # a benchmark is there because of an evaluation, of SFT or of RL
+    return Stages(start, end, bool(trained), sft_steps)
+
+
+def _sft_steps(run: RunRecord, evaluations: Sequence[KeptEvaluation]) -> int:
+    """Steps of SFT: its last line, or the first evaluation of RL when the last steps fell between two lines."""
+    lines = [line["step"] for line in run.metrics.get("sft", [])]
+    logged = int(max(lines, default=0))
+    every = run.config.get("train", {}).get("logging_steps", 1)
+    first_of_rl = min((evaluation.step for evaluation in evaluations if evaluation.phase == "rl"), default=logged)
+    return first_of_rl if lines and logged <= first_of_rl < logged + every else logged
+
+
+def f1_difference(new: KeptEvaluation, new_mode: str, old: KeptEvaluation, old_mode: str) -> Difference | None:
+    """F1 of `new_mode` in `new` minus that of `old_mode` in `old`, paired by clip; None without common clips."""
+    pairs = []
+    for clip, row in new.samples.items():
+        values = row.get(new_mode, {}).get("f1"), old.samples.get(clip, {}).get(old_mode, {}).get("f1")
+        if all(isinstance(value, int | float) for value in values):
+            pairs.append(values)
+    if len(pairs) < 2:
+        return None
+    seed = zlib.crc32(f"{new.benchmark} {new.phase} {new.step} {new_mode} {old_mode}".encode())
+    return mean_interval(np.asarray([a - b for a, b in pairs]), seed)
+
+
 def _read_object(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
@@ -121,8 +185,8 @@ def _read_metrics(path: Path, missing: list[str]) -> dict[str, list[dict[str, An
     return {phase: sorted(found, key=lambda line: line["step"]) for phase, found in phases.items()}
 
 
-def _read_evaluations(folder: Path, missing: list[str]) -> dict[str, list[Evaluation]]:
-    found: dict[str, list[Evaluation]] = {}
+def _read_evaluations(folder: Path, missing: list[str]) -> dict[str, list[KeptEvaluation]]:
+    found: dict[str, list[KeptEvaluation]] = {}
     for path in sorted(folder.glob("*.json")):
         problems: list[str] = []
         scores = _read_object(path, "an evaluation", problems)
@@ -132,7 +196,7 @@ def _read_evaluations(folder: Path, missing: list[str]) -> dict[str, list[Evalua
             missing += problems
             continue
         samples = _read_samples(path.with_suffix(".samples.jsonl"), missing)
-        found.setdefault(scores["benchmark"], []).append(Evaluation(scores, samples))
+        found.setdefault(scores["benchmark"], []).append(KeptEvaluation(scores, samples))
     if not found:
         missing.append("scores on held-out clips: no evaluation was written to eval/")
     for evaluations in found.values():

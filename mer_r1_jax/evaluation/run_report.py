@@ -14,6 +14,7 @@ from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import signed
 from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
+from mer_r1_jax.evaluation.narrative import tell_run, warnings_of
 from mer_r1_jax.evaluation.report_kit import (
     Cell,
     Figure,
@@ -27,8 +28,15 @@ from mer_r1_jax.evaluation.report_kit import (
     text_table,
     write_page,
 )
-from mer_r1_jax.evaluation.run_narrative import Stages, describe, f1_difference, stages_of, warnings_of
-from mer_r1_jax.evaluation.run_record import Evaluation, ReportError, RunRecord, read_run
+from mer_r1_jax.evaluation.run_record import (
+    KeptEvaluation,
+    ReportError,
+    RunRecord,
+    Stages,
+    f1_difference,
+    read_run,
+    stages_of,
+)
 
 __all__ = ["ReportError", "make_report"]
 
@@ -84,16 +92,16 @@ def make_report(
         ReportError: there is no such folder, or the report cannot be written.
     """
     run = read_run(run_dir)
-    if num_examples is None:
-        num_examples = run.config.get("eval", {}).get("num_examples", DEFAULT_EXAMPLES)
+    configured = run.config.get("eval", {}).get("num_examples", DEFAULT_EXAMPLES)
+    count = configured if num_examples is None else num_examples
     missing = list(run.missing)
     stages = stages_of(run, next(iter(run.evaluations))) if run.evaluations else None
-    clips = _clips(run, stages, media_root, num_examples, missing) if stages else []
+    clips = _clips(run, stages, media_root, count, missing) if stages else []
     values = dict(
         title=run.config.get("train", {}).get("run_name") or run.config.get("name") or run.path.resolve().name,
-        summary=describe(run),
+        summary=tell_run(run),
         warnings=warnings_of(run),
-        cards=_cards(stages.start, stages.end) if stages and stages.end else [],
+        cards=_cards(stages.start, stages.end) if stages else [],
         tables=[_table(stages_of(run, benchmark)) for benchmark in run.evaluations],
         figures=_figures(run),
         clips=clips,
@@ -109,7 +117,7 @@ def make_report(
         raise ReportError(str(error)) from error
 
 
-def _cards(start: Evaluation | None, end: Evaluation) -> list[dict[str, str]]:
+def _cards(start: KeptEvaluation | None, end: KeptEvaluation) -> list[dict[str, str]]:
     """The few numbers at the top: F1 of both modes at the end, with the paired change since the start of RL."""
     cards = []
     for mode in MODES:
@@ -200,7 +208,7 @@ def _own_rewards(run: RunRecord) -> list[str]:
     return sorted(found)
 
 
-def _held_out_panels(evaluations: Sequence[Evaluation], stages: Stages) -> list[Panel]:
+def _held_out_panels(evaluations: Sequence[KeptEvaluation], stages: Stages) -> list[Panel]:
     """F1 of both modes, and their precision and recall, over the steps of RL (of SFT where there was no RL)."""
     if stages.end_is_rl:
         points = [point for point in evaluations if point is stages.start or stages.rl_step(point)]
@@ -216,7 +224,7 @@ def _held_out_panels(evaluations: Sequence[Evaluation], stages: Stages) -> list[
     levels = tuple(
         (100 * value, label)
         for label, name in (("floor", "majority_f1"), ("ceiling", "oracle_f1"))
-        if stages.end is not None and (value := stages.end.reference(name)) is not None
+        if (value := stages.end.reference(name)) is not None
     )
     where = f"over {'RL' if stages.end_is_rl else 'SFT'} steps"
     return [
@@ -246,7 +254,7 @@ def _clips(
     run: RunRecord, stages: Stages, media_root: str | os.PathLike | None, count: int, missing: list[str]
 ) -> list[dict[str, Any]]:
     """Rows of the table of clips: the first `count` of the last evaluation, in its order, so none is hand-picked."""
-    if stages.end is None or not stages.end.samples:
+    if not stages.end.samples:
         return []
     emotion = run.config.get("emotion", {})
     marks = WordMarks(emotion.get("wheel_dir", ""), emotion.get("variant", "unibench"), missing)

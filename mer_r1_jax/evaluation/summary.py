@@ -16,7 +16,7 @@ from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
 from mer_r1_jax.storage import durable
 
-ORACLE_COLUMN = "oracle"  # extra column of the embedded world's held-out records: the answer of one who knows the cues
+ORACLE_COLUMN = "oracle"  # extra column of the synthetic world's held-out records: the answer of one who knows the cues
 
 
 def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: str, step: int) -> dict[str, Any]:
@@ -35,8 +35,12 @@ def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: 
             f"none of the {len(records)} held-out clips that can be used has a solution with a word on a wheel, so no "
             "answer can be scored; check the solutions, or emotion.wheel_dir"
         )
-    oracles = [record.extra.get(ORACLE_COLUMN) for record in scored]
     truths = [record.solution for record in scored]
+    known = [
+        answer_rewards(record.extra[ORACLE_COLUMN], record.solution, wheels).f1
+        for record in scored
+        if record.extra.get(ORACLE_COLUMN) is not None
+    ]
     # Chosen on the held-out truths themselves, so it is the best any constant answer can do there.
     floor = constant_floor(majority_answer(truths, wheels), truths, wheels)
     return {
@@ -50,9 +54,7 @@ def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: 
         **{mode: _scores(mode, answers) for mode, answers in evaluation.answers.items()},
         "majority_answer": list(floor.words),
         "majority_f1": floor.f1,
-        "oracle_f1": None
-        if None in oracles
-        else float(np.mean([answer_rewards(words, t, wheels).f1 for words, t in zip(oracles, truths, strict=True)])),
+        "oracle_f1": float(np.mean(known)) if len(known) == len(scored) else None,
     }
 
 

@@ -17,9 +17,8 @@ import PIL
 import soxr
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, CorruptEntryError, Entry
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.media.opening import MediaFile, media_file
+from mer_r1_jax.media.decoded import AUDIO, IMAGE, VIDEO, CorruptEntryError, Entry
+from mer_r1_jax.media.opening import MediaError, MediaFile, media_file
 
 CODE_VERSION = 5  # raise when decoding, resizing or the mel spectrogram changes
 _FRAMES = ("fps", "min_frames", "max_frames")

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mer_r1_jax.media.errors import PromptError
-from mer_r1_jax.media.prompt import Prompt
+from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.omni.batch import (
     MEL_FRAMES_PER_UNIT,
     PROMPT,
@@ -40,6 +39,12 @@ def prompt_shape(prompt: Prompt) -> BatchShape:
         audio_clips=len(prompt.audio),
         audio_units=max((-(-len(clip.mel) // MEL_FRAMES_PER_UNIT) for clip in prompt.audio), default=0),
     )
+
+
+def largest_of(shapes: Sequence[BatchShape]) -> BatchShape:
+    """Returns the smallest bucket that holds each of these shapes."""
+    names = [field.name for field in dataclasses.fields(BatchShape)]
+    return BatchShape(**{name: max(getattr(shape, name) for shape in shapes) for name in names})
 
 
 def fits(shape: BatchShape, bucket: BatchShape) -> bool:
@@ -137,8 +142,7 @@ def _padded_source(prompt: Prompt, shape: BatchShape) -> np.ndarray:
 def _vision(rows, shape: BatchShape, thinker: ThinkerConfig) -> VisionClips:
     B, V, P, S = shape.rows, shape.vision_clips, shape.frame_pairs, shape.patches
     sizes = thinker.vision
-    X = sizes.in_channels * sizes.temporal_patch_size * sizes.patch_size**2
-    patches_BVPSX = np.zeros((B, V, P, S, X), np.float32)
+    patches_BVPSX = np.zeros((B, V, P, S, sizes.patch_values), np.float32)
     position_BVS2 = np.zeros((B, V, S, 2), np.int32)
     window_BVS = np.full((B, V, S), -1, np.int32)
     pairs_BV = np.zeros((B, V), np.int32)

@@ -18,14 +18,12 @@ import soxr
 from PIL import Image
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.fitting import check_size, fitter
 from mer_r1_jax.media.frames import FRAME_FACTOR, frame_count, frame_indices, image_size
-from mer_r1_jax.media.opening import MediaFile, opened_container, opened_picture
+from mer_r1_jax.media.opening import MediaError, MediaFile, opened_container, opened_picture
 from mer_r1_jax.media.pictures import upright_rgb
 from mer_r1_jax.media.sound import check_rate, decode_sound, seconds_held
-from mer_r1_jax.media.timing import Clock, FrameTimes, times_of
-from mer_r1_jax.media.tracks import clip_start, sound_track, video_track
+from mer_r1_jax.media.tracks import Clock, FrameTimes, clip_start, sound_track, times_of, video_track
 
 MAX_VIDEO_PIXELS = 8192 * 4608  # of a video's frame: 8K and no more; a decoder keeps a dozen of them at a time
 MAX_FRAME_RATE = 1000.0

@@ -10,14 +10,11 @@ import numpy as np
 from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.cache import ClipCache
-from mer_r1_jax.media.clips import AudioInput, Clips
-from mer_r1_jax.media.entry import AUDIO, IMAGE, VIDEO, Entry, decode_file
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.media.identity import file_key
+from mer_r1_jax.media.clips import AudioInput, Clips, VisionInput, laid_out, merge_factor
+from mer_r1_jax.media.decoded import AUDIO, IMAGE, VIDEO, Entry, decode_file
 from mer_r1_jax.media.mel import log_mel
-from mer_r1_jax.media.opening import check_present
+from mer_r1_jax.media.opening import MediaError, check_present, file_key
 from mer_r1_jax.media.pool import ATTEMPTS, WorkerPool
-from mer_r1_jax.media.vision import VisionInput, laid_out, merge_factor
 from mer_r1_jax.omni.config import VisionConfig
 from mer_r1_jax.process_pool import START_SECONDS
 

@@ -13,16 +13,74 @@ import io
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import av.container
+import av.error
 from PIL import Image, UnidentifiedImageError
 
 from mer_r1_jax import faults
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.media.identity import other_spelling
 from mer_r1_jax.media.signatures import Signature, signature_of
+
+
+class MediaError(ValueError):
+    """A clip that cannot be used.
+
+    Attributes:
+        path: the file.
+        reason: a short slug for counting: missing, empty, unreadable, outside (the media root), not_media, playlist,
+            unknown_codec, truncated, corrupt, no_video, no_audio, no_frames, too_long, too_short, too_large, bad_size,
+            bad_rate, bad_pixels, odd_turn, several_pictures, not_finite, timeout, worker_died.
+    """
+
+    def __init__(self, path, reason: str, found: str, expected: str, mend: str):
+        super().__init__(f"{path}: {found}; expected {expected}. {mend}")
+        self.path = str(path)
+        self.reason = reason
+        self.found = found
+        self.expected = expected
+        self.mend = mend
+
+    def to_json(self) -> dict[str, str]:
+        """The constructor's arguments, so that a worker process can report the error to its parent."""
+        return {name: getattr(self, name) for name in ("path", "reason", "found", "expected", "mend")}
+
+
+FileKey = tuple[int, int] | str
+
+
+def file_key(path: str | os.PathLike) -> FileKey:
+    """Returns what all spellings of one file have in common; of one that is not there, its normalised path."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return unicodedata.normalize("NFC", os.path.realpath(path))
+    if not status.st_ino:  # some mounted disks number no files
+        return unicodedata.normalize("NFC", os.path.realpath(path))
+    return status.st_dev, status.st_ino
+
+
+def other_spelling(path: str | os.PathLike) -> str | None:
+    """Returns the name of a file beside a missing one that differs in letter case or Unicode form only, if any.
+
+    A disk that tells these apart shows names that look alike, or are alike elsewhere: macOS writes é as two characters,
+    and Windows finds `Clip.MP4` as `clip.mp4`.
+    """
+    path = Path(path)
+    try:
+        names = os.listdir(path.parent)
+    except (OSError, ValueError):
+        return None
+    wanted = _folded(path.name)
+    return next((name for name in sorted(names) if name != path.name and _folded(name) == wanted), None)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
 
 # FFmpeg's names of the containers that are read: what cameras, phones, browsers, recorders and data sets write. None of
 # them opens a second file. Not here, on purpose: lists and manifests (hls, dash, concat, sdp), image sequences and

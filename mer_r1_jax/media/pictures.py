@@ -7,14 +7,17 @@ ignores how a camera was held, and knows one picture of an animation.
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 PHOTOGRAPHS = ("MPO",)  # a camera's JPEG, whose further pictures are its preview, depth or brightness map
 _WHITE_IS_ZERO, _PHOTOMETRIC, _BITS_PER_SAMPLE = 0, 262, 258  # of TIFF
-_LOW_BITS = {"L;2": 85, "L;4": 17}  # what Pillow multiplies the greys of a PNG by, but not its transparent grey
+_LOW_BITS: dict[object, int] = {
+    "L;2": 85,
+    "L;4": 17,
+}  # what Pillow multiplies the greys of a PNG by, but not its transparent grey
 
 
 def upright_rgb(path, picture: Image.Image) -> Image.Image:
@@ -52,10 +55,11 @@ def upright_rgb(path, picture: Image.Image) -> Image.Image:
 
 def _refuse_several(path, picture: Image.Image) -> None:
     if picture.format not in PHOTOGRAPHS and getattr(picture, "is_animated", False):
+        count = getattr(picture, "n_frames", "several")
         raise MediaError(
             path,
             "several_pictures",
-            f"a {picture.format} file of {picture.n_frames} pictures (an animation, or several pages)",
+            f"a {picture.format} file of {count} pictures (an animation, or several pages)",
             "one picture",
             "Save the one that is meant as a PNG, or make an mp4 of them and list it under `videos`.",
         )
@@ -64,7 +68,8 @@ def _refuse_several(path, picture: Image.Image) -> None:
 def _transparent_colour(path, picture: Image.Image) -> int | None:
     """Returns the grey of a PNG that stands for nothing, in the values its pixels will have."""
     clear = picture.info.get("transparency")
-    rawmode = picture.tile[0].args if picture.format == "PNG" and picture.tile else None
+    png = picture if isinstance(picture, ImageFile.ImageFile) and picture.format == "PNG" else None
+    rawmode = png.tile[0].args if png and png.tile else None
     if isinstance(clear, int) and picture.mode != "P":
         return clear * _LOW_BITS.get(rawmode, 1)
     if isinstance(clear, tuple) and rawmode == "RGB;16B":

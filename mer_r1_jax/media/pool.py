@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.entry import CorruptEntryError, Entry, decode_file
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.decoded import CorruptEntryError, Entry, decode_file
+from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.process_pool import ChildDiedError, ProcessPool, serve
 
 WORKER = (sys.executable, "-m", "mer_r1_jax.media.pool")

@@ -15,12 +15,18 @@ import numpy as np
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.emotion.answer_form import is_answer_tag
-from mer_r1_jax.media.clips import AudioInput, Clips
-from mer_r1_jax.media.errors import PromptError
+from mer_r1_jax.media.clips import AudioInput, Clips, VisionInput
 from mer_r1_jax.media.tokenizer import TURN_END, TURN_START, check_special_tokens
-from mer_r1_jax.media.vision import VisionInput
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.positions import AUDIO, VIDEO, PositionError, feature_sources, interleave, rope_positions
+from mer_r1_jax.omni.positions import (
+    AUDIO,
+    VIDEO,
+    MediaSizes,
+    PositionError,
+    feature_sources,
+    interleave,
+    rope_positions,
+)
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +41,10 @@ ITEM_TEXT = {
 ASSISTANT_TURN = f"{TURN_START}assistant\n"
 _PLACEHOLDER = re.compile("(" + "|".join(f"<{kind}>" for kind in KINDS) + ")")
 _SUBTITLE_TAG = re.compile("</?subtitle>")
+
+
+class PromptError(ValueError):
+    """A record that cannot become a prompt; the message names the record's id."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -242,7 +252,9 @@ class PromptBuilder:
             AUDIO: "lower media.max_audio_seconds",
         }
         parts = ", ".join(f"{count} {part}" for part, count in lengths.items() if count)
-        advice = "; ".join(mend[part] for part in sorted(lengths, key=lengths.get, reverse=True) if lengths[part])
+        advice = "; ".join(
+            mend[part] for part in sorted(lengths, key=lambda part: lengths[part], reverse=True) if lengths[part]
+        )
         raise PromptError(
             f"got a prompt of {total} tokens ({parts}), expected at most "
             f"data.max_prompt_length={self.max_prompt_length}; {advice}; or raise data.max_prompt_length"
@@ -264,11 +276,13 @@ class PromptBuilder:
         position, next_position = rope_positions(
             ids,
             self.thinker,
-            image_grids=[clip.grid for _, clip in images],
-            video_grids=[clip.grid for _, clip in videos],
-            second_per_grids=[float(clip.second_per_grid) for _, clip in videos],
-            audio_lengths=[len(clip.mel) for clip in audio],
-            use_audio_in_video=any(item.own_audio is not None for item in items),
+            MediaSizes(
+                image_grids=[clip.grid for _, clip in images],
+                video_grids=[clip.grid for _, clip in videos],
+                second_per_grids=[float(clip.second_per_grid) for _, clip in videos],
+                audio_lengths=[len(clip.mel) for clip in audio],
+                use_audio_in_video=any(item.own_audio is not None for item in items),
+            ),
         )
         stats = dict(
             lengths,
@@ -301,14 +315,12 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
 
 def _insert_after_media(parts: list[str | _Slot], text: str) -> None:
     """Inserts a text after the media and white space that a turn opens with."""
-    at = 0
-    while at < len(parts) and (isinstance(parts[at], _Slot) or not parts[at].strip()):
-        at += 1
-    if at < len(parts):
-        rest = parts[at].lstrip()
-        parts[at : at + 1] = [parts[at][: len(parts[at]) - len(rest)], text, rest]
-    else:
-        parts.append(text)
+    for at, part in enumerate(parts):
+        if isinstance(part, str) and part.strip():
+            rest = part.lstrip()
+            parts[at : at + 1] = [part.removesuffix(rest), text, rest]
+            return
+    parts.append(text)
 
 
 def _audio_of(item: _Item) -> tuple[AudioInput, ...]:

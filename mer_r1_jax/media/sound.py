@@ -12,8 +12,8 @@ import dataclasses
 import av
 import numpy as np
 
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.media.timing import TOLERANCE, Clock
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.tracks import TOLERANCE, Clock
 
 SILENT_PEAK = 2 / 32_768  # two steps of 16 bits: digital silence, dithered or not
 CANCELLED = 0.01  # a mean of channels this much quieter than the loudest of them (40 dB) is what cancelling leaves

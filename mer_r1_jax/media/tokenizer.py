@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.config import ThinkerConfig
@@ -95,11 +95,11 @@ def _load(path: Path) -> PreTrainedTokenizerBase:
     import transformers
 
     LlamaTokenizer = transformers.LlamaTokenizer
-    local = dict(local_files_only=True, trust_remote_code=False)
+    local: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
     older = all((path / name).is_file() for name in ("vocab.json", "merges.txt"))
     if (path / "tokenizer.json").is_file() or older:
         # AutoTokenizer imports torch where that is installed, which takes seconds and hundreds of megabytes.
-        named = getattr(transformers, _WITHOUT_TORCH.get(_named_class(path), "AutoTokenizer"))
+        named = getattr(transformers, _WITHOUT_TORCH.get(_named_class(path) or "", "AutoTokenizer"))
         tokenizer = named.from_pretrained(str(path), **local)
         if not (isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space):
             return tokenizer

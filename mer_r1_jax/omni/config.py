@@ -6,6 +6,7 @@ Field names are those of Hugging Face's `config.json` wherever it has one.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from mer_r1_jax.omni.architecture_checks import ints, is_int, require, require_positive, require_real
 from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT
@@ -314,7 +315,9 @@ class ThinkerConfig:
             num_attention_heads=16,
             num_key_value_heads=2,
         )
-        parts = dict(audio=AudioConfig(output_dim=2048), vision=VisionConfig(out_hidden_size=2048), text=text)
+        parts: dict[str, Any] = dict(
+            audio=AudioConfig(output_dim=2048), vision=VisionConfig(out_hidden_size=2048), text=text
+        )
         return cls(**(parts | overrides))
 
     @classmethod
@@ -357,7 +360,9 @@ class ThinkerConfig:
             output_dim=hidden_size,
         )
         names = ("pad", "eos", "audio", "audio_start", "audio_end", "vision_start", "vision_end", "image", "video")
-        ids = {f"{name}_token_id": vocab_size - len(names) + i for i, name in enumerate(names)}
+        ids: dict[str, Any] = {f"{name}_token_id": vocab_size - len(names) + i for i, name in enumerate(names)}
         ids["eos_token_ids"] = (ids.pop("eos_token_id"),)
-        defaults = dict(audio=audio, vision=vision, text=text, user_token_id=min(872, vocab_size - 1)) | ids
+        defaults: dict[str, Any] = (
+            dict(audio=audio, vision=vision, text=text, user_token_id=min(872, vocab_size - 1)) | ids
+        )
         return cls(**(defaults | overrides))

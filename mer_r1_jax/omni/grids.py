@@ -1,4 +1,4 @@
-"""Where the patches of an image or video sit: grid positions, attention windows, and their place in a padded clip.
+"""Where the patches of an image or video sit: grid positions and attention windows.
 
 Host-side numpy. Patches come in 2x2 merge blocks, blocks in raster order, as transformers' processor lays them out.
 """
@@ -6,7 +6,6 @@ Host-side numpy. Patches come in 2x2 merge blocks, blocks in raster order, as tr
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,16 +40,3 @@ def patch_layout(height: int, width: int, config: VisionConfig) -> tuple[np.ndar
     for array in (position_S2, window_S):
         array.flags.writeable = False  # the cache hands them out again
     return position_S2, window_S
-
-
-def feature_rows(grid: Sequence[int], patches: int, merge_unit: int = 4) -> np.ndarray:
-    """int32 feature rows a clip's tokens take, in order, where its frame pairs are padded to `patches` patches.
-
-    Args:
-        grid: (frame pairs, patch rows, patch columns) of the clip itself.
-        patches: S, patches of a frame pair after padding.
-        merge_unit: patches of one feature row.
-    """
-    pairs, height, width = (int(size) for size in grid)
-    own, padded = height * width // merge_unit, patches // merge_unit
-    return (np.arange(pairs)[:, None] * padded + np.arange(own)).reshape(-1).astype(np.int32)

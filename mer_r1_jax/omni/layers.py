@@ -77,7 +77,7 @@ def active_mesh() -> Mesh | None:
 
 def mesh_axes(name: str) -> tuple[str, ...]:
     """The mesh axes of a logical name under the active `axis_rules`."""
-    return _mesh_axes(_active.rules.get(name))
+    return _mesh_axes((_active.rules or {}).get(name))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
@@ -92,22 +92,23 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     Raises:
         ValueError: a dimension that its mesh axes do not divide; the message names it.
     """
-    if _active.rules is None:
+    rules, mesh = _active.rules, _active.mesh
+    if rules is None or mesh is None:
         return x
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
     for name, size in zip(axes, x.shape, strict=True):
-        mesh_axes = _mesh_axes(_active.rules.get(name)) if name is not None else ()
+        mesh_axes = _mesh_axes(rules.get(name)) if name is not None else ()
         mesh_axes = tuple(axis for axis in mesh_axes if axis not in used)
         used |= set(mesh_axes)
-        parts = math.prod(_active.mesh.shape[axis] for axis in mesh_axes)
+        parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
         if size % parts:
             raise ValueError(
                 f"activation {tuple(axes)} of shape {x.shape}: {name!r} has size {size}, which the {parts} devices of "
                 f"mesh axes {mesh_axes} do not divide; change the size or the rule of {name!r}"
             )
         entries.append(mesh_axes or None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(_active.mesh, PartitionSpec(*entries)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*entries)))
 
 
 def placement(rows: str, heads: str) -> Placement | None:
@@ -116,9 +117,9 @@ def placement(rows: str, heads: str) -> Placement | None:
     Args:
         rows, heads: logical names of the two axes.
     """
-    if _active.rules is None:
+    if _active.mesh is None:
         return None
-    return Placement(_active.mesh, *(_mesh_axes(_active.rules.get(name)) for name in (rows, heads)))
+    return Placement(_active.mesh, rows=mesh_axes(rows), heads=mesh_axes(heads))
 
 
 @dataclasses.dataclass(frozen=True)

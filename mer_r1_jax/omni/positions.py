@@ -111,25 +111,31 @@ def interleave(grid: Sequence[int], second_per_grid: float, audio_tokens: int, c
     return pieces
 
 
-def rope_positions(
-    ids_T: np.ndarray,
-    config: ThinkerConfig,
-    *,
-    image_grids: Sequence[Sequence[int]] = (),
-    video_grids: Sequence[Sequence[int]] = (),
-    second_per_grids: Sequence[float] = (),
-    audio_lengths: Sequence[int] = (),
-    use_audio_in_video: bool = False,
-) -> tuple[np.ndarray, int]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MediaSizes:
+    """Sizes of the media in a sequence, from which their positions follow.
+
+    Attributes:
+        image_grids, video_grids: (frame pairs, patch rows, patch columns) of each, in reading order.
+        second_per_grids: seconds from one frame pair to the next, of each video.
+        audio_lengths: mel frames of each audio clip, in reading order.
+        use_audio_in_video: every video is interleaved with an audio clip of its own.
+    """
+
+    image_grids: Sequence[Sequence[int]] = ()
+    video_grids: Sequence[Sequence[int]] = ()
+    second_per_grids: Sequence[float] = ()
+    audio_lengths: Sequence[int] = ()
+    use_audio_in_video: bool = False
+
+
+def rope_positions(ids_T: np.ndarray, config: ThinkerConfig, media: MediaSizes) -> tuple[np.ndarray, int]:
     """Positions of one unpadded sequence.
 
     Args:
         ids_T: token ids, placeholders expanded.
         config: for the special ids and rates.
-        image_grids, video_grids: (frame pairs, patch rows, patch columns) of each, in reading order.
-        second_per_grids: seconds from one frame pair to the next, of each video.
-        audio_lengths: mel frames of each audio clip, in reading order.
-        use_audio_in_video: every video is interleaved with an audio clip of its own.
+        media: what its placeholders stand for.
 
     Returns:
         (int32 position_3T, position of the token after the last one, the same on all axes).
@@ -137,28 +143,20 @@ def rope_positions(
     Raises:
         PositionError: placeholders and media do not match.
     """
-    return _Walk(
-        np.asarray(ids_T),
-        config,
-        images=[tuple(grid) for grid in image_grids],
-        videos=[tuple(grid) for grid in video_grids],
-        second_per_grids=list(second_per_grids),
-        audios=[int(length) for length in audio_lengths],
-        use_audio_in_video=use_audio_in_video,
-    ).run()
+    return _Walk(np.asarray(ids_T), config, media).run()
 
 
 class _Walk:
     """One pass over a sequence: a cursor in the ids, one in the positions, and how much of each medium is used."""
 
-    def __init__(self, ids_T, config: ThinkerConfig, *, images, videos, second_per_grids, audios, use_audio_in_video):
-        if len(second_per_grids) < len(videos):
-            raise PositionError(
-                f"{len(videos)} videos but {len(second_per_grids)} values of second_per_grids: expected one for each"
-            )
+    def __init__(self, ids_T: np.ndarray, config: ThinkerConfig, media: MediaSizes):
+        self.images, self.videos = ([tuple(grid) for grid in grids] for grids in (media.image_grids, media.video_grids))
+        self.audios = [int(length) for length in media.audio_lengths]
+        self.second_per_grids, self.use_audio_in_video = list(media.second_per_grids), media.use_audio_in_video
+        videos, seconds = len(self.videos), len(self.second_per_grids)
+        if seconds < videos:
+            raise PositionError(f"{videos} videos but {seconds} values of second_per_grids: expected one for each")
         self.ids, self.config = ids_T, config
-        self.images, self.videos, self.audios = images, videos, audios
-        self.second_per_grids, self.use_audio_in_video = second_per_grids, use_audio_in_video
         self.used = {"image": 0, "video": 0, "audio": 0}
         self.pieces: list[np.ndarray] = []
         self.cursor = 0  # position of whatever comes next

@@ -269,8 +269,8 @@ class TextDecoder(nnx.Module):
 
     def unembedding(self) -> tuple[jax.Array, bool]:
         """What hidden states are multiplied with, in the compute dtype: [D, N], or [N, D] and True when tied."""
-        tied = self.head is None
-        return (self.embed.embedding if tied else self.head.kernel)[...].astype(self.dtype), tied
+        kernel = self.embed.embedding if self.head is None else self.head.kernel
+        return kernel[...].astype(self.dtype), self.head is None
 
     @jax.named_scope("logprobs")
     def gather_logprobs(self, h: jax.Array, token: jax.Array | None, **settings: Any) -> Scores:

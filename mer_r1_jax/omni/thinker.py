@@ -148,7 +148,7 @@ def abstract_thinker(config: ThinkerConfig) -> tuple[nnx.GraphDef, Params, dict[
         parameter, "layers" first for stacked ones).
     """
     graphdef, state = _abstract(config)
-    axes: dict[str, Any] = {}
+    axes: dict[Any, Any] = {}
     for path, param in nnx.to_flat_state(state):
         node = axes
         for key in path[:-1]:

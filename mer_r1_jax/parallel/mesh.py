@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import MeshConfig
+from mer_r1_jax.config.schema import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays the devices out as data x fsdp x tensor, with Auto axes (the compiler propagates shardings).
+
+    Args:
+        config: sizes of the axes, at most one of them -1.
+        devices: of type jax.Device, which type checkers know nothing about; None for all there are.
 
     Raises:
         ConfigError: when the sizes do not multiply to the number of devices.

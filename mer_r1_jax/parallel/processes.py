@@ -69,7 +69,7 @@ def start() -> bool:
     """
     named = _settings()
     # jax puts "tpu" first when it is imported on a TPU host with nothing said about platforms.
-    on_tpu = (jax.config.jax_platforms or "").split(",")[0] == "tpu"
+    on_tpu = (jax.config.values["jax_platforms"] or "").split(",")[0] == "tpu"
     if jax.distributed.is_initialized() or not (named or on_tpu):
         return count() > 1
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

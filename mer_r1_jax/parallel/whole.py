@@ -1,4 +1,4 @@
-"""Arrays that several processes hold between them, brought whole to the first of them."""
+"""Arrays that lie on a mesh: brought whole to the first process, or looked at where they lie."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import functools
 from collections.abc import Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mer_r1_jax.parallel import processes
 
@@ -24,10 +25,11 @@ def on_first(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray] | None:
     """
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in arrays}
     for names, spans in _batches(arrays):
-        mesh = arrays[names[0]].sharding.mesh
+        sharding = arrays[names[0]].sharding
+        assert isinstance(sharding, NamedSharding)
         starts = np.asarray([start for start, _ in spans], np.int32)
         sizes = tuple(size for _, size in spans)
-        fetched = jax.block_until_ready(_whole(mesh, sizes)([arrays[name] for name in names], starts))
+        fetched = jax.block_until_ready(_whole(sharding.mesh, sizes)([arrays[name] for name in names], starts))
         if processes.is_first():
             for name, piece in zip(names, fetched, strict=True):
                 pieces[name].append(np.asarray(piece))
@@ -62,3 +64,21 @@ def _whole(mesh: Mesh, sizes: tuple[int, ...]):
         ]
 
     return jax.jit(cut, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def not_finite(arrays: Mapping[str, jax.Array]) -> list[str]:
+    """Names of the arrays that hold NaN or infinite values, in their order.
+
+    One program reads every array where it lies; in a run of several processes all of them have to call it.
+    """
+    sharding = next((array.sharding for array in arrays.values() if isinstance(array, jax.Array)), None)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    good = np.asarray(_all_finite(tuple(arrays.values()), everywhere))
+    return [name for name, finite in zip(arrays, good, strict=True) if not finite]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _all_finite(arrays: tuple[jax.Array, ...], everywhere: Sharding | None) -> jax.Array:
+    """bool [number of arrays]."""
+    good = jnp.stack([jnp.isfinite(array).all() for array in arrays])
+    return good if everywhere is None else jax.lax.with_sharding_constraint(good, everywhere)

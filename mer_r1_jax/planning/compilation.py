@@ -15,9 +15,9 @@ import time
 
 import jax
 
-from mer_r1_jax.parallel.tpu_flags import VARIABLE
+from mer_r1_jax.parallel import VARIABLE
+from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.programs import PlannedProgram
-from mer_r1_jax.planning.traced import traced_flops
 from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.durable import writing
 
@@ -100,6 +100,7 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         text = _dumped(pathlib.Path(folder))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
+    assert memory is not None  # the TPU compiler gives one
     return Compiled(
         seconds=seconds,
         argument_bytes=memory.argument_size_in_bytes,

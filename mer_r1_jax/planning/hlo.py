@@ -57,6 +57,17 @@ class Instruction:
         """The arrays of its result, those of a tuple in order."""
         return arrays_of(self.type)
 
+    def attribute(self, pattern: str) -> tuple[str, ...]:
+        """What the groups of a pattern find among its attributes.
+
+        Raises:
+            ValueError: nothing there is like it.
+        """
+        match = re.search(pattern, self.attributes)
+        if match is None:
+            raise ValueError(f"{self.name}: nothing like {pattern} among its attributes: {self.attributes[:200]}")
+        return match.groups()
+
     @property
     def called(self) -> list[str]:
         """Computations it calls, a loop's condition left out."""

@@ -26,16 +26,16 @@ from mer_r1_jax.omni.batch import PROMPT, BatchShape, Prompts
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
-from mer_r1_jax.planning.useful import FORWARD, TRAINED, text_flops, tower_flops
+from mer_r1_jax.planning.flops import FORWARD, TRAINED, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import arm_of
 from mer_r1_jax.rl.confidence import Anchors
 from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
-from mer_r1_jax.run.setup import banned_ids_of, check_rows, sampling_config
-from mer_r1_jax.training.backbone import Backbone, thinker_config
 from mer_r1_jax.training.chunked import state_shardings
+from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
+from mer_r1_jax.training.phase import banned_ids_of, check_rows, sampling_config
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
@@ -101,7 +101,7 @@ class RunPrograms:
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
         thinker = thinker_config(config.model, tokenizer)
         self._thinker = thinker
-        self.backbone = Backbone.create(thinker, mesh, config.model.packed_rows)
+        self.backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows)
         wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
         table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
         self.candidates = table(tokenizer or PrefixTokens(thinker.text.vocab_size), wheels)
@@ -346,6 +346,6 @@ def bytes_per_chip(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
         total += math.prod(shape) * size
     return total

@@ -147,7 +147,7 @@ class Sheet:
     missing: tuple[str, ...]
     advice: tuple[str, ...]
     alternatives: tuple[Any, ...]
-    command: str
+    command: str = ""
 
     @property
     def fits(self) -> bool:

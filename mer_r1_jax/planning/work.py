@@ -12,8 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from mer_r1_jax.planning.flops import product_flops
 from mer_r1_jax.planning.hlo import COLLECTIVES, Computation, Instruction, parse
-from mer_r1_jax.planning.products import product_flops
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
@@ -134,7 +134,7 @@ class _Reader:
             if opcode == "while":
                 trips, known = self._trips(instruction)
                 self.open_loops += not known
-                self._visit(_attribute(instruction, "body"), times * trips, in_hbm)
+                self._visit(_named(instruction, "body"), times * trips, in_hbm)
                 continue
             if opcode in ("convolution", "dot"):
                 self.flops += times * product_flops(instruction, computation)
@@ -160,7 +160,7 @@ class _Reader:
         """How often a loop runs, and whether the text says so."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known.group(1)), True
-        condition = self.computations[_attribute(loop, "condition")]
+        condition = self.computations[_named(loop, "condition")]
         root = next(one for one in condition.values() if one.is_root)
         if root.opcode == "fusion":
             inner = next(one for one in self.computations[root.called[0]].values() if one.is_root)
@@ -287,8 +287,9 @@ def _in_hbm(computation: Computation, name: str) -> bool:
     return name in computation and any(array.in_hbm for array in computation[name].arrays)
 
 
-def _attribute(instruction: Instruction, name: str) -> str:
-    return re.search(rf"\b{name}=%?([\w.<>-]+)", instruction.attributes).group(1)
+def _named(instruction: Instruction, name: str) -> str:
+    """The computation that an attribute names."""
+    return instruction.attribute(rf"\b{name}=%?([\w.<>-]+)")[0]
 
 
 def _parameter_number(instruction: Instruction) -> int:

@@ -85,15 +85,18 @@ def zscore(x_BG: Array, valid_BG: Array, scale_rewards: str = "group") -> Array:
     """
     x_BG = x_BG.astype(jnp.float32)
     valid_BG = valid_BG & jnp.isfinite(x_BG)
+    # Replaced, not weighed with 0: NaN x 0 is NaN.
     x_BG = jnp.where(valid_BG, x_BG, 0.0)
     centred_BG = jnp.where(valid_BG, x_BG - _mean(x_BG, valid_BG, axis=-1), 0.0)
     if scale_rewards == "group":
         z_BG = centred_BG / (_std(centred_BG, valid_BG, axis=-1) + EPSILON)
     elif scale_rewards == "batch":
+        # Each group still loses its own mean; only the scale is the batch's, as in TRL.
         overall = jnp.where(valid_BG, x_BG - _mean(x_BG, valid_BG, axis=None), 0.0)
         z_BG = centred_BG / (_std(overall, valid_BG, axis=None) + EPSILON)
     else:
         z_BG = centred_BG
+    # Rounding may leave equal values a spread of 1e-8, which the division would blow up to a z that counts.
     highest_B1 = jnp.max(jnp.where(valid_BG, x_BG, -jnp.inf), axis=-1, keepdims=True)
     lowest_B1 = jnp.min(jnp.where(valid_BG, x_BG, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(valid_BG & (highest_B1 > lowest_B1), z_BG, 0.0)
@@ -248,6 +251,7 @@ def arm_of(name: str) -> Arm:
         return ARMS[name]
     if "." not in name:
         raise ValueError(f"arm is {name!r}, expected one of {', '.join(ARMS)}, or module.function")
+    # Two sizes that differ, so that a function that mixes up its axes is found out.
     prompts, answers = 2, 3
     floats, flags = jnp.zeros((prompts, answers)), jnp.ones((prompts, answers), bool)
     example = Rewards(

@@ -38,6 +38,7 @@ def sizes(rows: int, generations: int) -> tuple[Size, ...]:
         rows: rows on each device.
         generations: completions of a prompt.
     """
+    # Groups shrink first: a row reads its prompt once, however few completions it has.
     groups = _halvings(generations)
     return tuple([*(Size(rows, g) for g in groups), *(Size(r, 1) for r in _halvings(rows)[1:])][:SIZES])
 
@@ -58,6 +59,7 @@ def rows_needed(state: RolloutState, sizes: tuple[Size, ...], devices: int, last
         devices: parts the rows are cut into.
         last: tokens after which every completion ends.
     """
+    # The cap ends every completion, though none of them has said so by itself.
     count_B = jnp.sum(running(state) & (state.step < last), axis=1)
     rows_DSB = -(-count_B.reshape(devices, 1, -1) // np.asarray([size.generations for size in sizes])[:, None])
     return jnp.max(jnp.sum(rows_DSB, axis=2), axis=0).astype(jnp.int32)
@@ -65,6 +67,7 @@ def rows_needed(state: RolloutState, sizes: tuple[Size, ...], devices: int, last
 
 def smallest(sizes: tuple[Size, ...], needed: np.ndarray) -> Size:
     """The smallest size that holds what still runs."""
+    # Sizes come largest first.
     return [size for size, rows in zip(sizes, needed, strict=True) if rows <= size.rows][-1]
 
 
@@ -96,11 +99,13 @@ def compact(state: RolloutState, kept: Kept | None, size: Size) -> tuple[Rollout
     places = jnp.arange(rows * generations, dtype=jnp.int32).reshape(rows, generations)
     place_BG = places if kept is None else kept.place_BG
     source_N = _sources(running_BG, size)
+    # Places that nothing moves to hold a copy of the first completion, marked absent below: never decoded on.
     filled_N = source_N < rows * generations
     index_N = jnp.where(filled_N, source_N, 0)
     # A row is filled from its first place on, so that one tells which prompt it holds.
     row_B = index_N[:: size.generations] // generations
 
+    # [..., B, G, ...] to the same with the new size.
     def completions(x: Array, axis: int = 0) -> Array:
         flat = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
         return jnp.take(flat, index_N, axis=axis, mode="clip").reshape(*x.shape[:axis], *size, *x.shape[axis + 2 :])
@@ -129,6 +134,7 @@ def brought_back(sampled: Sampled, kept: Kept | None) -> Sampled:
     if kept is None:
         return sampled
 
+    # `drop`: a place that holds no completion points beyond the end.
     def write(whole: Array, part: Array) -> Array:
         flat = whole.reshape(-1, *whole.shape[2:])
         part = part.reshape(-1, *part.shape[2:])
@@ -140,9 +146,11 @@ def brought_back(sampled: Sampled, kept: Kept | None) -> Sampled:
 def _sources(running_BG: Array, size: Size) -> Array:
     """int32 [N], the place that moves to each place of the new batch; the number of old places where none does."""
     places = running_BG.size
+    # Each prompt's completions take whole rows of the new batch, since a row reads the cache of one prompt.
     count_B = jnp.sum(running_BG, axis=1)
     rows_B = -(-count_B // size.generations)
     first_B = (jnp.cumsum(rows_B) - rows_B) * size.generations
+    # Which of its prompt's running completions each one is.
     rank_BG = jnp.cumsum(running_BG, axis=1) - 1
     target_BG = jnp.where(running_BG, first_B[:, None] + rank_BG, _NOWHERE)
     source_N = jnp.full(size.rows * size.generations, places, jnp.int32)

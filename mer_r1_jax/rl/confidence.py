@@ -27,6 +27,7 @@ import numpy as np
 
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.omni.batch import Array
+from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
 
@@ -149,11 +150,14 @@ def _place(
     counts[UNLOCATED_WORDS] += len(kept) - len(found)
     if not found:
         return [], []
+    # From behind the token with the `>` of `<answer>`, which the empty think block brings itself, to the last word's
+    # first token: no later one is scored.
     own = [int(i) for i in answer.ids[located.opening + 1 : max(slow for _, _, slow in found) + 1]]
     context = [*tags.empty_think, *own]
     if len(context) > config.max_fast_context:
         counts[TOO_LONG] += 1
         return [], []
+    # The same token in both rows: what stood behind the reasoning stands behind the empty think block.
     shift = len(tags.empty_think) - (located.opening + 1)
     return [(w, word, slow, slow + shift) for w, word, slow in found], context
 
@@ -168,11 +172,13 @@ def anchor_hidden(h_BGCD: Array, index_BGW: Array) -> Array:
     return jnp.take_along_axis(h_BGCD, index_BGW[..., None], axis=2)
 
 
-def set_logprobs(model, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk: int | None = None) -> Array:
+def set_logprobs(
+    model: BoundModel, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk: int | None = None
+) -> Array:
     """log of the probability that the next token is one of a candidate set's, untempered and over the whole vocabulary.
 
     Args:
-        model: a bound Thinker.
+        model: the policy.
         h: hidden states [..., D].
         sets: int32 [..., Q], candidate set of each wheel, NO_SET for none.
         candidate_ids_ZY: int32, token ids of each set, -1 where a set has fewer.
@@ -185,7 +191,7 @@ def set_logprobs(model, h: Array, sets: Array, candidate_ids_ZY: Array, *, chunk
 
 
 def confidences(
-    model,
+    model: BoundModel,
     slow_h_BGCD: Array,
     fast_h_BGCD: Array,
     anchors: Anchors,
@@ -198,7 +204,7 @@ def confidences(
     Kernel-shape differences of 0.01-0.07 nats would drown the differences that matter.
 
     Args:
-        model: a bound Thinker.
+        model: the policy.
         slow_h_BGCD: hidden states that predict the completions' tokens.
         fast_h_BGCD: hidden states that predict the fast contexts' tokens, from the same packed forward pass.
         anchors: the words.
@@ -208,6 +214,7 @@ def confidences(
     Returns:
         slow and fast, float32 [B, G, W, Q] in nats; without meaning where `anchors.set_BGWQ` is NO_SET.
     """
+    # [2, B, G, W, D]: slow and fast as one batch, so that one kernel with one block shape scores both.
     h = jnp.stack([anchor_hidden(slow_h_BGCD, anchors.slow_BGW), anchor_hidden(fast_h_BGCD, anchors.fast_BGW)])
     sets = jnp.broadcast_to(anchors.set_BGWQ, (2, *anchors.set_BGWQ.shape))
     both = set_logprobs(model, h, sets, candidate_ids_ZY, chunk=chunk)
@@ -252,6 +259,7 @@ def calibration_loss(slow_BGWQ: Array, fast_BGWQ: Array, anchors: Anchors, total
     Returns:
         float32 scalar, this micro-batch's share of the step's mean, in nats.
     """
+    # Above 0 where the reasoning makes the model less sure of the word, which costs where the word is right.
     difference_BGWQ = jax.lax.stop_gradient(fast_BGWQ) - slow_BGWQ
     loss_BGWQ = jax.nn.relu(jnp.where(anchors.correct_BGWQ, difference_BGWQ, -difference_BGWQ))
     valid_BGWQ = anchors.set_BGWQ != NO_SET
@@ -286,6 +294,7 @@ def _wrong(anchors: Anchors) -> Array:
 
 def _wheel_mean(x_BGWQ: Array, held_BGWQ: Array) -> tuple[Array, Array]:
     """Mean over the words held on a wheel, then over the wheels that hold any; and whether there is one."""
+    # Within a wheel first, so that a wheel that knows more of the words has no larger say.
     words_BGQ = jnp.sum(held_BGWQ, axis=-2)
     wheel_BGQ = jnp.sum(jnp.where(held_BGWQ, x_BGWQ, 0.0), axis=-2) / jnp.maximum(words_BGQ, 1)
     wheels_BG = jnp.sum(words_BGQ > 0, axis=-1)

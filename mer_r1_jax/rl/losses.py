@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mer_r1_jax.config.schema import LOSS_TYPES, RlConfig
 from mer_r1_jax.omni.batch import Array
+from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.rl.own_function import check_result, own_function
 
 
@@ -76,13 +77,15 @@ def loss_mask(mask_BGC: Array, truncated_BG: Array, mask_truncated_completions: 
     return mask_BGC & ~truncated_BG[..., None]
 
 
-def token_logprobs(model, h: Array, ids: Array, *, temperature: float, chunk: int | None = None) -> tuple[Array, Array]:
+def token_logprobs(
+    model: BoundModel, h: Array, ids: Array, *, temperature: float, chunk: int | None = None
+) -> tuple[Array, Array]:
     """Log-probability of each token and entropy of the distribution it is scored under, softmax(logits / temperature).
 
     The logits of all tokens are never held at once; `mer_r1_jax.kernels.logprobs` says how.
 
     Args:
-        model: a bound Thinker.
+        model: the policy, or the reference.
         h: hidden states [..., D] that predict the tokens.
         ids: int32 [...].
         temperature: above 0; the sampling temperature.
@@ -137,6 +140,7 @@ def policy_loss(
         length = jnp.maximum(jnp.sum(mask_BGC, axis=-1, keepdims=True), 1)
         log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True) / length  # [..., 1]: one ratio for all its tokens
     ratio = jnp.exp(log_ratio)
+    # The lower of two values (PPO): nothing is gained by going beyond the clip, but what is lost there counts in full.
     clipped = jnp.clip(ratio, 1 - config.epsilon, 1 + config.epsilon_high)
     bounded = jnp.minimum(ratio, config.delta) if config.delta else ratio
     token_loss = -jnp.minimum(bounded * advantage_BG1, clipped * advantage_BG1)
@@ -152,6 +156,7 @@ def policy_loss(
 
 def _reduce(token_loss: Array, mask: Array, totals: StepTotals, config: RlConfig) -> Array:
     """The micro-batch's share of the step's average of token losses [..., C] (or [..., 1], one per completion)."""
+    # [B, G]. A ratio of a whole completion, [..., 1], counts once for each of its tokens.
     sum_ = jnp.sum(token_loss * mask, axis=-1)
     completions = jnp.maximum(totals.completions, 1)
     if config.loss_type == "grpo":
@@ -183,6 +188,7 @@ def check_loss_type(loss_type: str) -> None:
 def _clip_metrics(ratio: Array, targets: PolicyTargets, totals: StepTotals, config: RlConfig) -> dict[str, Array]:
     """Shares of tokens (of completions, at sequence level) whose ratio the clip holds back, as TRL counts them."""
     advantage_BG1 = jax.lax.stop_gradient(targets.advantage_BG)[..., None]
+    # Only a ratio that the advantage pushes further out is held back.
     low = (ratio < 1 - config.epsilon) & (advantage_BG1 < 0)
     high = (ratio > 1 + config.epsilon_high) & (advantage_BG1 > 0)
     if config.importance_sampling_level == "sequence":

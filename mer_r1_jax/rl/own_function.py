@@ -29,6 +29,7 @@ def own_function(setting: str, path: str) -> Callable[..., Any]:
     Raises:
         OwnFunctionError: it cannot be imported, or is no function.
     """
+    # At the end: a file of the user's must not hide an installed module of its name.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

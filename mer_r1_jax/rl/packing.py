@@ -10,12 +10,12 @@ Shape letters are those of `mer_r1_jax.omni.batch`; C differs from set to set.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Prompts, Tokens
+from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.rl.rollout import hidden_at, last_prompt_index
 
 
@@ -50,6 +50,7 @@ def pack(prompt: Tokens, next_position_B: Array, *sets: Continuations) -> Tokens
     rows = prompt.id_BT.shape[0]
     ids, segments, positions = [prompt.id_BT], [prompt.segment_BT], [prompt.position_3BT]
     segment = PROMPT + 1
+    # A segment of its own keeps each continuation from seeing the others; all go on at the position after the prompt.
     for continuations in sets:
         generations, length = continuations.id_BGC.shape[1:]
         if continuations.id_BGC.shape[0] != rows:
@@ -93,16 +94,17 @@ def predictor_hidden(h_BTD: Array, prompt: Tokens, *sets: Continuations) -> tupl
         generations, length = continuations.id_BGC.shape[1:]
         own_BGCD = h_BTD[:, offset : offset + generations * length].reshape(rows, generations, length, width)
         first_BG1D = jnp.broadcast_to(first_BD[:, None, None], (rows, generations, 1, width))
+        # One place to the right: token c - 1 predicts token c, and nobody asks what the last one predicts.
         hidden.append(jnp.concatenate([first_BG1D, own_BGCD[:, :, :-1]], axis=2))
         offset += generations * length
     return tuple(hidden)
 
 
-def continuation_hidden(model: Any, prompts: Prompts, *sets: Continuations, packed: bool) -> tuple[Array, ...]:
+def continuation_hidden(model: BoundModel, prompts: Prompts, *sets: Continuations, packed: bool) -> tuple[Array, ...]:
     """The hidden state that predicts each token of every set, each prompt computed once.
 
     Args:
-        model: a bound Thinker.
+        model: the policy, or the reference.
         prompts: encoded prompts (`Prompts.encoded`).
         *sets: continuations of these prompts.
         packed: True computes one row of prompt and all continuations, for attention that skips what the mask forbids;
@@ -119,6 +121,7 @@ def continuation_hidden(model: Any, prompts: Prompts, *sets: Continuations, pack
         return predictor_hidden(h_BTD, tokens, *sets)
     h_BTD, cache = model.prefill(tokens, prompts.features_BRD, prompts.layout)
     first_BD = hidden_at(h_BTD, last_prompt_index(tokens))
+    # All sets as one block [B, sum of G, longest C], so that slow and fast go through the same kernel shape.
     longest = max(one.id_BGC.shape[2] for one in sets)
     id_BGC, exists_BGC = (
         jnp.concatenate([_lengthened(getattr(one, name), longest) for one in sets], axis=1)

@@ -117,6 +117,7 @@ def together(parts: Sequence[Mapping[str, Scored]]) -> dict[str, Scored]:
     for part in parts:
         for name, scored in part.items():
             before = joined.get(name, Scored((), np.zeros(0, np.float32), {}))
+            # Faults are kept by sample number, which counts on over the parts.
             shifted = {len(before.samples) + number: fault for number, fault in scored.faults.items()}
             values = np.concatenate([before.values, scored.values])
             joined[name] = Scored(before.samples + scored.samples, values, before.faults | shifted)
@@ -173,9 +174,11 @@ class RewardFunctions:
     def _score(self, number: int, samples: Sequence[Sample], asked: Callable[[], bool]) -> Scored:
         values = np.full(len(samples), np.nan, np.float32)
         faults: dict[int, str] = {}
+        # A function that failed throughout the last rollout is given one time-out, not five.
         hangs, limit = 0, 1 if self._faulty_rollouts[self.paths[number]] else MAX_HANGS
         parts = collections.deque([list(range(len(samples)))] if samples else [])
         while parts:
+            # Breadth first, so that all parts of one size are asked before any smaller one.
             part = parts.popleft()
             try:
                 if hangs >= limit:
@@ -183,6 +186,7 @@ class RewardFunctions:
                 answers = self._call(number, [samples[i] for i in part], asked)
             except _CallError as error:
                 hangs += error.hung
+                # The fault may be one completion's; those beside it are asked again without it.
                 smaller = _smaller(part, samples) if hangs < limit else []
                 parts.extend(smaller)
                 faults |= {} if smaller else dict.fromkeys(part, str(error))
@@ -270,6 +274,7 @@ class RewardFunctions:
             log.warning("reward %s: %d further completions left unscored", path, len(faults) - FAULTS_SHOWN)
         if not samples:
             return
+        # In a row: one rollout with a single value begins the count anew.
         self._faulty_rollouts[path] = self._faulty_rollouts[path] + 1 if len(faults) == len(samples) else 0
         if self._faulty_rollouts[path] >= self._max_faulty_rollouts:
             raise RewardError(

@@ -140,6 +140,7 @@ def _checked(value: Any) -> float | None | dict[str, str]:
 def _named(error: BaseException) -> str:
     """Class, message and the place where the user's code raised it."""
     frames = traceback.extract_tb(error.__traceback__)
+    # The user's own line, not this file's or the importer's.
     frames = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     try:

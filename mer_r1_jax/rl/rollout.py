@@ -16,6 +16,7 @@ import numpy as np
 
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array, Prompts, Tokens
 from mer_r1_jax.omni.layers import active_mesh, constrain, mesh_axes
+from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.rl.sampling import SamplingConfig, sample, uniforms
 
 # Why a completion ended.
@@ -106,11 +107,11 @@ class RolloutState:
     position_B: Array
 
 
-def rollout(model: Any, prompts: Prompts, key: Array, sampling: SamplingConfig) -> Completions:
+def rollout(model: BoundModel, prompts: Prompts, key: Array, sampling: SamplingConfig) -> Completions:
     """Samples `sampling.num_generations` completions of every prompt, all inside one jitted program.
 
     Args:
-        model: a bound Thinker.
+        model: the policy.
         prompts: encoded prompts (`Prompts.encoded`); an absent row yields nothing.
         key: of this rollout: the run's key with the number of rollouts before it folded in.
         sampling: static.
@@ -122,7 +123,7 @@ def rollout(model: Any, prompts: Prompts, key: Array, sampling: SamplingConfig) 
     return finish(advance(model, state, sampling, sampling.max_completion_length).sampled, sampling.forced_ids)
 
 
-def start(model: Any, prompts: Prompts, key: Array, sampling: SamplingConfig) -> RolloutState:
+def start(model: BoundModel, prompts: Prompts, key: Array, sampling: SamplingConfig) -> RolloutState:
     """Prefills the prompts and samples every completion's first token. Arguments as of `rollout`."""
     forced_ids, length = sampling.forced_ids, sampling.max_completion_length
     rows, generations = prompts.tokens.id_BT.shape[0], sampling.num_generations
@@ -154,17 +155,19 @@ def start(model: Any, prompts: Prompts, key: Array, sampling: SamplingConfig) ->
     return _append(model, state, h_BGD, sampling)
 
 
-def advance(model: Any, state: RolloutState, sampling: SamplingConfig, steps: int) -> RolloutState:
+def advance(model: BoundModel, state: RolloutState, sampling: SamplingConfig, steps: int) -> RolloutState:
     """Samples up to `steps` further tokens; stops early once every completion has ended.
 
     Calling it again goes on where it stopped, so a host can cut a long rollout into calls (and donate the state).
     """
     last = jnp.minimum(state.step + steps, sampling.max_completion_length)
 
+    # Over all rows of all devices, so that every device leaves the loop at the same token.
     def unfinished(state: RolloutState):
         return (state.step < last) & jnp.any(running(state))
 
     def step(state: RolloutState) -> RolloutState:
+        # The newest token is sampled but not in the cache: `decode` writes its keys and values, and predicts the next.
         slot = state.step - 1
         token_BG = jax.lax.dynamic_index_in_dim(state.sampled.id_BGC, slot, axis=-1, keepdims=False)
         position_BG = jnp.broadcast_to((state.position_B + slot)[:, None], token_BG.shape)
@@ -176,6 +179,7 @@ def advance(model: Any, state: RolloutState, sampling: SamplingConfig, steps: in
 
 def finish(sampled: Sampled, forced_ids: tuple[int, ...] = ()) -> Completions:
     """The completions, once every one of them has ended."""
+    # Forced tokens were given, not drawn: no log-probability, no place in the loss.
     forced = len(forced_ids)
     rows, generations, length = sampled.id_BGC.shape
     forced_BGC = jnp.broadcast_to(jnp.asarray(forced_ids, jnp.int32), (rows, generations, forced))
@@ -197,6 +201,7 @@ def append_to_prompt(tokens: Tokens, next_position_B: Array, ids: tuple[int, ...
         return tokens
     rows, count = tokens.id_BT.shape[0], len(ids)
     present_B1 = jnp.any(tokens.segment_BT == PROMPT, axis=-1, keepdims=True)
+    # Behind a shorter prompt's padding: segments and positions say what a token sees, not its place in the row.
     position_BT = next_position_B[:, None] + jnp.arange(count)
     return Tokens(
         id_BT=jnp.concatenate([tokens.id_BT, jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (rows, count))], axis=1),
@@ -226,7 +231,7 @@ def running(state: RolloutState) -> Array:
     return (state.sampled.stop_BG == STOP_LENGTH) & (state.sampled.length_BG == state.step)
 
 
-def _append(model: Any, state: RolloutState, h_BGD: Array, sampling: SamplingConfig) -> RolloutState:
+def _append(model: BoundModel, state: RolloutState, h_BGD: Array, sampling: SamplingConfig) -> RolloutState:
     """Samples one token for every completion still running and writes it at index `step`."""
     index, sampled = state.step, state.sampled
     uniform_BG = jax.lax.dynamic_index_in_dim(state.uniform_BGC, index, axis=-1, keepdims=False)
@@ -234,6 +239,7 @@ def _append(model: Any, state: RolloutState, h_BGD: Array, sampling: SamplingCon
     running_BG = running(state)
     ended_BG = running_BG & jnp.isin(token_BG, jnp.asarray(sampling.eos_ids, jnp.int32))
 
+    # What has ended is decoded along with the rest of its group, and keeps its zeros.
     def write(values_BGC, new_BG):
         new_BG = jnp.where(running_BG, new_BG, 0).astype(values_BGC.dtype)
         return jax.lax.dynamic_update_index_in_dim(values_BGC, new_BG, index, axis=-1)
@@ -248,7 +254,7 @@ def _append(model: Any, state: RolloutState, h_BGD: Array, sampling: SamplingCon
     return dataclasses.replace(state, step=index + 1, sampled=sampled)
 
 
-def _drawn(model: Any, h_BGD: Array, uniform_BG: Array, sampling: SamplingConfig) -> tuple[Array, Array, Array]:
+def _drawn(model: BoundModel, h_BGD: Array, uniform_BG: Array, sampling: SamplingConfig) -> tuple[Array, Array, Array]:
     """The next token of every completion from its hidden state: what `sample` gives, each [B, G].
 
     Drawing takes a dozen sums over the vocabulary, so on a mesh a token's logits come together once. Devices that hold

@@ -93,6 +93,7 @@ def uniforms(key: Array, prompt_uid_B: Array, generations: int, length: int) -> 
         token_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, uid), generation), token)
         return jax.random.uniform(token_key, (), jnp.float32)
 
+    # One key a token: a longer or chunked rollout draws the same numbers for its first tokens.
     over_tokens = jax.vmap(draw, (None, None, 0))
     over_generations = jax.vmap(over_tokens, (None, 0, None))
     over_prompts = jax.vmap(over_generations, (0, None, None))
@@ -111,6 +112,7 @@ def sample(logits: Array, uniform: Array, config: SamplingConfig) -> tuple[Array
         token int32 [...]; its log-probability under the untempered distribution over the whole vocabulary, float32
         [...]; its log-probability under the distribution it was drawn from, float32 [...] (0 when greedy).
     """
+    # Bans, temperature and filters shape what is drawn; what the model itself gives the token is told untouched.
     allowed = logits + banned_bias(config.banned_ids, logits.shape[-1])
     if config.temperature == GREEDY:
         token = _most_likely(allowed)
@@ -124,6 +126,7 @@ def sample(logits: Array, uniform: Array, config: SamplingConfig) -> tuple[Array
 def _most_likely(logits: Array) -> Array:
     """Argmax int32 [...] as two plain reductions: they vectorise, XLA's argmax does not (4 times as slow on a CPU)."""
     index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    # Of equal ones the first, as argmax; a row of NaN equals nothing and gives the last id, which is still an id.
     best = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), index, logits.shape[-1] - 1)
     return jnp.min(best, axis=-1)
 
@@ -149,10 +152,12 @@ def _filtered(scaled: Array, config: SamplingConfig) -> Array:
     if 0 < config.top_k < scaled.shape[-1]:
         scaled = jnp.where(_top(scaled, jnp.ones_like(scaled), config.top_k), scaled, -jnp.inf)
     if config.top_p < 1:
+        # Probabilities times one factor, and `reach` times the same: nothing has to be normalised.
         weight = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
         reach = config.top_p * jnp.sum(weight, axis=-1, keepdims=True)
         scaled = jnp.where(_top(scaled, weight, reach), scaled, -jnp.inf)
     if config.min_p > 0:
+        # p < min_p x p_max, as logits.
         floor = jnp.max(scaled, axis=-1, keepdims=True) + np.log(config.min_p)
         scaled = jnp.where(scaled < floor, -jnp.inf, scaled)
     return scaled
@@ -186,6 +191,7 @@ def _draw(scaled: Array, uniform: Array) -> tuple[Array, Array]:
     """
     count = scaled.shape[-1]
     blocks = -(-count // BLOCK)
+    # Relative to the peak no exponential overflows; the padding of the last block weighs 0 and is never drawn.
     peak = jnp.max(scaled, axis=-1, keepdims=True)
     weight = jnp.exp(scaled - peak)
     weight = jnp.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, blocks * BLOCK - count)])
@@ -195,6 +201,7 @@ def _draw(scaled: Array, uniform: Array) -> tuple[Array, Array]:
     total = block_sum[..., -1]
     target = uniform * total
     block = _interval(block_weight, block_sum, target)
+    # What lies before the block; the rest of the target is looked for inside it.
     before = _pick(block_sum, block) - _pick(block_weight, block)
     inside = jnp.take_along_axis(weight, block[..., None, None], axis=-2)[..., 0, :]
     token = block * BLOCK + _interval(inside, jnp.cumsum(inside, axis=-1), target - before)

@@ -105,6 +105,7 @@ class AnswerScorer:
                 completions.id_BGC, completions.length_BG, completions.stop_BG, truths, strict=True
             )
         )
+        # From here on there are only arrays; the strings stay behind for the log.
         anchors, counts = self._anchors(completions, answers, truths, require_format)
         return ScoredGroups(
             answers=answers,
@@ -138,6 +139,7 @@ class AnswerScorer:
         require_format: bool,
     ) -> tuple[Anchors, dict[str, int]]:
         generations = completions.length_BG.shape[1]
+        # Rows without a prompt keep their place, empty, so that arrays stay [B, G, ...].
         absent = AnswerToScore(ids=np.zeros(0, np.int32), length=0, words=(), usable=False)
         rows = [
             [
@@ -152,6 +154,7 @@ class AnswerScorer:
             or [absent] * generations
             for row, group in enumerate(answers)
         ]
+        # Empty on a wheel where no true word has a category: words are neither right nor wrong there.
         categories = [
             [frozenset(self.wheels.categories(truth or (), wheel)) for wheel in range(len(self.wheels))]
             for truth in truths

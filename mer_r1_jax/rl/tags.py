@@ -136,6 +136,7 @@ class AnswerTags:
         Returns:
             None when there is no `<answer>` that is closed by `</answer>`.
         """
+        # In bytes throughout: a token may end in the middle of a character.
         pieces = [self.token_bytes(int(i)) for i in ids[:length]]
         whole = b"".join(pieces)
         opening = whole.find(ANSWER_OPEN.encode())
@@ -145,6 +146,7 @@ class AnswerTags:
             return None
         ends = np.cumsum([len(piece) for piece in pieces])  # byte after each token
         token = int(np.searchsorted(ends, start - 1, side="right"))
+        # What the token with the `>` holds beyond it.
         rest = whole[start : min(int(ends[token]), end)].decode("utf-8", "replace")
         first_token = {
             word: int(np.searchsorted(ends, start + offset, side="right"))
@@ -211,6 +213,7 @@ class AnswerTags:
 def _word_offsets(answer: bytes) -> dict[str, int]:
     """Word -> byte offset of its first occurrence in an answer; words as `parse_answer` gives them."""
     text = answer.decode("utf-8", "surrogateescape")  # one character per byte that is no UTF-8, so offsets add up
+    # Brackets around the whole list belong to no word.
     bracket = text.startswith("[")
     offsets: dict[str, int] = {}
     for match in WORD.finditer(text, bracket, len(text) - text[bracket:].endswith("]")):

@@ -11,15 +11,16 @@ from rich.console import Console
 
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.emotion.answer_form import MODES
-from mer_r1_jax.evaluation.ablation.ablation_narrative import counted, describe
 from mer_r1_jax.evaluation.ablation.ablation_report import write
 from mer_r1_jax.evaluation.ablation.alikeness import alikeness
 from mer_r1_jax.evaluation.ablation.arm_comparison import compare
 from mer_r1_jax.evaluation.ablation.results import read_result
 from mer_r1_jax.evaluation.bootstrap import POINTS
+from mer_r1_jax.evaluation.narrative import tell_ablation
+from mer_r1_jax.evaluation.report_kit import counted
 from mer_r1_jax.run.ablation_plan import PLATEAU, SFT, Job, Plan, setting_differences
+from mer_r1_jax.run.inputs import resolve
 from mer_r1_jax.run.jobs import Outcome, cores_for, hold, is_finished, run_jobs
-from mer_r1_jax.run.setup import with_embedded_world
 from mer_r1_jax.training.signals import EXIT_SAVED, StopSignals
 
 
@@ -44,17 +45,16 @@ def ablate(plan: Plan, parallel: int, command: str, console: Console) -> int:
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     jobs = plan.jobs()
     cores_for(parallel)  # refuses before anything is made
-    with hold(plan.out, say) as lock:
+    with hold(plan.out, say) as folder:
         if differences := setting_differences(jobs):
             raise SettingsError(
                 f"{plan.out} holds runs with other settings, which cannot be put into one table with these:\n  "
                 + "\n  ".join(differences)
                 + "\nSet these back to go on, or choose another --out for a new ablation."
             )
-        # Made once, before several runs look for it at the same time.
-        with_embedded_world(plan.config, functools.partial(_world_progress, say))
+        resolve(plan.config, say)  # made and fetched once, before several runs look for it at the same time
         with StopSignals() as stop:
-            outcome = run_jobs(jobs, plan.out, parallel, stop, say, lock, _scores_of)
+            outcome = run_jobs(jobs, folder, parallel, stop, _scores_of)
             _write_tables(plan, jobs, command, say)
             outcome.check()
             return EXIT_SAVED if _is_incomplete(outcome, say) else 0
@@ -78,6 +78,7 @@ def _is_incomplete(outcome: Outcome, say: Any) -> bool:
 
 def _write_tables(plan: Plan, jobs: list[Job], command: str, say: Any) -> None:
     finished = [job for job in jobs if is_finished(job)]
+    # Every row is told by its difference to the checkpoint it started from.
     if not any(job.row == SFT for job in finished):
         return
     results = [read_result(job.folder, job.row, job.seed) for job in finished]
@@ -86,7 +87,7 @@ def _write_tables(plan: Plan, jobs: list[Job], command: str, say: Any) -> None:
     alike = alikeness([job.folder for job in finished if job.row in plan.arms], plan.arms, settings)
     ablation = compare(results, plan.rows, missing, alike)
     paths = write(plan.out, ablation, command, plan_as_json(plan), setting_of(plan.config, plan))
-    for paragraph in describe(ablation):
+    for paragraph in tell_ablation(ablation):
         say(paragraph)
     for path in paths:
         say(str(path))
@@ -121,8 +122,3 @@ def setting_of(config: RunConfig, plan: Plan) -> str:
     if "plateau" in plan.controls:
         said += f" Control plateau: SFT from the start with {PLATEAU:g} times the steps."
     return said
-
-
-def _world_progress(say: Any, done: int, total: int) -> None:
-    if done == total or done % 512 < 32:
-        say(f"clips of the embedded world: {done} of {total}")

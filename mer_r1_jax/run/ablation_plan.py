@@ -15,8 +15,7 @@ from typing import Any
 
 from mer_r1_jax.config.bounds import NameOrPath, Seed, bounds_of, shown_value
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import ModelConfig, RlConfig, RunConfig
+from mer_r1_jax.config.schema import ConfigError, ModelConfig, RlConfig, RunConfig
 from mer_r1_jax.rl.advantage import ARMS
 from mer_r1_jax.storage.run_settings import MAY_CHANGE, config_differences
 
@@ -70,6 +69,7 @@ class Plan:
         values["train"] |= {"output_dir": str(self.out), "run_name": name, "seed": seed}
         # The arm says how rewards become advantages, which SFT has not; the default keeps it out of comparisons.
         values["rl"]["arm"] = RlConfig().arm
+        # SFT rows stop before RL; all others take up their seed's export, whose sizes are its own.
         if starts_new:
             values["rl"]["max_steps"] = 0
         else:
@@ -78,6 +78,7 @@ class Plan:
         if row == SFT:
             values["train"]["export"] = True
         elif row == control_row("plateau"):
+            # As the configuration counts: steps stay whole numbers, epochs need not.
             field = "num_train_epochs" if self.config.sft.max_steps == -1 else "max_steps"
             values["sft"][field] = type(values["sft"][field])(round(PLATEAU * values["sft"][field], 6))
         elif row == control_row("sft"):
@@ -128,19 +129,29 @@ def run_name(row: str, seed: int) -> str:
     return f"{row}_seed{seed}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """Controls beside the arms, as asked for.
+
+    Attributes:
+        names: of CONTROLS.
+        sft_steps: of the control `sft`: what the RL of an arm costs, in steps of SFT.
+        sft_learning_rate: its peak; 0 = that of SFT.
+    """
+
+    names: Sequence[str] = ()
+    sft_steps: int = 0
+    sft_learning_rate: float = 0.0
+
+
 def make_plan(
     config: RunConfig,
     out: Path,
     arms: Sequence[str],
     seeds: Sequence[str | int],
-    controls: Sequence[str] = (),
-    control_sft_steps: int = 0,
-    control_sft_learning_rate: float = 0.0,
+    controls: Controls = Controls(),
 ) -> Plan:
     """A plan that can be carried out.
-
-    Args:
-        control_sft_learning_rate: 0 = the peak of SFT.
 
     Raises:
         ConfigError: for everything that cannot be used, in one message.
@@ -153,28 +164,33 @@ def make_plan(
     ]
     problems += [
         f"--controls: {name!r} is no control; expected some of {', '.join(CONTROLS)}"
-        for name in controls
+        for name in controls.names
         if name not in CONTROLS
     ]
+    # The schema's own bound, so that a plan takes what a run would.
     (seed_bound,) = bounds_of(Seed)
     problems += [
         f"--seeds: got {shown_value(seed)}, expected whole numbers: {wrong}"
         for seed in seeds
         if (wrong := seed_bound.problem(_whole_number(seed)))
     ]
-    for flag, values in (("arms", arms), ("seeds", [_whole_number(seed) for seed in seeds]), ("controls", controls)):
+    for flag, values in (
+        ("arms", arms),
+        ("seeds", [_whole_number(seed) for seed in seeds]),
+        ("controls", controls.names),
+    ):
         if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
             problems.append(f"--{flag}: {', '.join(twice)} stands there twice")
         if not values and flag != "controls":
             problems.append(f"--{flag}: got none, expected at least one")
     problems += _config_problems(config)
-    if "sft" in controls and control_sft_steps < 1:
+    if "sft" in controls.names and controls.sft_steps < 1:
         problems.append(
-            f"--control_sft_steps: got {control_sft_steps}, but the control sft needs the steps of SFT that cost as "
+            f"--control_sft_steps: got {controls.sft_steps}, but the control sft needs the steps of SFT that cost as "
             "much as the RL of an arm; the seconds of both stand in the table of a finished ablation"
         )
-    if not 0 <= control_sft_learning_rate <= 10:  # as of the flag; NaN is refused too
-        problems.append(f"--control_sft_learning_rate: got {control_sft_learning_rate}, expected 0 (SFT's) to 10")
+    if not 0 <= controls.sft_learning_rate <= 10:  # as of the flag; NaN is refused too
+        problems.append(f"--control_sft_learning_rate: got {controls.sft_learning_rate}, expected 0 (SFT's) to 10")
     if problems:
         raise ConfigError("the ablation cannot be run:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return Plan(
@@ -182,10 +198,10 @@ def make_plan(
         out=out,
         arms=tuple(arms),
         seeds=tuple(int(seed) for seed in seeds),
-        controls=tuple(controls),
-        control_sft_steps=control_sft_steps if "sft" in controls else 0,
-        control_sft_learning_rate=(control_sft_learning_rate or config.sft.optimizer.learning_rate)
-        if "sft" in controls
+        controls=tuple(controls.names),
+        control_sft_steps=controls.sft_steps if "sft" in controls.names else 0,
+        control_sft_learning_rate=(controls.sft_learning_rate or config.sft.optimizer.learning_rate)
+        if "sft" in controls.names
         else 0.0,
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from mer_r1_jax import __version__, kernels
 from mer_r1_jax.config.schema import RunConfig
@@ -58,7 +59,7 @@ def code_hash(*folders: Path) -> str:
 
 
 def _check(what: str, mine: Mapping[str, Any]) -> None:
-    told = processes.exchange(what, _flat(mine))
+    told = processes.exchange(what, flatten_dict(dict(mine), sep="."))
     lines = [
         f"{name}: {_shown(told[0], name)} on process 0, {_shown(other, name)} on process {process}"
         for process, other in enumerate(told)
@@ -72,13 +73,6 @@ def _check(what: str, mine: Mapping[str, Any]) -> None:
             + "\n  ".join(lines[:MAX_LISTED] + more)
             + "\nStart the same command, on the same files, on every host."
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -1,122 +1,33 @@
-"""A policy is asked the clips of benchmarks, slow and fast; every answer is kept as it comes."""
+"""A policy is asked the clips of benchmarks and MME-Emotion's questions, slow and fast.
+
+Every answer is kept as it comes: by `answer_benchmarks` itself, and of MME-Emotion by its pipeline, whose predictor
+`PolicyAnswers` is.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import logging
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.config.bounds import is_bucket
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record, dataset_hash
-from mer_r1_jax.data.threads import map_ordered
-from mer_r1_jax.emotion.candidates import CandidateTable
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.benchmark_reader import BenchmarkData, read_set, read_synthetic, truth_of
 from mer_r1_jax.evaluation.benchmarks.sets import SYNTHETIC, BenchmarkError, Request, title_of
-from mer_r1_jax.evaluation.benchmarks.word_protocol import wheels_digest
-from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
+from mer_r1_jax.evaluation.evaluate import AnswerOf
+from mer_r1_jax.evaluation.mme.judging import QUESTION_VERSION, question
+from mer_r1_jax.evaluation.mme.mme_folder import NAME as MME_EMOTION
+from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
+from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
+from mer_r1_jax.evaluation.mme.stages import Asked, Failure
 from mer_r1_jax.evaluation.result_log import ResultLog
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
-from mer_r1_jax.media.errors import MediaError, PromptError
-from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.run.answering import eval_length, make_evaluator
-from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, open_step, require_model, saved_config
-from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.storage import durable
-from mer_r1_jax.training.prompts import PromptSource
-from mer_r1_jax.training.state import Params
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.run.asking import Policy, Reply, answer_fingerprint, ask, make_evaluator
 from mer_r1_jax.training.stopping import NEVER, Stop
-
-_DECODING_ASIDE = ("decode_timeout", "decode_memory_mb", "decode_workers")  # media settings that no answer depends on
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-
-log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Policy:
-    """A model that can be asked.
-
-    Attributes:
-        setup, params: the model; its own data paths are not used.
-        fingerprint: what identifies its weights and tokenizer.
-        held_out: (file, media root) of the held-out clips its run named; empty strings without one.
-    """
-
-    setup: Setup
-    params: Params
-    fingerprint: dict[str, Any]
-    held_out: tuple[str, str]
-
-
-def open_policy(path: str, config: RunConfig | None = None, devices: Any = None) -> Policy:
-    """Opens a run's folder, an export or a Hugging Face directory for benchmarks.
-
-    Args:
-        path: the folder.
-        config: how clips and prompts are prepared and answers decoded; None = as the model remembers.
-        devices: where the policy lives; all there are when None.
-
-    Raises:
-        PolicyError and the errors of the parts: the folder holds no policy, or cannot be used so.
-    """
-    require_model(path)
-    # A clip without sound is answered from its frames, and counted.
-    overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir())
-    if overrides.get("media.missing_audio", "error") == "error":
-        overrides["media.missing_audio"] = "skip"
-    setup, params, read = open_step(path, overrides, devices)
-    return Policy(setup, params, model_fingerprint(path, setup.tokenizer_path, read), _held_out(path, config))
-
-
-def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
-    """The fields of a configuration that matter when a policy is used, dotted."""
-    if config is None:
-        return {}
-    values = dataclasses.asdict(config)
-    used = {section: tuple(values[section]) for section in ("media", "emotion", "eval", "mesh")}
-    used["data"] = ("system_prompt", "question", "max_prompt_length", "prompt_buckets")
-    used["rl"] = ("max_completion_length", "max_fast_context", "max_answer_words")
-    if not is_run:
-        used["model"] = ("param_dtype", "compute_dtype")
-    return {f"{section}.{name}": values[section][name] for section, names in used.items() for name in names}
-
-
-def _held_out(path: str, config: RunConfig | None) -> tuple[str, str]:
-    """Where the embedded world's held-out clips are: of the configuration, the run, or the run an export lies in."""
-    folders = (pathlib.Path(path), pathlib.Path(path).resolve().parent.parent)
-    for found in (config, *(saved_config(folder) for folder in folders if (folder / RUN_MARKER).is_dir())):
-        if found is None or is_bucket(found.data.eval_path) or is_bucket(found.data.media_root):
-            continue
-        if found.data.eval_path:
-            return found.data.eval_path, found.data.media_root
-        if found.data.synthetic_dir:
-            return str(pathlib.Path(found.data.synthetic_dir) / "eval.jsonl"), found.data.synthetic_dir
-    return "", ""
-
-
-def model_fingerprint(path: str, tokenizer_path: pathlib.Path, read: ReadStep | None) -> dict[str, Any]:
-    """Hashes of what a policy's answers follow from, wherever it lies: weights, architecture, tokenizer.
-
-    Args:
-        read: the checkpoint that its weights came from, which a run that goes on may have removed since; None where
-            they are no run's.
-    """
-    folder = pathlib.Path(path)
-    if read is not None:
-        found = {"checkpoint": read.step, "weights": read.manifest_sha256}
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        found = {"weights": {file.name: durable.sha256_of(file) for file in files}}
-        found["config"] = durable.sha256_of(folder / "config.json")
-    names = [name for name in _TOKENIZER_FILES if (tokenizer_path / name).is_file()]
-    return found | {"tokenizer": {name: durable.sha256_of(tokenizer_path / name) for name in names}}
 
 
 def read_benchmarks(request: Request, question: str, held_out: tuple[str, str] = ("", "")) -> list[BenchmarkData]:
@@ -143,7 +54,7 @@ def _synthetic_file(root: str, held_out: tuple[str, str]) -> tuple[str, str]:
         return str(own), str(own.parent)
     if not held_out[0]:
         raise BenchmarkError(
-            "synthetic: the model's run names no embedded world; give a --config with data.synthetic_dir, or "
+            "synthetic: the model's run names no synthetic world; give a --config with data.synthetic_dir, or "
             f"--benchmark_root with {SYNTHETIC}/eval.jsonl in it"
         )
     return held_out
@@ -178,36 +89,30 @@ def answer_benchmarks(
     for data in datas:
         with folder.open_answers(data.name, answer_fingerprint(policy, data.name)) as answers:
             _check_records(answers, data)
-            asking = _Asking(policy, evaluator, data, answers, request.modes)
             # Before the first answer as well: what a kill leaves can be scored.
             folder.write_coverage(data, wheels=wheels, unusable={}, silent=())
-            with _source(policy.setup, data) as source:
-                asking.run(source, stop, progress)
-            folder.write_coverage(data, wheels=wheels, unusable=asking.unusable, silent=asking.silent)
+            there, unusable = answers.rows, {}
+            wanted = {(record.id, mode): (record, mode) for record in data.records for mode in request.modes}
+            lacking = [asked for key, asked in wanted.items() if key not in there]
+            progress(data.name, len(wanted.keys() & there.keys()), len(wanted))
+            for replies in ask(policy, evaluator, data.media_root, lacking, stop):
+                lines = []
+                for reply in replies:
+                    if isinstance(reply.outcome, AnswerOf):
+                        lines.append(answer_line(reply, reply.outcome, data.metric))
+                    else:
+                        unusable[reply.record.id] = str(reply.outcome)
+                if lines:
+                    answers.append(lines)
+                    progress(data.name, len(wanted.keys() & there.keys()), len(wanted))
+            if not there:
+                reason = next(iter(unusable.values()), "there is none")
+                raise BenchmarkError(
+                    f"{title_of(data.name)}: none of {len(data.records)} clips can be asked; the first: {reason}"
+                )
+            silent = {line["id"] for line in there.values() if line["silent_audio"]}
+            folder.write_coverage(data, wheels=wheels, unusable=unusable, silent=sorted(silent))
         finished(data)
-
-
-def answer_fingerprint(policy: Policy, benchmark: str) -> dict[str, Any]:
-    """Everything besides clips that the answers and their confidences follow from."""
-    config = policy.setup.config
-    media = {n: v for n, v in dataclasses.asdict(config.media).items() if n not in _DECODING_ASIDE}
-    return {
-        "benchmark": benchmark,
-        "model": policy.fingerprint,
-        "prompt": {n: getattr(config.data, n) for n in ("question", "system_prompt", "max_prompt_length")},
-        "media": media,
-        "decoding": {
-            "strategy": "greedy",
-            "max_completion_length": eval_length(config),
-            "param_dtype": config.model.param_dtype,
-            "compute_dtype": config.model.compute_dtype,
-        },
-        "confidence": {
-            "wheels": wheels_digest(policy.setup.wheels),
-            "of": "category" if isinstance(policy.setup.candidates, CandidateTable) else "word",
-            "max_answer_words": config.rl.max_answer_words,
-        },
-    }
 
 
 def _check_records(answers: ResultLog, data: BenchmarkData) -> None:
@@ -223,96 +128,18 @@ def _check_records(answers: ResultLog, data: BenchmarkData) -> None:
         )
 
 
-@contextlib.contextmanager
-def _source(setup: Setup, data: BenchmarkData) -> Iterator[PromptSource]:
-    """Decodes the benchmark's clips: paths are relative to its own folder."""
-    config = dataclasses.replace(
-        setup.config, data=dataclasses.replace(setup.config.data, media_root=str(data.media_root))
-    )
-    source = PromptSource(config, setup.tokenizer, setup.backbone.config)
-    try:
-        yield source
-    finally:
-        source.close()
-
-
-class _Asking:
-    """Asks one benchmark's clips what they have no answer to yet."""
-
-    def __init__(
-        self, policy: Policy, evaluator: Evaluator, data: BenchmarkData, answers: ResultLog, modes: Sequence[str]
-    ):
-        self.policy, self.evaluator, self.data, self.answers, self.modes = policy, evaluator, data, answers, modes
-        self.unusable: dict[str, str] = {}  # clip -> why it was not asked
-        self._silent: set[str] = set()  # clips loaded now that have no sound track
-
-    @property
-    def silent(self) -> list[str]:
-        """Clips without a sound track among all that have an answer."""
-        return sorted({line["id"] for line in self.answers.rows.values() if line["silent_audio"]})
-
-    def run(self, source: PromptSource, stop: Stop, progress: Callable[[str, int, int], None]) -> None:
-        """Asks; see `answer_benchmarks`."""
-        data, there = self.data, self.answers.rows
-        wanted = {(record.id, mode) for record in data.records for mode in self.modes}
-        progress(data.name, len(wanted & there.keys()), len(wanted))
-        for modes, records in self._lacking().items():
-            skipped: list[tuple[Record, str]] = []
-            prompts = self._prompts(source, records)
-            for batch, by_mode in self.evaluator.batches(self.policy.params, prompts, modes, skipped, stop):
-                self.answers.append(
-                    answer_line(record, mode, by_mode[mode][row], data.metric, silent=record.id in self._silent)
-                    for row, record in enumerate(batch)
-                    for mode in modes
-                )
-                progress(data.name, len(wanted & there.keys()), len(wanted))
-            self.unusable |= {record.id: reason for record, reason in skipped}
-        if not there:
-            reason = next(iter(self.unusable.values()), "there is none")
-            raise BenchmarkError(
-                f"{title_of(data.name)}: none of {len(data.records)} clips can be asked; the first: {reason}"
-            )
-
-    def _lacking(self) -> dict[tuple[str, ...], list[Record]]:
-        """Records by the modes in which they have no answer: a clip that lacks both is encoded once for both."""
-        lacking: dict[tuple[str, ...], list[Record]] = {}
-        for record in self.data.records:
-            missing = tuple(mode for mode in self.modes if (record.id, mode) not in self.answers.rows)
-            if missing:
-                lacking.setdefault(missing, []).append(record)
-        return lacking
-
-    def _prompts(self, source: PromptSource, records: Sequence[Record]) -> Iterator[tuple[Record, Prompt | str]]:
-        """Prompts in order, or why there is none; the next clips are decoded while the model answers."""
-
-        def load(record: Record) -> Prompt | str:
-            try:
-                prompt = source.load(record).prompt
-            except (MediaError, PromptError) as error:
-                log.warning("%s: %s: not asked: %s", self.data.name, record.id, error)
-                return str(error)
-            if prompt.stats["silent_audio"]:
-                self._silent.add(record.id)
-            return prompt
-
-        workers = self.policy.setup.config.media.decode_workers
-        return map_ordered(load, records, workers) if workers else ((record, load(record)) for record in records)
-
-
-def answer_line(record: Record, mode: str, answer: AnswerOf, metric: str, *, silent: bool) -> dict[str, Any]:
+def answer_line(reply: Reply, answer: AnswerOf, metric: str) -> dict[str, Any]:
     """An answer as it is kept: everything that scores, reports and a second look need.
 
     Args:
-        record: the clip.
-        mode: slow or fast.
+        reply: what was asked.
         answer: the model's.
         metric: of the benchmark; it decides the form of the truth.
-        silent: the clip has no sound track.
     """
-    scored = answer.answer
-    line = {
+    record, scored = reply.record, answer.answer
+    line: dict[str, Any] = {
         "id": record.id,
-        "mode": mode,
+        "mode": reply.mode,
         "record": dataset_hash([record]),
         "video": record.videos[0] if record.videos else None,
         "subtitle": record.subtitle,
@@ -325,7 +152,7 @@ def answer_line(record: Record, mode: str, answer: AnswerOf, metric: str, *, sil
         "tokens": scored.length,
         "truncated": scored.truncated,
         "well_formed": bool(scored.parsed.format_reward),
-        "silent_audio": silent,
+        "silent_audio": reply.silent,
     }
     if ORACLE_COLUMN in record.extra:
         line[ORACLE_COLUMN] = record.extra[ORACLE_COLUMN]
@@ -334,3 +161,60 @@ def answer_line(record: Record, mode: str, answer: AnswerOf, metric: str, *, sil
 
 def _rounded(probability: np.floating) -> float | None:
     return None if np.isnan(probability) else round(float(probability), 6)
+
+
+class PolicyAnswers:
+    """A policy as a predictor for `evaluation.mme.mme_pipeline.run`. Answers greedily, batch by batch.
+
+    Args:
+        policy: the model.
+        benchmark: what it is asked.
+        modes: slow, fast or both.
+        stop: asked between batches and inside them.
+    """
+
+    def __init__(self, policy: Policy, benchmark: Benchmark, modes: Sequence[str], stop: Stop = NEVER):
+        self.modes = tuple(modes)
+        self.fingerprint: Mapping[str, Any] = answer_fingerprint(policy, MME_EMOTION) | {"question": QUESTION_VERSION}
+        self._policy, self._benchmark, self._stop = policy, benchmark, stop
+
+    def answers(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Mapping[str, Any] | Failure]]:
+        """An answer, or why there is none, for each, in batches of items that lack the same modes."""
+        present = []
+        for one in asked:
+            if one.item.video is None:
+                yield one, Failure("clip_missing", f"{one.item.key}: the clip is not under {self._benchmark.root}")
+            else:
+                present.append(one)
+        if not present:
+            return
+        records = {one.item.key: record_of(one.item) for one in present}
+        evaluator = make_evaluator(self._policy.setup, tuple(records.values()))
+        pairs = [(records[one.item.key], one.mode) for one in present]
+        items = {one.item.key: one.item for one in present}
+        for replies in ask(self._policy, evaluator, self._benchmark.root, pairs, self._stop):
+            for reply in replies:
+                one, outcome = Asked(items[reply.record.id], reply.mode), reply.outcome
+                if isinstance(outcome, AnswerOf):
+                    yield one, answer_row(outcome)
+                else:
+                    reason = f"clip_{outcome.reason}" if isinstance(outcome, MediaError) else "prompt"
+                    yield one, Failure(reason, str(outcome))
+
+
+def record_of(item: Item) -> Record:
+    """An item as the policy is asked it: frames, sound and our question."""
+    assert item.video is not None  # where its clip is missing it is not asked
+    return Record(
+        id=item.key,
+        messages=({"role": "user", "content": question(TASKS[item.task], item.label_set)},),
+        videos=(item.video,),
+        audios=(item.video,),
+    )
+
+
+def answer_row(answer: AnswerOf) -> dict[str, Any]:
+    """An answer as it is kept."""
+    faults.here("answer_row")
+    scored = answer.answer
+    return {"text": scored.text, "tokens": scored.length, "truncated": scored.truncated}

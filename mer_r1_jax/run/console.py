@@ -16,7 +16,7 @@ from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.run.answering import eval_buckets, eval_length, load_prompts
+from mer_r1_jax.run.asking import eval_buckets, eval_length, load_prompts
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
@@ -49,6 +49,7 @@ def introduce(
         f"{len(data.sft)} SFT, {len(data.rl)} RL ({data.unscorable} unscorable {kept}), "
         f"{len(data.eval)} held-out records ({data.unscorable_eval} unscorable, in no score)"
     )
+    # Candidate sets of categories lose the tokens they share; those of single words keep all.
     lost = getattr(setup.candidates, "share_lost", None)
     if lost is not None:
         say(f"confidences: {lost:.1%} of the emotion words' spellings share their first token with another category")
@@ -89,6 +90,7 @@ def _shapes(setup: Setup, sft: SftPhase | None, rl: Phase | None) -> list[str]:
     if sft:
         lines += _describe(sft.buckets, "SFT", " + ".join(f"{length} target" for length in sft.lengths if length))
     if rl:
+        # Prompt tokens once a row, completion tokens once each: what a step holds in memory.
         added = f"{config.rl.num_generations} x {config.rl.max_completion_length} completion tokens"
         lines += _describe(rl.buckets, "RL", added)
         if 0 < config.rl.decode_chunk < config.rl.max_completion_length:
@@ -114,6 +116,7 @@ def _describe(buckets: Sequence[BatchShape], phase: str, added: str) -> list[str
 def conclude(folder: RunDirectory, benchmark: str) -> None:
     """Prints the first and the last evaluation of a finished run, and where its results are."""
     table = Table("held-out clips", "precision", "recall", "F1", "words", "tokens", "distinct answers")
+    # Named by step with leading zeros, so the order of names is that of steps.
     files = sorted(folder.eval.glob(f"{benchmark}_*.json"))
     labelled = [(files[0], "start of RL"), (files[-1], "end")] if len(files) > 1 else [(file, "end") for file in files]
     for file, label in labelled:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.config.schema import RunConfig
-from mer_r1_jax.media.fingerprints import ClipChangedError, in_words, of_ends
+from mer_r1_jax.media.seen_clips import ClipChangedError, in_words, of_ends
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 
 CLIPS_FILE = "clips.json"
-CLIPS_RULE = f"by size and both ends, in {CLIPS_FILE}"  # of media/fingerprints.py; another one begins anew
+CLIPS_RULE = f"by size and both ends, in {CLIPS_FILE}"  # of media/seen_clips.py; another one begins anew
 # What decides which tokens a text becomes, and how clips are cut for the model.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
@@ -71,6 +71,7 @@ def clip_label(config: RunConfig) -> Callable[[str], str]:
     """What tells equal names of clips apart: the data set, where each lies beside its own file."""
     if config.data.media_root:
         return lambda file: ""
+    # Two data sets may call different clips 1.mp4.
     sets = {str(Path(getattr(config.data, f"{name}_path"))): f"{name}:" for name in ("eval", "rl", "sft")}
     folders = {str(Path(path).parent): label for path, label in sets.items()}  # data sets side by side share theirs
     return lambda file: folders.get(str(Path(file).parent), "")
@@ -91,6 +92,7 @@ def write_clips(setup: Setup, folder: RunDirectory) -> None:
     Raises:
         ClipChangedError: two processes have seen other bytes under one name.
     """
+    # Each process has opened the clips of its own rows only.
     told = processes.gather("the clips that were seen", setup.source.clips.take_new())
     if not any(told or ()):
         return

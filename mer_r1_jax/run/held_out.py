@@ -11,9 +11,9 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.probes import Prober
-from mer_r1_jax.run.answering import load_prompts, make_evaluator
+from mer_r1_jax.run.asking import load_prompts, make_evaluator
 from mer_r1_jax.run.inputs import require_files
-from mer_r1_jax.run.policy import RUN_MARKER, PolicyError, open_model, require_model, saved_config
+from mer_r1_jax.run.policy import PolicyError, configs_of, held_out_of, open_model, require_model
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.state import Params
 
@@ -86,14 +86,10 @@ def open_held_out(
 
 def _evaluated_config(path: pathlib.Path) -> RunConfig:
     """The configuration, with its held-out file, of a run's folder or of the run that an export lies in."""
-    for folder in (path, path.resolve().parent.parent):
-        if (folder / RUN_MARKER).is_dir():
-            config = saved_config(folder)
-            require_files(config, ("data.eval_path", "data.media_root"))
-            world = config.data.synthetic_dir
-            file = config.data.eval_path or (world and str(pathlib.Path(world) / "eval.jsonl"))
-            if file:
-                return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=file))
+    for config in configs_of(path):
+        require_files(config, ("data.eval_path", "data.media_root"))
+        if file := held_out_of(config)[0]:
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=file))
     raise PolicyError(
         f"{path}: names no held-out records; give a JSON-lines file (--data) with a `solution` in every line"
     )

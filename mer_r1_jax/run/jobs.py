@@ -1,7 +1,9 @@
 """Runs the jobs of an ablation as processes: some at once, each on cores of its own, none that is finished again.
 
-A job is a process of `mer_r1_jax.run.job`, so that a crash or a kill costs that run alone, and its own resume takes it
-up. What it prints goes to `<out>/jobs/<name>.log`, its configuration lies in `<out>/jobs/<name>.json`.
+A job is a process of its own, `python -m mer_r1_jax.run.jobs CONFIG.json`, which does what `mer-r1 train` does: a crash
+or a kill costs that run alone, and its own resume takes it up. What it prints goes to `<out>/jobs/<name>.log`, its
+configuration lies in `<out>/jobs/<name>.json`. It is stopped (saved, exit code 75) when the process that started it is
+gone, so that nothing trains on unseen.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +26,11 @@ from mer_r1_jax.run.ablation_plan import Job
 from mer_r1_jax.storage import durable
 from mer_r1_jax.training.signals import EXIT_SAVED, StopSignals
 
-PROGRAM = (sys.executable, "-m", "mer_r1_jax.run.job")
+PROGRAM = (sys.executable, "-m", "mer_r1_jax.run.jobs")
 FINISHED = "finished.json"  # in a run's folder: the process of the run ended well
 JOBS, COMPILED = "jobs", "compiled"  # folders beside those of the runs
 POLL_SECONDS = 0.2
+PARENT_CHECK_SECONDS = 1.0
 ORPHAN_SECONDS = 300.0  # to wait for runs whose ablation was killed
 _TAIL = 8  # lines of a failed run's log that are shown
 
@@ -63,9 +67,24 @@ class Outcome:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldFolder:
+    """The folder of an ablation while this process keeps others out of it.
+
+    Attributes:
+        path: the folder.
+        lock: file descriptor of its lock, which jobs inherit.
+        say: is told what begins and ends there.
+    """
+
+    path: Path
+    lock: int
+    say: Callable[[str], None]
+
+
 @contextlib.contextmanager
-def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS) -> Iterator[int]:
-    """Makes the folder of an ablation and keeps others out of it; gives the lock, to be passed on to the jobs.
+def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS) -> Iterator[HeldFolder]:
+    """Makes the folder of an ablation and keeps others out of it.
 
     Jobs share the lock, so that those of an attempt that was killed are waited for: they notice, and save.
 
@@ -86,6 +105,7 @@ def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS
     except OSError as error:
         raise JobsError(f"{out} cannot be written: {error}; choose another --out") from error
     with lock:
+        # Runs of an attempt that was killed hold the lock as well: they save within seconds of losing their parent.
         waited = 0.0
         while not _locked(lock):
             if waited == 0:
@@ -94,7 +114,7 @@ def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS
                 raise JobsError(f"another ablation is at work in {out}: wait for its end, or choose another --out")
             time.sleep(POLL_SECONDS)
             waited += POLL_SECONDS
-        yield lock.fileno()
+        yield HeldFolder(out, lock.fileno(), say)
 
 
 def _locked(lock: IO[str]) -> bool:
@@ -120,6 +140,7 @@ def cores_for(parallel: int) -> list[tuple[int, ...]]:
         raise JobsError(f"--parallel: got {parallel}, expected at least 1")
     if parallel == 1 or not hasattr(os, "sched_setaffinity"):
         return [()] * parallel
+    # Of this process: a container may have fewer than the machine.
     cores = sorted(os.sched_getaffinity(0))
     if parallel > len(cores):
         raise JobsError(f"--parallel: got {parallel}, but there are {len(cores)} cores; expected at most as many")
@@ -129,52 +150,48 @@ def cores_for(parallel: int) -> list[tuple[int, ...]]:
 
 def run_jobs(
     jobs: Sequence[Job],
-    out: Path,
+    folder: HeldFolder,
     parallel: int,
     stop: StopSignals,
-    say: Callable[[str], None],
-    lock: int | None = None,
     scores_of: Callable[[Job], str] = lambda job: "",
     program: Sequence[str] = PROGRAM,
 ) -> Outcome:
     """Runs what is not finished. A job that another needs comes before it in `jobs`.
 
     Args:
-        out: the ablation's folder, held by `hold`.
+        folder: what `hold` gave.
         parallel: processes at once.
         stop: asks for the end: running jobs are told to save, no others are started.
-        say: is told what begins and ends.
-        lock: what `hold` gave.
         scores_of: what a finished run came to, to be said.
         program: the command of a job, to which its configuration file is added.
     """
-    return _Runner(jobs, out, cores_for(parallel), say, lock, scores_of, program).run(stop)
+    return _Runner(jobs, folder, cores_for(parallel), scores_of, program).run(stop)
 
 
 class _Runner:
     def __init__(
         self,
         jobs: Sequence[Job],
-        out: Path,
+        folder: HeldFolder,
         cores: list[tuple[int, ...]],
-        say: Callable[[str], None],
-        lock: int | None,
         scores_of: Callable[[Job], str],
         program: Sequence[str],
     ):
-        self._out, self._say, self._lock, self._scores_of, self._program = out, say, lock, scores_of, program
-        self._environment = _environment(out)
+        self._out, self._say, self._lock = folder.path, folder.say, folder.lock
+        self._scores_of, self._program = scores_of, program
+        self._environment = _environment(folder.path)
         self._free = list(cores)
         self._running: dict[subprocess.Popen, tuple[Job, tuple[int, ...], float]] = {}
         self.outcome = Outcome(finished=[job.name for job in jobs if is_finished(job)])
         self._pending = [job for job in jobs if not is_finished(job)]
         self._total = len(jobs)
         if self.outcome.finished:
-            say(f"{len(self.outcome.finished)} of {len(jobs)} runs are finished already")
+            self._say(f"{len(self.outcome.finished)} of {len(jobs)} runs are finished already")
 
     def run(self, stop: StopSignals) -> Outcome:
         try:
             while self._running or self._startable():
+                # Everything that may start does, then one look at what has ended.
                 while self._free and not stop.should_stop() and (job := self._startable()):
                     self._start(job)
                 if not self._running:
@@ -205,7 +222,7 @@ class _Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
-                pass_fds=() if self._lock is None else (self._lock,),
+                pass_fds=(self._lock,),
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
             )
         self._running[process] = (job, cores, time.monotonic())
@@ -226,6 +243,7 @@ class _Runner:
             job, cores, begun = self._running.pop(process)
             self._free.append(cores)
             seconds = round(time.monotonic() - begun)
+            # It may have come to its end before it heard.
             told_to_stop = job.name in self.outcome.stopped
             if process.returncode == 0:
                 durable.write_json(job.folder / FINISHED, {"seconds_of_last_attempt": seconds})
@@ -268,3 +286,26 @@ def _tail(log: Path) -> str:
     errors = [number for number, line in enumerate(lines) if line.startswith("error:")]
     shown = lines[errors[-1] :] if errors and len(lines) - errors[-1] <= 4 * _TAIL else lines[-_TAIL:]
     return f"the end of {log}:\n    " + "\n    ".join(shown)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs, or goes on with, the run of a saved configuration; returns the exit code of `run.train.train`."""
+    # Only a job trains: who starts jobs needs none of this.
+    from mer_r1_jax.cli import ended, explained
+    from mer_r1_jax.config.build import load_config
+    from mer_r1_jax.run.train import train
+
+    threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
+    with explained():
+        code = train(load_config(arguments[0]))
+    return ended(code)
+
+
+def _stop_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

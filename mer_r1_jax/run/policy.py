@@ -14,8 +14,7 @@ import jax
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.checks import PATHS
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import MeshConfig, RunConfig
+from mer_r1_jax.config.schema import ConfigError, MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
@@ -117,7 +116,7 @@ def refuse_in_run(out: str | pathlib.Path, flag: str = "--out") -> None:
 
 
 def open_model(
-    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
+    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[Any] | None = None
 ) -> tuple[Setup, Params]:
     """The policy of a run's folder, of its export, or of a Hugging Face directory, ready to answer; see `open_step`."""
     setup, params, _ = open_step(path, overrides, devices)
@@ -125,7 +124,7 @@ def open_model(
 
 
 def open_step(
-    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[jax.Device] | None = None
+    path: str | pathlib.Path, overrides: dict[str, Any] | None = None, devices: Sequence[Any] | None = None
 ) -> tuple[Setup, Params, ReadStep | None]:
     """The same, and of a run's folder also which of its checkpoints that is.
 
@@ -165,6 +164,21 @@ def saved_config(path: str | pathlib.Path) -> RunConfig | None:
     return _read_config(settings) if settings.is_file() else None
 
 
+def configs_of(path: str | pathlib.Path) -> list[RunConfig]:
+    """The configuration of the run in a folder, or of the run whose export lies there; none of another folder."""
+    folder = pathlib.Path(path)
+    found = (saved_config(place) for place in (folder, folder.resolve().parent.parent) if _is_run(place))
+    return [config for config in found if config is not None]
+
+
+def held_out_of(config: RunConfig) -> tuple[str, str]:
+    """(file, media root) of the held-out clips a configuration names; empty strings where it names none."""
+    data = config.data
+    if not data.eval_path and data.synthetic_dir:
+        return str(pathlib.Path(data.synthetic_dir) / "eval.jsonl"), data.synthetic_dir
+    return data.eval_path, data.media_root
+
+
 def require_model(path: str | pathlib.Path) -> None:
     """Raises PolicyError for a path that is neither a run's folder nor one that may hold a model, saying what it is."""
     if not _is_run(pathlib.Path(path)) and (problem := path_problem(path)):
@@ -188,7 +202,7 @@ def _join(run_dir: str | pathlib.Path, name: str) -> str:
 
 def _read_config(file: str | pathlib.Path) -> RunConfig:
     try:
-        content = bucket.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
+        content = bucket.read(str(file)) if is_bucket(file) else pathlib.Path(file).read_bytes()
         return from_mapping(json.loads(content or b""))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
@@ -202,7 +216,7 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
     for name in ("sft_path", "rl_path", "eval_path", "media_root", "cache_dir"):
         values["data"][name] = ""
     if not values["model"]["path"] and not values["model"]["tokenizer_path"] and values["data"]["synthetic_dir"]:
-        # The embedded world's tokenizer was made with it.
+        # The synthetic world's tokenizer was made with it.
         values["model"]["tokenizer_path"] = str(pathlib.Path(values["data"]["synthetic_dir"]) / "tokenizer")
     values["data"]["synthetic_dir"] = ""
     if mesh_sizes(config.mesh, jax.device_count()) is None:

@@ -9,31 +9,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig, RunConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig
+from mer_r1_jax.data.pipeline import PromptStream
+from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
+from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record, dataset_hash, read_records
-from mer_r1_jax.data.synthetic.make import make_world
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import is_scorable
 from mer_r1_jax.emotion.wheels import Wheels, load_wheels
-from mer_r1_jax.media.identity import FileKey, file_key
+from mer_r1_jax.media.opening import FileKey, file_key
 from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.parallel import processes
-from mer_r1_jax.parallel.mesh import make_mesh, row_cut
+from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import RowShare, row_share
 from mer_r1_jax.rl.advantage import arm_of
 from mer_r1_jax.rl.losses import check_loss_type
 from mer_r1_jax.rl.reward_funcs import RewardFunctions, extra_columns
-from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
-from mer_r1_jax.run.inputs import fetch_clips, with_local_inputs
-from mer_r1_jax.training.backbone import Backbone, thinker_config
-from mer_r1_jax.training.phase import Phase, phase_parts
+from mer_r1_jax.run.inputs import Say, fetch_clips, resolve
+from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
+from mer_r1_jax.training.phase import Phase, banned_ids_of, check_rows, phase_parts, sampling_config
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.rl_step import RlPrograms, RlStep
 from mer_r1_jax.training.sft_step import SftPhase
@@ -68,7 +66,7 @@ class Setup:
     """The parts of a run that do not change while it goes on.
 
     Attributes:
-        config: the configuration, with the paths of the embedded world, and of copies from a bucket, filled in.
+        config: the configuration, resolved (`inputs.resolve`).
         tokenizer, tags: the tokenizer and the answer tags under it.
         tokenizer_path: folder of the tokenizer and processor files, copied into exports.
         backbone: structure and shardings.
@@ -141,6 +139,26 @@ class Setup:
             towers_trained=any(tower_flags(self.config, "rl").values()),
         )
 
+    def prompts_of(self, phase: Phase) -> ClipPrefetcher:
+        """The stream of a phase's prompts, loaded ahead of use: this process's share of every step."""
+        config, share = self.config, self.share
+        stream = PromptStream(
+            phase.records,
+            phase.config.prompts_per_step,
+            seed=config.train.seed * 2 + (phase.name == "rl"),  # the two phases walk their records in other orders
+            process_index=share.index,
+            process_count=share.count,
+        )
+        return ClipPrefetcher(
+            stream,
+            LoadThreads(
+                self.source.load, max(1, config.media.decode_workers), self.source.loader.longest_load(phase.records)
+            ),
+            Quarantine(len(phase.records), config.data.max_quarantined_fraction),
+            prompts_ahead=stream.local_prompts,
+            counted=share.leader,
+        )
+
     def abstract_state_of(self, phase: str) -> TrainState:
         """Shapes and shardings of the state that phase `sft` or `rl` keeps, whatever its data."""
         optimizer = getattr(self.config, phase).optimizer
@@ -148,30 +166,33 @@ class Setup:
         return self.backbone.abstract_state(is_trainable, make_optimizer(optimizer, total_steps=1), optimizer.dtype)
 
 
-def make_setup(config: RunConfig, progress: Any = None, devices: Sequence[jax.Device] | None = None) -> Setup:
-    """Makes the embedded world if it is asked for, reads and checks everything, lays out the backbone.
+def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """Resolves the configuration, reads and checks everything it names, lays out the backbone.
 
     Args:
         config: the configuration.
-        progress: called with (clips done, clips in all) while clips are made.
+        say: prints a line about clips that are made.
         devices: of the mesh; all there are when None.
 
     Raises:
         ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
     """
+    # The user's own functions first: trying them takes a moment, making or fetching data may take an hour.
     arm_of(config.rl.arm)
     check_loss_type(config.rl.loss_type)
-    named = config
-    config = with_embedded_world(with_local_inputs(config), progress)
+    config = resolve(config, say)
+    # Data before the model: a file that cannot be used is found in seconds, weights load in minutes.
     wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
     data = _read(config, wheels)
-    fetch_clips(named, (*data.sft, *data.rl, *data.eval))
+    fetch_clips(config, (*data.sft, *data.rl, *data.eval))
     tokenizer_path = pathlib.Path(config.model.tokenizer_path or config.model.path)
     tokenizer = load_tokenizer(tokenizer_path)
+    # Nothing is allocated here: shapes and shardings alone say whether the mesh can hold model and batches.
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
-    backbone = Backbone.create(thinker_config(config.model, tokenizer), mesh, config.model.packed_rows)
+    backbone = OmniBackbone.create(thinker_config(config.model, tokenizer), mesh, config.model.packed_rows)
     tags = AnswerTags(tokenizer)
+    # What a word's confidence sums over: the first tokens of its category, or (arm sfcc_word) its own.
     table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
     return Setup(
         config=config,
@@ -202,50 +223,8 @@ def _reward_functions(config: RunConfig, records: Sequence[Record]) -> RewardFun
     )
 
 
-def sampling_config(rl: RlConfig, thinker: ThinkerConfig, banned_ids: tuple[int, ...]) -> SamplingConfig:
-    """How the training rollout samples; `banned_ids` are never sampled."""
-    return SamplingConfig(
-        max_completion_length=rl.max_completion_length,
-        eos_ids=thinker.eos_token_ids,
-        banned_ids=banned_ids,
-        temperature=rl.temperature,
-        top_k=rl.top_k,
-        top_p=rl.top_p,
-        min_p=rl.min_p,
-        num_generations=rl.num_generations,
-    )
-
-
-def banned_ids_of(tags: AnswerTags, thinker: ThinkerConfig) -> tuple[int, ...]:
-    """Ids no completion may hold: special tokens, media placeholders and ids without a token."""
-    return tags.banned_ids(thinker.text.vocab_size, eos_ids=thinker.eos_token_ids, extra=thinker.media_token_ids)
-
-
-def with_embedded_world(config: RunConfig, progress: Any) -> RunConfig:
-    """Makes the embedded world (or finds it made) and points the paths that are empty at it."""
-    if not config.data.synthetic_dir:
-        return config
-    with processes.one_after_first("the embedded world"):
-        world = make_world(
-            config.data.synthetic_dir,
-            sft_clips=config.data.synthetic_sft_clips,
-            rl_clips=config.data.synthetic_rl_clips,
-            eval_clips=config.data.synthetic_eval_clips,
-            seed=config.data.synthetic_seed,
-            wheel_dir=config.emotion.wheel_dir,
-            progress=progress,
-        )
-    found = {"sft_path": world.sft, "rl_path": world.rl, "eval_path": world.eval, "media_root": world.media_root}
-    data = {name: getattr(config.data, name) or str(path) for name, path in found.items()}
-    tokenizer_path = config.model.tokenizer_path or config.model.path or str(world.tokenizer)
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **data),
-        model=dataclasses.replace(config.model, tokenizer_path=tokenizer_path),
-    )
-
-
 def _read(config: RunConfig, wheels: Wheels) -> DataSets:
+    # A phase of 0 steps needs no file, and one that is named all the same is not read.
     def read(path: str, field: str, wanted: bool, require: tuple[str, ...]) -> tuple[Record, ...]:
         if not wanted:
             return ()
@@ -267,6 +246,7 @@ def _read(config: RunConfig, wheels: Wheels) -> DataSets:
     rl = read(config.data.rl_path, "rl_path", config.rl.max_steps != 0, ("solution",))
     held_out = read(config.data.eval_path, "eval_path", bool(config.data.eval_path), ("solution",))
     rl, unscorable = _scorable(rl, wheels, config)
+    # On all held-out records, before the limit: a later run may raise it.
     _check_held_out(sft + rl, held_out, config)
     held_out = held_out[: config.eval.limit or None]
     in_no_score = sum(not is_scorable(record.solution, wheels) for record in held_out)
@@ -294,28 +274,9 @@ def _scorable(rl: tuple[Record, ...], wheels: Wheels, config: RunConfig) -> tupl
     return rl, unscorable
 
 
-def check_rows(config: RunConfig, mesh: Mesh) -> None:
-    """Refuses batches whose rows the devices cannot share evenly.
-
-    Raises:
-        ConfigError: with the number of prompts that would do.
-    """
-    problems, cut = [], row_cut(mesh)
-    for phase in ("sft", "rl"):
-        section = getattr(config, phase)
-        rows = section.prompts_per_step // section.gradient_accumulation_steps
-        if section.max_steps and rows % cut:
-            problems.append(
-                f"{phase}.prompts_per_step: got {section.prompts_per_step} in {section.gradient_accumulation_steps} "
-                f"micro-batch(es), {rows} rows each, but mesh.data x mesh.fsdp = {cut} devices share the rows of one; "
-                f"try {-(-rows // cut) * cut * section.gradient_accumulation_steps}"
-            )
-    if problems:
-        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))
-
-
 def _check_held_out(training: tuple[Record, ...], held_out: tuple[Record, ...], config: RunConfig) -> None:
-    """Refuses held-out clips that are trained on."""
+    """Names held-out clips that are trained on, unless one file serves both on purpose."""
+    # As files: a clip may have two names, or be linked to.
     trained = {key for record in training for key in _files_of(record, config.data.media_root)}
     shared = [record.id for record in held_out if trained & _files_of(record, config.data.media_root)]
     if shared and config.data.eval_path not in (config.data.sft_path, config.data.rl_path):

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,34 +33,30 @@ from rich.console import Console
 from mer_r1_jax import faults, screen
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import checked
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
-from mer_r1_jax.data.pipeline import PromptStream
-from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
-from mer_r1_jax.data.quarantine import Quarantine
+from mer_r1_jax.config.schema import ConfigError, RunConfig
+from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.media.fingerprints import ClipFingerprints
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.media.seen_clips import ClipFingerprints
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.whole import on_first
 from mer_r1_jax.run.agreement import check_config, check_data
-from mer_r1_jax.run.answering import load_prompts, make_evaluator
+from mer_r1_jax.run.asking import load_prompts, make_evaluator
 from mer_r1_jax.run.console import conclude, introduce, unscored
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.storage import bucket
 from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Checkpoints, Restored
-from mer_r1_jax.storage.damage import DamagedStepError
 from mer_r1_jax.storage.run_directory import RunDirectory
+from mer_r1_jax.storage.step_store import DamagedStepError
 from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
 from mer_r1_jax.training.phase import Phase
 from mer_r1_jax.training.rl_step import Rollout, beta_at
-from mer_r1_jax.training.sft_step import SftPhase, make_sft_step
+from mer_r1_jax.training.sft_step import SftPhase
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
 from mer_r1_jax.training.state import (
     Params,
@@ -69,7 +65,6 @@ from mer_r1_jax.training.state import (
     check_host,
     check_numbers,
     from_stored,
-    nest,
     partition,
     stored_params,
 )
@@ -124,7 +119,7 @@ def train(config: RunConfig) -> int:
     check_config(config)  # the same on all processes
     if is_bucket(config.train.output_dir):
         bucket.require()
-    setup = make_setup(config, _clip_progress(console))
+    setup = make_setup(config, functools.partial(console.print, highlight=False))
     if not (setup.data.sft or setup.data.rl or setup.data.eval):
         raise ConfigError(
             "there is nothing to do: sft.max_steps and rl.max_steps are 0 and data.eval_path is empty; set one of them"
@@ -158,15 +153,6 @@ def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
         )
     opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
     return folder or RunDirectory.join(path, *opened, process=processes.index(), local_dir=section.local_dir)
-
-
-def _clip_progress(console: Console) -> Callable[[int, int], None]:
-    def progress(done: int, total: int) -> None:
-        if done == total or done % 512 < 32:
-            console.print(f"clips of the embedded world: {done} of {total}", highlight=False)
-            sys.stderr.flush()
-
-    return progress
 
 
 # --------------------------------------------------------------------------------------------------------- the stages
@@ -237,9 +223,10 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
         All parameters, or None when a signal stopped the run (a checkpoint was saved).
     """
     config = run.config.train
-    with _prompts_of(run, phase) as data:
+    with run.prompts_of(phase) as data:
+        # Random or loaded weights are made only where no checkpoint has them.
         state, done, num_tokens = _begin(phase, None if restored else run.initial_params(), restored, data)
-        sft_step = make_sft_step(run.backbone, phase.optimizer, phase.config, phase.towers_trained)
+        sft_step = phase.make_step()
         with StepLog(run, phase, done, num_tokens) as steps:
             saved = done
             for step in range(done + 1, phase.total_steps + 1):
@@ -251,6 +238,7 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
                         save(run, phase, step - 1, (state, position), steps)
                     return None
                 faults.here("sft_step", step)
+                # Counted from 0, before the update counts one more.
                 learning_rate = float(phase.schedule(step - 1))
                 # Donated: the old state's memory becomes the new one's.
                 state, metrics = sft_step(state, put(batch, run.backbone.mesh))
@@ -272,9 +260,10 @@ def train_rl(run: Run, phase: Phase, params: Params | None, restored: Restored |
         All parameters, or None when a signal stopped the run (a checkpoint was saved).
     """
     iterations = phase.config.num_iterations  # updates made from one rollout
-    with _prompts_of(run, phase) as data:
+    with run.prompts_of(phase) as data:
         state, done, num_tokens = _begin(phase, params, restored, data)
         reference = _reference(run, phase, state, fresh=restored is None)
+        # Compiled when they are first called, with the first prompts.
         rl_step, update = run.rl_step(phase.buckets), run.programs.make_update(phase.optimizer)
         with StepLog(run, phase, done, num_tokens) as steps:
             try:
@@ -299,6 +288,7 @@ def train_rl(run: Run, phase: Phase, params: Params | None, restored: Restored |
                             save(run, phase, step - 1, (state, position), steps)
                         return None
                     faults.here("rl_update", step)
+                # A scalar of the program, not static: it falls with every step, and nothing compiles anew.
                 beta = beta_at(phase.config, step - 1, phase.total_steps)
                 state, metrics = update(state, rollout.experience, np.float32(beta))
                 metrics |= {"beta": beta, "learning_rate": float(phase.schedule(step - 1))}
@@ -343,7 +333,9 @@ def evaluate(run: Run, params: Params, phase: str, step: int) -> None:
     share, size = run.share, -(-len(run.data.eval) // run.share.count)
     own = run.data.eval[share.index * size : (share.index + 1) * size]
     batches = -(-size // evaluator.buckets[0].rows) if share.count > 1 else 0
+    # Greedy, so the same weights give the same scores whenever they are asked.
     found = evaluator.run(params, load_prompts(run, own), stop=run.stop, at_least=batches)
+    # What was seen of held-out clips counts like that of training clips: all processes take part.
     write_clips(run, run.folder)
     if not processes.is_first():
         return
@@ -370,14 +362,7 @@ def export(run: Run, params: Params) -> None:
     left = False
     if processes.is_first():
         try:
-            export_model(
-                run.folder.export,
-                run.backbone.config,
-                nest(params),
-                source=run.tokenizer_path,
-                overwrite=True,
-                asked=run.stop.asked,
-            )
+            run.backbone.save(run.folder.export, params, source=run.tokenizer_path, asked=run.stop.asked)
             faults.here("exported")
             write_settings(run.folder.export, run.config)  # last: it says that the export is complete
         except StopRequested:
@@ -397,27 +382,6 @@ def report(run: Run) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- parts of the two loops
-
-
-def _prompts_of(run: Run, phase: Phase) -> ClipPrefetcher:
-    """The stream of a phase's prompts, loaded ahead of use: this process's share of every step."""
-    config, share = run.config, run.share
-    stream = PromptStream(
-        phase.records,
-        phase.config.prompts_per_step,
-        seed=config.train.seed * 2 + (phase.name == "rl"),
-        process_index=share.index,
-        process_count=share.count,
-    )
-    return ClipPrefetcher(
-        stream,
-        LoadThreads(
-            run.source.load, max(1, config.media.decode_workers), run.source.loader.longest_load(phase.records)
-        ),
-        Quarantine(len(phase.records), config.data.max_quarantined_fraction),
-        prompts_ahead=stream.local_prompts,
-        counted=share.leader,
-    )
 
 
 def _begin(
@@ -458,6 +422,7 @@ def _evaluate_when_due(run: Run, phase: Phase, state: TrainState, step: int) -> 
 def _log_completions(run: Run, phase: Phase, steps: StepLog, step: int, rollout: Rollout) -> None:
     """Writes the table of a rollout, and shows some of it, where a logging step is among its updates."""
     config = run.config.train
+    # A rollout serves several updates; its table is written if any of them is logged.
     last = step + phase.config.num_iterations - 1
     if not config.log_completions or last // config.logging_steps == (step - 1) // config.logging_steps:
         return
@@ -523,6 +488,7 @@ class StepLog:
             return
         (step, metrics, tokens), self._pending = self._pending, None
         config = self._run.config.train
+        # A process that loads the same rows as another (tensor parallelism) counts none.
         told = processes.gather("the tokens of a step", tokens if self._run.share.leader else 0)
         tokens = tokens if told is None else sum(told)
         self.num_tokens += tokens
@@ -530,6 +496,7 @@ class StepLog:
         now = time.perf_counter()  # a step's time ends when the device is done with it
         seconds, self._last = now - self._last, now
         metrics |= {"step_time": seconds, "perf/throughput": tokens / seconds}  # seconds; tokens a second
+        # Looked at every step, also where nothing is logged.
         skipped_in_a_row = int(metrics.pop("skipped_in_a_row"))
         if step % config.logging_steps == 0:
             self._progress.update(step, self._run.metrics.write(self._phase, step, metrics))
@@ -559,6 +526,7 @@ def _reference(run: Run, phase: Phase, state: TrainState, fresh: bool) -> Params
         reference = jax.tree.map(lambda array: array.copy(), state.split()[0])
         kept.save(0, reference, {})
         return reference
+    # Restored where each parameter lives in training, as the policy's own are.
     shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
     abstract = {
         name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in shapes.items()
@@ -586,6 +554,7 @@ def _start_of_rl(run: Run, phase: Phase, abstract: Params, lost: str) -> tuple[P
         origin = run.config.model.path or f"random weights of seed {run.config.train.seed}"
         return partition(run.initial_params(), phase.is_trainable)[0], origin
 
+    # Of the checkpoint only what RL trains is read, whichever kind SFT filed it under.
     def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Params]:
         if host.get("phase") != "sft":
             raise DamagedStepError("it is no checkpoint of SFT")

@@ -24,10 +24,16 @@ from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.bucket import BucketError
-from mer_r1_jax.storage.bucket_steps import BucketSteps
-from mer_r1_jax.storage.damage import DamagedStepError, described
-from mer_r1_jax.storage.disk_steps import DiskSteps
-from mer_r1_jax.storage.step_store import ARRAYS, HOST_STATE, MANIFEST, Found, StepStore
+from mer_r1_jax.storage.step_backends import BucketSteps, DiskSteps
+from mer_r1_jax.storage.step_store import (
+    ARRAYS,
+    HOST_STATE,
+    MANIFEST,
+    DamagedStepError,
+    Found,
+    StepStore,
+    described,
+)
 from mer_r1_jax.storage.stored_arrays import (
     CheckpointError,
     Restored,

@@ -2,7 +2,7 @@
 
     <address>/owner.json         which start of the run may write here: the latest
              /...                everything that `RunDirectory` describes
-             /checkpoints/...    written there directly (bucket_steps.py), never copied
+             /checkpoints/...    written there directly (step_backends.py), never copied
 
 The bucket is the truth. A file that a killed process had not given back yet is lost with its host, and belongs to
 steps that are made again; on the same host it is found and kept.
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.storage import bucket, copies, durable
+from mer_r1_jax.storage import bucket, durable
 from mer_r1_jax.storage.bucket import BucketError
 
 OWNER = "owner.json"
@@ -49,7 +49,7 @@ class WorkingCopy:
 
     def __init__(self, address: str, local_dir: str):
         self.address = address.rstrip("/")
-        self.local = copies.local_path(local_dir, "runs", self.address)
+        self.local = bucket.local_path(local_dir, "runs", self.address)
         self._record_file = self.local.with_name(f".{self.local.name}.json")  # beside the copy, which it is not part of
         self._token: str | None = None
         self._given: dict[str, list[int]] = {}  # file -> size and time of modification when it was given back
@@ -76,13 +76,13 @@ class WorkingCopy:
         check({name.partition("/")[0] for name in found})
         if self.local.exists():
             log.warning("%s is older than %s, and is replaced by what that holds", self.local, self.address)
-        fetching = self.local.with_name(f"{copies.FETCHING}{self.local.name}")
+        fetching = self.local.with_name(f"{bucket.FETCHING}{self.local.name}")
         self._record_file.unlink(missing_ok=True)
         for folder in (fetching, self.local):
             shutil.rmtree(folder, ignore_errors=True)
         fetching.mkdir(parents=True)
         addresses = {f"{self.address}/{name}": stored for name, stored in found.items()}
-        copies.fetch_all(addresses, {f"{self.address}/{name}": fetching / name for name in found})
+        bucket.fetch_all(addresses, {f"{self.address}/{name}": fetching / name for name in found})
         fetching.rename(self.local)
         self._given = {name: self._state_of(self.local / name) for name in found}
 

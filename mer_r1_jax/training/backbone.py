@@ -1,118 +1,83 @@
-"""The backbone as training holds it: its structure once, its parameters as a flat sharded dictionary beside it."""
+"""What training asks of a model: its structure, once. `rl/bound_model.py` says what it asks of it around parameters.
+
+Programs of training, evaluation and planning see these names and no others, so a second model has to give these and
+nothing else. `omni_backbone.OmniBackbone` is the one there is; docs/extending.md, "A second backbone", has the rest.
+
+Parameters are one flat dictionary, "text/layers/attn/q/kernel" -> array, whatever the model; names that begin with
+"audio/" and "vision/" belong to towers, which a phase may leave frozen, all others to the language model.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-import pathlib
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import ModelConfig
-from mer_r1_jax.media.tokenizer import PAD_TOKEN, SPECIAL_TOKENS, TURN_END
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.hf.config import load_config
-from mer_r1_jax.omni.hf.load import load_params
-from mer_r1_jax.omni.layers import axis_rules
-from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
-from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, param_shardings, replicated
-from mer_r1_jax.training.state import Params, TrainState, flatten, init_state, nest, state_shardings
-
-# Schema field -> (part of the architecture, its field there).
-_SIZES = {
-    "text_hidden_size": ("text", "hidden_size"),
-    "text_layers": ("text", "num_hidden_layers"),
-    "text_heads": ("text", "num_attention_heads"),
-    "text_kv_heads": ("text", "num_key_value_heads"),
-    "text_mlp_size": ("text", "intermediate_size"),
-    "text_rope_theta": ("text", "rope_theta"),
-    "vision_hidden_size": ("vision", "hidden_size"),
-    "vision_layers": ("vision", "depth"),
-    "vision_heads": ("vision", "num_heads"),
-    "vision_mlp_size": ("vision", "intermediate_size"),
-    "audio_hidden_size": ("audio", "d_model"),
-    "audio_layers": ("audio", "encoder_layers"),
-    "audio_heads": ("audio", "encoder_attention_heads"),
-    "audio_mlp_size": ("audio", "encoder_ffn_dim"),
-}
-
-_PRESETS = {
-    "tiny": ThinkerConfig.tiny,
-    "3b": ThinkerConfig.qwen2_5_omni_3b,
-    "7b": ThinkerConfig.qwen2_5_omni_7b,
-}
-
-_VOCAB_MULTIPLE = 64
+from mer_r1_jax.parallel.rules import replicated
+from mer_r1_jax.rl.bound_model import BoundModel
+from mer_r1_jax.training.state import Params, TrainState, init_state, state_shardings
 
 
-@dataclasses.dataclass(frozen=True)
-class Backbone:
-    """Structure, shapes and shardings of the Thinker on a mesh. Holds no parameters.
+@runtime_checkable
+class Backbone(Protocol):
+    """Structure, shapes and shardings of a model on a mesh. Holds no parameters, so it can be static in a program.
+
+    An implementation that names this class as its base is given everything below `rules`, which follows from the rest.
 
     Attributes:
-        config: the architecture.
-        mesh: where it lives.
-        graphdef: the NNX structure, hashable.
-        shapes: flat abstract parameters.
-        shardings: flat `NamedSharding`s of the same names, in training.
-        decode_shardings: those of the text decoder in decoding.
-        packed_rows: whether completions are scored in one row with their prompt.
+        config: the architecture. Programs read its compute dtype; what builds prompts reads its token ids, the patch
+            sizes of its vision tower, and the mel bins of its audio tower.
+        mesh: where the model lives.
+        shapes: abstract parameters, by name.
+        shardings: where each parameter lives in training, a `NamedSharding` under every name of `shapes`.
+        decode_shardings: the same while completions are sampled, for the parameters that decoding reads.
+        packed_rows: whether completions are scored in one row with their prompt (`rl/packing.py`).
     """
 
     config: ThinkerConfig
     mesh: Mesh
-    graphdef: Any
     shapes: Params
     shardings: Params
     decode_shardings: Params
-    packed_rows: bool = False
+    packed_rows: bool
 
-    @classmethod
-    def create(cls, config: ThinkerConfig, mesh: Mesh, packed_rows: bool = False) -> Backbone:
-        """Lays the architecture out on a mesh without allocating anything.
-
-        Raises:
-            ShardingError: a parameter that the mesh cannot cut as training, or as decoding, wants it.
-        """
-        graphdef, shapes, axes = abstract_thinker(config)
-        shardings = param_shardings(shapes, axes, mesh)
-        decoded = param_shardings({"text": shapes["text"]}, {"text": axes["text"]}, mesh, DECODE_RULES)
-        return cls(config, mesh, graphdef, flatten(shapes), flatten(shardings), flatten(decoded), packed_rows)
-
-    def bind(self, params: Params) -> Thinker:
-        """The module around parameters; for use inside `jit`."""
-        return bind(self.graphdef, nest(params))
+    def bind(self, params: Params) -> BoundModel:
+        """The model around parameters, all of them; for use inside `jit`."""
+        ...
 
     def init(self, seed: int) -> Params:
         """Random parameters, each made where it will live."""
-        make = functools.partial(init_params, self.config)
-        return jax.jit(lambda key: flatten(make(key)), out_shardings=self.shardings)(jax.random.key(seed))
+        ...
 
-    def load(self, path: str | pathlib.Path) -> Params:
-        """Parameters of a Hugging Face directory, streamed onto the mesh."""
-        return flatten(load_params(path, self.config, shardings=nest(self.shardings)))
+    def load(self, path: str | os.PathLike) -> Params:
+        """Parameters of a Hugging Face directory, through the model's table of weights, streamed onto the mesh."""
+        ...
 
-    def abstract_state(self, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
-        """A train state without numbers, with its shardings; both moments in `dtype`."""
-        shapes = jax.eval_shape(lambda params: init_state(params, is_trainable, optimizer, dtype), self.shapes)
-        shardings = state_shardings(shapes, self.shardings, replicated(self.mesh))
-        return jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
-        )
+    def save(
+        self, path: str | os.PathLike, params: Params, source: str | os.PathLike, asked: Callable[[], bool]
+    ) -> None:
+        """Writes a Hugging Face directory through the same table; what `load` reads there is what was saved.
 
-    def new_state(self, params: Params, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
-        """A fresh train state around parameters, every array made where it will live."""
-        abstract = self.abstract_state(is_trainable, optimizer, dtype)
-        make = functools.partial(init_state, is_trainable=is_trainable, optimizer=optimizer, dtype=dtype)
-        return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(params)
+        Args:
+            path: the directory; what is there is replaced when the new one is whole.
+            params: on one process, whole.
+            source: folder of the tokenizer and processor files to copy.
+            asked: whether a signal asks to leave it.
 
-    def rules(self, *, decode: bool = False) -> Any:
-        """Context in which activations are constrained to this mesh, as training or as decoding has them."""
-        return axis_rules(DECODE_RULES if decode else TRAIN_RULES, self.mesh)
+        Raises:
+            StopRequested: one does; nothing was changed.
+        """
+        ...
+
+    def rules(self, *, decode: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Context in which activations are constrained to the mesh, as training or as decoding has them."""
+        ...
 
     @functools.cached_property
     def recast(self) -> frozenset[str]:
@@ -125,61 +90,18 @@ class Backbone:
 
         return frozenset(name for name, sharding in self.decode_shardings.items() if differs(name, sharding))
 
+    def abstract_state(self, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
+        """A train state without numbers, with its shardings; both moments in `dtype`."""
+        shapes = jax.eval_shape(lambda params: init_state(params, is_trainable, optimizer, dtype), self.shapes)
+        shardings = state_shardings(shapes, self.shardings, replicated(self.mesh))
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+        )
 
-def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:
-    """The architecture a run trains: a checkpoint's own, or a preset with the sizes given and the tokenizer's ids.
-
-    Args:
-        model: the configuration.
-        tokenizer: None keeps the preset's own vocabulary and ids (a plan needs no more than their number).
-
-    Raises:
-        ConfigError: when sizes are given beside a checkpoint, which has its own.
-    """
-    sizes = {name: getattr(model, name) for name in _SIZES if getattr(model, name)}
-    common = {"param_dtype": model.param_dtype, "compute_dtype": model.compute_dtype, "remat": model.remat}
-    if model.path:
-        if sizes:
-            raise ConfigError(f"model.path is {model.path!r}, whose sizes are its own: leave {', '.join(sizes)} at 0")
-        return dataclasses.replace(load_config(model.path), **common)
-    if model.preset == "tiny" and tokenizer is not None:
-        preset = _sized_for(ThinkerConfig.tiny(), len(tokenizer))
-    else:
-        preset = _PRESETS[model.preset]()
-    ids = {} if tokenizer is None else special_ids(tokenizer)
-    return dataclasses.replace(_resized(preset, sizes), initializer_range=model.initializer_range, **ids, **common)
-
-
-def special_ids(tokenizer: Any) -> dict[str, Any]:
-    """The special ids an architecture takes from its tokenizer (`load_tokenizer` has checked that it has them)."""
-    ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in SPECIAL_TOKENS.items()}
-    return ids | {
-        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD_TOKEN),
-        "eos_token_ids": (tokenizer.convert_tokens_to_ids(TURN_END),),
-    }
-
-
-def _sized_for(config: ThinkerConfig, tokens: int) -> ThinkerConfig:
-    """The architecture with a vocabulary that holds `tokens` ids, rounded up so that a mesh axis can cut it."""
-    vocab_size = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=max(vocab_size, 512)))
-
-
-def _resized(config: ThinkerConfig, sizes: dict[str, int | float]) -> ThinkerConfig:
-    """A preset with other sizes; what follows from them (rotary sections, output widths) follows."""
-    parts: dict[str, dict[str, Any]] = {"text": {}, "vision": {}, "audio": {}}
-    for name, size in sizes.items():
-        part, field = _SIZES[name]
-        parts[part][field] = size
-    text = parts["text"]
-    width = text.get("hidden_size", config.text.hidden_size)
-    half_head = width // text.get("num_attention_heads", config.text.num_attention_heads) // 2
-    # Qwen gives a quarter of the frequencies to time and the rest to height and width in equal parts.
-    spatial = half_head * 3 // 8
-    text["mrope_section"] = (half_head - 2 * spatial, spatial, spatial)
-    parts["vision"]["out_hidden_size"] = parts["audio"]["output_dim"] = width
-    depth = parts["vision"].get("depth", config.vision.depth)
-    parts["vision"]["fullatt_block_indexes"] = tuple(range(depth - 1, -1, -4))[::-1]
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in parts.items()}
-    )
+    def new_state(
+        self, params: Mapping[str, Any], is_trainable: Callable[[str], bool], optimizer: Any, dtype: str
+    ) -> TrainState:
+        """A fresh train state around parameters, every array made where it will live."""
+        abstract = self.abstract_state(is_trainable, optimizer, dtype)
+        make = functools.partial(init_state, is_trainable=is_trainable, optimizer=optimizer, dtype=dtype)
+        return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(params)

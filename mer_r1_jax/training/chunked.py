@@ -21,6 +21,7 @@ from mer_r1_jax.omni.text import Cache, PromptCache
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.rules import DECODE_RULES
 from mer_r1_jax.rl import compaction
+from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.rl.compaction import Kept, Size
 from mer_r1_jax.rl.rollout import Completions, RolloutState, Sampled, advance, finish, start
 from mer_r1_jax.rl.sampling import SamplingConfig
@@ -48,7 +49,7 @@ class Chunks(NamedTuple):
 
 
 def begin(
-    model: Any, prompts: Prompts, key: Array, sampling: SamplingConfig, chunks: Chunks
+    model: BoundModel, prompts: Prompts, key: Array, sampling: SamplingConfig, chunks: Chunks
 ) -> tuple[RolloutState, Array]:
     """Prefill and the first chunk. Arguments as of `rl.rollout.rollout`.
 
@@ -60,7 +61,7 @@ def begin(
 
 
 def go_on(
-    model: Any, state: RolloutState, sampling: SamplingConfig, chunks: Chunks, sizes: tuple[Size, ...]
+    model: BoundModel, state: RolloutState, sampling: SamplingConfig, chunks: Chunks, sizes: tuple[Size, ...]
 ) -> tuple[RolloutState, Array]:
     """One chunk more of a batch that began with the first of the sizes; returns what `begin` does."""
     state = advance(model, state, sampling, chunks.tokens)
@@ -83,6 +84,7 @@ def _on_each_device(mesh: Mesh, call: Callable[..., Any], arguments: tuple[Any, 
     """`call` on every device's own rows; `result` has the result's structure."""
     if mesh.size == 1:
         return call(*arguments)
+    # Each device regroups its own rows, so nothing is sent; the compiler could not know that.
     specs = dict(in_specs=_specs(arguments, mesh), out_specs=_specs(result, mesh))
     return jax.shard_map(call, mesh=mesh, check_vma=False, **specs)(*arguments)
 

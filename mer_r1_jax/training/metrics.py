@@ -73,6 +73,7 @@ class MetricsWriter:
         if phase not in PHASES:
             raise ValueError(f"phase is {phase!r}, expected one of {', '.join(PHASES)}")
         values = to_floats(metrics)
+        # Seconds since 1970, to the millisecond.
         line = {"step": int(step), "phase": phase, "time": round(time.time(), 3)}
         line |= {name: encode_number(value) for name, value in values.items()}
         with writing("metrics.jsonl", self._path):
@@ -173,6 +174,7 @@ def discard_after(path: Path, discarded: Path, resume_at: tuple[str, int] | None
             with open(discarded, "ab", buffering=0) as file:
                 durable.append(file, "".join(f"{line}\n" for line in moved).encode())
                 os.fsync(file.fileno())
+        # Only now: the lines that go are safe in the other file.
         text = "".join(f"{line}\n" for line in kept)
         durable.write_text(path, text)
         log.info("%d lines of %s lie after the step resumed from and moved to %s", len(moved), path.name, discarded)

@@ -1,4 +1,4 @@
-"""What SFT and RL have in common before their first step: how many steps, which shapes, what is trained and how."""
+"""What SFT and RL settle before their first step: steps, shapes, what is trained, how answers are sampled."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
+from jax.sharding import Mesh
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig, RunConfig, SftConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig, SftConfig
 from mer_r1_jax.data.pipeline import steps_for_epochs
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.parallel.rows import row_share
+from mer_r1_jax.rl.sampling import SamplingConfig
+from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.state import (
@@ -69,6 +73,7 @@ def phase_parts(config: RunConfig, name: str, records: tuple[Record, ...], backb
     steps = total_steps(config, name, len(records))
     if name == "rl":
         _check_iterations(config, steps)
+    # Of this process; all of them together make the step's batch.
     rows = row_share(backbone.mesh).of(section.prompts_per_step)
     return {
         "name": name,
@@ -114,3 +119,43 @@ def _check_iterations(config: RunConfig, steps: int) -> None:
             f"eval.eval_steps: got {config.eval.eval_steps}, expected a multiple of rl.num_iterations={iterations}: "
             "evaluations come between rollouts"
         )
+
+
+def sampling_config(rl: RlConfig, thinker: ThinkerConfig, banned_ids: tuple[int, ...]) -> SamplingConfig:
+    """How the training rollout samples; `banned_ids` are never sampled."""
+    return SamplingConfig(
+        max_completion_length=rl.max_completion_length,
+        eos_ids=thinker.eos_token_ids,
+        banned_ids=banned_ids,
+        temperature=rl.temperature,
+        top_k=rl.top_k,
+        top_p=rl.top_p,
+        min_p=rl.min_p,
+        num_generations=rl.num_generations,
+    )
+
+
+def banned_ids_of(tags: AnswerTags, thinker: ThinkerConfig) -> tuple[int, ...]:
+    """Ids no completion may hold: special tokens, media placeholders and ids without a token."""
+    return tags.banned_ids(thinker.text.vocab_size, eos_ids=thinker.eos_token_ids, extra=thinker.media_token_ids)
+
+
+def check_rows(config: RunConfig, mesh: Mesh) -> None:
+    """Refuses batches whose rows the devices cannot share evenly.
+
+    Raises:
+        ConfigError: with the number of prompts that would do.
+    """
+    problems, cut = [], row_cut(mesh)
+    for phase in ("sft", "rl"):
+        section = getattr(config, phase)
+        # Rows of a micro-batch, which is what the devices share.
+        rows = section.prompts_per_step // section.gradient_accumulation_steps
+        if section.max_steps and rows % cut:
+            problems.append(
+                f"{phase}.prompts_per_step: got {section.prompts_per_step} in {section.gradient_accumulation_steps} "
+                f"micro-batch(es), {rows} rows each, but mesh.data x mesh.fsdp = {cut} devices share the rows of one; "
+                f"try {-(-rows // cut) * cut * section.gradient_accumulation_steps}"
+            )
+    if problems:
+        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from mer_r1_jax.config.schema import MediaConfig, RunConfig
+from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.media.clips import Clips, sound_remarks
+from mer_r1_jax.media.clips import Clips, merge_factor, sound_remarks
 from mer_r1_jax.media.collate import bucket_for, collate
-from mer_r1_jax.media.fingerprints import ClipFingerprints
 from mer_r1_jax.media.frames import FRAME_FACTOR, most_cells, video_pixels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import Prompt, PromptBuilder
-from mer_r1_jax.media.vision import merge_factor
+from mer_r1_jax.media.seen_clips import ClipFingerprints
 from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT, BatchShape, FeatureLayout, Prompts
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
@@ -111,8 +111,10 @@ def plan_buckets(config: RunConfig, thinker: ThinkerConfig, records: Sequence[Re
         records: every record of the phase; they say how many clips a row can hold.
         rows: rows of every batch.
     """
+    # A shape is a compiled program, so there are few, known before the first clip is opened.
     cap = config.data.max_prompt_length
     lengths = config.data.prompt_buckets or sorted({-(-cap * step // BUCKETS) for step in range(1, BUCKETS + 1)})
+    # Every row has room for as many clips as any record has, each as large as the limits allow.
     videos = max(len(record.videos) for record in records)
     images = max(len(record.images) for record in records)
     audios = max(_audio_clips(record, config.media) for record in records)
@@ -150,6 +152,15 @@ def _vision_limits(media: MediaConfig, thinker: ThinkerConfig, videos: bool, ima
     return pairs, cells * vision.merge_unit
 
 
+def loaded_rows(
+    loaded: Sequence[LoadedItem], buckets: Sequence[BatchShape], thinker: ThinkerConfig
+) -> tuple[Prompts, int]:
+    """The host batch of a step's prompts, and how many real tokens it has; a broken clip's row stays, empty."""
+    prompts = [visit.clips.prompt if visit.clips else None for visit in loaded]
+    rows = prompt_rows(prompts, buckets, thinker, [visit.item.uid for visit in loaded])
+    return rows, sum(len(prompt.ids) for prompt in prompts if prompt is not None)
+
+
 def prompt_rows(
     prompts: Sequence[Prompt | None], buckets: Sequence[BatchShape], thinker: ThinkerConfig, uids: Sequence[int]
 ) -> Prompts:
@@ -165,6 +176,7 @@ def prompt_rows(
         uids: uint32 identity of each prompt's visit.
     """
     shape = bucket_for(prompts, buckets)
+    # All processes run one program, so all take the largest bucket that any of them needs.
     if len(buckets) > 1:
         shape = buckets[max(processes.exchange("the size of a batch", buckets.index(shape)))]
     next_position_B, uid_B = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.uint32)

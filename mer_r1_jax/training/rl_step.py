@@ -30,12 +30,13 @@ import numpy as np
 from mer_r1_jax import faults
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.data.prefetch import LoadedItem
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.omni.batch import Array, AudioClips, BatchShape, Prompts, VisionClips
-from mer_r1_jax.omni.thinker import Thinker
 from mer_r1_jax.parallel.rows import local_rows, put, row_share
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl import compaction
 from mer_r1_jax.rl.advantage import Rewards, advantages, arm_of, permute_within_groups, zero_spread
+from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.rl.confidence import (
     Anchors,
     calibration,
@@ -50,10 +51,9 @@ from mer_r1_jax.rl.reward_funcs import RewardFunctions, Sample, Scored
 from mer_r1_jax.rl.rollout import Completions, rollout
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer, ScoredGroups
-from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training import chunked
 from mer_r1_jax.training.backbone import Backbone
-from mer_r1_jax.training.prompts import prompt_rows
+from mer_r1_jax.training.prompts import loaded_rows
 from mer_r1_jax.training.rollout_log import RolloutLog, completions_table, mean_of, reward_metrics
 from mer_r1_jax.training.state import Params, TrainState, accumulate, apply_gradients
 from mer_r1_jax.training.stopping import NEVER, Stop
@@ -152,8 +152,7 @@ class RlStep:
         clock = _Clock()
 
         # 1. Prompts, padded to the smallest bucket that holds all of them: tokens [B, T] and the clips' tensors.
-        clips = [visit.clips.prompt if visit.clips else None for visit in loaded]
-        host_prompts = prompt_rows(clips, self.buckets, programs.backbone.config, [visit.item.uid for visit in loaded])
+        host_prompts, prompt_tokens = loaded_rows(loaded, self.buckets, programs.backbone.config)
         with_clips = put(host_prompts, mesh)
 
         # 2. Encode: the towers' features [B, R, D] take the place of the clips in everything that follows.
@@ -161,7 +160,7 @@ class RlStep:
 
         # 3. Sample G completions of every prompt. A sample's random bits follow from the run's seed, the rollout, the
         #    visit of the clip, the generation and the token, so a resumed run draws the same ones on any mesh.
-        key = jax.random.fold_in(self._stream("rollout"), rollout_step)
+        key = self.sampling_key(rollout_step)
         with programs.rollout_params(params) as decoding:
             completions = programs.sample(decoding, prompts, key, stop=stop)
         completion = Continuations(id_BGC=completions.id_BGC, exists_BGC=completions.exists_BGC)
@@ -232,13 +231,16 @@ class RlStep:
             table=completions_table(loaded, groups, host, local_rows(scores, mesh), rollout_step),
             custom=custom,
         ).of_all_processes(row_share(mesh).leader)
-        prompt_tokens = sum(len(prompt.ids) for prompt in clips if prompt is not None)
         return Rollout(
             experience=experience,
             metrics=log.metrics | scalars | clock.laps,
             table=log.columns,
             tokens=prompt_tokens + int(host.length_BG.sum()),
         )
+
+    def sampling_key(self, rollout_step: int) -> jax.Array:
+        """The random bits that completions of a rollout are drawn with."""
+        return jax.random.fold_in(self._stream("rollout"), rollout_step)
 
     def _stream(self, name: str) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.seed), SEED_STREAMS[name])
@@ -283,7 +285,7 @@ def beta_at(config: RlConfig, step: int, total_steps: int) -> float:
 # ------------------------------------------------------------------------------------------------------- the programs
 
 
-def encode_media(model: Thinker, vision: VisionClips | None, audio: AudioClips | None) -> Array | None:
+def encode_media(model: BoundModel, vision: VisionClips | None, audio: AudioClips | None) -> Array | None:
     """Features [B, R, D] of clips, in the compute dtype; None when there are none."""
     return model.encode_media(vision, audio)
 
@@ -294,7 +296,12 @@ def cast_params(params: Params, dtype: Any) -> Params:
 
 
 def score(
-    model: Thinker, prompts: Prompts, completion: Continuations, anchors: Anchors, candidate_ids_ZY: Array, packed: bool
+    model: BoundModel,
+    prompts: Prompts,
+    completion: Continuations,
+    anchors: Anchors,
+    candidate_ids_ZY: Array,
+    packed: bool,
 ) -> tuple[Array, Array]:
     """Slow and fast confidences [B, G, W, Q] in nats.
 
@@ -306,7 +313,7 @@ def score(
     return confidences(model, slow_BGCD, fast_BGCD, anchors, candidate_ids_ZY)
 
 
-def logprobs(model: Thinker, prompts: Prompts, completion: Continuations, temperature: float, packed: bool) -> Array:
+def logprobs(model: BoundModel, prompts: Prompts, completion: Continuations, temperature: float, packed: bool) -> Array:
     """Log-probabilities float32 [B, G, C] of completions, of logits / temperature."""
     (h_BGCD,) = continuation_hidden(model, prompts, completion, packed=packed)
     return token_logprobs(model, h_BGCD, completion.id_BGC, temperature=temperature)[0]

@@ -98,6 +98,7 @@ def completions_table(
         rollout_step: how many rollouts came before.
     """
     advantage_BG, plus_BG, minus_BG = (scores[name] for name in ("advantage_BG", "plus_BG", "minus_BG"))
+    # Fewer groups than rows: those that only pad the batch have no line.
     lines = []
     for row, (visit, group) in enumerate(zip(loaded, groups.answers, strict=False)):
         for column, answer in enumerate(group):

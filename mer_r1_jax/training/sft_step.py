@@ -23,7 +23,7 @@ from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.rl.tags import AnswerTags, TagError
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.phase import Phase, phase_parts
-from mer_r1_jax.training.prompts import prompt_rows
+from mer_r1_jax.training.prompts import loaded_rows
 from mer_r1_jax.training.state import Params, TrainState, accumulate, apply_gradients
 
 LENGTH_STEP = 8  # target lengths are padded to a multiple of this
@@ -98,6 +98,7 @@ def make_sft_step(
     """The jitted `step(state, batch) -> (state, metrics)`; the state is donated."""
 
     def sft_step(state: TrainState, batch: SftBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        # Tokens of the whole step, before it is cut: micro-batches then add up to the step's mean, however they fall.
         kinds = {"slow": batch.slow} | ({"fast": batch.fast} if batch.fast is not None else {})
         counts = {name: jnp.sum(kind.loss_mask_BGC, dtype=jnp.float32) for name, kind in kinds.items()}
         trained, frozen = state.split()
@@ -148,15 +149,18 @@ class SftPhase(Phase):
         targets, lengths = _all_targets(records, tags, config.sft)
         return cls(**parts, targets=targets, lengths=lengths)
 
+    def make_step(self) -> Callable[[TrainState, SftBatch], tuple[TrainState, dict[str, jax.Array]]]:
+        """The jitted `step(state, batch) -> (state, metrics)` of this phase; the state is donated."""
+        return make_sft_step(self.backbone, self.optimizer, self.config, self.towers_trained)
+
     def batch(self, loaded: Sequence[LoadedItem]) -> tuple[SftBatch, int]:
         """The host batch of a step, and how many real tokens it has."""
-        prompts = [visit.clips.prompt if visit.clips else None for visit in loaded]
-        rows = prompt_rows(prompts, self.buckets, self.backbone.config, [visit.item.uid for visit in loaded])
+        rows, tokens = loaded_rows(loaded, self.buckets, self.backbone.config)
         targets = [self.targets[visit.record.id] if visit.clips else None for visit in loaded]
         count = rows.uid_B.shape[0]
+        # [B, 1, C]: one continuation of each kind a prompt, padded to the longest target of the whole phase.
         slow = _pad([target and target.slow for target in targets], count, self.lengths[0])
         fast = _pad([target and target.fast for target in targets], count, self.lengths[1]) if self.lengths[1] else None
-        tokens = sum(len(prompt.ids) for prompt in prompts if prompt is not None)
         tokens += sum(int(kind.continuation.exists_BGC.sum()) for kind in (slow, fast) if kind is not None)
         return SftBatch(prompts=rows, slow=slow, fast=fast), tokens
 

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.faults import StopRequested
 
 EXIT_SAVED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal; the same command goes on from what is saved
 GRACE_SECONDS = 25.0  # of the 30 s between a spot machine's notice and its end

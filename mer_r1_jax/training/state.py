@@ -16,9 +16,9 @@ import optax
 from flax import traverse_util
 
 from mer_r1_jax.config.schema import OptimizerConfig, RunConfig
-from mer_r1_jax.omni.finite import not_finite
 from mer_r1_jax.parallel.rows import split_rows
-from mer_r1_jax.storage.damage import DamagedStepError, is_count
+from mer_r1_jax.parallel.whole import not_finite
+from mer_r1_jax.storage.step_store import DamagedStepError, is_count
 from mer_r1_jax.storage.stored_arrays import CheckpointError
 
 Params = dict[str, Any]  # flat: path joined by "/" -> array
@@ -111,6 +111,7 @@ def stored_params(stored: Mapping[str, Any]) -> Params:
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Warm-up, then the configured decay to zero at `total_steps`."""
+    # Steps; a ratio above 0 gives at least one.
     warmup = max(1, round(config.warmup_ratio * total_steps)) if config.warmup_ratio else 0
     decay_steps = max(1, total_steps - warmup)
     after = {
@@ -177,6 +178,7 @@ def accumulate(
         (value, metrics), gradients = gradient(trained, micro_batch)
         return jax.tree.map(jnp.add, total, (value, metrics, gradients)), None
 
+    # [parts, rows / parts, ...], walked by a scan: one program for one part, compiled once.
     micro_batches = split_rows(batch, parts)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), micro_batches)
     (value, metrics), gradients = jax.eval_shape(gradient, trained, first)
@@ -194,11 +196,14 @@ def apply_gradients(
         The new state, and `grad_norm` (before clipping) with the counts of skipped updates.
     """
     trained, frozen = state.split()
+    # Before clipping, in float32: squares of bfloat16 gradients lose the small ones.
     grad_norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # In the optimizer's dtype, whatever the weights are kept in: small steps of AdamW vanish in bfloat16.
     updates, opt_state = optimizer.update(_cast(gradients, dtype), state.opt_state, _cast(trained, dtype))
     updated = optax.apply_updates(trained, updates)
 
+    # By selection, as a program without branches does it: what was computed with NaN is thrown away, moments too.
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 

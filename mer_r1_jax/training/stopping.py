@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.stop_requested import StopRequested
 from mer_r1_jax.training.signals import StopSignals
 
 ANNOUNCED = "a signal to stop"

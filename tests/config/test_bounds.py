@@ -12,8 +12,7 @@ import pytest
 
 from mer_r1_jax.config.bounds import Number, bounds_of, plain_type
 from mer_r1_jax.config.build import checked, config_dict, from_mapping, load_config, to_json
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig, RunConfig, TrainConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig, TrainConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -170,6 +169,7 @@ def test_configurations_made_by_hand_are_held_to_the_same_bounds():
         from_mapping(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "words"),
     [

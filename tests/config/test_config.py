@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mer_r1_jax.config.build import config_dict, difference, from_mapping, load_config, to_json
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 
 
 def test_schema_survives_the_round_trip_through_ml_collections_and_json(tmp_path):
@@ -111,3 +110,10 @@ def test_what_is_missing_on_a_command_line_is_named_and_nothing_runs():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: the command line cannot be used: --metric is missing; --out is missing; --help" in done.stderr
+
+
+def test_a_config_file_of_another_kind_is_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("rl: {max_steps: 1}\n")
+    with pytest.raises(ConfigError, match=r"ends in '\.yaml', expected a \.py file .*; rename it"):
+        load_config(file)

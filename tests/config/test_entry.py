@@ -30,6 +30,7 @@ def test_every_command_is_listed_and_has_its_script():
     assert done.returncode == 0 and all(f"  {name} " in done.stdout for name in entry.COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in entry.COMMANDS if name != entry.ALONE])
 def test_help_of_a_command_lists_its_flags_and_imports_nothing_heavy(name):
     check = (

@@ -7,8 +7,7 @@ import pytest
 from absl import flags
 from support.commands import COMMANDS, EXPERIMENTS, load_command
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.run.ablation_plan import make_plan
 
 WITH_FLAGS = sorted(path.stem for path in COMMANDS.glob("*.py") if "flags.DEFINE" in path.read_text())

@@ -120,6 +120,7 @@ def _dumped(row):
         sys.set_int_max_str_digits(4300)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.lists(st.dictionaries(COLUMN, JSON, max_size=5) | JSON, min_size=1, max_size=3))
 def test_no_line_whatever_raises_anything_but_named_problems(rows):

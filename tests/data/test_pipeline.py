@@ -53,6 +53,7 @@ def test_the_order_is_the_one_runs_already_made():
     assert ids(stream.next()) == EPOCH_1
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     count=st.integers(1, 23),

@@ -19,9 +19,10 @@ from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads, StalledLoadErr
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.media.decode import read_video
-from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.loader import ClipLoader
+from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.media.pool import WorkerPool
+from mer_r1_jax.media.prompt import PromptError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.process_pool import START_SECONDS
 
@@ -30,6 +31,13 @@ BROKEN = MediaError("x.mp4", "truncated", "half a file", "a whole one", "Copy it
 
 def make_records(count):
     return [Record(id=f"r{n}", messages=(), file="data.jsonl", line=n + 1, subtitle=str(n)) for n in range(count)]
+
+
+def records_of(folder, names):
+    """The records of a data file that names one clip each."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"id": name, "videos": [f"{name}.mp4"]}) + "\n" for name in names))
+    return read_records(data)
 
 
 def prefetcher(records, load, *, per_step=4, fraction=1.0, ahead=8, threads=2, stall=30.0, processes=(0, 1)):
@@ -101,8 +109,7 @@ def test_metrics_count_the_rows_of_the_last_step():
     with prefetcher(make_records(4), load) as clips:
         clips.next(0)
         metrics = clips.metrics()
-    assert metrics["data/skipped"] == 1
-    assert metrics["data/silent_audio"] == 3
+    assert metrics["data/skipped"] == 1 and metrics["data/silent_audio"] == 3
     assert metrics["data/audio_cut"] == 6
     assert metrics["data/audio_filled"] == 1.5 and metrics["data/mute_audio"] == 3
     assert metrics["data/cancelled_audio"] == 0
@@ -337,10 +344,7 @@ def test_real_clips_break_by_name(tmp_path):
     (tmp_path / "empty.mp4").touch()
     make_clip(tmp_path / "sound.mp4", with_video=False)
     names = ["good", "cut", "empty", "missing", "sound"]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"id": name, "videos": [f"{name}.mp4"]}) + "\n" for name in names))
-    records = read_records(data)
-    media = MediaConfig()
+    records, media = records_of(tmp_path, names), MediaConfig()
     load = lambda record: read_video(os.path.join(tmp_path, record.videos[0]), media)  # noqa: E731
     with prefetcher(records, load, per_step=5) as clips:
         rows = {visit.record.id: visit for visit in clips.next(0)}
@@ -348,9 +352,8 @@ def test_real_clips_break_by_name(tmp_path):
     for name in names[1:]:
         assert rows[name].weight == 0
         assert f"{name}.mp4" in rows[name].broken.message
-    assert rows["empty"].broken.reason == "empty"
-    assert rows["missing"].broken.reason == "missing"
-    assert rows["sound"].broken.reason == "no_video"
+    reasons = [rows[name].broken.reason for name in ("empty", "missing", "sound")]
+    assert reasons == ["empty", "missing", "no_video"]
 
 
 WORKER = """
@@ -368,15 +371,13 @@ worker.main()
 """
 
 
+@pytest.mark.slow
 def test_processes_that_hang_or_exit_cost_their_clip_only(tmp_path):
     """Real decoding processes; two clips make theirs hang, or end as if all were well."""
     names = ("fine", "hangs", "exits")
     for name in names:
         make_clip(tmp_path / f"{name}.mp4")
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"id": name, "videos": [f"{name}.mp4"]}) + "\n" for name in names))
-    media = MediaConfig(decode_workers=1, decode_timeout=4.0)
-    records = read_records(data)
+    records, media = records_of(tmp_path, names), MediaConfig(decode_workers=1, decode_timeout=4.0)
     with ClipLoader(media, ThinkerConfig.tiny().vision, 128) as loader:
         loader._pool = WorkerPool(1, media.decode_timeout, (sys.executable, "-c", WORKER))
         with prefetcher(records, loader.load, per_step=3, threads=1, stall=loader.longest_load(records)) as clips:
@@ -384,11 +385,9 @@ def test_processes_that_hang_or_exit_cost_their_clip_only(tmp_path):
         loader._pool.close()
     assert rows["fine"].weight == 1 and len(rows["fine"].clips.videos) == 1
     for name, reason in (("hangs", "timeout"), ("exits", "worker_died")):
-        assert rows[name].weight == 0
-        assert rows[name].broken.reason == reason
-        assert (
-            f"{name}.mp4" in rows[name].broken.message and "expected a clip that decodes" in rows[name].broken.message
-        )
+        broken = rows[name].broken
+        assert rows[name].weight == 0 and broken.reason == reason
+        assert f"{name}.mp4" in broken.message and "expected a clip that decodes" in broken.message
 
 
 def test_the_watchdog_waits_longer_than_the_loader_may_take():

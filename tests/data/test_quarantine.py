@@ -9,7 +9,7 @@ import pytest
 
 from mer_r1_jax.data.quarantine import Quarantine, QuarantineLimitError
 from mer_r1_jax.data.records import Record
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 
 
 def record(number, file="train.jsonl"):

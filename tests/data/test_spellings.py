@@ -12,8 +12,8 @@ from support.prompts import TinyRecord, noise_samples, tiny_thinker
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.validation import Checks, DataFile, validate
-from mer_r1_jax.media.identity import file_key
 from mer_r1_jax.media.loader import ClipLoader
+from mer_r1_jax.media.opening import file_key
 
 MEDIA = MediaConfig(
     video_min_pixels=784, video_max_pixels=6 * 784, decode_workers=0, use_audio_in_video=True, missing_audio="silence"

@@ -21,7 +21,7 @@ from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.prompt import PromptBuilder
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.training.backbone import special_ids
+from mer_r1_jax.training.omni_backbone import special_ids
 
 ROOT = Path(__file__).parents[2]
 MEDIA = MediaConfig(decode_workers=0, video_min_pixels=4 * 28 * 28, video_max_pixels=8 * 28 * 28)
@@ -254,6 +254,7 @@ def folder(clips, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_passes_good_data_with_status_zero(folder):
     done = command("--config=config.py", "--json=report.json", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -264,6 +265,7 @@ def test_the_command_passes_good_data_with_status_zero(folder):
     assert report["ok"] and [file["counts"]["records"] for file in report["files"]] == [3, 3]
 
 
+@pytest.mark.slow
 def test_the_command_lists_faults_with_status_one(folder):
     done = command("--data=bad.jsonl", "--media_root=clips", "--json=report.json", cwd=folder)
     assert done.returncode == 1
@@ -274,6 +276,7 @@ def test_the_command_lists_faults_with_status_one(folder):
     assert json.loads((folder / "report.json").read_text())["errors"] == 3
 
 
+@pytest.mark.slow
 def test_the_command_names_further_columns_and_words_on_no_wheel(folder):
     rows = [both(name, id=name, split="train", answer="happy", solution="[happy; flurgh]") for name in GOOD]
     (folder / "further.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -318,6 +321,7 @@ def test_a_record_that_breaks_the_checker_is_named(tmp_path):
     assert caught.value.__notes__ == [f"while checking {path}:1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -34,6 +34,7 @@ def brute_force(tokenizer, wheel: int) -> dict[str, set[int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 3, 40])
 def test_sets_agree_with_a_plain_loop(width):
     tokenizer = PrefixTokenizer(width)
@@ -50,6 +51,7 @@ def test_sets_agree_with_a_plain_loop(width):
             z += 1
 
 
+@pytest.mark.slow
 def test_share_of_forms_lost_agrees_with_a_plain_loop():
     tokenizer = PrefixTokenizer(3)
     lost = total = 0
@@ -63,6 +65,7 @@ def test_share_of_forms_lost_agrees_with_a_plain_loop():
     assert CandidateTable(tokenizer, WHEELS).share_lost == lost / total > 0
 
 
+@pytest.mark.slow
 def test_sharing_falls_with_longer_tokens():
     losses = [CandidateTable(PrefixTokenizer(width), WHEELS).share_lost for width in (1, 3, 40)]
     assert 1.0 >= losses[0] > losses[1] > losses[2] == 0.0

@@ -90,6 +90,7 @@ def test_scores_that_cannot_be_written_end_with_a_message(tmp_path, capsys):
     assert "the scores could not be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["set_f1", "hit", "waf"])
 def test_ten_thousand_lines_within_five_seconds(tmp_path, metric):
     wheels = load_wheels()

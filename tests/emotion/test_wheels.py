@@ -2,12 +2,16 @@
 
 import csv
 import pathlib
+import sys
 
 import openpyxl
 import pytest
 
-from mer_r1_jax.emotion import inflection, lexicon
 from mer_r1_jax.emotion.wheels import WheelError, load_wheels
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # for tools/, which is not installed
+
+from tools.wheels import inflection, lexicon  # noqa: E402
 
 SHIPPED = load_wheels()
 
@@ -155,11 +159,11 @@ def test_unknown_variant_and_missing_folder(tmp_path):
 
 
 def test_shipped_tables_are_what_the_lexicon_makes():
-    tables = lexicon.build_tables(lexicon.read_lexicon(lexicon.FOLDER / "lexicon.txt"))
+    tables = lexicon.build_tables(lexicon.read_lexicon(lexicon.LEXICON))
     assert len(tables) == 7
     for name, rows in tables.items():
-        with open(lexicon.FOLDER / name, encoding="utf-8", newline="") as file:
-            assert list(csv.reader(file)) == rows, f"{name} is stale: run python -m mer_r1_jax.emotion.lexicon"
+        with open(lexicon.TABLES / name, encoding="utf-8", newline="") as file:
+            assert list(csv.reader(file)) == rows, f"{name} is stale: run python -m tools.wheels.lexicon"
 
 
 def test_shipped_families_stay_together_and_apart():

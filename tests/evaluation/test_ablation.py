@@ -11,12 +11,12 @@ import pytest
 from support.finished_run import write_run
 
 from mer_r1_jax.config.schema import RlConfig
-from mer_r1_jax.evaluation.ablation.ablation_narrative import describe
 from mer_r1_jax.evaluation.ablation.ablation_report import tables_of, write
 from mer_r1_jax.evaluation.ablation.alikeness import alikeness
 from mer_r1_jax.evaluation.ablation.arm_comparison import PAPER_ORDER, as_json, compare
 from mer_r1_jax.evaluation.ablation.results import AblationError, SeedResult, read_result
-from mer_r1_jax.evaluation.run_record import Evaluation
+from mer_r1_jax.evaluation.narrative import tell_ablation
+from mer_r1_jax.evaluation.run_record import KeptEvaluation
 from mer_r1_jax.training.metrics import read_metrics
 
 
@@ -34,7 +34,7 @@ def evaluation(slow, fast=None, step=0):
     counts = {"mean_words": 1.5, "mean_length": 50.0, "distinct_answers": 3, "format_rate": 1.0, "truncated_rate": 0.0}
     scores = {"benchmark": "heldout", "phase": "rl", "step": step, "n": len(slow)}
     scores |= {"slow": counts | {"f1": float(np.mean(slow))}, "fast": counts | {"f1": float(np.mean(fast))}}
-    return Evaluation(scores | {"majority_f1": 0.4, "oracle_f1": 0.9}, samples)
+    return KeptEvaluation(scores | {"majority_f1": 0.4, "oracle_f1": 0.9}, samples)
 
 
 def result(row, seed, slow, fast=None, start=None, sampled=None):
@@ -105,7 +105,7 @@ def test_last_stretch_of_rl_is_told():
     stretch = ablation.row("baseline").stretch
     assert (stretch.first, stretch.last) == (2, 4) and stretch.difference.points == pytest.approx(6.25)
     assert ablation.row("sft").stretch is None
-    said = next(paragraph for paragraph in describe(ablation) if "over SFT" in paragraph)
+    said = next(paragraph for paragraph in tell_ablation(ablation) if "over SFT" in paragraph)
     assert "In the last stretch of RL, from step 2 to 4, it changes by: baseline +6.2 (" in said
     assert "From SFT to the ceiling there are 40.0 points." in said
 
@@ -119,7 +119,7 @@ def test_arms_are_compared_on_the_seeds_both_have():
     assert list(versus.by_seed) == [0] == list(ablation.order_seeds)
     assert ablation.order.expected == ("baseline", "mer_r1") and ablation.order.by_seed == (True,)
     assert table(ablation, "Arms")[2]["seeds"] == "1"
-    assert "mer_r1_seed1" in describe(ablation)[-1]
+    assert "mer_r1_seed1" in tell_ablation(ablation)[-1]
     assert as_json(ablation)["missing"] == ["mer_r1_seed1"]
 
 
@@ -135,7 +135,7 @@ def arms(**means):
 
 
 def order_said(**means):
-    return describe(compare(arms(**means), ("sft", *means)))[0]
+    return tell_ablation(compare(arms(**means), ("sft", *means)))[0]
 
 
 def test_the_order_of_the_paper_is_stated_as_it_is_found():
@@ -152,7 +152,7 @@ def test_the_order_of_the_paper_is_stated_as_it_is_found():
         result("ad", seed, [f + d for f in runs[3 + seed].clip_scores([f"clip-{n}" for n in range(40)])])
         for seed, d in enumerate((0.03, -0.02, 0.01))
     ]
-    unsure = describe(compare(ahead, ("sft", "baseline", "ad")))[0]
+    unsure = tell_ablation(compare(ahead, ("sft", "baseline", "ad")))[0]
     assert "appears in these means, but is not certain" in unsure and "2 of 3 seeds" in unsure
     assert compare(arms(rd=0.5), ("sft", "rd")).order is None
 
@@ -160,7 +160,7 @@ def test_the_order_of_the_paper_is_stated_as_it_is_found():
 def test_controls_are_judged_by_what_they_gain():
     rows = ("sft", "mer_r1", "control_permuted", "control_sft", "control_plateau")
     found = compare(arms(mer_r1=0.5, control_permuted=0.3, control_sft=0.4, control_plateau=0.35), rows)
-    said = describe(found)
+    said = tell_ablation(found)
     permuted, further, plateau = (
         next(p for p in said if words in p) for words in ("permuted", "further", "a fifth more")
     )
@@ -168,7 +168,7 @@ def test_controls_are_judged_by_what_they_gain():
     assert "mer_r1 is +20.0 (+20.0 to +20.0) ahead of it" in permuted
     assert "gains +10.0" in further and "mer_r1 is +10.0" in further and "RL of mer_r1 takes 30 s" in further
     assert "SFT had not come to its end" in plateau
-    flat = describe(compare(arms(mer_r1=0.5, control_permuted=0.4, control_plateau=0.3), rows))
+    flat = tell_ablation(compare(arms(mer_r1=0.5, control_permuted=0.4, control_plateau=0.3), rows))
     assert any("RL gains without any information from the rewards" in paragraph for paragraph in flat)
     assert any("no clear gain is left in longer SFT" in paragraph for paragraph in flat)
     against = {(versus.after, versus.before) for versus in found.versus}
@@ -180,8 +180,8 @@ def test_a_start_that_differs_from_the_end_of_sft_is_told():
     other = result("mer_r1", 0, [1.0] * 4, start=evaluation([1.0, 0.0, 0.5, 0.25]))
     ablation = compare([SFT[0], same, other], ROWS)
     assert ablation.same_start == {"baseline_seed0": (4, 4), "mer_r1_seed0": (3, 4)}
-    assert "mer_r1_seed0 on 3 of 4 clips" in describe(ablation)[-1]
-    alike = describe(compare([SFT[0], same], ROWS))[-1]
+    assert "mer_r1_seed0 on 3 of 4 clips" in tell_ablation(ablation)[-1]
+    alike = tell_ablation(compare([SFT[0], same], ROWS))[-1]
     assert (
         "every run that starts from a checkpoint (1) answers all clips as SFT did" in alike and "one seed only" in alike
     )
@@ -245,7 +245,7 @@ def test_arms_are_alike_as_far_as_their_advantages_are(tmp_path):
     rows = table(ablation, "How alike the arms are")
     assert [row["row"] for row in rows] == ["baseline", "rd", "ad", "mer_r1"] and rows[2]["ad"] == "1.000"
     assert rows[1]["recall"] == f"{found.correlation['rd', 'recall']:.3f}"
-    said = next(paragraph for paragraph in describe(ablation) if "same sampled answers" in paragraph)
+    said = next(paragraph for paragraph in tell_ablation(ablation) if "same sampled answers" in paragraph)
     assert f"{found.correlation['rd', 'baseline']:.2f} (rd with baseline)" in said and "(mer_r1 with ad)" in said
 
 

@@ -18,7 +18,7 @@ OFFICIAL = str(official_data.WHEELS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All nine sets and the embedded world, scored by one protocol."""
+    """All nine sets and the synthetic world, scored by one protocol."""
     root = tmp_path_factory.mktemp("report")
     write_sets(root / "sets")
     folder = write_answers(root / "out", root / "sets", clips=40)

@@ -16,8 +16,8 @@ from support.unibench_standins import CLIPS, clip_name, write_csv, write_sets
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS
 from mer_r1_jax.evaluation.evaluate import Evaluator
-from mer_r1_jax.omni.hf.export import export_model
-from mer_r1_jax.run.benchmark import open_policy
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
+from mer_r1_jax.run.asking import open_policy
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.training.state import nest
 
@@ -30,7 +30,9 @@ BROKEN = ("ch_sims", clip_name("ch_sims", 2))
 def export(small, trained, tmp_path_factory):
     """A tiny model in Hugging Face format."""
     folder = tmp_path_factory.mktemp("model") / "export"
-    export_model(folder, small.backbone.config, nest(trained), source=small.tokenizer_path, overwrite=True)
+    export_model(
+        folder, small.backbone.config, nest(trained), ExportSettings(source=small.tokenizer_path, overwrite=True)
+    )
     write_settings(folder, small.config)
     return folder
 
@@ -74,9 +76,9 @@ def resumed(export, root, small_folder, compiled, tmp_path_factory):
     asked = []
     answer = Evaluator._answer
 
-    def counted(self, params, decoding, batch, modes, stop):
+    def counted(self, policy, batch, modes, stop):
         asked.extend((record.file, record.id, mode) for record, _ in batch for mode in modes)
-        return answer(self, params, decoding, batch, modes, stop)
+        return answer(self, policy, batch, modes, stop)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_answer", counted)

@@ -1,11 +1,15 @@
-"""Paired intervals: they cover the truth as often as they say; pairing, seeds and clips count as documented."""
+"""Bootstrap intervals over clips: they cover the truth as often as they say; pairing counts as documented."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from mer_r1_jax.evaluation import bootstrap
-from mer_r1_jax.evaluation.bootstrap import Difference, mean_interval, paired_difference
+from mer_r1_jax.evaluation.bootstrap import (
+    Difference,
+    mean_interval,
+    paired_difference,
+)
 
 
 def scores(seed, clips=300, seeds=1):

@@ -11,7 +11,7 @@ from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import EvaluationError
-from mer_r1_jax.run.answering import eval_buckets, load_prompts, make_evaluator
+from mer_r1_jax.run.asking import eval_buckets, load_prompts, make_evaluator
 from mer_r1_jax.training.signals import StopRequested
 from mer_r1_jax.training.stopping import Stop
 

@@ -14,10 +14,9 @@ from support.prompts import noise_audio, noise_image, noise_video, simple_prompt
 from support.subtitle_world import run_config, write_world
 from support.transformers4 import VERSION, transformers4_path
 
-from mer_r1_jax.evaluation.export_cases import MEL_PADDING, processor_tensors
 from mer_r1_jax.media.collate import collate, prompt_shape
-from mer_r1_jax.omni.border import ProcessorInputs, to_batch
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
+from mer_r1_jax.parity.processor_inputs import MEL_PADDING, ProcessorInputs, processor_tensors, to_batch
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.run.setup import make_setup
 from mer_r1_jax.training.state import nest
@@ -51,8 +50,7 @@ def export(world):
         folder,
         setup.backbone.config,
         nest(setup.initial_params()),
-        source=setup.tokenizer_path,
-        dtype="float32",
+        ExportSettings(source=setup.tokenizer_path, dtype="float32"),
     )
     write_settings(folder, config)
     return folder

@@ -12,12 +12,12 @@ from support.subtitle_world import CUES, HELD_OUT, run_config, write_world
 
 from mer_r1_jax.emotion.rewards import category_sets
 from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.evaluation.answering import extended
 from mer_r1_jax.evaluation.probes import (
     ALONE,
     ProbeError,
     _continued,
     _reasonings,
-    extended,
     partners,
     swap_modality,
     swap_reasoning,
@@ -152,7 +152,7 @@ def test_answers_follow_another_clips_reasoning(prober, before):
     assert swap.facts["f1_against_partners_truth"] > 90
     assert swap.facts["own_answer_repeated"] == HELD_OUT
     assert not any(swap.left_out.values()) and swap.sharing == swap.unchanged == 0
-    tags = prober.evaluator.scorer.tags
+    tags = prober.evaluator.answerer.scorer.tags
     for record, prefix in zip(before.records, _reasonings(prober, before)[1], strict=True):
         thought = next(cue[1] for cue in CUES if cue[0] == record.subtitle)
         assert tags.text(prefix) == f"<think>{thought}</think>\n<answer>"
@@ -164,7 +164,7 @@ def test_answers_follow_another_clips_reasoning(prober, before):
 
 
 def test_slow_answers_that_cannot_be_split_are_counted(prober, before):
-    slow, tags = list(before.answers["slow"]), prober.evaluator.scorer.tags
+    slow, tags = list(before.answers["slow"]), prober.evaluator.answerer.scorer.tags
     open_ended = slow[0].ids[:-4]
     slow[0] = dataclasses.replace(slow[0], ids=open_ended)
     merged = np.asarray([*tags.ids("<think>ab</think>\n<answer"), *tags.ids(">happy"), *tags.ids("</answer>")])
@@ -182,7 +182,7 @@ def test_slow_answers_that_cannot_be_split_are_counted(prober, before):
 
 def test_a_forced_prefix_continues_as_the_rollouts_own(policy, prober, before):
     """An empty think block put behind each prompt gives the ids of fast answers, which the rollout forces itself."""
-    tags = prober.evaluator.scorer.tags
+    tags = prober.evaluator.answerer.scorer.tags
     prefix = np.asarray(tags.empty_think, np.int32)
     answers = _continued(prober, before.records, [prefix] * HELD_OUT)
     for record, fast in zip(before.records, before.answers["fast"], strict=True):

@@ -17,8 +17,15 @@ from support.finished_run import write_clip, write_run
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import Difference
 from mer_r1_jax.evaluation.clip_frames import clip_strips
-from mer_r1_jax.evaluation.run_narrative import describe, f1_difference, stages_of, warnings_of
-from mer_r1_jax.evaluation.run_record import Evaluation, ReportError, RunRecord, read_run
+from mer_r1_jax.evaluation.narrative import tell_run, warnings_of
+from mer_r1_jax.evaluation.run_record import (
+    KeptEvaluation,
+    ReportError,
+    RunRecord,
+    f1_difference,
+    read_run,
+    stages_of,
+)
 from mer_r1_jax.evaluation.run_report import make_report
 
 
@@ -159,9 +166,9 @@ def test_slow_answers_below_the_constant_answer_have_covered_nothing(tmp_path):
     run = read_run(folder)
     end = stages_of(run, "synthetic").end
     end.scores["majority_f1"], end.scores["oracle_f1"], end.scores["slow"]["f1"] = 0.4, 0.8, 0.5
-    assert "Slow thinking has covered 25% of the way" in "".join(describe(run))
+    assert "Slow thinking has covered 25% of the way" in "".join(tell_run(run))
     end.scores["slow"]["f1"] = 0.1
-    assert "Slow thinking is still below the first of the two." in "".join(describe(run))
+    assert "Slow thinking is still below the first of the two." in "".join(tell_run(run))
 
 
 def test_missing_and_broken_pieces_are_named(tmp_path):
@@ -230,7 +237,7 @@ def evaluation(step, slow_f1, fast_f1=None, phase="rl", **scores):
     samples = {str(number): {"slow": {"f1": slow}, "fast": {"f1": fast}} for number, (slow, fast) in pairs}
     means = {"slow": {"f1": float(np.mean(slow_f1))}, "fast": {"f1": float(np.mean(fast_f1))}}
     described = {"benchmark": "b", "phase": phase, "step": step, "n": len(slow_f1)}
-    return Evaluation(described | means | scores, samples)
+    return KeptEvaluation(described | means | scores, samples)
 
 
 def test_paired_difference_and_its_interval():
@@ -245,7 +252,7 @@ def test_paired_difference_and_its_interval():
     assert difference.is_clear and difference.clips == 400
     assert not Difference(1.0, -0.5, 2.5, 10).is_clear
     assert f1_difference(evaluation(9, [0.5]), "slow", evaluation(0, [0.5]), "slow") is None
-    assert f1_difference(evaluation(9, [0.5, 1]), "fast", Evaluation({}, {}), "slow") is None
+    assert f1_difference(evaluation(9, [0.5, 1]), "fast", KeptEvaluation({}, {}), "slow") is None
 
 
 def record_of(evaluations, sft_lines=(), **config):
@@ -265,7 +272,8 @@ def test_stages_are_start_of_rl_and_end_in_steps_of_both_phases():
     assert stages_of(record_of([middle, end], lines), "b").start is None  # a trained policy is no start
     stages = stages_of(record_of([sft, start], lines), "b")
     assert (stages.start, stages.end, stages.end_is_rl) == (start, start, False)
-    assert stages_of(record_of([]), "b").end is None
+    with pytest.raises(AssertionError):  # a benchmark that was never evaluated is in no record
+        stages_of(record_of([]), "b")
     # Steps 57 to 60 fell between two lines of metrics.jsonl.
     every_eighth = record_of([start, end], range(8, 57, 8), train={"logging_steps": 8})
     assert stages_of(every_eighth, "b").start is start and stages_of(every_eighth, "b").rl_step(end) == 9
@@ -280,11 +288,11 @@ def test_summary_does_not_claim_what_the_interval_leaves_open(tmp_path):
     rng = np.random.default_rng(1)
     slow, fast = rng.random(50), rng.random(50)
     record.evaluations["synthetic"][:] = [evaluation(60, slow, fast), evaluation(100, rng.permutation(slow), fast)]
-    text = " ".join(describe(record))
+    text = " ".join(tell_run(record))
     assert "Slow now stands not clearly apart from fast" in text
     assert "did not clearly change slow F1" in text and "raised" not in text and "lowered" not in text
     record.evaluations["synthetic"][:] = [evaluation(60, slow, fast), evaluation(100, slow - 0.2, fast)]
-    assert "RL lowered slow F1, −20.0 points" in " ".join(describe(record))
+    assert "RL lowered slow F1, −20.0 points" in " ".join(tell_run(record))
 
 
 def test_warnings_name_collapse_floor_and_skipped_updates(tmp_path):

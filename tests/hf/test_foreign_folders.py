@@ -7,7 +7,7 @@ from support.small_run import run_command
 
 from mer_r1_jax.omni.architecture_checks import ConfigError
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.hf.config import config_to_hf, load_config
+from mer_r1_jax.omni.hf.config_json import config_to_hf, load_config
 from mer_r1_jax.run.policy import PolicyError, open_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 16\n"

@@ -9,7 +9,7 @@ from transformers import Qwen2_5OmniThinkerConfig
 
 from mer_r1_jax.omni.architecture_checks import ConfigError
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.hf.config import config_from_hf, config_to_hf, load_config
+from mer_r1_jax.omni.hf.config_json import config_from_hf, config_to_hf, load_config
 
 PRESETS = {
     "3b": ThinkerConfig.qwen2_5_omni_3b(),

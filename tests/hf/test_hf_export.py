@@ -23,8 +23,8 @@ from support.transformers4 import VERSION, transformers4_path
 from mer_r1_jax import faults
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.config import load_config
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.config_json import load_config
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.hf.staging import ExportError
 from mer_r1_jax.omni.hf.tensor_files import list_tensors
@@ -39,7 +39,7 @@ INPUTS = mixed_inputs(
 
 def export(source, out, **options):
     config = load_config(source)
-    return export_model(out, config, load_params(source, config), **options)
+    return export_model(out, config, load_params(source, config), ExportSettings(**options))
 
 
 def stored_bytes(directory):
@@ -131,7 +131,7 @@ def test_round_trip_is_byte_exact(tmp_path, naming, dtype):
     save_file(named, source / "model.safetensors")
     (source / "config.json").write_bytes((tmp_path / "bare" / "config.json").read_bytes())
     config = load_config(source, param_dtype=dtype)
-    export_model(tmp_path / "out", config, load_params(source, config), max_shard_size=300_000)
+    export_model(tmp_path / "out", config, load_params(source, config), ExportSettings(max_shard_size=300_000))
     assert stored_bytes(tmp_path / "out") == stored_bytes(tmp_path / "bare")
     # the same through float32 parameters, which hold every bfloat16
     export(source, tmp_path / "out32", dtype=dtype)
@@ -171,7 +171,7 @@ def omni(tmp_path_factory):
 def test_base_keeps_everything_but_the_thinker(omni, tmp_path):
     config = load_config(omni)
     params = jax.tree.map(lambda leaf: leaf + 1, load_params(omni, config))
-    report = export_model(tmp_path / "out", config, params, base=omni)
+    report = export_model(tmp_path / "out", config, params, ExportSettings(base=omni))
     before, after = stored_bytes(omni), stored_bytes(tmp_path / "out")
     assert list(before) == list(after)
     for name, (dtype, shape, data) in before.items():
@@ -201,7 +201,7 @@ def test_base_round_trip_is_byte_exact_file_by_file(omni, tmp_path):
 
 def test_a_base_of_another_architecture_is_refused(omni, small, tmp_path):
     with pytest.raises(ExportError) as error:
-        export_model(tmp_path / "out", *small, base=omni)
+        export_model(tmp_path / "out", *small, ExportSettings(base=omni))
     assert "text.intermediate_size: 128 here, 96 in the base" in str(error.value)
     assert "image_token_id" in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -219,7 +219,7 @@ def test_tokenizer_and_processor_files_are_copied(small, tmp_path):
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
     for name in (*names, "generation_config.json", "preprocessor_config.json", "README.md", "training_args.bin"):
         (source / name).write_text(f"content of {name}")
-    report = export_model(tmp_path / "out", *small, source=source)
+    report = export_model(tmp_path / "out", *small, ExportSettings(source=source))
     assert set(report.copied_files) == {*names, "generation_config.json", "preprocessor_config.json"}
     for name in report.copied_files:
         assert (tmp_path / "out" / name).read_text() == f"content of {name}"
@@ -228,7 +228,7 @@ def test_tokenizer_and_processor_files_are_copied(small, tmp_path):
 
 def test_two_exports_are_equal_byte_for_byte(small, tmp_path):
     for name in ("one", "two"):
-        export_model(tmp_path / name, *small, dtype="bfloat16")
+        export_model(tmp_path / name, *small, ExportSettings(dtype="bfloat16"))
     names = [path.name for path in (tmp_path / "one").iterdir()]
     assert len(filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", names, shallow=False)[0]) == len(names) == 4
 
@@ -256,7 +256,7 @@ def test_values_that_are_not_finite_are_refused(small, tmp_path, value, dtype):
     kernel = params["vision"]["patch"]["kernel"].at[5, 6].set(value)
     poisoned = {**params, "vision": {**params["vision"], "patch": {"kernel": kernel}}}
     with pytest.raises(ExportError, match=r"visual.patch_embed.proj.weight \(vision/patch/kernel\)"):
-        export_model(tmp_path / "out", config, poisoned, dtype=dtype)
+        export_model(tmp_path / "out", config, poisoned, ExportSettings(dtype=dtype))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -272,7 +272,7 @@ def test_values_that_are_not_finite_are_refused(small, tmp_path, value, dtype):
 )
 def test_impossible_options_are_refused(small, tmp_path, options, expected):
     with pytest.raises(ExportError, match=expected):
-        export_model(tmp_path / "out", *small, **options)
+        export_model(tmp_path / "out", *small, ExportSettings(**options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -284,7 +284,7 @@ def test_an_existing_target_is_only_replaced_when_asked_and_when_it_is_an_export
     with pytest.raises(ExportError, match="exists and is not empty"):
         export_model(out, config, params)
     (out / "stale.txt").write_text("x")
-    export_model(out, config, params, overwrite=True, dtype="bfloat16")
+    export_model(out, config, params, ExportSettings(overwrite=True, dtype="bfloat16"))
     assert not (out / "stale.txt").exists()
     assert {tensor.dtype for tensor in list_tensors(out).values()} == {"BF16"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -293,14 +293,14 @@ def test_an_existing_target_is_only_replaced_when_asked_and_when_it_is_an_export
     diary.mkdir()
     (diary / "monday.txt").write_text("dear diary")
     with pytest.raises(ExportError, match="no earlier export"):
-        export_model(diary, config, params, overwrite=True)
+        export_model(diary, config, params, ExportSettings(overwrite=True))
     assert (diary / "monday.txt").read_text() == "dear diary"
     with pytest.raises(ExportError, match="is a file"):
-        export_model(diary / "monday.txt", config, params, overwrite=True)
+        export_model(diary / "monday.txt", config, params, ExportSettings(overwrite=True))
     with pytest.raises(ExportError, match="also read from"):
-        export_model(out, config, params, overwrite=True, source=out)
+        export_model(out, config, params, ExportSettings(overwrite=True, source=out))
     with pytest.raises(ExportError, match="which is read from"):
-        export_model(tmp_path, config, params, overwrite=True, source=out)
+        export_model(tmp_path, config, params, ExportSettings(overwrite=True, source=out))
 
 
 def test_a_failure_half_way_leaves_nothing(small, tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_an_export_after_a_kill_starts_over(small, tmp_path):
     with pytest.raises(ExportError, match="exists and is not empty"):
         export_model(out, config, params)
     assert stored_bytes(out) == before
-    export_model(out, config, params, overwrite=True, dtype="bfloat16")
+    export_model(out, config, params, ExportSettings(overwrite=True, dtype="bfloat16"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not list(out.glob("model-00099*"))
 
@@ -339,7 +339,7 @@ def test_an_export_after_a_kill_starts_over(small, tmp_path):
 def test_an_export_holds_what_its_config_says(small, tmp_path):
     """The export reads back as the same config and the same parameters, bit for bit."""
     config, params = small
-    export_model(tmp_path / "out", config, params, max_shard_size="200KB")
+    export_model(tmp_path / "out", config, params, ExportSettings(max_shard_size="200KB"))
     again = load_config(tmp_path / "out")
     assert again == dataclasses.replace(config, param_dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "out", again), params)

@@ -18,7 +18,7 @@ from support.tiny_hf import make_tiny_thinker
 
 from mer_r1_jax.omni.hf import load as load_module
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.load import find_weights, load_params
 from mer_r1_jax.omni.hf.tensor_files import WeightError, list_tensors
 from mer_r1_jax.omni.thinker import abstract_thinker

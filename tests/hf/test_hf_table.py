@@ -10,7 +10,7 @@ from support.tiny_hf import make_tiny_thinker
 
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.thinker import abstract_thinker
 
 RNG = np.random.default_rng(0)

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mer_r1_jax.omni.architecture_checks import ConfigError
-from mer_r1_jax.omni.hf.config import load_config
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.config_json import load_config
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import find_weights, load_params
 from mer_r1_jax.omni.hf.sums import SUMS_FILE
 from mer_r1_jax.omni.hf.tensor_files import WeightError
@@ -180,7 +180,7 @@ def exported(tiny, tmp_path_factory):
     (source / "vocab.json").write_text("{}")
     config = load_config(tiny)
     out = tmp_path_factory.mktemp("out") / "hf"
-    export_model(out, config, load_params(tiny, config), source=source, max_shard_size="300KB")
+    export_model(out, config, load_params(tiny, config), ExportSettings(source=source, max_shard_size="300KB"))
     return out
 
 

@@ -6,7 +6,7 @@ from support.clips import make_clip
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.decode import read_video
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 
 MEDIA = MediaConfig(min_frames=2, fps=13.0)
 

@@ -11,8 +11,8 @@ from PIL import Image
 from support.media_files import numbered_pictures, write_sound, write_video
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.entry import decode_file
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.decoded import decode_file
+from mer_r1_jax.media.opening import MediaError
 
 MEDIA = MediaConfig(max_clip_seconds=10.0)
 SOUND = np.full((1, 16_000), 0.1, np.float32)

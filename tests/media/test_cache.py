@@ -13,7 +13,7 @@ from support.media_files import numbered_pictures, write_video
 from support.prompts import TinyRecord, noise_samples, tiny_thinker
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.entry import CorruptEntryError, Entry
+from mer_r1_jax.media.decoded import CorruptEntryError, Entry
 from mer_r1_jax.media.loader import ClipLoader
 
 VISION = tiny_thinker().vision

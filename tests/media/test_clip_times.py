@@ -11,7 +11,7 @@ from support.media_files import frame_numbers, numbered_pictures, retimed, tone,
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.decode import read_audio_track, read_stills, read_video
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 
 MEDIA = MediaConfig()
 DEFAULT = av.stream.Disposition.default

@@ -20,7 +20,7 @@ from support.prompts import (
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.collate import bucket_for, collate, prompt_shape
-from mer_r1_jax.media.errors import PromptError
+from mer_r1_jax.media.prompt import PromptError
 from mer_r1_jax.omni.batch import BatchShape, FeatureLayout
 from mer_r1_jax.omni.thinker import abstract_thinker, bind, init_params
 
@@ -97,6 +97,7 @@ def test_media_lie_where_they_belong():
         np.testing.assert_array_equal(flat[number, : len(clip.mel)], clip.mel)
 
 
+@pytest.mark.slow
 def test_a_model_sees_the_same_prompt_in_any_bucket():
     """Hidden states in a large, shared bucket equal those of the prompt alone in a smaller one."""
     graphdef, _, _ = abstract_thinker(THINKER)

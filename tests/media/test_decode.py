@@ -13,7 +13,7 @@ from support.media_files import frame_numbers, numbered_pictures, rotate_mp4, to
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.decode import read_audio_track, read_image, read_stills, read_video
-from mer_r1_jax.media.entry import STILLS, decode_file
+from mer_r1_jax.media.decoded import STILLS, decode_file
 from mer_r1_jax.media.resize import resize
 
 MEDIA = MediaConfig()

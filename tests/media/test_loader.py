@@ -13,9 +13,9 @@ from support.prompts import TinyRecord, noise_samples, tiny_thinker
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.decode import read_audio_track, read_video
-from mer_r1_jax.media.errors import MediaError
 from mer_r1_jax.media.loader import ClipLoader
 from mer_r1_jax.media.mel import log_mel
+from mer_r1_jax.media.opening import MediaError
 
 VISION, N_MELS = tiny_thinker().vision, tiny_thinker().audio.num_mel_bins
 MEDIA = MediaConfig(video_min_pixels=784, video_max_pixels=6 * 784, decode_workers=0)

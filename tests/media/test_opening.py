@@ -19,9 +19,9 @@ from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.records import read_records
 from mer_r1_jax.evaluation.clip_frames import clip_strips
-from mer_r1_jax.media.entry import decode_file
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.decoded import decode_file
 from mer_r1_jax.media.loader import ClipLoader
+from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.run.inference import clip_record
 

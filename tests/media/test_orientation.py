@@ -14,7 +14,7 @@ from support.media_files import numbered_pictures, set_matrix, write_video
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.media.decode import read_image, read_stills, read_video
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 
 MEDIA = MediaConfig()
 

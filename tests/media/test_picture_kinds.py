@@ -12,8 +12,8 @@ from PIL import Image
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.decode import read_image, read_video
-from mer_r1_jax.media.entry import IMAGE, decode_file
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.decoded import IMAGE, decode_file
+from mer_r1_jax.media.opening import MediaError
 
 MEDIA = MediaConfig()
 SIDE = 56

@@ -18,8 +18,8 @@ from support.media_files import numbered_pictures, write_sound, write_video
 from support.process_tree import descendants, gone
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.entry import decode_file
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.decoded import decode_file
+from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.media.pool import WorkerPool
 
 MEDIA = MediaConfig(video_min_pixels=784, video_max_pixels=4 * 784)

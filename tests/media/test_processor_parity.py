@@ -12,12 +12,11 @@ from support.prompts import TinyRecord, builder, make_clips, noise_samples, tiny
 from support.tiny_tokenizer import tiny_tokenizer
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.data.synthetic.tokenizer import CHAT_TEMPLATE
-from mer_r1_jax.media.clips import AudioInput
+from mer_r1_jax.data.synthetic.world_tokenizer import CHAT_TEMPLATE
+from mer_r1_jax.media.clips import AudioInput, VisionInput, laid_out
 from mer_r1_jax.media.frames import image_size, video_size
 from mer_r1_jax.media.mel import log_mel
 from mer_r1_jax.media.resize import resize
-from mer_r1_jax.media.vision import VisionInput, laid_out
 
 MEDIA = MediaConfig(
     video_min_pixels=9 * 784, video_max_pixels=40 * 784, image_min_pixels=4 * 784, image_max_pixels=30 * 784

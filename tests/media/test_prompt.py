@@ -10,8 +10,7 @@ from support.prompts import TinyRecord, ask, builder, make_clips, noise_audio, n
 from support.tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.errors import PromptError
-from mer_r1_jax.media.prompt import PromptBuilder
+from mer_r1_jax.media.prompt import PromptBuilder, PromptError
 from mer_r1_jax.media.tokenizer import TokenizerError
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from mer_r1_jax.media.vision import cut_patches, laid_out
+from mer_r1_jax.media.clips import cut_patches, laid_out
 from mer_r1_jax.omni.config import VisionConfig
 from mer_r1_jax.omni.grids import patch_layout
 

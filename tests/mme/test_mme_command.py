@@ -17,8 +17,8 @@ from support.killing import INTERRUPT
 from support.mme_standin import COUNT, follow_rule
 from support.small_run import command, environment, with_config
 
-from mer_r1_jax.omni.hf.export import export_model
-from mer_r1_jax.run.benchmark import open_policy
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
+from mer_r1_jax.run.asking import open_policy
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.training.signals import EXIT_SAVED
 from mer_r1_jax.training.state import nest
@@ -30,7 +30,9 @@ KEY = "sk-planted-0123456789abcdef"
 def model(small, tmp_path_factory):
     """An export with random weights that remembers settings wide enough for the questions."""
     folder = tmp_path_factory.mktemp("mme_model") / "hf"
-    export_model(folder, small.backbone.config, nest(small.backbone.init(0)), source=small.tokenizer_path)
+    export_model(
+        folder, small.backbone.config, nest(small.backbone.init(0)), ExportSettings(source=small.tokenizer_path)
+    )
     settings = {
         "data": {"max_prompt_length": 1024, "prompt_buckets": (1024,)},
         "eval": {"prompts_per_batch": 4},

@@ -13,9 +13,9 @@ from support.omni_cases import CASES, ROOMY
 from support.omni_model import quick_jit, tiny_port
 
 from mer_r1_jax.omni.batch import AudioClips, FeatureLayout, Tokens, VisionClips
-from mer_r1_jax.omni.border import to_batch
-from mer_r1_jax.omni.parity import run_port
 from mer_r1_jax.omni.thinker import abstract_thinker, bind
+from mer_r1_jax.parity.port import run_port
+from mer_r1_jax.parity.processor_inputs import to_batch
 
 G, C = 3, 5  # completions of a prompt, tokens of a completion
 CLOSE = dict(atol=2e-4, rtol=0)  # hidden states are of size 3

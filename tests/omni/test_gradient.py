@@ -14,11 +14,11 @@ from support.omni_cases import CASES
 from support.omni_model import quick_jit, tiny_port
 
 from mer_r1_jax.omni.batch import FeatureLayout
-from mer_r1_jax.omni.border import to_batch
 from mer_r1_jax.omni.config import REMAT
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.reference import torch_inputs
 from mer_r1_jax.omni.thinker import abstract_thinker, bind
+from mer_r1_jax.parity.processor_inputs import to_batch
+from mer_r1_jax.parity.transformers_reference import torch_inputs
 
 CASE = "left_padded"  # an image, a video and an audio clip in a padded batch
 RELATIVE = 2e-4  # of a parameter's largest gradient, in float32

@@ -16,10 +16,10 @@ from support.omni_model import AUDIO, LOGITS, VISION, mutant, quick_jit, tiny_po
 
 from mer_r1_jax.omni import audio, layers, text, vision
 from mer_r1_jax.omni.batch import FeatureLayout
-from mer_r1_jax.omni.border import to_batch
 from mer_r1_jax.omni.layers import Settings
-from mer_r1_jax.omni.reference import run_reference
 from mer_r1_jax.omni.thinker import abstract_thinker, bind
+from mer_r1_jax.parity.processor_inputs import to_batch
+from mer_r1_jax.parity.transformers_reference import run_reference
 
 SETTINGS = Settings("float32", "float32", 0.02)
 

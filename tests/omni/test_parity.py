@@ -11,10 +11,10 @@ import pytest
 from support.omni_cases import CASES, ROOMY, PromptMaker, inputs_of
 from support.omni_model import AUDIO, LOGITS, VISION, tiny_port
 
-from mer_r1_jax.omni.border import InputError, ProcessorInputs, to_batch
-from mer_r1_jax.omni.parity import run_port
 from mer_r1_jax.omni.positions import PositionError
-from mer_r1_jax.omni.reference import run_reference
+from mer_r1_jax.parity.port import run_port
+from mer_r1_jax.parity.processor_inputs import InputError, ProcessorInputs, to_batch
+from mer_r1_jax.parity.transformers_reference import run_reference
 
 NEW_TOKENS = 8
 LIMITS = {"logits": LOGITS, "audio_features": AUDIO, "image_features": VISION, "video_features": VISION}
@@ -71,7 +71,7 @@ def test_generate_stops_like_transformers():
     """Rows are padded after their end token, and columns after the last end are dropped."""
     import dataclasses
 
-    from mer_r1_jax.omni.parity import _as_generate
+    from mer_r1_jax.parity.port import _as_generate
 
     config = dataclasses.replace(tiny_port().config, eos_token_ids=(7, 8), pad_token_id=0)
     chosen = np.array([[5, 7, 5, 5, 5], [5, 6, 5, 8, 9]])
@@ -80,7 +80,7 @@ def test_generate_stops_like_transformers():
 
 def test_numbering_after_a_backward_block_decides_the_tokens():
     """Continuing from the largest position, as transformers 4 does, gives other tokens: the case is worth having."""
-    from mer_r1_jax.omni.parity import _greedy
+    from mer_r1_jax.parity.port import _greedy
 
     port = tiny_port()
     differs = []
@@ -97,7 +97,7 @@ def test_numbering_after_a_backward_block_decides_the_tokens():
 
 
 def _features(port, batch):
-    from mer_r1_jax.omni.parity import _forward
+    from mer_r1_jax.parity.port import _forward
 
     return _forward(port.config, port.params, batch)[0]
 

@@ -12,8 +12,15 @@ from support.omni_model import mutant, tiny_port
 from support.tiny_hf import AUDIO, VIDEO
 
 from mer_r1_jax.omni import positions
-from mer_r1_jax.omni.positions import PositionError, audio_token_count, interleave, rope_positions, vision_token_count
-from mer_r1_jax.omni.reference import torch_inputs
+from mer_r1_jax.omni.positions import (
+    MediaSizes,
+    PositionError,
+    audio_token_count,
+    interleave,
+    rope_positions,
+    vision_token_count,
+)
+from mer_r1_jax.parity.transformers_reference import torch_inputs
 
 
 def theirs(inputs) -> np.ndarray:
@@ -39,11 +46,13 @@ def ours(maker: PromptMaker, *, interleaved: bool, module=positions) -> tuple[np
     return module.rope_positions(
         np.array(maker.ids),
         tiny_port().config,
-        image_grids=maker.images,
-        video_grids=maker.videos,
-        second_per_grids=maker.seconds,
-        audio_lengths=maker.frames,
-        use_audio_in_video=interleaved,
+        MediaSizes(
+            image_grids=maker.images,
+            video_grids=maker.videos,
+            second_per_grids=maker.seconds,
+            audio_lengths=maker.frames,
+            use_audio_in_video=interleaved,
+        ),
     )
 
 
@@ -129,15 +138,15 @@ def test_planted_numbering_mistakes_are_noticed(mistake):
     wrong = mutant(positions, *changes)
     inputs = CASES[case]()
     expected = theirs(inputs)[:, 0]
-    arguments = dict(
+    media = MediaSizes(
         image_grids=inputs.image_grid_thw if inputs.image_grid_thw is not None else (),
         video_grids=inputs.video_grid_thw if inputs.video_grid_thw is not None else (),
         second_per_grids=inputs.video_second_per_grid if inputs.video_second_per_grid is not None else (),
         audio_lengths=inputs.feature_attention_mask.sum(1) if inputs.feature_attention_mask is not None else (),
         use_audio_in_video=inputs.use_audio_in_video,
     )
-    np.testing.assert_array_equal(rope_positions(inputs.input_ids[0], tiny_port().config, **arguments)[0], expected)
-    assert (wrong.rope_positions(inputs.input_ids[0], tiny_port().config, **arguments)[0] != expected).any()
+    np.testing.assert_array_equal(rope_positions(inputs.input_ids[0], tiny_port().config, media)[0], expected)
+    assert (wrong.rope_positions(inputs.input_ids[0], tiny_port().config, media)[0] != expected).any()
 
 
 def test_new_tokens_continue_from_the_last_and_not_from_the_largest_position():
@@ -185,7 +194,7 @@ def test_media_that_do_not_match_the_ids_are_named(change, message):
         video_grids=maker.videos, second_per_grids=maker.seconds, audio_lengths=maker.frames, use_audio_in_video=True
     )
     with pytest.raises(PositionError, match=message):
-        rope_positions(np.array(maker.ids), tiny_port().config, **(arguments | change))
+        rope_positions(np.array(maker.ids), tiny_port().config, MediaSizes(**(arguments | change)))
 
 
 def test_a_video_without_audio_among_interleaved_ones_is_refused():

@@ -12,11 +12,11 @@ from support.omni_model import quick_jit, tiny_port
 
 from mer_r1_jax.config.schema import MeshConfig
 from mer_r1_jax.omni.batch import FeatureLayout
-from mer_r1_jax.omni.border import to_batch
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.thinker import abstract_thinker, bind
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rules import TRAIN_RULES, param_shardings
+from mer_r1_jax.parity.processor_inputs import to_batch
 
 G, C = 2, 3
 

@@ -21,7 +21,7 @@ from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, ShardingError, 
 from mer_r1_jax.planning.hlo import COLLECTIVES, parse
 from mer_r1_jax.rl.rollout import start
 from mer_r1_jax.rl.sampling import SamplingConfig
-from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.omni_backbone import OmniBackbone
 from mer_r1_jax.training.rl_step import RlPrograms
 
 ROWS, TOKENS, GENERATIONS, LENGTH = 8, 6, 2, 10
@@ -32,7 +32,7 @@ MESHES = [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=2), dict(d
 
 def programs_on(mesh, devices=None, compute_dtype="float32"):
     config = ThinkerConfig.tiny(initializer_range=0.1, compute_dtype=compute_dtype)
-    backbone = Backbone.create(config, make_mesh(MeshConfig(**mesh), devices))
+    backbone = OmniBackbone.create(config, make_mesh(MeshConfig(**mesh), devices))
     return RlPrograms(backbone, RlConfig(), SAMPLING)
 
 
@@ -77,9 +77,9 @@ def test_what_decoding_cannot_cut_is_refused_by_name():
     config = ThinkerConfig.tiny()
     narrow = dataclasses.replace(config, text=dataclasses.replace(config.text, intermediate_size=36))
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    Backbone.create(config, mesh)
+    OmniBackbone.create(config, mesh)
     with pytest.raises(ShardingError) as caught:
-        Backbone.create(narrow, mesh)
+        OmniBackbone.create(narrow, mesh)
     assert "text/layers/mlp/up/kernel: dimension 'mlp' of size 36 is not a multiple of 8" in str(caught.value)
 
 
@@ -171,7 +171,7 @@ def test_the_token_loop_gathers_no_weight_and_copies_no_cache():
 
 def test_the_loss_loop_does_not_gather_the_unembedding():
     config = ThinkerConfig.tiny(vocab_size=16384)
-    backbone = Backbone.create(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    backbone = OmniBackbone.create(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
     def loss(params, h_ND, token_N):
         with backbone.rules():

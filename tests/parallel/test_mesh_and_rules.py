@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import MeshConfig
+from mer_r1_jax.config.schema import ConfigError, MeshConfig
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.thinker import abstract_thinker
 from mer_r1_jax.parallel.mesh import make_mesh, mesh_sizes, row_cut

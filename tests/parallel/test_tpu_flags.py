@@ -6,7 +6,7 @@ import pytest
 
 import mer_r1_jax.planning  # noqa: F401 - importing it sets them
 from mer_r1_jax.cli import parse_flags
-from mer_r1_jax.parallel.tpu_flags import FLAGS, VARIABLE, set_tpu_flags
+from mer_r1_jax.parallel import FLAGS, VARIABLE, set_tpu_flags
 
 OURS = [f"--{name}={value}" for name, value in FLAGS.items()]
 

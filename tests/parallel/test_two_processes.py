@@ -11,7 +11,7 @@ from support.run_contents import leftovers
 from support.several import end_of, start_processes
 from support.small_run import CONFIG_FILE, REPOSITORY
 
-from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.run.policy import load_policy
 from mer_r1_jax.storage.checkpoints import HOST_STATE, Checkpoints

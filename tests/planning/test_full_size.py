@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mer_r1_jax.config.build import load_config
-from mer_r1_jax.planning.plan import plan
+from mer_r1_jax.planning.planner import plan
 
 CONFIG = Path(__file__).parents[2] / "experiments/configs/omni_7b.py"
 SLICE, CHIPS = "v5p:2x2x4", 16

@@ -12,13 +12,12 @@ from jax.sharding import SingleDeviceSharding
 from support.tiny_plan import tiny_config
 
 from mer_r1_jax.config.build import load_config
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.planning.alternatives import alternatives
+from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
+from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.markdown import markdown
-from mer_r1_jax.planning.plan import plan
+from mer_r1_jax.planning.planner import alternatives, plan
 from mer_r1_jax.planning.programs import RunPrograms
-from mer_r1_jax.planning.traced import traced_flops
 from mer_r1_jax.planning.work import work_of
 
 CONFIGS = Path(__file__).parents[2] / "experiments/configs"

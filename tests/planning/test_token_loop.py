@@ -24,8 +24,8 @@ from mer_r1_jax.planning.compilation import compile_program
 from mer_r1_jax.planning.hlo import COLLECTIVES
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.rl.sampling import SamplingConfig
-from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.chunked import state_shardings
+from mer_r1_jax.training.omni_backbone import OmniBackbone
 from mer_r1_jax.training.rl_step import RlPrograms
 
 # Long completions: a chip's caches would lie in its vector memory otherwise.
@@ -48,7 +48,7 @@ def programs_on(slice_, **mesh):
         mrope_section=(16, 24, 24),
     )
     config = dataclasses.replace(config, text=text)
-    backbone = Backbone.create(config, make_mesh(MeshConfig(**mesh), topology_devices(slice_)))
+    backbone = OmniBackbone.create(config, make_mesh(MeshConfig(**mesh), topology_devices(slice_)))
     sampling = SamplingConfig(
         max_completion_length=LENGTH, eos_ids=(3,), temperature=0.8, top_p=0.9, num_generations=GENERATIONS
     )

@@ -6,9 +6,8 @@ import jax
 import pytest
 from support.tiny_plan import tiny_config
 
+from mer_r1_jax.planning.flops import TRAINED, text_flops, traced_flops
 from mer_r1_jax.planning.programs import RunPrograms
-from mer_r1_jax.planning.traced import traced_flops
-from mer_r1_jax.planning.useful import TRAINED, text_flops
 
 ROWS, PROMPT = 4, 64
 

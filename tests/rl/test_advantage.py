@@ -5,15 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from trl.trainer.utils import nanstd
 
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig
 from mer_r1_jax.rl.advantage import (
     ARMS,
     Rewards,
@@ -67,12 +64,16 @@ def of_arm(arm, rewards, config=CONFIG):
 
 def torch_zscore(x, scale):
     """TRL's lines (GRPOTrainer, rewards to advantages) with its own nanstd; NaN stands for an invalid value."""
+    import torch
+    from trl.trainer.utils import nanstd
+
     rewards = torch.tensor(np.asarray(x, np.float32))
     std = nanstd(rewards) if scale == "batch" else nanstd(rewards, dim=1, keepdim=True)
     centred = rewards - torch.nanmean(rewards, dim=1, keepdim=True)
     return torch.nan_to_num(centred if scale == "none" else centred / (std + 1e-4), nan=0.0).numpy()
 
 
+@pytest.mark.torch
 @given(
     x=arrays(np.float32, (B, G), elements=st.floats(-2, 2, width=16)),
     invalid=arrays(np.bool_, (B, G)),
@@ -233,6 +234,7 @@ def test_degenerate_groups_give_exactly_zero(arm):
     np.testing.assert_array_equal(result[2], whole[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_equal_values_give_exactly_zero_although_their_mean_is_rounded(scale):
     values = np.linspace(0.01, 0.99, 99, dtype=np.float32)

@@ -18,7 +18,7 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.compaction import Size, brought_back, compact, rows_needed, sizes, smallest
 from mer_r1_jax.rl.rollout import STOP_ABSENT, STOP_EOS, STOP_LENGTH, RolloutState, Sampled, running
 from mer_r1_jax.rl.sampling import SamplingConfig
-from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.omni_backbone import OmniBackbone
 from mer_r1_jax.training.rl_step import RlPrograms
 
 LENGTH, GENERATIONS = 12, 4
@@ -122,7 +122,7 @@ def small_policy():
         vocab_size=wide.text.vocab_size, initializer_range=0.15, eos_token_ids=wide.eos_token_ids
     )
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=1))
-    return config, jax.device_get(Backbone.create(config, make_mesh(MeshConfig(), jax.devices()[:1])).init(0))
+    return config, jax.device_get(OmniBackbone.create(config, make_mesh(MeshConfig(), jax.devices()[:1])).init(0))
 
 
 SAMPLING = SamplingConfig(
@@ -135,7 +135,7 @@ def rolled(chunk, mesh=None, forced_ids=()):
     """Completions of RlPrograms.sample."""
     config, params = small_policy()
     devices = jax.devices()[:1] if mesh is None else None
-    backbone = Backbone.create(config, make_mesh(MeshConfig(**dict(mesh or ())), devices))
+    backbone = OmniBackbone.create(config, make_mesh(MeshConfig(**dict(mesh or ())), devices))
     programs = RlPrograms(backbone, RlConfig(decode_chunk=chunk), SAMPLING)
     params = {name: jax.device_put(leaf, backbone.shardings[name]) for name, leaf in params.items()}
     tokens, _, next_position_B = prompts(LENGTHS, 11)

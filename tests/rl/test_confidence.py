@@ -150,6 +150,7 @@ def brute_force(row, generation):
 WITH_CONFIDENCE = ((0, 0), (0, 1), (0, 4), (1, 0), (1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "generation"), WITH_CONFIDENCE)
 def test_confidences_equal_brute_force(row, generation):
     anchors, _ = anchored()
@@ -180,6 +181,7 @@ def loop_calibration(found, correct, sign):
     return np.mean(means) if means else None
 
 
+@pytest.mark.slow
 def test_calibration_rewards_equal_brute_force():
     _, _, calibrated, _ = scored()
     kinds = set()
@@ -198,6 +200,7 @@ def test_calibration_rewards_equal_brute_force():
     assert np.abs(calibrated.plus_BG).max() > 0.05  # far above the tolerance
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_words_and_wheels():
     _, _, _, metrics = scored()
     found = [word for row, generation in WITH_CONFIDENCE for word in brute_force(row, generation)]
@@ -244,6 +247,7 @@ def test_words_on_wheels_where_the_truth_has_no_category_do_not_count():
     assert used[row].sum() == used.shape[1] - 1 and used[1 - row, wheel]
 
 
+@pytest.mark.slow
 def test_word_candidates_use_the_words_own_tokens():
     """The arm `sfcc_word`: the confidence of a word's own first tokens is never above its category's, sharing aside."""
     slow, _, _, _ = scored(word_candidates=True)
@@ -260,6 +264,7 @@ def test_word_candidates_use_the_words_own_tokens():
         np.testing.assert_allclose(slow[0, 0, w][held], np.log(p[sorted(own)].sum()), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_equal_contexts_have_no_difference():
     """A completion whose think block is empty is its own fast context: slow and fast agree to rounding."""
     tags, wheels, candidates = world()
@@ -285,6 +290,7 @@ def test_equal_contexts_have_no_difference():
     np.testing.assert_allclose(np.asarray(slow)[held], np.asarray(fast)[held], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_probabilities_below_the_floor_are_held_there_and_absent_sets_give_no_nan():
     D = policy()[0].text.hidden_size
     h = np.ones((1, D), np.float32)
@@ -302,6 +308,7 @@ def test_probabilities_below_the_floor_are_held_there_and_absent_sets_give_no_na
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 def test_calibration_loss_is_the_mean_shortfall_and_moves_the_slow_side_only():
     slow, fast, _, _ = scored()
     anchors, _ = anchored()

@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rl_policy import bound, log_softmax, policy
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import LOSS_TYPES, RlConfig
+from mer_r1_jax.config.schema import LOSS_TYPES, ConfigError, RlConfig
 from mer_r1_jax.rl import losses
 from mer_r1_jax.rl.losses import PolicyTargets, kl_penalty, loss_mask, policy_loss, step_totals
 
@@ -47,6 +44,9 @@ def trl_loss(tensors, config, beta, num_items, accumulation=1):
     Returns:
         loss, gradient with respect to the log-probabilities, TRL's metrics.
     """
+    import torch
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
     logprob = torch.tensor(tensors["logprob"], requires_grad=True)
     zeros = torch.zeros_like(logprob)
     metrics = {name: [] for name in ("kl", "entropy")}
@@ -106,6 +106,7 @@ def own_loss(tensors, config, beta, totals):
     return float(value), np.asarray(gradient), metrics
 
 
+@pytest.mark.torch
 @given(
     seed=st.integers(0, 1000),
     loss_type=st.sampled_from(LOSS_TYPES),
@@ -137,6 +138,7 @@ def test_policy_loss_and_gradient_equal_trl(seed, loss_type, level, epsilons, de
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_micro_batches_add_up_as_in_trl(loss_type):
     """Losses and gradients of unevenly masked micro-batches, each with the whole step's denominators."""
@@ -161,6 +163,7 @@ def test_micro_batches_add_up_as_in_trl(loss_type):
         np.testing.assert_allclose(np.concatenate(gradients), gradient, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_masked_tokens_and_absent_rows_leave_no_trace(loss_type, level):
@@ -203,6 +206,7 @@ def test_kl_is_zero_for_equal_policies_and_positive_otherwise():
     assert (np.asarray(kl_penalty(logprob, logprob[::-1]))[[0, -1]] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1000, 8, 5])
 def test_token_logprobs_equal_the_whole_softmax_in_value_and_gradient(chunk):
     config, _, params = policy()

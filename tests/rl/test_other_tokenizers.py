@@ -13,8 +13,7 @@ from tokenizers import AddedToken
 from mer_r1_jax.config.schema import DataConfig, MediaConfig
 from mer_r1_jax.emotion.answer_form import EMPTY_THINK, TAGS, parse_answer
 from mer_r1_jax.media.clips import Clips
-from mer_r1_jax.media.errors import PromptError
-from mer_r1_jax.media.prompt import PromptBuilder
+from mer_r1_jax.media.prompt import PromptBuilder, PromptError
 from mer_r1_jax.media.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from mer_r1_jax.rl.tags import AnswerTags, TagError
 

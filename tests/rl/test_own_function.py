@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import ARM_NAMES, LOSS_TYPES, RlConfig
+from mer_r1_jax.config.schema import ARM_NAMES, LOSS_TYPES, ConfigError, RlConfig
 from mer_r1_jax.rl.advantage import ARMS, arm_of
 from mer_r1_jax.rl.losses import check_loss_type, step_totals
 from mer_r1_jax.rl.own_function import OwnFunctionError, own_function

@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rl_policy import log_softmax
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mer_r1_jax.rl import sampling
 from mer_r1_jax.rl.sampling import SamplingConfig, banned_bias, sample
@@ -35,6 +33,7 @@ def test_draws_follow_the_distribution_exactly():
     assert np.abs(counts - expected).max() < 2
 
 
+@pytest.mark.torch
 @given(
     seed=st.integers(0, 10_000),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
@@ -44,6 +43,9 @@ def test_draws_follow_the_distribution_exactly():
 )
 @settings(max_examples=40)
 def test_filters_agree_with_transformers(seed, temperature, top_k, top_p, min_p):
+    import torch
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(4, N)).astype(np.float32) * 3
     scores = torch.tensor(logits)

@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 
 from mer_r1_jax.config.build import difference, to_json
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import DataConfig, ModelConfig, OptimizerConfig, RlConfig, RunConfig, SftConfig
-from mer_r1_jax.run.ablation_plan import make_plan, setting_differences
+from mer_r1_jax.config.schema import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RlConfig,
+    RunConfig,
+    SftConfig,
+)
+from mer_r1_jax.run.ablation_plan import Controls, make_plan, setting_differences
 
 OUT = Path("/somewhere/ablation")
 
@@ -51,7 +58,7 @@ def test_arms_differ_in_nothing_but_the_arm():
 
 
 def test_controls_change_what_they_say():
-    plan = make_plan(config(), OUT, ["ad"], [1], ["permuted", "sft", "plateau"], 800)
+    plan = make_plan(config(), OUT, ["ad"], [1], Controls(("permuted", "sft", "plateau"), 800))
     jobs = {job.row: job for job in plan.jobs()}
     assert list(jobs) == ["sft", "ad", "control_permuted", "control_sft", "control_plateau"] == list(plan.rows)
     permuted = changed(jobs["control_permuted"])
@@ -62,10 +69,10 @@ def test_controls_change_what_they_say():
     plateau = changed(jobs["control_plateau"])
     assert (plateau["sft.max_steps"], plateau["rl.max_steps"]) == (2400, 0)
     assert "model.path" not in plateau and jobs["control_plateau"].needs == ""
-    slower = make_plan(config(), OUT, ["ad"], [1], ["sft"], 800, 5e-4).job("control_sft", 1)
+    slower = make_plan(config(), OUT, ["ad"], [1], Controls(["sft"], 800, 5e-4)).job("control_sft", 1)
     assert slower.config.sft.optimizer.learning_rate == 5e-4
     epochs = config(sft=SftConfig(max_steps=-1, num_train_epochs=2.0))
-    longer = make_plan(epochs, OUT, ["ad"], [1], ["plateau"]).job("control_plateau", 1)
+    longer = make_plan(epochs, OUT, ["ad"], [1], Controls(["plateau"])).job("control_plateau", 1)
     assert (longer.config.sft.max_steps, longer.config.sft.num_train_epochs) == (-1, pytest.approx(2.4))
 
 
@@ -76,8 +83,8 @@ def test_controls_change_what_they_say():
         ({"arms": ["ad", "ad"]}, "--arms: ad stands there twice"),
         ({"arms": []}, "--arms: got none"),
         ({"seeds": ["-1"]}, "--seeds: got '-1', expected whole numbers"),
-        ({"controls": ["none"]}, "--controls: 'none' is no control; expected some of permuted, sft, plateau"),
-        ({"controls": ["sft"]}, "--control_sft_steps: got 0"),
+        ({"controls": Controls(["none"])}, "--controls: 'none' is no control; expected some of permuted, sft, plateau"),
+        ({"controls": Controls(["sft"])}, "--control_sft_steps: got 0"),
         ({"config": config(rl=RlConfig(max_steps=0))}, "rl.max_steps: got 0"),
         ({"config": config(sft=SftConfig(max_steps=0))}, "sft.max_steps: got 0"),
         ({"config": config(data=DataConfig())}, "data.eval_path: got nothing"),

@@ -12,8 +12,8 @@ from support.small_fixtures import compiled, small, small_folder, trained  # noq
 import mer_r1_jax
 from mer_r1_jax.api import Answer, ArgumentError
 from mer_r1_jax.emotion.predictions import PredictionError
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.run import policy
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.training.state import nest
@@ -22,7 +22,9 @@ from mer_r1_jax.training.state import nest
 @pytest.fixture(scope="module")
 def export(small, trained, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("model") / "export"
-    export_model(folder, small.backbone.config, nest(trained), source=small.tokenizer_path, overwrite=True)
+    export_model(
+        folder, small.backbone.config, nest(trained), ExportSettings(source=small.tokenizer_path, overwrite=True)
+    )
     policy.write_settings(folder, small.config)
     return folder
 
@@ -49,9 +51,9 @@ def test_answers_are_those_of_the_command(model, small_folder):  # noqa: F811
     for mode, reading in zip(("slow", "fast"), expected, strict=True):
         got = model.answer(video=clip, subtitle="I never", question="Feel?", mode=mode)
         assert (got.mode, got.text, got.truncated) == (mode, reading.text, reading.truncated)
-        assert got.words == tuple(word.word for word in reading.words)
+        assert (got.words, got.categories) == (reading.words, reading.categories)
         assert got.reasoning == (reading.reasoning or None) and (mode == "slow" or got.reasoning is None)
-        assert got.probabilities == {w.word: w.confidence for w in reading.words if w.confidence is not None}
+        assert got.probabilities == reading.probabilities
     assert any(reading.words for reading in expected), "there has to be something to compare"
     assert model.answer(video=clip, show="video", mode="fast").text != "", "one part alone is answered too"
 

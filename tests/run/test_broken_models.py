@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.small_run import run_command, small_config_of
 
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.rl.rollout import RolloutError
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.policy import load_policy, open_model
@@ -24,7 +24,9 @@ NORM = "text/norm/scale"
 def exported(small, tmp_path):
     """The export of the small run's model, and a function that changes a stored tensor without its sum."""
     folder = tmp_path / "hf"
-    export_model(folder, small.backbone.config, nest(small.backbone.init(0)), source=small.tokenizer_path)
+    export_model(
+        folder, small.backbone.config, nest(small.backbone.init(0)), ExportSettings(source=small.tokenizer_path)
+    )
 
     def change(name, edit):
         tensors = load_file(folder / "model.safetensors")

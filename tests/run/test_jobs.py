@@ -59,11 +59,9 @@ def jobs_in(out, *names):
 
 def run(out, jobs, parallel=1, stop=None):
     said = []
-    with hold(out, said.append, patience=0) as lock:
+    with hold(out, said.append, patience=0) as folder:
         program = [sys.executable, "-c", PROGRAM]
-        outcome = run_jobs(
-            jobs, out, parallel, stop or Stop(), said.append, lock, lambda job: f": {job.row} is good", program
-        )
+        outcome = run_jobs(jobs, folder, parallel, stop or Stop(), lambda job: f": {job.row} is good", program)
     return outcome, said
 
 

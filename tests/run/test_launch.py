@@ -12,8 +12,8 @@ from mer_r1_jax.cli import EXIT_ERROR
 from mer_r1_jax.config.build import config_dict, from_mapping
 from mer_r1_jax.config.checks import ON_DISK, PATHS
 from mer_r1_jax.config.command_line import check_places
-from mer_r1_jax.config.errors import ConfigError
 from mer_r1_jax.config.names import field_names
+from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.parallel.processes import EXIT_PEER_LOST
 
 LAUNCH = REPOSITORY / "experiments/launch"

@@ -14,8 +14,8 @@ from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.emotion import wheels as wheels_module
 from mer_r1_jax.media.cache import ClipCache
-from mer_r1_jax.media.fingerprints import END_BYTES, ClipChangedError, ClipFingerprints, of_ends
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.media.seen_clips import END_BYTES, ClipChangedError, ClipFingerprints, of_ends
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.run import fingerprints
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, of_source
 from mer_r1_jax.run.setup import make_setup
@@ -207,7 +207,9 @@ NO_SIZES = {
 
 def test_a_models_weights_and_settings_are_told_apart_and_its_place_is_not(small, small_folder, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    export_model(first, small.backbone.config, nest(small.backbone.init(0)), source=small.tokenizer_path)
+    export_model(
+        first, small.backbone.config, nest(small.backbone.init(0)), ExportSettings(source=small.tokenizer_path)
+    )
     shutil.copytree(first, second)
 
     def model_of(folder):

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.small_run import CONFIG_FILE, make_data, run_command, small_config_of
 
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.sums import SUMS_FILE
 from mer_r1_jax.run.fingerprints import of_inputs
 from mer_r1_jax.run.setup import make_setup
@@ -165,7 +165,9 @@ NO_SIZES = {
 def model_dir(small, tmp_path_factory):
     """A Hugging Face directory of the small run's model."""
     folder = tmp_path_factory.mktemp("hf") / "model"
-    export_model(folder, small.backbone.config, nest(small.backbone.init(0)), source=small.tokenizer_path)
+    export_model(
+        folder, small.backbone.config, nest(small.backbone.init(0)), ExportSettings(source=small.tokenizer_path)
+    )
     return folder
 
 

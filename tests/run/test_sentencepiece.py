@@ -7,7 +7,7 @@ from support.small_run import small_setup
 from support.spm_tokenizer import write_sentencepiece_model
 
 from mer_r1_jax.config.schema import DataConfig
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.rollout import STOP_EOS, Completions
 from mer_r1_jax.run.inference import answer, clip_record
@@ -23,7 +23,7 @@ def folder(small_folder, compiled, tmp_path_factory):
     setup = small_setup(small_folder, model={"tokenizer_path": str(source)}, sft=idle, rl=idle)
     setup.close()
     out = tmp_path_factory.mktemp("out") / "hf"
-    export_model(out, setup.backbone.config, nest(setup.backbone.init(0)), source=source)
+    export_model(out, setup.backbone.config, nest(setup.backbone.init(0)), ExportSettings(source=source))
     assert (out / "tokenizer.model").is_file() and not (out / "tokenizer.json").exists()
     return out
 

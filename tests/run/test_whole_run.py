@@ -236,9 +236,9 @@ def test_run_and_its_export_answer_alike(alone, other_clip):
     assert fast.text.startswith("<think></think>\n<answer>") and fast.reasoning in (None, "")
     assert slow.text and any(reading.words for reading in from_run)
     for reading in from_run:
-        for word in reading.words:
-            assert len(word.categories) == 5
-            assert word.confidence is None or 0 <= word.confidence <= 1
+        assert reading.categories.keys() == set(reading.words) >= reading.probabilities.keys()
+        assert all(len(categories) == 5 for categories in reading.categories.values())
+        assert all(0 <= probability <= 1 for probability in reading.probabilities.values())
 
 
 def test_clip_without_sound_and_of_another_shape_is_answered(alone, tmp_path):
@@ -260,7 +260,7 @@ def test_infer_prints_json_that_names_words_categories_and_confidences(alone, ot
     assert [row["mode"] for row in printed] == ["slow", "fast"]
     for row, reading in zip(printed, readings, strict=True):
         assert row.keys() == {"mode", "reasoning", "answer", "categories", "confidences", "truncated", "text"}
-        assert row["text"] == reading.text and row["answer"] == [word.word for word in reading.words]
+        assert row["text"] == reading.text and row["answer"] == list(reading.words)
         assert list(row["categories"]) == row["answer"] and list(row["confidences"]) == row["answer"]
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from mer_r1_jax.storage import bucket as storage
-from mer_r1_jax.storage.bucket import BucketError
-from mer_r1_jax.storage.copies import fetch_file
+from mer_r1_jax.storage.bucket import BucketError, fetch_file
 
 
 def flipped(data):

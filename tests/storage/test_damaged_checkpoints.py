@@ -12,7 +12,7 @@ import pytest
 from support.steps import DiskPlace, file_of, files_of, restored_step, save_steps, sign, small_arrays
 
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.storage.damage import DamagedStepError
+from mer_r1_jax.storage.step_store import DamagedStepError
 
 DEEP = {
     "lists 60000 deep": b"[" * 60_000,

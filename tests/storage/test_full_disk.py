@@ -18,12 +18,12 @@ from mer_r1_jax.data.synthetic.render import write_clip
 from mer_r1_jax.evaluation import result_log
 from mer_r1_jax.evaluation.benchmarks.pickled_labels import convert
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
-from mer_r1_jax.evaluation.export_cases import write_cases
 from mer_r1_jax.evaluation.judge.answer_cache import AnswerCache
 from mer_r1_jax.evaluation.judge.endpoint import JudgeAbortedError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.thinker import init_params
+from mer_r1_jax.parity.export_cases import write_cases
 from mer_r1_jax.storage import durable
 from mer_r1_jax.storage.durable import WriteError, writing
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
@@ -197,7 +197,7 @@ BY_HAND = {
     "mer_r1_jax/omni/hf/tensor_files.py": "in a folder that is renamed when it is whole",
     "mer_r1_jax/data/synthetic/make.py": "beside its place, then renamed",
     "mer_r1_jax/data/synthetic/render.py": "beside its place, then renamed",
-    "mer_r1_jax/data/synthetic/tokenizer.py": "made again unless the list of hashes, written last, is there",
+    "mer_r1_jax/data/synthetic/world_tokenizer.py": "made again unless the list of hashes, written last, is there",
     "mer_r1_jax/emotion/lexicon.py": "tables of the repository, made by its keepers",
     "mer_r1_jax/process_guard.py": "a setting of the system, which is no file",
     "mer_r1_jax/commands/check_in_transformers.py": "beside its place, then renamed; runs without this package",

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from support.small_run import small_setup
 
-from mer_r1_jax.media.errors import MediaError
-from mer_r1_jax.omni.hf.config import load_config
-from mer_r1_jax.omni.hf.export import export_model
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.omni.hf.config_json import load_config
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import load_params
-from mer_r1_jax.run.inputs import with_local_inputs
-from mer_r1_jax.storage.bucket import BucketError
-from mer_r1_jax.storage.copies import fetch_file, fetch_folder
+from mer_r1_jax.run.inputs import resolve
+from mer_r1_jax.storage.bucket import BucketError, fetch_file, fetch_folder
 from mer_r1_jax.training.state import flatten, nest
 
 
@@ -115,14 +114,14 @@ def test_media_root_in_a_bucket_serves_records_on_a_disk(bucket, small_folder, t
 
 def test_weights_from_a_bucket_are_those_on_the_disk(bucket, small, tmp_path):
     params = nest(small.backbone.init(seed=0))
-    export_model(tmp_path / "hf", small.backbone.config, params, source=small.tokenizer_path)
+    export_model(tmp_path / "hf", small.backbone.config, params, ExportSettings(source=small.tokenizer_path))
     put_folder(bucket, "hf", tmp_path / "hf")
     config = dataclasses.replace(
         small.config,
         model=dataclasses.replace(small.config.model, path="gs://bucket/hf"),
         train=dataclasses.replace(small.config.train, local_dir=str(tmp_path / "copies")),
     )
-    path = with_local_inputs(config).model.path
+    path = resolve(config).model.path
     assert path.startswith(str(tmp_path / "copies"))
     expected, found = (flatten(load_params(folder, load_config(folder))) for folder in (tmp_path / "hf", path))
     for name, leaf in expected.items():

@@ -10,8 +10,8 @@ from support.killing import train
 from support.run_contents import contents, differences
 
 from mer_r1_jax.run.policy import PolicyError, load_policy, saved_config
+from mer_r1_jax.storage.bucket import fetch_folder
 from mer_r1_jax.storage.checkpoints import HOST_STATE, CheckpointError, Checkpoints
-from mer_r1_jax.storage.copies import fetch_folder
 
 SETTINGS = ("--config.sft.max_steps=0", "--config.rl.max_steps=3", "--config.train.save_steps=1")
 NOT_EVALUATED = "--config.data.eval_path="

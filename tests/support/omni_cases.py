@@ -6,7 +6,7 @@ import numpy as np
 from support.tiny_hf import AUDIO, AUDIO_BOS, AUDIO_EOS, ENDOFTEXT, IMAGE, VIDEO, VISION_BOS, VISION_EOS
 
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.omni.border import ProcessorInputs
+from mer_r1_jax.parity.processor_inputs import ProcessorInputs
 
 PATCH_VALUES = 1176
 MEL_BINS = 128

@@ -13,7 +13,7 @@ import torch
 from support.tiny_hf import make_tiny_thinker
 
 from mer_r1_jax.omni.config import ThinkerConfig
-from mer_r1_jax.omni.hf.config import load_config
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.load import load_params
 
 # Largest absolute differences allowed in float32; positions and greedy tokens are equal.

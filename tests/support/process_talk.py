@@ -18,8 +18,7 @@ from unittest import mock
 import numpy as np
 
 from mer_r1_jax.cli import explained
-from mer_r1_jax.config.errors import ConfigError
-from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape

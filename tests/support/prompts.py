@@ -8,11 +8,10 @@ import numpy as np
 from support.tiny_tokenizer import tiny_tokenizer
 
 from mer_r1_jax.config.schema import MediaConfig
-from mer_r1_jax.media.clips import AudioInput, Clips
+from mer_r1_jax.media.clips import AudioInput, Clips, VisionInput, laid_out
 from mer_r1_jax.media.mel import log_mel
 from mer_r1_jax.media.prompt import Prompt, PromptBuilder
 from mer_r1_jax.media.tokenizer import SPECIAL_TOKENS
-from mer_r1_jax.media.vision import VisionInput, laid_out
 from mer_r1_jax.omni.config import ThinkerConfig
 
 RATE = 16_000

@@ -23,6 +23,7 @@ from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.omni_backbone import OmniBackbone
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.state import init_state, state_shardings, trainable_names
 
@@ -45,7 +46,7 @@ def main(data: int, fsdp: int, tensor: int, file: str) -> None:
 def small_backbone(mesh: MeshConfig, devices=None) -> Backbone:
     config = ThinkerConfig.tiny(vocab_size=512, remat="nothing")
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=1))
-    return Backbone.create(config, make_mesh(mesh, devices))
+    return OmniBackbone.create(config, make_mesh(mesh, devices))
 
 
 def results(backbone: Backbone, chunks: tuple[int, ...]) -> dict[str, np.ndarray]:

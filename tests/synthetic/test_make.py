@@ -1,5 +1,6 @@
 """A whole small data set on disk: real clips, valid records, the same bytes again, completed when interrupted."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -11,7 +12,7 @@ from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.records import read_records
 from mer_r1_jax.data.synthetic import make
-from mer_r1_jax.data.synthetic.make import MAX_REASONING_TOKENS, WorldError, make_world
+from mer_r1_jax.data.synthetic.make import MAX_REASONING_TOKENS, WorldError, WorldSettings, make_world
 from mer_r1_jax.data.synthetic.render import FPS, FRAMES, render_scene, write_clip
 from mer_r1_jax.data.synthetic.world import CATEGORIES, NEUTRAL, Scene, draw_scene, load_lexicon
 from mer_r1_jax.emotion.rewards import answer_rewards
@@ -20,13 +21,13 @@ from mer_r1_jax.media.decode import read_audio_track, read_video
 from mer_r1_jax.media.mel import log_mel
 from mer_r1_jax.media.tokenizer import load_tokenizer
 
-COUNTS = dict(sft_clips=16, rl_clips=4, eval_clips=8)
+WORLD = WorldSettings(sft_clips=16, rl_clips=4, eval_clips=8)
 MEDIA = MediaConfig(min_frames=4, max_frames=4, video_min_pixels=84 * 84, video_max_pixels=84 * 84)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), workers=2, **COUNTS)
+    return make_world(tmp_path_factory.mktemp("world"), WORLD, workers=2)
 
 
 def _hashes(folder):
@@ -125,7 +126,7 @@ def test_displays_of_a_slot_differ_far_more_than_speakers_do(slot):
 
 
 def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
-    again = make_world(tmp_path / "again", workers=0, **COUNTS)
+    again = make_world(tmp_path / "again", WORLD, workers=0)
     assert _hashes(again.root) == _hashes(world.root)
 
 
@@ -141,27 +142,27 @@ def test_an_interrupted_data_set_is_completed(world, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "CLIPS_PER_TASK", 8)
     monkeypatch.setattr(faults, "here", stops_early)
     with pytest.raises(KeyboardInterrupt):
-        make_world(tmp_path, workers=0, **COUNTS)
+        make_world(tmp_path, WORLD, workers=0)
     monkeypatch.undo()
-    assert 0 < len(list((tmp_path / "clips").glob("*.mp4"))) < sum(COUNTS.values())
+    assert 0 < len(list((tmp_path / "clips").glob("*.mp4"))) < sum(WORLD.counts.values())
     assert not (tmp_path / "manifest.json").exists()
-    make_world(tmp_path, workers=0, **COUNTS)
+    make_world(tmp_path, WORLD, workers=0)
     assert _hashes(tmp_path) == finished
 
 
 def test_a_finished_data_set_is_reused_and_repaired(world):
     finished = _hashes(world.root)
     times = {path: path.stat().st_mtime_ns for path in (world.root / "clips").iterdir()}
-    make_world(world.root, workers=0, **COUNTS)
+    make_world(world.root, WORLD, workers=0)
     assert times == {path: path.stat().st_mtime_ns for path in (world.root / "clips").iterdir()}
     (world.root / "clips" / "rl-000003.mp4").unlink()
     world.rl.write_text("")
-    make_world(world.root, workers=0, **COUNTS)
+    make_world(world.root, WORLD, workers=0)
     assert _hashes(world.root) == finished
 
 
 def test_a_folder_of_another_world_is_refused(world):
     with pytest.raises(WorldError, match=r"other settings \(seed differ\): choose another folder"):
-        make_world(world.root, workers=0, seed=1, **COUNTS)
+        make_world(world.root, dataclasses.replace(WORLD, seed=1), workers=0)
     with pytest.raises(WorldError, match="must not be negative"):
-        make_world(world.root, workers=0, sft_clips=-1, rl_clips=0, eval_clips=0)
+        make_world(world.root, WorldSettings(sft_clips=-1, rl_clips=0, eval_clips=0), workers=0)

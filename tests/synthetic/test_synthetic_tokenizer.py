@@ -6,8 +6,14 @@ import sys
 
 import pytest
 
-from mer_r1_jax.data.synthetic.tokenizer import SPECIAL_TOKENS, VOCABULARY, save_tokenizer, special_ids, train_tokenizer
 from mer_r1_jax.data.synthetic.world import load_lexicon
+from mer_r1_jax.data.synthetic.world_tokenizer import (
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    save_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
 from mer_r1_jax.emotion.candidates import CandidateTable
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.rl.tags import AnswerTags

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mer_r1_jax.data.synthetic import text
+from mer_r1_jax.data.synthetic import wording
 from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
     NEUTRAL,
@@ -139,34 +139,34 @@ def test_categories_are_told_apart_by_most_wheels():
 def test_the_reasoning_names_only_cues_that_are_there(scenes):
     described = {d: (s, k) for s, slot in enumerate(SLOTS[:6]) for k, d in enumerate(LEXICON["descriptions"][slot])}
     for scene in scenes[:300]:
-        trace, kept = text.reasoning(scene, LEXICON, CONFIG)
-        quotes = text.subtitle(scene, LEXICON)[1]
+        trace, kept = wording.reasoning(scene, LEXICON, CONFIG)
+        quotes = wording.subtitle(scene, LEXICON)[1]
         for sentence in trace.split(". ")[:-1]:
             modality, cues = sentence.split(" seem ")[0].split(": ")
             for cue in cues.split(", "):
                 assert cue in quotes if modality == "Words" else scene.cues[described[cue][0]] == described[cue][1]
         assert set(kept) <= set(scene.label) and kept
-        assert trace.endswith(f"So {', '.join(text.plain_word(c, LEXICON) for c in kept)}.")
+        assert trace.endswith(f"So {', '.join(wording.plain_word(c, LEXICON) for c in kept)}.")
 
 
 def test_each_modality_seems_what_its_named_cues_show_most_often(scenes):
     scene = dataclasses.replace(
         scenes[0], cues=(2, 5, 5, NEUTRAL, 3, 1, 0, NEUTRAL, NEUTRAL), label=(5, 2), label_words=("amazed", "furious")
     )
-    trace, kept = text.reasoning(scene, LEXICON, CONFIG, np.zeros(9, bool))
+    trace, kept = wording.reasoning(scene, LEXICON, CONFIG, np.zeros(9, bool))
     seem = [part.split(". ")[0] for part in trace.split(" seem ")[1:]]
     assert seem == ["surprised or angry", "afraid or sad", "happy"]
     assert kept == (5,) and trace.endswith("So surprised.")
 
 
 def test_the_slow_answer_is_shorter_than_the_label(scenes):
-    kept = [text.reasoning(scene, LEXICON, CONFIG)[1] for scene in scenes[:1000]]
+    kept = [wording.reasoning(scene, LEXICON, CONFIG)[1] for scene in scenes[:1000]]
     assert np.mean([len(k) for k in kept]) < 0.9 * np.mean([len(scene.label) for scene in scenes[:1000]])
 
 
 def test_subtitles_quote_themselves(scenes):
     for scene in scenes[:300]:
-        subtitle, quotes = text.subtitle(scene, LEXICON)
+        subtitle, quotes = wording.subtitle(scene, LEXICON)
         assert all(quote in subtitle.lower() for quote in map(str.lower, quotes))
         assert [quote == "" for quote in quotes] == [cue == NEUTRAL for cue in scene.cues[6:]]
 
@@ -176,6 +176,6 @@ def test_a_long_reasoning_is_shortened_to_its_limit(scenes):
         return len(piece.split())
 
     for scene in scenes[:100]:
-        trace, kept = text.short_reasoning(scene, LEXICON, CONFIG, words, 14)
+        trace, kept = wording.short_reasoning(scene, LEXICON, CONFIG, words, 14)
         assert kept and trace.startswith(("Face:", "Voice:", "Words:"))
         assert words(trace) <= 14

@@ -12,10 +12,11 @@ from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
 from mer_r1_jax.data.quarantine import Quarantine
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.media.clips import merge_factor
 from mer_r1_jax.media.collate import bucket_for
-from mer_r1_jax.media.errors import MediaError, PromptError
 from mer_r1_jax.media.frames import video_size
-from mer_r1_jax.media.vision import merge_factor
+from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.prompt import PromptError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.training.prompts import PromptSource, plan_buckets, prompt_rows, uid_of
 

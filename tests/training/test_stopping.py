@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mer_r1_jax.stop_requested import StopRequested
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.training.signals import EXIT_SAVED
 from mer_r1_jax.training.stopping import NEVER, Stop
 
@@ -16,7 +16,7 @@ LONG_PROGRAM = """
     import os, signal, sys, threading, time
     import jax
     from mer_r1_jax.cli import ended
-    from mer_r1_jax.stop_requested import StopRequested
+    from mer_r1_jax.faults import StopRequested
     from mer_r1_jax.training.signals import EXIT_SAVED, StopSignals
     from mer_r1_jax.training.stopping import Stop
 

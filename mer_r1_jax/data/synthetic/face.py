@@ -48,7 +48,7 @@ def draw_frames(cues: tuple[int, int, int], rng: np.random.Generator, frames: in
         uint8[frames, 84, 84, 3].
     """
     eyes, mouth, colour = (None if cue == NEUTRAL else CATEGORIES[cue] for cue in cues)
-    background = COLOURS.get(colour, NEUTRAL_COLOUR)
+    background = NEUTRAL_COLOUR if colour is None else COLOURS[colour]
     portrait = _draw_portrait(eyes, mouth, background, rng)
     phase, jitter = rng.random(), rng.uniform(-1, 1, 2)
     moved = [
@@ -101,12 +101,14 @@ class _Pen:
     def disc(self, x, y, rx, ry, fill):
         self.draw.ellipse([v * SCALE for v in (x - rx, y - ry, x + rx, y + ry)], fill=fill)
 
-    def half_disc(self, x, y, rx, ry, start, end, fill):
-        self.draw.pieslice([v * SCALE for v in (x - rx, y - ry, x + rx, y + ry)], start, end, fill=fill)
+    def half_disc(self, x, y, rx, ry, fill):
+        """The lower half."""
+        self.draw.pieslice([v * SCALE for v in (x - rx, y - ry, x + rx, y + ry)], 0, 180, fill=fill)
 
-    def arc(self, x, y, rx, ry, start, end, width, fill=INK):
+    def arc(self, x, y, rx, ry, degrees, width):
+        """A part of an ellipse's line, between two angles that count clockwise from the right."""
         box = [v * SCALE for v in (x - rx, y - ry, x + rx, y + ry)]
-        self.draw.arc(box, start, end, fill=fill, width=round(width * SCALE))
+        self.draw.arc(box, *degrees, fill=INK, width=round(width * SCALE))
 
     def line(self, points, width, fill=INK):
         flat = [(x * SCALE, y * SCALE) for x, y in points]
@@ -153,7 +155,7 @@ def _eyes_neutral(pen):
 
 def _eyes_joy(pen):
     for x in (26, 58):
-        pen.arc(x, 39, 10, 12, 180, 360, 4.5)
+        pen.arc(x, 39, 10, 12, (180, 360), 4.5)
 
 
 def _eyes_sadness(pen):
@@ -181,7 +183,7 @@ def _eyes_disgust(pen):
 
 def _eyes_surprise(pen):
     for x in (26, 58):
-        pen.arc(x, 22, 11, 10, 190, 350, 3.5)
+        pen.arc(x, 22, 11, 10, (190, 350), 3.5)
         pen.disc(x, 35, 9.5, 9.5, INK)
         pen.disc(x + 3, 32, 2.5, 2.5, WHITE)
 
@@ -193,16 +195,16 @@ def _eyes_love(pen):
 
 def _eyes_pride(pen):
     pen.line([(14, 28), (36, 28)], 5)
-    pen.arc(58, 24, 12, 12, 190, 350, 5)
+    pen.arc(58, 24, 12, 12, (190, 350), 5)
     for x in (26, 58):
         pen.disc(x, 35, 10, 9, (115, 75, 190))
-        pen.half_disc(x, 35, 9, 8, 0, 180, WHITE)
-        pen.half_disc(x, 35, 4, 6, 0, 180, INK)
+        pen.half_disc(x, 35, 9, 8, WHITE)
+        pen.half_disc(x, 35, 4, 6, INK)
 
 
 def _eyes_shame(pen):
     for x in (26, 58):
-        pen.arc(x, 27, 10, 10, 15, 165, 3.5)
+        pen.arc(x, 27, 10, 10, (15, 165), 3.5)
     for x in (19, 65):
         pen.disc(x, 48, 8, 5, (245, 70, 90))
 
@@ -212,12 +214,12 @@ def _mouth_neutral(pen):
 
 
 def _mouth_joy(pen):
-    pen.half_disc(42, 58, 19, 18, 0, 180, (150, 20, 35))
+    pen.half_disc(42, 58, 19, 18, (150, 20, 35))
     pen.shape([(24, 58), (60, 58), (57, 64), (27, 64)], WHITE)
 
 
 def _mouth_sadness(pen):
-    pen.arc(42, 75, 16, 14, 195, 345, 4.5)
+    pen.arc(42, 75, 16, 14, (195, 345), 4.5)
 
 
 def _mouth_anger(pen):

@@ -8,11 +8,12 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mer_r1_jax import faults
-from mer_r1_jax.data.synthetic import text
+from mer_r1_jax.data.synthetic import wording
 from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
     DEFAULT_WORLD,
@@ -71,49 +72,78 @@ class WorldPaths:
         return self.root / "manifest.json"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldSettings:
+    """Everything a data set follows from.
+
+    Attributes:
+        sft_clips, rl_clips, eval_clips: how many clips; the three sets share none. An SFT clip has a record of every
+            annotator.
+        seed: every random choice follows from it.
+        config: the world's probabilities.
+        wheel_dir: emotion wheels; "" = the ones shipped.
+    """
+
+    sft_clips: int
+    rl_clips: int
+    eval_clips: int
+    seed: int = 0
+    config: WorldConfig = DEFAULT_WORLD
+    wheel_dir: str = ""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Clips of each of SPLITS."""
+        return dict(zip(SPLITS, (self.sft_clips, self.rl_clips, self.eval_clips), strict=True))
+
+    def to_json(self, lexicon: dict) -> dict[str, Any]:
+        """As the data set's folder keeps them."""
+        content = hashlib.sha256(json.dumps(lexicon, sort_keys=True).encode()).hexdigest()
+        settings = {
+            "version": VERSION,
+            "clips": self.counts,
+            "seed": self.seed,
+            "world": dataclasses.asdict(self.config),
+            "lexicon_sha256": content,
+            "wheel_dir": str(self.wheel_dir),
+        }
+        return json.loads(json.dumps(settings))
+
+
 def make_world(
     root: str | Path,
+    world: WorldSettings,
     *,
-    sft_clips: int,
-    rl_clips: int,
-    eval_clips: int,
-    seed: int = 0,
     workers: int = 2,
-    config: WorldConfig = DEFAULT_WORLD,
-    wheel_dir: str = "",
-    progress=None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> WorldPaths:
     """Makes a data set, or completes or reuses the one that is there.
 
     Args:
         root: its folder.
-        sft_clips, rl_clips, eval_clips: how many clips; the three sets share none. An SFT clip has a record of every
-            annotator.
-        seed: every random choice follows from it.
+        world: what it follows from.
         workers: processes that draw and encode; 0 does it in this one.
-        config: the world's probabilities.
-        wheel_dir: emotion wheels; "" = the ones shipped.
         progress: called with (clips done, clips in all) now and then.
 
     Raises:
         WorldError: the folder holds a data set made with other settings, or a count is negative.
     """
     from mer_r1_jax.data.synthetic.oracle import Oracle
-    from mer_r1_jax.data.synthetic.tokenizer import save_tokenizer, train_tokenizer
+    from mer_r1_jax.data.synthetic.world_tokenizer import save_tokenizer, train_tokenizer
     from mer_r1_jax.emotion.wheels import load_wheels
 
     paths = WorldPaths(Path(root))
-    counts = dict(zip(SPLITS, (sft_clips, rl_clips, eval_clips), strict=True))
+    counts, seed, config = world.counts, world.seed, world.config
     if min(counts.values()) < 0:
         raise WorldError(f"clip counts must not be negative, got {counts}")
     lexicon = load_lexicon()
-    settings = _settings(counts, seed, config, lexicon, wheel_dir)
+    settings = world.to_json(lexicon)
     if _is_complete(paths, settings, counts):
         return paths
     (paths.root / "clips").mkdir(parents=True, exist_ok=True)
     _write(paths.root / "settings.json", json.dumps(settings, indent=1))
-    _render_missing(paths, seed, counts, config, workers, progress)
-    wheels = load_wheels(wheel_dir)
+    _render_missing(paths, world, workers, progress)
+    wheels = load_wheels(world.wheel_dir)
     tokenizer = train_tokenizer(lexicon, wheels)
     save_tokenizer(tokenizer, paths.tokenizer)
     oracle = Oracle(config, lexicon, wheels)
@@ -121,7 +151,7 @@ def make_world(
     annotated = (
         draw_scene(seed, "sft", index, lexicon, config, annotator)
         for annotator in range(config.annotators)
-        for index in range(sft_clips)
+        for index in range(world.sft_clips)
     )
     _write_lines(paths.sft, (_sft_row(scene, lexicon, config, tokenizer) for scene in annotated))
     _write_lines(paths.rl, (_row(scene, lexicon) for scene in scenes["rl"]))
@@ -135,20 +165,6 @@ def make_world(
 def clip_path(scene: Scene) -> str:
     """The clip's path relative to the data set's folder."""
     return f"clips/{scene.name}.mp4"
-
-
-def _settings(counts, seed: int, config: WorldConfig, lexicon: dict, wheel_dir: str) -> dict:
-    """Everything a data set follows from, as JSON would give it back."""
-    content = hashlib.sha256(json.dumps(lexicon, sort_keys=True).encode()).hexdigest()
-    settings = {
-        "version": VERSION,
-        "clips": counts,
-        "seed": seed,
-        "world": dataclasses.asdict(config),
-        "lexicon_sha256": content,
-        "wheel_dir": str(wheel_dir),
-    }
-    return json.loads(json.dumps(settings))
 
 
 def _is_complete(paths: WorldPaths, settings: dict, counts: dict[str, int]) -> bool:
@@ -179,13 +195,13 @@ def _hashes(paths: WorldPaths) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "" for path in files}
 
 
-def _render_missing(paths: WorldPaths, seed: int, counts: dict, config: WorldConfig, workers: int, progress) -> None:
+def _render_missing(paths: WorldPaths, world: WorldSettings, workers: int, progress) -> None:
     """Draws and encodes the clips that are not there yet."""
-    wanted = [(split, index) for split, count in counts.items() for index in range(count)]
+    wanted = [(split, index) for split, count in world.counts.items() for index in range(count)]
     missing = [(s, i) for s, i in wanted if not (paths.root / f"clips/{s}-{i:06d}.mp4").exists()]
     tasks = [missing[start : start + CLIPS_PER_TASK] for start in range(0, len(missing), CLIPS_PER_TASK)]
     done = len(wanted) - len(missing)
-    for count in _run_tasks(tasks, (str(paths.root), seed, config), workers):
+    for count in _run_tasks(tasks, (str(paths.root), world.seed, world.config), workers):
         done += count
         if progress is not None:
             progress(done, len(wanted))
@@ -219,20 +235,20 @@ def _row(scene: Scene, lexicon: dict) -> dict:
     """A record with the clean truth."""
     return {
         "id": scene.name,
-        "question": text.QUESTION,
+        "question": wording.QUESTION,
         "videos": [clip_path(scene)],
         "audios": [clip_path(scene)],
-        "subtitle": text.subtitle(scene, lexicon)[0],
+        "subtitle": wording.subtitle(scene, lexicon)[0],
         "solution": list(scene.truth_words),
     }
 
 
 def _sft_row(scene: Scene, lexicon: dict, config: WorldConfig, tokenizer) -> dict:
     """A record with an annotator's noisy label, and a slow demonstration that keeps what it has evidence for."""
-    trace, kept = text.short_reasoning(
+    trace, kept = wording.short_reasoning(
         scene, lexicon, config, lambda piece: len(tokenizer(piece)["input_ids"]), MAX_REASONING_TOKENS
     )
-    target = text.slow_target(trace, text.slow_answer(scene, kept))
+    target = wording.slow_target(trace, wording.slow_answer(scene, kept))
     row = _row(scene, lexicon) | {"id": f"{scene.name}-{scene.annotator}", "solution": list(scene.label_words)}
     question = row.pop("question")
     row["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": target}]

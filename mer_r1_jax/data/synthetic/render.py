@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.audio.stream import AudioStream
 
 from mer_r1_jax.data.synthetic import face, voice
 from mer_r1_jax.data.synthetic.world import SLOTS_PER_MODALITY, Scene, random_stream
@@ -60,6 +61,7 @@ def _encode(path: Path, frames: np.ndarray, sound: np.ndarray) -> None:
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
         audio = container.add_stream("aac", rate=voice.RATE, layout="mono", options=AUDIO_OPTIONS)
+        assert isinstance(audio, AudioStream)
         audio.bit_rate = AUDIO_BIT_RATE
         for number, picture in enumerate(_to_yuv(frames)):
             frame = av.VideoFrame.from_ndarray(picture, format="yuv420p")

@@ -111,7 +111,7 @@ def synthesise(cues: tuple[int, int, int], rng: np.random.Generator) -> np.ndarr
     tone = tone / tone.std()
     if colour in NOISE:
         share, band = NOISE[colour]
-        breath = sosfilt(_band_pass(band), noise)
+        breath = np.asarray(sosfilt(_band_pass(band), noise))
         tone = (1 - share) * tone + share * breath / breath.std()
     voice = tone * _syllables(RATES[rate] * rng.uniform(0.95, 1.05), time, rng.random())
     begin, end = LOUDNESS[loudness]
@@ -148,11 +148,12 @@ def _wavetable(colour: str) -> np.ndarray:
 
 @functools.cache
 def _band_pass(band: tuple[int, int]) -> np.ndarray:
-    return butter(2, band, "bandpass", fs=RATE, output="sos")
+    return np.asarray(butter(2, band, "bandpass", fs=RATE, output="sos"))
 
 
 def _resonate(tone: np.ndarray, formant: float) -> np.ndarray:
     """Two-pole resonance of 120 Hz width at `formant` Hz, with gain near 1 at its peak."""
     radius = np.exp(-np.pi * 120 / RATE)
     angle = 2 * np.pi * formant / RATE
-    return lfilter([(1 - radius) * 2 * np.sin(angle)], [1, -2 * radius * np.cos(angle), radius**2], tone)
+    resonance = [(1 - radius) * 2 * np.sin(angle)], [1, -2 * radius * np.cos(angle), radius**2]
+    return np.asarray(lfilter(*resonance, tone))

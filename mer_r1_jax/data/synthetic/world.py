@@ -117,7 +117,7 @@ class Scene:
 
 def load_lexicon() -> dict:
     """Words, cue descriptions and subtitle phrases of the world, as `lexicon.json` holds them."""
-    text = resources.files(__package__).joinpath("lexicon.json").read_text(encoding="utf-8")
+    text = resources.files("mer_r1_jax.data.synthetic").joinpath("lexicon.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 

@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mer_r1_jax.evaluation.ablation.ablation_narrative import SAMPLED_NOTE, counted, describe, label, span
 from mer_r1_jax.evaluation.ablation.alikeness import OBJECTIVES
 from mer_r1_jax.evaluation.ablation.arm_comparison import (
     PAPER_F1,
@@ -27,12 +26,29 @@ from mer_r1_jax.evaluation.ablation.arm_comparison import (
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS, SeedResult
 from mer_r1_jax.evaluation.bootstrap import POINTS, signed
 from mer_r1_jax.evaluation.figures import FAST, MUTED, SLOW, STYLE, data_uri, smooth, svg
+from mer_r1_jax.evaluation.narrative import tell_ablation
 from mer_r1_jax.evaluation.over_seeds import Mean, mean_over_seeds
-from mer_r1_jax.evaluation.report_kit import NONE, Table, markdown, number, percent, render_page, text_table
+from mer_r1_jax.evaluation.report_kit import (
+    NONE,
+    Table,
+    counted,
+    markdown,
+    number,
+    percent,
+    render_page,
+    span,
+    text_table,
+)
 from mer_r1_jax.foreign_text import for_markdown, printable
 from mer_r1_jax.storage import durable
 
 FIGURE = "ablation.svg"
+SAMPLED_NOTE = f"Sampled rewards are means over the last {LAST_STEPS} steps of RL."
+
+
+def label(row: str) -> str:
+    """A row's name for people."""
+    return "SFT" if row == SFT else row.replace("control_", "control: ")
 
 
 def write(folder: Path, ablation: Ablation, command: str, plan: Mapping[str, Any], setting: str) -> list[Path]:
@@ -46,7 +62,7 @@ def write(folder: Path, ablation: Ablation, command: str, plan: Mapping[str, Any
     """
     picture = draw(ablation)
     tables = tables_of(ablation)
-    paragraphs = describe(ablation)
+    paragraphs = tell_ablation(ablation)
     text = "\n\n".join(
         ["## Ablation of the arms", for_markdown(setting), *paragraphs, f"![Scores, gains and curves]({FIGURE})"]
         + [markdown(table).rstrip() for table in tables]
@@ -225,7 +241,7 @@ def draw(ablation: Ablation) -> bytes:
     rows = list(ablation.rows)
     trained = [row for row in rows if any(len(result.reward_curve[0]) for result in row.results)]
     colors = {row.row: COLORS[number % len(COLORS)] for number, row in enumerate(trained)}
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "ablation"}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "ablation"}):
         figure = Figure(figsize=(11, 2.2 + 0.28 * len(rows) + (3.2 if trained else 0)), layout="constrained")
         grid = figure.add_gridspec(
             2 if trained else 1, 2, height_ratios=[1.4 + 0.28 * len(rows), 3.2][: 1 + bool(trained)]
@@ -250,7 +266,7 @@ def _scores(axes: Axes, rows: list[RowResult], ablation: Ablation) -> None:
                 POINTS * mean.mean, place + offset, xerr=POINTS * (mean.error or 0.0), fmt="|", color=color,
                 markersize=9, capsize=0, elinewidth=2, label=mode if place == 0 else None,
             )  # fmt: skip
-    levels = [(ablation.row(SFT).means["slow", "f1"].mean, "slow after SFT")]
+    levels = [(ablation.sft.means["slow", "f1"].mean, "slow after SFT")]
     if ablation.ceiling is not None and not _far_away(ablation.ceiling, rows):
         levels.append((ablation.ceiling, "ceiling"))
     for value, _ in levels:
@@ -276,6 +292,7 @@ def _gains(axes: Axes, rows: list[RowResult]) -> None:
     """Gains over SFT with their 95% intervals, every seed's as a dot."""
     axes.axvline(0, color=MUTED, linewidth=1)
     for place, row in enumerate(rows):
+        assert row.gain is not None  # of rows that have gained, or lost
         gain = row.gain.difference
         axes.plot([gain.low, gain.high], [place, place], color=SLOW, linewidth=2, solid_capstyle="butt")
         axes.plot(gain.points, place, "o", color=SLOW, markersize=6)
@@ -295,14 +312,17 @@ def _name_rows(axes: Axes, rows: list[RowResult]) -> None:
 def _held_out_curves(axes: Axes, rows: list[RowResult], colors: dict[str, str]) -> None:
     for row in rows:
         steps = sorted(set.intersection(*({step for step, _ in result.between} for result in row.results)))
-        values = [
-            POINTS * np.mean([dict(result.between)[step].score("slow", "f1") for result in row.results])
-            for step in steps
-        ]
+        values = [POINTS * np.mean([_slow_f1_at(result, step) for result in row.results]) for step in steps]
         axes.plot(steps, values, marker="o", markersize=3.5, linewidth=1.6, **_look(row, colors))
     axes.set_title("Slow F1 of held-out clips over steps of RL, mean of the seeds")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.legend(loc="best", ncols=2)
+
+
+def _slow_f1_at(result: SeedResult, step: int) -> float:
+    """Of the evaluation after a step of RL; NaN, a gap in the curve, where it has none."""
+    score = dict(result.between)[step].score("slow", "f1")
+    return np.nan if score is None else score
 
 
 def _reward_curves(axes: Axes, rows: list[RowResult], colors: dict[str, str]) -> None:

@@ -103,6 +103,11 @@ class Ablation:
     missing: tuple[str, ...]
     alike: Alikeness | None = None
 
+    @property
+    def sft(self) -> RowResult:
+        """What all arms began with; `compare` makes no ablation without it."""
+        return self.rows[0]
+
     def row(self, name: str) -> RowResult | None:
         """A row by its name."""
         return next((row for row in self.rows if row.row == name), None)
@@ -217,8 +222,9 @@ def _row(row: str, runs: _Runs) -> RowResult:
     for mode in MODES:
         for name in COUNTS:
             values = [result.end.score(mode, name) for result in results]
-            if None not in values:
-                means[mode, name] = mean_over_seeds(values)
+            present = [value for value in values if value is not None]
+            if len(present) == len(values):
+                means[mode, name] = mean_over_seeds(present)
     return RowResult(
         row=row,
         results=results,
@@ -235,6 +241,7 @@ def _stretch(results: Sequence[SeedResult], runs: _Runs) -> Stretch | None:
     steps = {tuple(step for step, _ in pair) for pair in pairs}
     if len(steps) != 1 or len(next(iter(steps))) != 2:
         return None
+    ((first, last),) = steps
     evaluations = [evaluation for pair in pairs for _, evaluation in pair]
     clips = [c for c in runs.clips if all(c in one.samples and is_scored(one.samples[c]) for one in evaluations)]
     if len(clips) < 2:
@@ -243,7 +250,7 @@ def _stretch(results: Sequence[SeedResult], runs: _Runs) -> Stretch | None:
         name: np.asarray([[pair[place][1].samples[clip]["slow"]["f1"] for clip in clips] for pair in pairs], np.float64)
         for place, name in enumerate(("before", "after"))
     }
-    return Stretch(*next(iter(steps)), Resampled(scores, runs.seed).difference("after", "before"))
+    return Stretch(first, last, Resampled(scores, runs.seed).difference("after", "before"))
 
 
 def _versus(after: str, before: str, runs: _Runs) -> Versus:

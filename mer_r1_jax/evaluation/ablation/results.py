@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from mer_r1_jax.emotion.answer_form import MODES
-from mer_r1_jax.evaluation.run_narrative import stages_of
-from mer_r1_jax.evaluation.run_record import Evaluation, RunRecord, read_run
+from mer_r1_jax.evaluation.run_record import KeptEvaluation, RunRecord, read_run, stages_of
 
 LAST_STEPS = 40  # of RL, whose sampled rewards are averaged
 SCORES = ("precision", "recall", "f1")
@@ -54,9 +53,9 @@ class SeedResult:
     row: str
     seed: int
     run: str
-    start: Evaluation | None
-    end: Evaluation
-    between: tuple[tuple[int, Evaluation], ...]
+    start: KeptEvaluation | None
+    end: KeptEvaluation
+    between: tuple[tuple[int, KeptEvaluation], ...]
     sampled: dict[str, float]
     reward_curve: tuple[np.ndarray, np.ndarray]
     seconds: dict[str, float]
@@ -98,11 +97,10 @@ def read_result(folder: Path, row: str, seed: int) -> SeedResult:
         raise AblationError(f"{folder} has no evaluation that can be read, but the run is finished: remove the folder")
     stages = stages_of(run, next(iter(run.evaluations)))
     end = stages.end
-    if end is None or len(end.samples) != end.n or not any(map(is_scored, end.samples.values())):
-        found = 0 if end is None else len(end.samples)
+    if len(end.samples) != end.n or not any(map(is_scored, end.samples.values())):
         raise AblationError(
-            f"{folder}/eval: the last evaluation has {found} answers that can be read, expected "
-            f"{'some' if end is None or not end.n else end.n}: remove the run's folder and start again"
+            f"{folder}/eval: the last evaluation has {len(end.samples)} answers that can be read, expected "
+            f"{end.n or 'some'}: remove the run's folder and start again"
         )
     start = stages.start if stages.start is not end else None
     between = [(stages.rl_step(one), one) for one in run.evaluations[end.benchmark] if one.phase == "rl"]
@@ -128,7 +126,7 @@ def _sampled(run: RunRecord) -> dict[str, float]:
     return found
 
 
-def _scores(evaluation: Evaluation) -> dict[str, Any]:
+def _scores(evaluation: KeptEvaluation) -> dict[str, Any]:
     return {
         "step": evaluation.step,
         "clips": evaluation.n_scored,
@@ -137,7 +135,7 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def same_answers(one: Evaluation, other: Evaluation) -> tuple[int, int]:
+def same_answers(one: KeptEvaluation, other: KeptEvaluation) -> tuple[int, int]:
     """How many clips have the same slow and fast answer, letter by letter, in both; and how many both have."""
     common = one.samples.keys() & other.samples.keys()
     same = sum(all(one.samples[c][mode]["text"] == other.samples[c][mode]["text"] for mode in MODES) for c in common)

@@ -151,7 +151,7 @@ def read_set(name: str, root: str | pathlib.Path, *, question: str) -> Benchmark
 
 
 def read_synthetic(eval_file: str | pathlib.Path, media_root: str | pathlib.Path, *, question: str) -> BenchmarkData:
-    """The embedded world's held-out clips.
+    """The synthetic world's held-out clips.
 
     Raises:
         RecordError: the file cannot be used.

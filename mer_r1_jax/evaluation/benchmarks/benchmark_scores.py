@@ -106,12 +106,17 @@ def _readable(lines: Sequence[Mapping[str, Any]], metric: str, scorer: Scorer) -
             raise BenchmarkError(f"the answer of {line.get('id')} lacks {', '.join(missing)}; it cannot be scored")
     extracted: Extracted = extract(lines, metric, scorer.scoring, scorer.wheels, scorer.extractor)
     predictions = extracted.polarities if metric == WAF else extracted.words
-    kept = [i for i, prediction in enumerate(predictions) if prediction is not None]
+    # Where there is a polarity there are words as well: it is made from them.
+    kept = [
+        (line, prediction, words)
+        for line, prediction, words in zip(lines, predictions, extracted.words, strict=True)
+        if prediction is not None and words is not None
+    ]
     return _Scored(
-        lines=tuple(lines[i] for i in kept),
-        truths=tuple(lines[i]["truth"] for i in kept),
-        predictions=tuple(predictions[i] for i in kept),
-        words=tuple(extracted.words[i] for i in kept),
+        lines=tuple(line for line, _, _ in kept),
+        truths=tuple(line["truth"] for line, _, _ in kept),
+        predictions=tuple(prediction for _, prediction, _ in kept),
+        words=tuple(words for _, _, words in kept),
         failures=extracted.failures,
     )
 
@@ -206,10 +211,9 @@ def _references(scored: _Scored, wheels: Wheels) -> dict[str, Any]:
     floor = constant_floor(majority_answer(scored.true_words, wheels), scored.true_words, wheels)
     # Over the clips that the floor and clip_f1 are over: those whose truth is on a wheel.
     pairs = zip(scored.lines, scored.true_words, strict=True)
-    known = [(line.get(ORACLE_COLUMN), truth) for line, truth in pairs if is_scorable(truth, wheels)]
-    ceiling = None
-    if known and all(words is not None for words, _ in known):
-        ceiling = float(np.mean([answer_rewards(words, truth, wheels).f1 for words, truth in known]))
+    oracles = [(line.get(ORACLE_COLUMN), truth) for line, truth in pairs if is_scorable(truth, wheels)]
+    known = [answer_rewards(words, truth, wheels).f1 for words, truth in oracles if words is not None]
+    ceiling = float(np.mean(known)) if known and len(known) == len(oracles) else None
     return {"majority_answer": list(floor.words), "majority_f1": floor.f1, "oracle_f1": ceiling}
 
 

@@ -74,6 +74,7 @@ def load(content: bytes) -> Any:
     """
     machine = _Machine()
     for count, (opcode, argument, position) in enumerate(pickletools.genops(content)):
+        assert position is not None  # genops knows where it is in bytes
         if opcode.name == "STOP":
             if position + 1 != len(content):
                 raise UnsafePickle(f"{len(content) - position - 1} bytes follow its pickle's end, expected none")

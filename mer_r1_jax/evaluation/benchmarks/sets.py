@@ -15,7 +15,7 @@ class BenchmarkError(ValueError):
     """A benchmark that cannot be read, answered or scored as asked."""
 
 
-SYNTHETIC = "synthetic"  # the embedded world's held-out clips
+SYNTHETIC = "synthetic"  # the synthetic world's held-out clips
 
 SET_F1, HIT, WAF = "set_f1", "hit", "waf"
 _SIX = ("neutral", "angry", "happy", "sad", "worried", "surprise")
@@ -186,7 +186,7 @@ PAPER_F1_MEANS = {
 
 def title_of(name: str) -> str:
     """How a benchmark is printed."""
-    return LAYOUTS[name].title if name in LAYOUTS else "Embedded world"
+    return LAYOUTS[name].title if name in LAYOUTS else "Synthetic world"
 
 
 def metric_of(name: str) -> str:

@@ -99,7 +99,7 @@ def main_table(columns: Columns) -> Table | None:
 
 
 def synthetic_table(columns: Columns) -> Table | None:
-    """The embedded world: set F, and the mean F1 of single clips between floor and ceiling."""
+    """The synthetic world: set F, and the mean F1 of single clips between floor and ceiling."""
     scores = columns.scores_of(SYNTHETIC)
     if not scores:
         return None
@@ -117,7 +117,7 @@ def synthetic_table(columns: Columns) -> Table | None:
     return Table(
         heads=(Row((Cell("Score"), *columns.titled())),),
         rows=tuple(rows),
-        title="Embedded world",
+        title="Synthetic world",
         note=f"Mean F1 of single clips: {percent(references['majority_f1'], DIGITS)} for the best constant answer"
         f"{f' ({majority})' if majority else ''}, {percent(references['oracle_f1'], DIGITS)} for one who knows the "
         "cues.",

@@ -79,8 +79,9 @@ class Extractor(Protocol):
 
     def ask_many(
         self, list_of_messages: Sequence[list[dict[str, str]]], *, prompt_version: str, max_tokens: int
-    ) -> list[str | Exception]:
+    ) -> Sequence[str | Exception]:
         """A reply, or the reason why there is none, for each chat."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

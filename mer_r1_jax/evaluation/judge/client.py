@@ -250,7 +250,9 @@ class ChatClient:
         return reply
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        asked = state.outcome.exception().retry_after
+        error = state.outcome and state.outcome.exception()
+        assert isinstance(error, TransientError)  # no other is tried again
+        asked = error.retry_after
         grown = tenacity.wait_exponential_jitter(initial=self.backoff, max=LONGEST_WAIT, jitter=self.backoff)(state)
         return grown if asked is None or asked > _MEANT_WAIT else min(max(asked, 0.0), LONGEST_WAIT)
 

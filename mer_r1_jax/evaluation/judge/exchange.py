@@ -77,6 +77,7 @@ def client(**settings: Any) -> httpx.Client:
     # The library takes another backend for plain connections only; a proxy of the environment needs it as well.
     for transport in (made._transport, *made._mounts.values()):
         if transport is not None:
+            assert isinstance(transport, httpx.HTTPTransport)  # all that a client makes for itself
             transport._pool._network_backend = _Backend(transport._pool._network_backend)
     return made
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from mer_r1_jax.evaluation.mme.judging import Protocol, describe
 from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
-from mer_r1_jax.evaluation.mme.mme_scores import paired_modes, score_mode
+from mer_r1_jax.evaluation.mme.mme_scores import lines_of, paired_modes, score_mode
 from mer_r1_jax.evaluation.mme.mme_tasks import MmeError
 from mer_r1_jax.evaluation.mme.stages import asked_of
 from mer_r1_jax.evaluation.result_log import LogForm, ResultFolder, read_log
@@ -101,6 +101,12 @@ class MmeFolder(ResultFolder):
             raise MmeError(f"{path}: not there; evaluate something into this folder first") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MmeError(f"{path}: cannot be read ({error}); choose another --out") from error
+
+    def told(self, scores: list[dict[str, Any]]) -> list[str]:
+        """Scores in lines for a console, and where the report is; without any, where the answers are."""
+        if not scores:
+            return [f"answers: {self.predictions}; add --judge_url and --judge_model to rate them"]
+        return [*(line for score in scores for line in lines_of(score)), f"report: {self.report}"]
 
     def score(self) -> list[dict[str, Any]]:
         """Scores the ratings of every protocol in the folder, and keeps the scores.

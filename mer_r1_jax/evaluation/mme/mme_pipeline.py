@@ -43,7 +43,7 @@ class Responses:
         MmeError: the files cannot be used.
     """
 
-    modes = (RESPONSE,)
+    modes: tuple[str, ...] = (RESPONSE,)
 
     def __init__(self, folder: str | Path, benchmark: Benchmark):
         files = response_files(folder)
@@ -104,7 +104,7 @@ def run(
 
     Args:
         benchmark: what is asked.
-        predictor: who answers: `Responses`, or a policy (`mer_r1_jax.run.mme`).
+        predictor: who answers: `Responses`, or a policy (`mer_r1_jax.run.benchmark`).
         out: folder of everything that is written.
         judges: who rates; None only answers, for a judge later.
         num_examples: items of each mode shown in the report, the first ones.

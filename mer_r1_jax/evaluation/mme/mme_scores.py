@@ -96,7 +96,7 @@ def _score(groups: Sequence[np.ndarray]) -> dict[str, float | None]:
     return _interval(macro_interval(groups) if len(groups) > 1 else mean_interval(groups[0]))
 
 
-def _interval(value: Difference) -> dict[str, float]:
+def _interval(value: Difference) -> dict[str, float | None]:
     return {"score": value.points, "low": value.low, "high": value.high}
 
 

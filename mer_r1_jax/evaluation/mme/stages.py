@@ -22,7 +22,7 @@ from mer_r1_jax.evaluation.mme.judging import MAX_STEPS, digest_of
 from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
 from mer_r1_jax.evaluation.result_log import FAILED, ResultLog
-from mer_r1_jax.media.errors import MediaError
+from mer_r1_jax.media.opening import MediaError
 
 _STEPS_BLOCK = re.compile(r"<steps?>(.*?)</steps?>", re.DOTALL | re.IGNORECASE)
 _SCORE_BLOCK = re.compile(r"<scores?>(.*?)</scores?>", re.DOTALL | re.IGNORECASE)
@@ -169,6 +169,7 @@ class Predictor(Interface):
 
     def answers(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Mapping[str, Any] | Failure]]:
         """An answer with its `text`, or why there is none, for each, in any order."""
+        ...
 
 
 def asked_of(benchmark: Benchmark, modes: Iterable[str]) -> list[Asked]:

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mer_r1_jax import faults
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.omni.config import DTYPES, ThinkerConfig
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.config import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
+from mer_r1_jax.omni.hf.config_json import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
 from mer_r1_jax.omni.hf.staging import ExportError, staged
 from mer_r1_jax.omni.hf.sums import SUMS_FILE, VOCABULARY_FILES, check_weights, sum_of, write_sums
@@ -30,6 +31,7 @@ from mer_r1_jax.omni.hf.tensor_files import (
     INDEX_FILE,
     NUMPY_DTYPES,
     SINGLE_FILE,
+    StoredTensor,
     TensorSpec,
     list_tensors,
     spec,
@@ -37,7 +39,6 @@ from mer_r1_jax.omni.hf.tensor_files import (
     write_tensor_file,
 )
 from mer_r1_jax.omni.thinker import abstract_thinker
-from mer_r1_jax.stop_requested import StopRequested
 
 # Tokenizer, processor and generation files, of which a source directory has some.
 COPIED_FILES = (
@@ -82,25 +83,18 @@ class ExportReport:
     left_out: tuple[str, ...] = ()
 
 
-def export_model(
-    directory: str | Path,
-    config: ThinkerConfig,
-    params: Mapping,
-    *,
-    source: str | Path | None = None,
-    base: str | Path | None = None,
-    dtype: str | None = None,
-    max_shard_size: int | str = "5GB",
-    overwrite: bool = False,
-    asked: Callable[[], bool] = lambda: False,
-) -> ExportReport:
-    """Writes a Hugging Face directory.
+def _parse_size(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", str(size).strip().upper())
+    if match is None or match[2] not in _SIZE_UNITS or int(match[1]) == 0:
+        raise ExportError(f'max_shard_size is {size!r}: expected a positive number of bytes or text like "5GB"')
+    return int(match[1]) * _SIZE_UNITS[match[2]]
 
-    Args:
-        directory: where it goes; must not exist, or be empty, unless `overwrite`.
-        config: the architecture of `params`.
-        params: nested dict of numpy or jax arrays in the shapes of `abstract_thinker(config)`, all of them held by this
-            process.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """How a model is written.
+
+    Attributes:
         source: directory whose tokenizer, processor and generation files are copied.
         base: full Omni directory (`thinker.`, `talker.` and `token2wav.` tensors). The export is then a copy of it,
             file by file and tensor by tensor, in which only the Thinker's weights are new; `source` and
@@ -108,29 +102,58 @@ def export_model(
         dtype: float32 | bfloat16 | float16; None keeps the dtype of each parameter, or with `base` that of the tensor
             it replaces.
         max_shard_size: bytes, or text like "5GB" (10^9); more than fits goes to further files with an index.
-        overwrite: replace `directory` if it holds an earlier export.
+        overwrite: replace a directory that holds an earlier export.
+    """
+
+    source: str | Path | None = None
+    base: str | Path | None = None
+    dtype: str | None = None
+    max_shard_size: int | str = "5GB"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ExportError for an impossible dtype or shard size."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ExportError(f"dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        _parse_size(self.max_shard_size)
+
+    def dtype_over(self, own: Any) -> np.dtype:
+        """The dtype a tensor is written in whose own is `own`."""
+        return np.dtype(jnp.dtype(self.dtype or own))
+
+
+def export_model(
+    directory: str | Path,
+    config: ThinkerConfig,
+    params: Mapping,
+    settings: ExportSettings = ExportSettings(),
+    *,
+    asked: Callable[[], bool] = lambda: False,
+) -> ExportReport:
+    """Writes a Hugging Face directory.
+
+    Args:
+        directory: where it goes; must not exist, or be empty, unless the settings say `overwrite`.
+        config: the architecture of `params`.
+        params: nested dict of numpy or jax arrays in the shapes of `abstract_thinker(config)`, all of them held by this
+            process.
+        settings: dtype, files beside the weights, shards.
         asked: whether the program is to stop; looked at before every tensor.
 
     Raises:
         StopRequested: `asked` said so; nothing is left of the export.
         ExportError: parameters that do not fit `config`, are held by other processes or are not finite; a base that is
-            another model or none; a target that exists; an impossible dtype or shard size.
+            another model or none; a target that exists.
         WeightError: the base's tensors are not those of its config.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ExportError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
-    limit = _parse_size(max_shard_size)
     sources = _sources(config, params)
-    inputs = [Path(path) for path in (source, base) if path is not None]
+    inputs = [Path(path) for path in (settings.source, settings.base) if path is not None]
     for path in inputs:
         if not path.is_dir():
             raise ExportError(f"{path}: not a directory; expected one to copy files from")
-    with staged(Path(directory), overwrite=overwrite, inputs=inputs) as staging:
-        if base is not None:
-            report = _write_omni(staging, Path(base), config, sources, dtype, asked)
-        else:
-            content = _Content(config, sources, Path(source) if source else None)
-            report = _write_thinker(staging, content, dtype, limit, asked)
+    with staged(Path(directory), overwrite=settings.overwrite, inputs=inputs) as staging:
+        write = _write_thinker if settings.base is None else _write_omni
+        report = write(staging, config, sources, settings, asked)
     return dataclasses.replace(report, directory=Path(directory))
 
 
@@ -152,24 +175,16 @@ def _sources(config: ThinkerConfig, params: Mapping) -> dict[str, Source]:
     return {entry.name: (entry, given[entry.path]) for entry in table.entries(abstract, config)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Content:
-    """What an export of the Thinker alone is made of: bare stored name -> where it comes from, files to copy."""
-
-    config: ThinkerConfig
-    sources: Mapping[str, Source]
-    files: Path | None
-
-
 def _write_thinker(
-    staging: Path, content: _Content, dtype: str | None, limit: int, asked: Callable[[], bool]
+    staging: Path,
+    config: ThinkerConfig,
+    sources: Mapping[str, Source],
+    settings: ExportSettings,
+    asked: Callable[[], bool],
 ) -> ExportReport:
-    config, sources, source = content.config, content.sources, content.files
-    specs = [
-        spec(name, entry.stored_shape, np.dtype(jnp.dtype(dtype or leaf.dtype)))
-        for name, (entry, leaf) in sources.items()
-    ]
-    shards = _split(specs, limit)
+    """Writes the Thinker alone, with what `settings.source` has beside its weights."""
+    specs = [spec(name, entry.stored_shape, settings.dtype_over(leaf.dtype)) for name, (entry, leaf) in sources.items()]
+    shards = _split(specs, _parse_size(settings.max_shard_size))
     sums = {
         file: write_tensor_file(
             staging / file, tensors, lambda tensor: _unless(asked, _chunks(tensor, sources[tensor.name]))
@@ -180,7 +195,7 @@ def _write_thinker(
         write_index(staging, shards)
     written = {NUMPY_DTYPES[tensor.dtype].name for tensor in specs}
     _write_json(staging / CONFIG_FILE, config_to_hf(config, dtype=written.pop() if len(written) == 1 else None))
-    copied = _copy_files(source, staging, COPIED_FILES) if source else ()
+    copied = _copy_files(Path(settings.source), staging, COPIED_FILES) if settings.source else ()
     if GENERATION_FILE not in copied:
         _write_json(staging / GENERATION_FILE, generation_to_hf(config))
     _write_sums(staging, sums)
@@ -189,12 +204,13 @@ def _write_thinker(
 
 def _write_omni(
     staging: Path,
-    base: Path,
     config: ThinkerConfig,
     sources: Mapping[str, Source],
-    dtype: str | None,
+    settings: ExportSettings,
     asked: Callable[[], bool],
 ) -> ExportReport:
+    """Writes a copy of `settings.base` with another Thinker in it."""
+    base = Path(settings.base or "")
     check_weights(base)
     stored = list_tensors(base)
     matched = _match_base(base, config, stored, [entry for entry, _ in sources.values()])
@@ -204,17 +220,19 @@ def _write_omni(
     replaced: list[TensorSpec] = []
     shards: dict[str, list[TensorSpec]] = {}
     for name, tensor in stored.items():
-        plain = table.plain_name(name)
+        plain, written = table.plain_name(name), tensor
         if table.known_extra(name) is None:
             shape = sources[plain][0].stored_shape
-            tensor = spec(name, shape, np.dtype(jnp.dtype(dtype)) if dtype else NUMPY_DTYPES[tensor.dtype])
-            replaced.append(tensor)
-        shards.setdefault(stored[name].path.name, []).append(tensor)
+            written = spec(name, shape, settings.dtype_over(NUMPY_DTYPES[tensor.dtype]))
+            replaced.append(written)
+        shards.setdefault(tensor.path.name, []).append(written)
     sums = {
         file: write_tensor_file(
             staging / file,
             tensors,
-            lambda t: _unless(asked, t.chunks() if t.path else _chunks(t, sources[table.plain_name(t.name)])),
+            lambda t: _unless(
+                asked, t.chunks() if isinstance(t, StoredTensor) else _chunks(t, sources[table.plain_name(t.name)])
+            ),
         )
         for file, tensors in shards.items()
     }
@@ -228,7 +246,7 @@ def _write_omni(
 
 
 def _match_base(
-    base: Path, config: ThinkerConfig, stored: Mapping[str, TensorSpec], entries: Sequence[table.Entry]
+    base: Path, config: ThinkerConfig, stored: Mapping[str, StoredTensor], entries: Sequence[table.Entry]
 ) -> Matched:
     """Makes sure that `base` is a full Omni directory of the same architecture."""
     base_config = load_config(base)
@@ -257,7 +275,7 @@ def _compare(one: Any, other: Any, prefix: str = "") -> Iterable[tuple[str, Any,
             yield f"{prefix}{field.name}", mine, theirs
 
 
-def _unless(asked: Callable[[], bool], chunks: Iterable[memoryview]) -> Iterable[memoryview]:
+def _unless(asked: Callable[[], bool], chunks: Iterable[bytes | memoryview]) -> Iterable[bytes | memoryview]:
     """The chunks of a tensor, unless the program is to stop."""
     if asked():
         raise StopRequested("a signal came while the model was exported")
@@ -358,10 +376,3 @@ def _report(
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _parse_size(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", str(size).strip().upper())
-    if match is None or match[2] not in _SIZE_UNITS or int(match[1]) == 0:
-        raise ExportError(f'max_shard_size is {size!r}: expected a positive number of bytes or text like "5GB"')
-    return int(match[1]) * _SIZE_UNITS[match[2]]

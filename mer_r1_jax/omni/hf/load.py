@@ -21,7 +21,7 @@ from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
 from mer_r1_jax.omni.hf.sums import check_weights
-from mer_r1_jax.omni.hf.tensor_files import TensorSpec, list_tensors
+from mer_r1_jax.omni.hf.tensor_files import StoredTensor, list_tensors
 from mer_r1_jax.omni.thinker import abstract_thinker
 
 _log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _placements(shapes: Mapping[tuple[str, ...], Any], shardings: Mapping | None
     return placed
 
 
-def _put(entry: table.Entry, stored: TensorSpec, sharding: Sharding, dtype: np.dtype) -> jax.Array:
+def _put(entry: table.Entry, stored: StoredTensor, sharding: Sharding, dtype: np.dtype) -> jax.Array:
     """One stored tensor on the devices, in our shape; each shard is cast on its own."""
     ours = entry.to_ours(stored.read(dtype))
     array = jax.make_array_from_callback(
@@ -111,7 +111,7 @@ def _put(entry: table.Entry, stored: TensorSpec, sharding: Sharding, dtype: np.d
 
 
 def _fill(
-    stack: jax.Array, group: list[table.Entry], tensors: Mapping[str, TensorSpec], sharding: Sharding, dtype: np.dtype
+    stack: jax.Array, group: list[table.Entry], tensors: Mapping[str, StoredTensor], sharding: Sharding, dtype: np.dtype
 ) -> jax.Array:
     """A leaf of stacked layers, written layer by layer into the array allocated for it."""
     of_one_layer = _without_layer_axis(sharding)

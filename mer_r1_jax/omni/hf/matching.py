@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.tensor_files import NUMPY_DTYPES, TensorSpec, WeightError
+from mer_r1_jax.omni.hf.tensor_files import NUMPY_DTYPES, StoredTensor, WeightError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Matched:
         tied_head: a stored output head that equals the embedding of a tied model, if there is one.
     """
 
-    tensors: dict[str, TensorSpec]
+    tensors: dict[str, StoredTensor]
     skipped: dict[str, int]
-    tied_head: TensorSpec | None = None
+    tied_head: StoredTensor | None = None
 
 
 def match_tensors(
-    stored: Mapping[str, TensorSpec], entries: Sequence[table.Entry], directory: Path, *, tied: bool
+    stored: Mapping[str, StoredTensor], entries: Sequence[table.Entry], directory: Path, *, tied: bool
 ) -> Matched:
     """Finds a stored tensor for every entry.
 
@@ -42,7 +42,7 @@ def match_tensors(
         WeightError: one error that lists every missing, surplus, repeated and misshapen tensor and every dtype that is
             not a float's, with what was got and what was expected.
     """
-    found: dict[str, TensorSpec] = {}
+    found: dict[str, StoredTensor] = {}
     skipped: collections.Counter[str] = collections.Counter()
     problems: list[tuple[str, str, str]] = []  # (kind, tensor name, detail)
     for name, tensor in stored.items():
@@ -75,7 +75,7 @@ def match_tensors(
     return Matched({entry.name: found[entry.name] for entry in entries}, dict(skipped), tied_head)
 
 
-def _same_bytes(one: TensorSpec, other: TensorSpec) -> bool:
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     return all(a == b for a, b in zip(one.chunks(), other.chunks(), strict=True))

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mer_r1_jax.omni.hf.config import CONFIG_FILE
+from mer_r1_jax.omni.hf.config_json import CONFIG_FILE
 from mer_r1_jax.storage.durable import writing
 
 

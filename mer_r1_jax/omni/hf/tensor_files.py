@@ -45,23 +45,32 @@ class WeightError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a safetensors file.
+    """One tensor of a safetensors file, there or still to be written.
 
     Attributes:
         name: as the file spells it.
         dtype: as the format spells it, e.g. "BF16".
         shape: as stored.
         nbytes: of the data.
-        path: file it lies in; None for a tensor still to be written.
-        start: offset of its first byte in that file.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    path: Path | None = None
-    start: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """A tensor that lies in a file.
+
+    Attributes:
+        path: the file.
+        start: offset of its first byte there.
+    """
+
+    path: Path
+    start: int
 
     def read(self, kept: np.dtype | None = None) -> np.ndarray:
         """Reads the tensor into a fresh array of its shape and dtype, one of NUMPY_DTYPES.
@@ -131,7 +140,7 @@ def spec(name: str, shape: Sequence[int], dtype: np.dtype) -> TensorSpec:
     return TensorSpec(name, DTYPE_NAMES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
 
 
-def read_header(path: Path) -> dict[str, TensorSpec]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name, in the order of their data.
 
     Raises:
@@ -175,9 +184,9 @@ def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _spec_of(name: str, entry: dict[str, Any], path: Path, data: int) -> TensorSpec:
+def _spec_of(name: str, entry: dict[str, Any], path: Path, data: int) -> StoredTensor:
     start, end = entry["data_offsets"]
-    return TensorSpec(name, entry["dtype"], tuple(entry["shape"]), end - start, path, data + start)
+    return StoredTensor(name, entry["dtype"], tuple(entry["shape"]), end - start, path, data + start)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -214,13 +223,13 @@ def _is_file_name(name: str) -> bool:
     return Path(name).name == name and "\0" not in name and len(name.encode("utf-8", "surrogatepass")) <= 255
 
 
-def list_tensors(directory: Path) -> dict[str, TensorSpec]:
+def list_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `directory`, by its stored name. No data is read.
 
     Raises:
         WeightError: as weight_files and read_header; a tensor stored twice, or one the index promises in vain.
     """
-    tensors: dict[str, TensorSpec] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems = []
     for path in weight_files(directory):
         for name, tensor in read_header(path).items():

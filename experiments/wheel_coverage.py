@@ -1,8 +1,0 @@
-"""`mer-r1 wheel-coverage`, as a script of a clone; the command itself is mer_r1_jax/commands/wheel_coverage.py."""
-
-import sys
-
-from mer_r1_jax.commands.entry import run
-
-if __name__ == "__main__":
-    sys.exit(run("wheel-coverage"))

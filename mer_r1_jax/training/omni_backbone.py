@@ -1,0 +1,159 @@
+"""The backbone there is, the Thinker of Qwen2.5-Omni, and the architecture that a configuration asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mer_r1_jax.config.schema import ConfigError, ModelConfig
+from mer_r1_jax.media.tokenizer import PAD_TOKEN, SPECIAL_TOKENS, TURN_END
+from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.omni.hf.config_json import load_config
+from mer_r1_jax.omni.hf.export import ExportSettings, export_model
+from mer_r1_jax.omni.hf.load import load_params
+from mer_r1_jax.omni.layers import axis_rules
+from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
+from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, param_shardings
+from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.state import Params, flatten, nest
+
+# Schema field -> (part of the architecture, its field there).
+_SIZES = {
+    "text_hidden_size": ("text", "hidden_size"),
+    "text_layers": ("text", "num_hidden_layers"),
+    "text_heads": ("text", "num_attention_heads"),
+    "text_kv_heads": ("text", "num_key_value_heads"),
+    "text_mlp_size": ("text", "intermediate_size"),
+    "text_rope_theta": ("text", "rope_theta"),
+    "vision_hidden_size": ("vision", "hidden_size"),
+    "vision_layers": ("vision", "depth"),
+    "vision_heads": ("vision", "num_heads"),
+    "vision_mlp_size": ("vision", "intermediate_size"),
+    "audio_hidden_size": ("audio", "d_model"),
+    "audio_layers": ("audio", "encoder_layers"),
+    "audio_heads": ("audio", "encoder_attention_heads"),
+    "audio_mlp_size": ("audio", "encoder_ffn_dim"),
+}
+
+_PRESETS = {
+    "tiny": ThinkerConfig.tiny,
+    "3b": ThinkerConfig.qwen2_5_omni_3b,
+    "7b": ThinkerConfig.qwen2_5_omni_7b,
+}
+
+_VOCAB_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class OmniBackbone(Backbone):
+    """The Thinker of Qwen2.5-Omni.
+
+    Attributes:
+        config, mesh, shapes, shardings, decode_shardings, packed_rows: as of `Backbone`.
+        graphdef: the NNX structure, hashable.
+    """
+
+    config: ThinkerConfig
+    mesh: Mesh
+    shapes: Params
+    shardings: Params
+    decode_shardings: Params
+    packed_rows: bool
+    graphdef: Any
+
+    @classmethod
+    def create(cls, config: ThinkerConfig, mesh: Mesh, packed_rows: bool = False) -> OmniBackbone:
+        """Lays the architecture out on a mesh without allocating anything.
+
+        Raises:
+            ShardingError: a parameter that the mesh cannot cut as training, or as decoding, wants it.
+        """
+        graphdef, shapes, axes = abstract_thinker(config)
+        shardings = param_shardings(shapes, axes, mesh)
+        # Completions are sampled by the text decoder alone, from features that are there already.
+        decoded = param_shardings({"text": shapes["text"]}, {"text": axes["text"]}, mesh, DECODE_RULES)
+        return cls(config, mesh, flatten(shapes), flatten(shardings), flatten(decoded), packed_rows, graphdef)
+
+    def bind(self, params: Params) -> Thinker:
+        return bind(self.graphdef, nest(params))
+
+    def init(self, seed: int) -> Params:
+        make = functools.partial(init_params, self.config)
+        return jax.jit(lambda key: flatten(make(key)), out_shardings=self.shardings)(jax.random.key(seed))
+
+    def load(self, path: str | os.PathLike) -> Params:
+        return flatten(load_params(path, self.config, shardings=nest(self.shardings)))
+
+    def save(
+        self, path: str | os.PathLike, params: Params, source: str | os.PathLike, asked: Callable[[], bool]
+    ) -> None:
+        export_model(path, self.config, nest(params), ExportSettings(source=source, overwrite=True), asked=asked)
+
+    def rules(self, *, decode: bool = False) -> contextlib.AbstractContextManager[None]:
+        return axis_rules(DECODE_RULES if decode else TRAIN_RULES, self.mesh)
+
+
+def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:
+    """The architecture a run trains: a checkpoint's own, or a preset with the sizes given and the tokenizer's ids.
+
+    Args:
+        model: the configuration.
+        tokenizer: None keeps the preset's own vocabulary and ids (a plan needs no more than their number).
+
+    Raises:
+        ConfigError: when sizes are given beside a checkpoint, which has its own.
+    """
+    sizes = {name: getattr(model, name) for name in _SIZES if getattr(model, name)}
+    common = {"param_dtype": model.param_dtype, "compute_dtype": model.compute_dtype, "remat": model.remat}
+    if model.path:
+        if sizes:
+            raise ConfigError(f"model.path is {model.path!r}, whose sizes are its own: leave {', '.join(sizes)} at 0")
+        return dataclasses.replace(load_config(model.path), **common)
+    if model.preset == "tiny" and tokenizer is not None:
+        preset = _sized_for(ThinkerConfig.tiny(), len(tokenizer))
+    else:
+        preset = _PRESETS[model.preset]()
+    ids = {} if tokenizer is None else special_ids(tokenizer)
+    return dataclasses.replace(_resized(preset, sizes), initializer_range=model.initializer_range, **ids, **common)
+
+
+def special_ids(tokenizer: Any) -> dict[str, Any]:
+    """The special ids an architecture takes from its tokenizer (`load_tokenizer` has checked that it has them)."""
+    ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in SPECIAL_TOKENS.items()}
+    return ids | {
+        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD_TOKEN),
+        "eos_token_ids": (tokenizer.convert_tokens_to_ids(TURN_END),),
+    }
+
+
+def _sized_for(config: ThinkerConfig, tokens: int) -> ThinkerConfig:
+    """The architecture with a vocabulary that holds `tokens` ids, rounded up so that a mesh axis can cut it."""
+    vocab_size = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=max(vocab_size, 512)))
+
+
+def _resized(config: ThinkerConfig, sizes: dict[str, int | float]) -> ThinkerConfig:
+    """A preset with other sizes; what follows from them (rotary sections, output widths) follows."""
+    parts: dict[str, dict[str, Any]] = {"text": {}, "vision": {}, "audio": {}}
+    for name, size in sizes.items():
+        part, field = _SIZES[name]
+        parts[part][field] = size
+    text = parts["text"]
+    width = text.get("hidden_size", config.text.hidden_size)
+    half_head = width // text.get("num_attention_heads", config.text.num_attention_heads) // 2
+    # Qwen gives a quarter of the frequencies to time and the rest to height and width in equal parts.
+    spatial = half_head * 3 // 8
+    text["mrope_section"] = (half_head - 2 * spatial, spatial, spatial)
+    parts["vision"]["out_hidden_size"] = parts["audio"]["output_dim"] = width
+    depth = parts["vision"].get("depth", config.vision.depth)
+    parts["vision"]["fullatt_block_indexes"] = tuple(range(depth - 1, -1, -4))[::-1]
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in parts.items()}
+    )
