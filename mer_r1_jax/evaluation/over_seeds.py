@@ -120,12 +120,15 @@ def _variance_of_mean(d_SN: np.ndarray) -> tuple[float, float]:
     return total / cells, total**2 / float(squares)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for a family of comparisons (Holm 1979): among those below .05, one in twenty families has a
-    false one. In the order they came."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+def holm(p_values: Sequence[float | None]) -> list[float]:
+    """p-values adjusted for a family of comparisons (Holm 1979), in the order they came.
+
+    Where those below .05 are called clear, one family in twenty has a false one. None, unknown, counts as 1.
+    """
+    known = [1.0 if p is None else p for p in p_values]
+    adjusted, largest = [0.0] * len(known), 0.0
+    for rank, place in enumerate(sorted(range(len(known)), key=known.__getitem__)):
+        largest = max(largest, min(1.0, (len(known) - rank) * known[place]))
         adjusted[place] = largest
     return adjusted
 
