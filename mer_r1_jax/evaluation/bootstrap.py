@@ -1,18 +1,15 @@
-"""Bootstrap intervals: of means over clips, of scores that are ratios of sums, and of means over seeds and clips.
+"""Bootstrap intervals over clips: of means, and of scores that are ratios of sums.
 
-One engine serves all three. Every score here is a function of sums over clips (a mean; a set F of the sums of
-precision, recall and scored clips of each wheel; a weighted F1 of four counts). So a clip is a row of numbers, a draw
-is a vector of weights that says how often each clip occurs, and many draws are one matrix product: `_weighted_sums`.
+One engine serves both, and the orders of arms over seeds and clips (over_seeds.py). Every score here is a function of
+sums over clips (a mean; a set F of the sums of precision, recall and scored clips of each wheel; a weighted F1 of four
+counts). So a clip is a row of numbers, a draw is a vector of weights that says how often each clip occurs, and many
+draws are one matrix product: `weighted_sums`.
 
-* Clips alone (`mean_interval`, `paired_difference`, `macro_interval`, `intervals`, `paired`): clips differ far more
-  from one another than two answers to the same clip do, so everything is compared clip by clip. Scores of several seeds
-  are averaged for each clip first: the interval then says what other clips would change, not what other seeds would.
-* Seeds and clips (`Resampled`): both are drawn, apart and crossed (Owen 2007, "The pigeonhole bootstrap"). Where
-  answers differ mostly from clip to clip, such intervals are a little too wide; where they differ mostly from seed to
-  seed, an interval of a few seeds reaches from the worst of them to the best, which leaves out the true mean of three
-  seeds in one case of four.
+Clips differ far more from one another than two answers to the same clip do, so everything is compared clip by clip.
+Scores of several seeds are averaged for each clip first: the interval then says what other clips would change, not what
+other seeds would (over_seeds.py has those).
 
-scipy.stats.bootstrap does the first of these, but neither crosses seeds with clips nor takes ratios of sums.
+scipy.stats.bootstrap does the first of these, but takes no ratios of sums.
 
 Shape letters: N clips, S the summed columns, R draws, V the values of a score.
 """
@@ -20,14 +17,14 @@ Shape letters: N clips, S the summed columns, R draws, V the values of a score.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 95  # per cent
 POINTS = 100  # a score of 1 in points
+FEW_SEEDS = 5  # below as many, no difference over seeds is called clear
 _DRAWS_AT_ONCE = 1 << 22  # weights held in memory
 
 
@@ -40,6 +37,8 @@ class Difference:
         low, high: the interval.
         clips: clips that are compared.
         seeds: runs whose scores are averaged for each clip.
+        over_seeds: whether the interval is over seeds as well as clips (over_seeds.py), and so speaks of other seeds.
+        p_value: two-sided, of no difference; None where only the interval is known.
     """
 
     points: float
@@ -47,6 +46,8 @@ class Difference:
     high: float
     clips: int
     seeds: int = 1
+    over_seeds: bool = False
+    p_value: float | None = None
 
     def __str__(self) -> str:
         seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""
@@ -59,8 +60,13 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes zero; never said of other seeds by fewer than FEW_SEEDS."""
+        return (self.low > 0 or self.high < 0) and not self.has_few_seeds
+
+    @property
+    def has_few_seeds(self) -> bool:
+        """Whether it speaks of other seeds and has too few to say anything clear."""
+        return self.over_seeds and self.seeds < FEW_SEEDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,45 +85,6 @@ class Interval:
     high: float | None
     clips: int
     undefined: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """A mean over seeds.
-
-    Attributes:
-        mean: of the seeds' values.
-        error: its standard error, the seeds' standard deviation (ddof 1) over the root of their number; None for one.
-        values: the seeds' own.
-    """
-
-    mean: float
-    error: float | None
-    values: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """How often an expected order shows.
-
-    Attributes:
-        expected: names from the lowest to the highest.
-        observed: names in the order of their means.
-        share: of the draws in which the expected order holds, every step of it.
-        chance: that share if nothing distinguished the names.
-        steps: (lower, higher, share of the draws in which higher is the higher).
-        by_seed: for each seed, whether the order holds there.
-        commonest, commonest_share: the order most draws have, and their share.
-    """
-
-    expected: tuple[str, ...]
-    observed: tuple[str, ...]
-    share: float
-    chance: float
-    steps: tuple[tuple[str, str, float], ...]
-    by_seed: tuple[bool, ...]
-    commonest: tuple[str, ...]
-    commonest_share: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -256,69 +223,7 @@ def macro_interval(groups: Sequence[np.ndarray], seed: int = 0, resamples: int =
     return Difference(float(mean), low, high, sum(group.size for group in points))
 
 
-def mean_over_seeds(values: Sequence[float]) -> Mean:
-    """Mean and standard error of one value a seed."""
-    array = np.asarray(values, np.float64)
-    error = float(array.std(ddof=1) / np.sqrt(array.size)) if array.size > 1 else None
-    return Mean(float(array.mean()), error, tuple(array.tolist()))
-
-
-class Resampled:
-    """Bootstrap draws of the means of several rows, for all rows with the same seeds and the same clips.
-
-    A difference within a draw is therefore paired, and so is an order.
-
-    Args:
-        scores: row -> float64 [seeds, clips] in [0, 1], the same seeds and clips in the same order in all.
-        seed: of the draws.
-        resamples: draws.
-
-    Raises:
-        ValueError: shapes differ, there are fewer than two clips, or a score is not finite.
-    """
-
-    def __init__(self, scores: Mapping[str, np.ndarray], seed: int = 0, resamples: int = RESAMPLES):
-        shapes = {array.shape for array in scores.values()}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[1] < 2:
-            raise ValueError(f"got scores of shapes {sorted(shapes)}, expected the same seeds and at least two clips")
-        if not all(np.isfinite(array).all() for array in scores.values()):
-            raise ValueError("got scores that are no finite number")
-        self.scores = dict(scores)
-        self._names = list(scores)
-        self._draws = _crossed_means(np.stack([scores[name] for name in self._names]), seed, resamples)
-
-    def difference(self, after: str, before: str) -> Difference:
-        """The mean of row `after` minus that of row `before`, in points, with its interval."""
-        drawn = POINTS * (self._draws[self._names.index(after)] - self._draws[self._names.index(before)])
-        low, high = _bounds(drawn)
-        differences = self.scores[after] - self.scores[before]
-        seeds, clips = differences.shape
-        return Difference(POINTS * float(differences.mean()), low, high, clips, seeds)
-
-    def order(self, expected: Sequence[str]) -> Order:
-        """How often the rows stand in an order, from the lowest to the highest."""
-        drawn = self._draws[[self._names.index(name) for name in expected]]
-        means = {name: float(self.scores[name].mean()) for name in expected}
-        holds = (np.diff(drawn, axis=0) > 0).all(axis=0)
-        by_seed = np.stack([self.scores[name].mean(axis=1) for name in expected])
-        orders, counts = np.unique(np.argsort(drawn, axis=0, kind="stable"), axis=1, return_counts=True)
-        commonest = orders[:, counts.argmax()]
-        return Order(
-            expected=tuple(expected),
-            observed=tuple(sorted(expected, key=means.__getitem__)),
-            share=float(holds.mean()),
-            chance=1 / float(np.prod(np.arange(1, len(expected) + 1))),
-            steps=tuple(
-                (low, high, float((drawn[number + 1] > drawn[number]).mean()))
-                for number, (low, high) in enumerate(itertools.pairwise(expected))
-            ),
-            by_seed=tuple(np.asarray((np.diff(by_seed, axis=0) > 0).all(axis=0)).tolist()),
-            commonest=tuple(expected[int(number)] for number in commonest),
-            commonest_share=float(counts.max() / counts.sum()),
-        )
-
-
-def _weighted_sums(columns_SN: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
+def weighted_sums(columns_SN: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """float64 [S, R]: of each draw, the sums over clips.
 
     Equal columns get equal sums to the last bit, so that a paired difference of equal scores is exactly zero. A matrix
@@ -332,12 +237,12 @@ def _weighted_sums(columns_SN: np.ndarray, weights_RN: np.ndarray) -> np.ndarray
 def _counts(clips: int, seed: int | Sequence[int], resamples: int) -> Iterator[np.ndarray]:
     """float64 [draws, N], in pieces that fit into memory: how often each clip occurs among as many, drawn anew."""
     rng = np.random.default_rng(seed)
-    for draws in _pieces(resamples, clips):
+    for draws in pieces(resamples, clips):
         drawn = rng.integers(clips, size=(draws, clips)) + clips * np.arange(draws)[:, None]
         yield np.bincount(drawn.ravel(), minlength=draws * clips).reshape(draws, clips).astype(np.float64)
 
 
-def _pieces(resamples: int, clips: int) -> Iterator[int]:
+def pieces(resamples: int, clips: int) -> Iterator[int]:
     at_once = max(1, _DRAWS_AT_ONCE // clips)
     for start in range(0, resamples, at_once):
         yield min(at_once, resamples - start)
@@ -346,7 +251,7 @@ def _pieces(resamples: int, clips: int) -> Iterator[int]:
 def _drawn_means(values_N: np.ndarray, seed: int | Sequence[int], resamples: int) -> np.ndarray:
     """float64 [R]: means of as many values, drawn with replacement."""
     clips = values_N.size
-    return np.concatenate([_weighted_sums(values_N[None], w)[0] / clips for w in _counts(clips, seed, resamples)])
+    return np.concatenate([weighted_sums(values_N[None], w)[0] / clips for w in _counts(clips, seed, resamples)])
 
 
 def _draw(scores: Sequence[Summed], seed: int, resamples: int) -> list[np.ndarray]:
@@ -355,27 +260,10 @@ def _draw(scores: Sequence[Summed], seed: int, resamples: int) -> list[np.ndarra
     columns_SN = np.concatenate([score.rows_NS for score in scores], axis=1).T
     found: list[list[np.ndarray]] = [[] for _ in scores]
     for weights_RN in _counts(columns_SN.shape[1], seed, resamples):
-        sums = np.split(_weighted_sums(columns_SN, weights_RN), ends)
+        sums = np.split(weighted_sums(columns_SN, weights_RN), ends)
         for score, values, own in zip(scores, found, sums, strict=True):
             values.append(score.value(own.T))
     return [np.concatenate(values) for values in found]
-
-
-def _crossed_means(scores_KSN: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """float64 [rows, R]: each row's mean over the drawn seeds and clips; here K rows of S seeds."""
-    rows, seeds, clips = scores_KSN.shape
-    rng = np.random.default_rng(seed)
-    drawn_seeds = rng.integers(seeds, size=(resamples, seeds))
-    weight_RS = (drawn_seeds[:, :, None] == np.arange(seeds)).mean(axis=1)
-    columns = scores_KSN.reshape(rows * seeds, clips)
-    means, start = [], 0
-    for draws in _pieces(resamples, clips):
-        weight_RN = rng.multinomial(clips, np.full(clips, 1 / clips), size=draws) / clips
-        mean_KSR = _weighted_sums(columns, weight_RN).reshape(rows, seeds, draws)
-        # Seeds are added one after another: a product over them could order equal rows differently again.
-        means.append(sum(mean_KSR[:, s] * weight_RS[start : start + draws, s] for s in range(seeds)))
-        start += draws
-    return np.concatenate(means, axis=1)
 
 
 def _interval(value: float, draws_R: np.ndarray, clips: int) -> Interval:

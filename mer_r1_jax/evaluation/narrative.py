@@ -13,12 +13,11 @@ import numpy as np
 
 from mer_r1_jax.evaluation.ablation.arm_comparison import PAPER_ORDER, Ablation, RowResult, Versus
 from mer_r1_jax.evaluation.ablation.results import SeedResult
-from mer_r1_jax.evaluation.bootstrap import LEVEL, POINTS, Difference
+from mer_r1_jax.evaluation.bootstrap import FEW_SEEDS, LEVEL, POINTS, Difference
 from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, counted, percent, share, span
 from mer_r1_jax.evaluation.run_record import KeptEvaluation, RunRecord, Stages, f1_difference, stages_of
 
 CERTAIN = LEVEL / 100  # share of the draws from which on an order is called shown
-FEW_SEEDS = 5
 
 
 def tell_run(run: RunRecord) -> list[str]:
@@ -203,9 +202,12 @@ def _between_arms(ablation: Ablation) -> str:
     between = [versus for versus in ablation.versus if not versus.before.startswith("control_")]
     if not between:
         return ""
-    clear = [versus for versus in between if versus.difference.is_clear]
+    if all(versus.difference.has_few_seeds for versus in between):
+        return f"With fewer than {FEW_SEEDS} seeds no comparison between arms is called clear."
+    clear = [versus for versus in between if versus.is_clear]
     said = (
-        f"Clear (their interval excludes zero) are {len(clear)} of {counted(len(between), 'comparison')} between arms"
+        f"Clear (at 95%, corrected for their number) are {len(clear)} of {counted(len(between), 'comparison')} between "
+        "arms"
     )
     return said + (": " + "; ".join(_above(versus) for versus in clear) if clear else "") + "."
 
@@ -223,8 +225,8 @@ def _alike(ablation: Ablation) -> str:
     if not pairs:
         return ""
     return (
-        f"On the same sampled answers the advantages of neighbours correlate by {', '.join(pairs)}: the nearer to one, "
-        "the less two arms can differ in what they teach."
+        f"On the same sampled answers the advantages of neighbours correlate by {', '.join(pairs)}. That alone does "
+        "not say how far apart arms end: small differences that always point one way, such as to fewer words, add up."
     )
 
 
@@ -234,8 +236,10 @@ def _gains_over_sft(ablation: Ablation) -> str:
     if not gains:
         return ""
     listed = "; ".join(f"{row} {span(gain)}" for row, gain in gains.items())
-    clear = sum(gain.low > 0 for gain in gains.values())
-    said = f"Points of slow F1 over SFT: {listed}. {clear} of {counted(len(gains), 'arm')} gain clearly."
+    said = f"Points of slow F1 over SFT: {listed}."
+    if not all(gain.has_few_seeds for gain in gains.values()):
+        clear = sum(row.gain.is_clear and row.gain.difference.points > 0 for row in arms if row.gain)
+        said += f" {clear} of {counted(len(gains), 'arm')} gain clearly (corrected for their number)."
     if ablation.ceiling is not None:
         room = POINTS * (ablation.ceiling - ablation.sft.means["slow", "f1"].mean)
         said += f" From SFT to the ceiling there are {room:.1f} points."
@@ -297,7 +301,7 @@ def _wary(ablation: Ablation) -> str:
             f"Intervals are over clips and seeds together, but {seeds} seeds say little about others: look at the "
             "seeds one by one."
         )
-    said.append("Each interval stands for its own comparison; among many, some exclude zero by chance.")
+    said.append("Each interval stands for its own comparison: among many, one excludes zero by chance now and then.")
     differing = {run: pair for run, pair in ablation.same_start.items() if pair[0] < pair[1]}
     if differing:
         worst = ", ".join(f"{run} on {same} of {clips} clips" for run, (same, clips) in differing.items())

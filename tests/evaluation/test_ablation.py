@@ -80,7 +80,8 @@ def test_means_errors_and_gains_are_those_done_by_hand():
     gain = baseline.gain
     assert gain.difference.points == pytest.approx(18.75)
     assert {seed: one.points for seed, one in gain.by_seed.items()} == pytest.approx({0: 25.0, 1: 12.5})
-    assert gain.difference.low >= 0 and gain.difference.high <= 50
+    assert gain.difference.low < 0 < gain.difference.high and not gain.is_clear  # two seeds say little about others
+    assert gain.holm_p == gain.difference.p_value  # it is the only gain
     # Slow minus fast: seed 0 0.75 - 0.5, seed 1 nothing.
     assert baseline.slow_minus_fast.points == pytest.approx(12.5)
     assert ablation.row("sft").gain is None and ablation.row("sft").means["slow", "f1"].error == 0
@@ -296,3 +297,28 @@ def test_files_are_whole_and_say_the_same(tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "<script" not in page
     picture = (tmp_path / "ablation.svg").read_bytes()
     assert picture.startswith(b"<?xml") and write(tmp_path, ablation, "x", {}, "")[0].read_bytes() == picture
+
+
+def test_a_family_of_comparisons_is_corrected_for_its_number():
+    """Six seeds; one arm is far above the baseline, one hardly."""
+    rng = np.random.default_rng(5)
+    values = {"sft": 0.2, "baseline": 0.4, "rd": 0.41, "ad": 0.6}
+    results = []
+    for row, level in values.items():
+        for seed in range(6):
+            f1 = (level + 0.01 * rng.normal() + 0.05 * rng.normal(size=12)).clip(0, 1)
+            results.append(result(row, seed, f1.tolist()))
+    ablation = compare(results, list(values))
+    by_pair = {(versus.after, versus.before): versus for versus in ablation.versus}
+    assert by_pair["ad", "baseline"].is_clear and not by_pair["rd", "baseline"].is_clear
+    raw = sorted(versus.difference.p_value for versus in ablation.versus)
+    assert sorted(versus.holm_p for versus in ablation.versus)[0] == pytest.approx(len(raw) * raw[0])
+    told = " ".join(tell_ablation(ablation))
+    assert "corrected for their number" in told
+    assert {row["clear"] for row in table(ablation, "Comparisons")} == {"yes", "no"}
+
+
+def test_few_seeds_are_never_called_clear():
+    ablation = compare([*SFT, *BASELINE], ROWS)
+    told = " ".join(tell_ablation(ablation))
+    assert "gain clearly" not in told

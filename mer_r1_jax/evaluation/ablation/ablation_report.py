@@ -24,9 +24,10 @@ from mer_r1_jax.evaluation.ablation.arm_comparison import (
     as_json,
 )
 from mer_r1_jax.evaluation.ablation.results import LAST_STEPS, SeedResult
-from mer_r1_jax.evaluation.bootstrap import POINTS, Mean, mean_over_seeds, signed
+from mer_r1_jax.evaluation.bootstrap import FEW_SEEDS, POINTS, signed
 from mer_r1_jax.evaluation.figures import FAST, MUTED, SLOW, STYLE, data_uri, smooth, svg
 from mer_r1_jax.evaluation.narrative import tell_ablation
+from mer_r1_jax.evaluation.over_seeds import Mean, mean_over_seeds
 from mer_r1_jax.evaluation.report_kit import (
     NONE,
     Table,
@@ -109,7 +110,7 @@ def _arms(ablation: Ablation) -> Table:
     return text_table(
         title="Arms",
         note=f"{len(ablation.clips)} held-out clips, in points: mean ± standard error over seeds; gains and gaps with "
-        f"their 95% bootstrap interval over clips and seeds, paired. {'; '.join(levels)}. The two last columns are the "
+        f"their 95% interval over clips and seeds, paired. {'; '.join(levels)}. The two last columns are the "
         "paper's: means over sets of MER-UniBench, of another model on other data, here for their order only.",
         columns=(
             "row", "seeds", "slow precision", "slow recall", "slow F1", "fast F1", "slow F1 over SFT",
@@ -123,8 +124,9 @@ def _arms(ablation: Ablation) -> Table:
 def _versus(ablation: Ablation) -> Table:
     return text_table(
         title="Comparisons",
-        note="Points of slow F1, the same clips and seeds on both sides, with 95% bootstrap intervals over clips and "
-        "seeds. Clear: the interval excludes zero.",
+        note="Points of slow F1, the same clips and seeds on both sides, with 95% intervals over clips and seeds "
+        "(crossed analysis of variance), each for its own comparison. Clear: at 95% for all comparisons of this table "
+        f"together (Holm), with at least {FEW_SEEDS} seeds.",
         columns=("row", "against", "points", "clear", "seeds one by one", "seeds in favour"),
         rows=[_versus_cells(versus) for versus in ablation.versus],
         texts=2,
@@ -137,7 +139,7 @@ def _versus_cells(versus: Versus) -> tuple[str, ...]:
         label(versus.after),
         label(versus.before),
         span(versus.difference),
-        "yes" if versus.difference.is_clear else "no",
+        "too few seeds" if versus.difference.has_few_seeds else "yes" if versus.is_clear else "no",
         ", ".join(signed(difference.points) for difference in each),
         f"{sum(difference.points > 0 for difference in each)} of {len(each)}",
     )

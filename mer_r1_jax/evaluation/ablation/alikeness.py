@@ -1,7 +1,8 @@
 """How alike the arms are: the advantages each would give to the same sampled answers.
 
-Arms whose advantages correlate by nearly one push the policy the same way, and cannot come out far apart however long
-they train. The answers are those the arms' runs logged; the advantages are made anew, by every arm's own formula.
+Arms whose advantages correlate by nearly one may still end far apart: a small difference that always points the same
+way (to more words, or to fewer) adds up over the steps. The answers are those the arms' runs logged; the advantages are
+made anew, by every arm's own formula.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import numpy as np
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.ablation.alikeness import Alikeness
 from mer_r1_jax.evaluation.ablation.results import COUNTS, SCORES, AblationError, SeedResult, is_scored, same_answers
-from mer_r1_jax.evaluation.bootstrap import Difference, Mean, Order, Resampled, mean_over_seeds, paired_difference
+from mer_r1_jax.evaluation.bootstrap import LEVEL, Difference, paired_difference
+from mer_r1_jax.evaluation.over_seeds import Mean, Order, Resampled, holm, mean_over_seeds
 
 SFT = "sft"
 FAST = "fast "  # before the name of a row: its fast answers
@@ -32,12 +33,19 @@ class Versus:
         after, before: rows.
         difference: slow F1 of `after` minus that of `before`; interval over clips and seeds.
         by_seed: seed -> the same for that seed alone; interval over clips.
+        holm_p: the p-value of `difference`, adjusted for all comparisons of its table.
     """
 
     after: str
     before: str
     difference: Difference
     by_seed: dict[int, Difference]
+    holm_p: float = 1.0
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the two differ at 95% after Holm's correction, over enough seeds to say so."""
+        return self.difference.is_clear and self.holm_p < 1 - LEVEL / 100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,9 +149,9 @@ def compare(
     order_seeds = runs.common_seeds(*order_rows) if len(order_rows) > 1 else ()
     end = results[0].end
     return Ablation(
-        rows=tuple(_row(row, runs) for row in runs.by_row),
+        rows=_with_corrected_gains([_row(row, runs) for row in runs.by_row]),
         clips=clips,
-        versus=tuple(_versus(*pair, runs) for pair in pairs),
+        versus=tuple(_corrected([_versus(*pair, runs) for pair in pairs])),
         order=runs.resampled(order_seeds).order(order_rows) if order_seeds else None,
         order_seeds=order_seeds,
         floor=end.reference("majority_f1"),
@@ -263,6 +271,18 @@ def _versus(after: str, before: str, runs: _Runs) -> Versus:
     )
 
 
+def _corrected(family: Sequence[Versus]) -> list[Versus]:
+    """The same comparisons with p-values adjusted for being that many."""
+    adjusted = holm([versus.difference.p_value for versus in family])
+    return [dataclasses.replace(versus, holm_p=p) for versus, p in zip(family, adjusted, strict=True)]
+
+
+def _with_corrected_gains(rows: Sequence[RowResult]) -> tuple[RowResult, ...]:
+    """All gains over SFT are one family."""
+    gains = iter(_corrected([row.gain for row in rows if row.gain]))
+    return tuple(dataclasses.replace(row, gain=next(gains)) if row.gain else row for row in rows)
+
+
 def as_json(ablation: Ablation) -> dict[str, Any]:
     """Everything, as JSON values; scores in [0, 1], differences in points."""
     return {
@@ -310,5 +330,7 @@ def _versus_json(versus: Versus) -> dict[str, Any]:
         "after": versus.after,
         "before": versus.before,
         "slow_f1": dataclasses.asdict(versus.difference),
+        "holm_p": versus.holm_p,
+        "clear": versus.is_clear,
         "by_seed": {str(seed): dataclasses.asdict(difference) for seed, difference in versus.by_seed.items()},
     }
