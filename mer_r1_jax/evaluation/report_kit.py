@@ -208,8 +208,7 @@ def render_page(template: str, **values: Any) -> str:
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Writes a page; half surrogates, which no file can hold, become "?"."""
-    html = render_page(template, **values).encode("utf-8", "replace")
-    durable.write_atomically(path, lambda file: file.write(html))
+    durable.write_text(path, render_page(template, **values).encode("utf-8", "replace").decode())
     return path
 
 

@@ -78,10 +78,9 @@ def write(folder: Path, ablation: Ablation, command: str, plan: Mapping[str, Any
         plan=json.dumps(plan, indent=2, ensure_ascii=False),
     )
     content = json.dumps({"command": command, "plan": plan, **as_json(ablation)}, indent=1, allow_nan=False)
-    files = {FIGURE: picture, "ablation.md": text.encode(), "ablation.html": html.encode()}
-    files["ablation.json"] = (content + "\n").encode()
-    for name, data in files.items():
-        durable.write_atomically(folder / name, lambda file, data=data: file.write(data))
+    files = {FIGURE: picture.decode(), "ablation.md": text, "ablation.html": html, "ablation.json": content + "\n"}
+    for name, written in files.items():
+        durable.write_text(folder / name, written)
     return [folder / name for name in files]
 
 
