@@ -7,11 +7,13 @@ would obey. Square brackets are brackets: Rich's markup is off, styles are given
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import IO, Any
 
@@ -68,6 +70,19 @@ def bar(**settings: Any) -> tqdm:
         settings: of tqdm; texts are made printable.
     """
     return _PlainBar(**settings)
+
+
+@contextlib.contextmanager
+def stage_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for work in several stages: gives `show(stage, units there, units in all)`."""
+    with bar(unit=unit) as one:
+
+        def show(stage: str, there: int, total: int) -> None:
+            one.set_description(stage, refresh=False)
+            one.total, one.n = total, there
+            one.refresh()
+
+        yield show
 
 
 class _PlainBar(tqdm):

@@ -145,12 +145,10 @@ def _answer(policy: Policy, request: Request, score: Any, stack: contextlib.Exit
     from mer_r1_jax.training.stopping import Stop
 
     benchmarks = read_benchmarks(request, policy.setup.config.data.question, policy.held_out)
-    bar = stack.enter_context(screen.bar(unit="answer"))
+    show = stack.enter_context(screen.stage_bar("answer"))
 
     def progress(name: str, there: int, total: int) -> None:
-        bar.set_description(title_of(name))
-        bar.total, bar.n = total, there
-        bar.refresh()
+        show(title_of(name), there, total)
 
     answer_benchmarks(policy, request, benchmarks, lambda data: score(data.name), Stop(stop), progress)
 
@@ -170,12 +168,10 @@ def _rate_mme(policy: Policy, request: Request, stack: contextlib.ExitStack, sto
     if _JUDGE_URL.value:
         cache = MmeFolder.of(out).cache
         judge = stack.enter_context(ChatClient(base_url=_JUDGE_URL.value, model=_JUDGE_NAME.value, cache_dir=cache))
-    bar = stack.enter_context(screen.bar(unit="item"))
+    show = stack.enter_context(screen.stage_bar("item"))
 
     def progress(stage: str, there: int, total: int) -> None:
-        bar.set_description(f"{MME_FOLDER}, {stage}")
-        bar.total, bar.n = total, there
-        bar.refresh()
+        show(f"{MME_FOLDER}, {stage}", there, total)
         stop.check()
 
     return mme.run(

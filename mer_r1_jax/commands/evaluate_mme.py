@@ -10,9 +10,8 @@ and judge.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
@@ -94,7 +93,7 @@ def _evaluate(stop: StopSignals) -> list[dict]:
             if _RESPONSES.value
             else stack.enter_context(_policy(benchmark, stop))
         )
-        show = stack.enter_context(_bars())
+        show = stack.enter_context(screen.stage_bar("item"))
 
         def progress(stage: str, done: int, total: int) -> None:
             show(stage, done, total)
@@ -149,20 +148,3 @@ def _policy(benchmark, stop: StopSignals) -> Iterator:
         yield PolicyAnswers(policy, benchmark, MODES if _MODE.value == "both" else (_MODE.value,), Stop(stop))
     finally:
         policy.setup.source.close()
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator:
-    """One progress bar a stage."""
-    bars: dict[str, Any] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = screen.bar(total=total, initial=done, desc=stage, file=sys.stderr)
-        bars[stage].update(done - bars[stage].n)
-
-    try:
-        yield progress
-    finally:
-        for bar in bars.values():
-            bar.close()
