@@ -7,13 +7,13 @@ would obey. Square brackets are brackets: Rich's markup is off, styles are given
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import IO, Any
 
@@ -72,7 +72,7 @@ def bar(**settings: Any) -> tqdm:
     return _PlainBar(**settings)
 
 
-@contextlib.contextmanager
+@contextmanager
 def stage_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
     """One bar for work in several stages: gives `show(stage, units there, units in all)`."""
     with bar(unit=unit) as one:

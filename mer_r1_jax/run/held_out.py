@@ -9,7 +9,6 @@ from typing import Any
 
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, read_records
-from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.probes import Prober
 from mer_r1_jax.run.asking import load_prompts, make_evaluator
 from mer_r1_jax.run.inputs import require_files
@@ -31,14 +30,10 @@ class HeldOut:
     params: Params
     records: tuple[Record, ...]
 
-    def evaluator(self) -> Evaluator:
-        """Decodes and scores answers to the records."""
-        return make_evaluator(self.setup, self.records)
-
     def prober(self, seed: int = 0) -> Prober:
         """The policy as the probes take it."""
         return Prober(
-            evaluator=self.evaluator(),
+            evaluator=make_evaluator(self.setup, self.records),
             params=self.params,
             load=functools.partial(load_prompts, self.setup),
             wheels=self.setup.wheels,
