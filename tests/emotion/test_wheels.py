@@ -11,7 +11,7 @@ from mer_r1_jax.emotion.wheels import WheelError, load_wheels
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # for tools/, which is not installed
 
-from tools.wheels import inflection, lexicon  # noqa: E402
+from tools.wheels import coverage, inflection, lexicon  # noqa: E402
 
 SHIPPED = load_wheels()
 
@@ -246,3 +246,16 @@ def test_lexicon_mistakes_name_the_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(lexicon.LexiconError, match=message):
         lexicon.read_lexicon(path)
+
+
+def test_coverage_counts_words_without_a_category_of_ours(tmp_path, monkeypatch, capsys):
+    for table in lexicon.TABLES.glob("*.csv"):
+        (tmp_path / table.name).write_bytes(table.read_bytes())
+    with open(tmp_path / "format.csv", "a", encoding="utf-8") as file:
+        file.write("glorped,glorped\n")
+    with open(tmp_path / "synonym.csv", "a", encoding="utf-8") as file:
+        file.write("glorped,\n")
+    monkeypatch.setattr("sys.argv", ["coverage", str(tmp_path)])
+    coverage.main()
+    wheel_words, base_words, forms = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("missing: glorped") for line in (wheel_words, base_words, forms))
