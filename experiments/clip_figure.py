@@ -10,6 +10,7 @@ import json
 import pathlib
 import sys
 import textwrap
+from typing import Any
 
 import av
 import matplotlib
@@ -31,7 +32,7 @@ _OUT = flags.DEFINE_string("out", "docs/clip.svg", "Where the picture goes.")
 
 FRAMES = 4
 INK, MUTED, SAID, VOICE = "#0f172a", "#64748b", "#1d4ed8", "#7c3aed"
-STYLE = {"svg.fonttype": "path", "svg.hashsalt": "clip", "font.size": 9}
+STYLE: Any = {"svg.fonttype": "path", "svg.hashsalt": "clip", "font.size": 9}
 WRAP = 70  # characters of a line of text
 POINTS = 400  # of the drawn voice
 

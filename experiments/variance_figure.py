@@ -7,6 +7,7 @@ Curves are the formulas; dots are measured on simulated groups with the function
 
 import pathlib
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import matplotlib
@@ -31,7 +32,7 @@ SIGMA_R = 0.15
 MEANS = np.linspace(0.3, 0.95, 8)
 MU_R = 0.6
 RECALL, PRECISION, BOTH, MUTED = "#2a8c5f", "#8a4fbf", "#1f5fbf", "#64748b"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "path",  # looks the same wherever it is opened
     "svg.hashsalt": "variance",  # the same picture gives the same file
     "font.size": 9.5,

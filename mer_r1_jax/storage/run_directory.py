@@ -248,8 +248,8 @@ class RunDirectory:
 
     def _log_to(self, name: str) -> None:
         self.log_file = self.attempt_logs / name
-        self._log_handler = screen.log_file(self.log_file)
-        logging.getLogger().addHandler(self._log_handler)
+        handler = self._log_handler = screen.log_file(self.log_file)
+        logging.getLogger().addHandler(handler)
 
 
 @contextlib.contextmanager
