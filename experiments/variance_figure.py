@@ -21,7 +21,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.rl.advantage import Rewards, advantages
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 _OUT = flags.DEFINE_string("out", "docs/variance.svg", "Where the picture goes.")
 
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         path = pathlib.Path(_OUT.value)
         with explained():
             draw = FigureCanvasSVG(figure).print_svg
-            durable.write_atomically(path, lambda file: draw(file, metadata={"Date": None}))
+            atomic_files.write_atomically(path, lambda file: draw(file, metadata={"Date": None}))
     screen.say(path)
     return 0
 

@@ -27,8 +27,8 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from mer_r1_jax import faults, screen
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import DISK_ERRORS, WriteError, writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import DISK_ERRORS, WriteError, writing
 from mer_r1_jax.storage.run_directory import RunDirectory
 
 PHASES = ("sft", "rl")  # in the order a run goes through them
@@ -82,7 +82,7 @@ class MetricsWriter:
         line = {"step": int(step), "phase": phase, "time": round(time.time(), 3)}
         line |= {name: encode_number(value) for name, value in values.items()}
         with writing("metrics.jsonl", self._path):
-            durable.append(self._file, f"{json.dumps(line, allow_nan=False)}\n".encode())
+            atomic_files.append(self._file, f"{json.dumps(line, allow_nan=False)}\n".encode())
         if (tensorboard := self._tensorboard) is not None:
             self._attempt("TensorBoard", lambda: tensorboard.write(phase, step, values))
         return values
@@ -92,7 +92,8 @@ class MetricsWriter:
         path = self._completions / f"completions_{step:05d}.parquet"
         table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
         self._attempt(
-            "the table of completions", lambda: durable.write_atomically(path, lambda file: pq.write_table(table, file))
+            "the table of completions",
+            lambda: atomic_files.write_atomically(path, lambda file: pq.write_table(table, file)),
         )
         faults.here("completions_written", path)
 
@@ -177,11 +178,11 @@ def discard_after(path: Path, discarded: Path, resume_at: tuple[str, int] | None
     if moved:
         with writing("the lines of metrics.jsonl that will be made again", discarded):
             with open(discarded, "ab", buffering=0) as file:
-                durable.append(file, "".join(f"{line}\n" for line in moved).encode())
+                atomic_files.append(file, "".join(f"{line}\n" for line in moved).encode())
                 os.fsync(file.fileno())
         # Only now: the lines that go are safe in the other file.
         text = "".join(f"{line}\n" for line in kept)
-        durable.write_text(path, text)
+        atomic_files.write_text(path, text)
         log.info("%d lines of %s lie after the step resumed from and moved to %s", len(moved), path.name, discarded)
     return len(moved)
 
