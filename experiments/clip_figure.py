@@ -10,6 +10,7 @@ import json
 import pathlib
 import sys
 import textwrap
+from typing import Any
 
 import av
 import matplotlib
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 import mer_r1_jax
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 _MODEL = flags.DEFINE_string("model", None, "A run's folder, or its export.", required=True)
 _DATA = flags.DEFINE_string("data", "synthetic_data/eval.jsonl", "Records of held-out clips.")
@@ -31,7 +32,7 @@ _OUT = flags.DEFINE_string("out", "docs/clip.svg", "Where the picture goes.")
 
 FRAMES = 4
 INK, MUTED, SAID, VOICE = "#0f172a", "#64748b", "#1d4ed8", "#7c3aed"
-STYLE = {"svg.fonttype": "path", "svg.hashsalt": "clip", "font.size": 9}
+STYLE: Any = {"svg.fonttype": "path", "svg.hashsalt": "clip", "font.size": 9}
 WRAP = 70  # characters of a line of text
 POINTS = 400  # of the drawn voice
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         with matplotlib.rc_context(STYLE):
             figure = picture(clip, record, answers)
             draw = FigureCanvasSVG(figure).print_svg
-            durable.write_atomically(pathlib.Path(_OUT.value), lambda file: draw(file, metadata={"Date": None}))
+            atomic_files.write_atomically(pathlib.Path(_OUT.value), lambda file: draw(file, metadata={"Date": None}))
     for answer in answers:
         screen.say(f"{answer.mode}: {answer.text}")
     screen.say(_OUT.value)

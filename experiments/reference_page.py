@@ -11,7 +11,7 @@ from absl import app, flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.settings import Setting, sections, settings
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.training.metric_names import METRICS
 
 _OUT = flags.DEFINE_string("out", "docs/reference.md", "Where the page goes.")
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --out=docs/reference.md")
     with explained():
-        durable.write_text(pathlib.Path(_OUT.value), page())
+        atomic_files.write_text(pathlib.Path(_OUT.value), page())
     screen.say(_OUT.value)
     return 0
 

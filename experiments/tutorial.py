@@ -16,7 +16,7 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 PICTURE = "tutorial_{}.png"  # beside the page, numbered from 1
@@ -32,11 +32,11 @@ def main(argv: list[str]) -> int:
         text = NOTEBOOK.read_text(encoding="utf-8")
         if _EXECUTE.value:
             text = executed(text, dict(os.environ))
-            durable.write_text(NOTEBOOK, text)
+            atomic_files.write_text(NOTEBOOK, text)
         markdown, pictures = page(json.loads(text))
-        durable.write_text(NOTEBOOK.with_suffix(".md"), markdown)
+        atomic_files.write_text(NOTEBOOK.with_suffix(".md"), markdown)
         for name, content in pictures.items():
-            durable.write_atomically(NOTEBOOK.with_name(name), lambda file, content=content: file.write(content))
+            atomic_files.write_atomically(NOTEBOOK.with_name(name), lambda file, content=content: file.write(content))
     screen.say(NOTEBOOK.with_suffix(".md"))
     return 0
 

@@ -7,6 +7,7 @@ Curves are the formulas; dots are measured on simulated groups with the function
 
 import pathlib
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import matplotlib
@@ -20,7 +21,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.rl.advantage import Rewards, advantages
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 _OUT = flags.DEFINE_string("out", "docs/variance.svg", "Where the picture goes.")
 
@@ -31,7 +32,7 @@ SIGMA_R = 0.15
 MEANS = np.linspace(0.3, 0.95, 8)
 MU_R = 0.6
 RECALL, PRECISION, BOTH, MUTED = "#2a8c5f", "#8a4fbf", "#1f5fbf", "#64748b"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "path",  # looks the same wherever it is opened
     "svg.hashsalt": "variance",  # the same picture gives the same file
     "font.size": 9.5,
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
         path = pathlib.Path(_OUT.value)
         with explained():
             draw = FigureCanvasSVG(figure).print_svg
-            durable.write_atomically(path, lambda file: draw(file, metadata={"Date": None}))
+            atomic_files.write_atomically(path, lambda file: draw(file, metadata={"Date": None}))
     screen.say(path)
     return 0
 

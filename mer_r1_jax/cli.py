@@ -15,7 +15,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.config import command_line
 from mer_r1_jax.config.build import from_mapping, to_json
 from mer_r1_jax.parallel import set_tpu_flags
-from mer_r1_jax.storage.durable import DISK_ERRORS, WriteError, explanation
+from mer_r1_jax.storage.atomic_files import DISK_ERRORS, WriteError, explanation
 from mer_r1_jax.training.signals import EXIT_SAVED
 
 EXIT_ERROR = 2  # the run cannot go on as it is; the message on stderr says why and how to mend it

@@ -23,7 +23,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.storage.durable import explanation
+from mer_r1_jax.storage.atomic_files import explanation
 
 _LOG_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

@@ -16,7 +16,7 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 _TASKS = flags.DEFINE_list("tasks", ["text", "omni"], "What to measure: text, omni.")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Repetitions of each side.", lower_bound=1)
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         out = pathlib.Path(_OUT.value)
         text = out.read_text(encoding="utf-8") if out.exists() else ""
         with explained():
-            durable.write_text(out, page.replaced(text, measured, START, END))
+            atomic_files.write_text(out, page.replaced(text, measured, START, END))
     rows = [row for section in sections for row in section.rows if row.target]
     return 0 if all(row.comparison.ratio >= row.target.gate for row in rows) else 1
 

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import EXIT_ERROR, explained
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 SCRIPT = pathlib.Path(__file__).parent / "check_in_transformers.py"
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     results = [_check(folder) for folder in ("", *_ALSO.value)]
     if _OUT.value:
         with explained():
-            durable.write_text(pathlib.Path(_OUT.value), json.dumps(results, indent=1))
+            atomic_files.write_text(pathlib.Path(_OUT.value), json.dumps(results, indent=1))
     checked = [result for result in results if result is not None]
     if len(checked) < len(results):
         return EXIT_ERROR

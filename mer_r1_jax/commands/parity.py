@@ -19,7 +19,7 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 if TYPE_CHECKING:
     from mer_r1_jax.parity.processor_inputs import ProcessorInputs
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         outputs = run_port(load_params(_MODEL.value, config), config, inputs, generate=_GENERATE.value)
         arrays: dict[str, Any] = {**outputs}  # beside them numpy takes settings by name
         # An open file, because savez would append .npz to another name.
-        durable.write_atomically(pathlib.Path(_OUT.value), lambda file: np.savez(file, **arrays))
+        atomic_files.write_atomically(pathlib.Path(_OUT.value), lambda file: np.savez(file, **arrays))
         screen.say(f"{_OUT.value}: " + ", ".join(f"{name} {array.shape}" for name, array in outputs.items()))
         if _REFERENCE.value:
             _compare(outputs, _transformers(inputs), inputs.attention_mask == 1)

@@ -17,8 +17,8 @@ from ml_collections import config_flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import writing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Slices as Cloud TPU spells them, such as v5p:2x2x4.", required=True)
@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
             with writing("the plan", folder):
                 folder.mkdir(parents=True, exist_ok=True)
             page = markdown(sheet)
-            durable.write_text(folder / f"{name}.md", page)
-            durable.write_text(folder / f"{name}.json", json.dumps(sheet.to_json(), indent=1) + "\n")
+            atomic_files.write_text(folder / f"{name}.md", page)
+            atomic_files.write_text(folder / f"{name}.json", json.dumps(sheet.to_json(), indent=1) + "\n")
             screen.say(f"\n{page}\nsaved as {folder / name}.md and .json")
             fits &= sheet.fits
         return 0 if fits else 1

@@ -20,7 +20,7 @@ from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
             refuse_in_run(_OUT.value)
         results = commands[argv[1]](screen.console())
         if _OUT.value:
-            durable.write_json(pathlib.Path(_OUT.value), results)
+            atomic_files.write_json(pathlib.Path(_OUT.value), results)
 
 
 def _compare(console: Console) -> dict:

@@ -14,8 +14,8 @@ from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
 from mer_r1_jax.emotion import predictions
 from mer_r1_jax.emotion.wheels import VARIANTS, load_wheels
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import writing
 
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "JSON lines to score.", required=True)
 _METRIC = flags.DEFINE_enum("metric", None, list(predictions.METRICS), "Which score.", required=True)
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         out = pathlib.Path(_OUT.value)
         with writing("the scores", out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            durable.write_json(out, result)
+            atomic_files.write_json(out, result)
     shown = "undefined" if result["score"] is None else f"{result['score']:.4f}"
     screen.say(
         f"{result['metric']} {shown} over {result['n_scored']} of {result['n']} samples, "

@@ -22,8 +22,8 @@ from mer_r1_jax.cli import EXIT_ERROR, explained
 from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.emotion.wheels import load_wheels
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import writing
 
 if TYPE_CHECKING:
     from mer_r1_jax.data.records import Record
@@ -75,7 +75,7 @@ def _check(argv: list[str]) -> int:
         print_report(report, screen.console())
         if _JSON.value:
             with writing("the report", _JSON.value):
-                durable.write_json(pathlib.Path(_JSON.value), report.to_json())
+                atomic_files.write_json(pathlib.Path(_JSON.value), report.to_json())
         return 1 if report.errors else 0
 
 

@@ -19,7 +19,7 @@ import markupsafe
 from mer_r1_jax.emotion.wheels import WheelError, Wheels, load_wheels
 from mer_r1_jax.evaluation.bootstrap import POINTS, Difference, signed
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 FEW_CLIPS = 100  # below this, intervals of F1 are wider than what RL usually gains
 NONE = "–"  # in place of a number that was not measured
@@ -208,7 +208,7 @@ def render_page(template: str, **values: Any) -> str:
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Writes a page; half surrogates, which no file can hold, become "?"."""
-    durable.write_text(path, render_page(template, **values).encode("utf-8", "replace").decode())
+    atomic_files.write_text(path, render_page(template, **values).encode("utf-8", "replace").decode())
     return path
 
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Self
 
 from mer_r1_jax import faults
 from mer_r1_jax.config.build import difference
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import writing
 
 VERSION = 1  # of the lines' form
 FAILED = "failed"  # a line with it says why there is no result
@@ -129,7 +129,7 @@ class ResultLog:
         # Names of files need not be Unicode: Python reads their odd bytes as lone surrogates, which pass here.
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         with writing(f"the file of {self.form.lines}", self.path):
-            durable.append(self._file, text.encode("utf-8", "surrogatepass"))
+            atomic_files.append(self._file, text.encode("utf-8", "surrogatepass"))
             os.fsync(self._file.fileno())
 
 
@@ -239,7 +239,7 @@ class ResultFolder:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self.error(f"{self.path} cannot be made ({error}); choose another --out") from error
-        durable.write_json(self.path / name, content)
+        atomic_files.write_json(self.path / name, content)
 
     def scores(self) -> list[dict[str, Any]]:
         """Every score that is kept.

@@ -14,7 +14,7 @@ from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, majority_answer
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 ORACLE_COLUMN = "oracle"  # extra column of the synthetic world's held-out records: the answer of one who knows the cues
 
@@ -112,7 +112,7 @@ def write(directory: pathlib.Path, summary: dict[str, Any], rows: Sequence[dict[
     faults.here("evaluation_files")
     stem = f"{summary['benchmark']}_{summary['step']:05d}"
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    durable.write_text(directory / f"{stem}.samples.jsonl", text)
+    atomic_files.write_text(directory / f"{stem}.samples.jsonl", text)
     path = directory / f"{stem}.json"
-    durable.write_json(path, summary)
+    atomic_files.write_json(path, summary)
     return path

@@ -23,8 +23,8 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parity.processor_inputs import processor_tensors
 from mer_r1_jax.rl.packing import Continuations, pack, predictor_hidden
 from mer_r1_jax.rl.sampling import SamplingConfig
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import writing
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
@@ -87,7 +87,7 @@ def write_cases(path: str | pathlib.Path, cases: dict[str, Any]) -> None:
     path = pathlib.Path(path)
     with writing("the cases", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_atomically(path, lambda file: np.savez_compressed(file, **cases))
+    atomic_files.write_atomically(path, lambda file: np.savez_compressed(file, **cases))
 
 
 def _case(

@@ -18,8 +18,8 @@ import jax
 from mer_r1_jax.parallel import VARIABLE
 from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.programs import PlannedProgram
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import writing
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 _OVER = re.compile(
@@ -72,10 +72,10 @@ def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.P
     with writing("a compiled answer", cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
     if compiled.text:
-        durable.write_atomically(text, lambda file: file.write(gzip.compress(compiled.text.encode())))
+        atomic_files.write_atomically(text, lambda file: file.write(gzip.compress(compiled.text.encode())))
     values = dataclasses.asdict(compiled)
     del values["text"]
-    durable.write_text(facts, json.dumps(values, indent=1) + "\n")  # last: it says that the text is there
+    atomic_files.write_text(facts, json.dumps(values, indent=1) + "\n")  # last: it says that the text is there
     return compiled
 
 

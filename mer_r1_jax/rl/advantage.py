@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -254,10 +255,10 @@ def arm_of(name: str) -> Arm:
     # Two sizes that differ, so that a function that mixes up its axes is found out.
     prompts, answers = 2, 3
     floats, flags = jnp.zeros((prompts, answers)), jnp.ones((prompts, answers), bool)
-    example = Rewards(
-        **{field: floats for field in ("recall_BG", "precision_BG", "f1_BG", "format_BG", "plus_BG", "minus_BG")},
-        **{field: flags for field in ("valid_BG", "scored_BG", "plus_valid_BG", "minus_valid_BG")},
-    )
+    rewards = ("recall_BG", "precision_BG", "f1_BG", "format_BG", "plus_BG", "minus_BG")
+    masks = ("valid_BG", "scored_BG", "plus_valid_BG", "minus_valid_BG")
+    fields: dict[str, Any] = dict.fromkeys(rewards, floats) | dict.fromkeys(masks, flags)
+    example = Rewards(**fields)
     meaning = "one advantage for each of G answers to each of B prompts"
     check_result("rl.arm", name, (example,), RlConfig(), (prompts, answers), meaning)
     return Arm(advantage=own_function("rl.arm", name))

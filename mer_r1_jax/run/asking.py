@@ -23,7 +23,7 @@ from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.rl.sampling import greedy
 from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, configs_of, held_out_of, open_step, require_model
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.training.prompts import PromptSource, plan_buckets
 from mer_r1_jax.training.state import Params
 from mer_r1_jax.training.stopping import NEVER, Stop
@@ -144,10 +144,10 @@ def model_fingerprint(path: str, tokenizer_path: pathlib.Path, read: ReadStep | 
         found: dict[str, Any] = {"checkpoint": read.step, "weights": read.manifest_sha256}
     else:
         files = sorted(folder.glob("*.safetensors"))
-        found = {"weights": {file.name: durable.sha256_of(file) for file in files}}
-        found["config"] = durable.sha256_of(folder / "config.json")
+        found = {"weights": {file.name: atomic_files.sha256_of(file) for file in files}}
+        found["config"] = atomic_files.sha256_of(folder / "config.json")
     names = [name for name in _TOKENIZER_FILES if (tokenizer_path / name).is_file()]
-    return found | {"tokenizer": {name: durable.sha256_of(tokenizer_path / name) for name in names}}
+    return found | {"tokenizer": {name: atomic_files.sha256_of(tokenizer_path / name) for name in names}}
 
 
 def answer_fingerprint(policy: Policy, benchmark: str) -> dict[str, Any]:

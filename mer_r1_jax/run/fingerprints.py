@@ -20,7 +20,7 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.media.seen_clips import ClipChangedError, in_words, of_ends
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import Setup
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 
 CLIPS_FILE = "clips.json"
@@ -64,7 +64,7 @@ def of_source(function: str) -> str:
         spec, paths = found, found.submodule_search_locations or []
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
         return "no source file"
-    return durable.sha256_of(Path(spec.origin))
+    return atomic_files.sha256_of(Path(spec.origin))
 
 
 def clip_label(config: RunConfig) -> Callable[[str], str]:
@@ -106,7 +106,7 @@ def write_clips(setup: Setup, folder: RunDirectory) -> None:
                     f"{in_words(value)}, expected {in_words(kept[name])}. Put the same files on every host."
                 )
     setup.source.clips.restore(kept)
-    durable.write_json(path, kept)
+    atomic_files.write_json(path, kept)
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -132,7 +132,7 @@ def _of_model(folder: Path) -> str:
 
 
 def _of_files(folder: Path, names: Iterable[str]) -> str:
-    return _of_content({name: durable.sha256_of(folder / name) for name in names if (folder / name).is_file()})
+    return _of_content({name: atomic_files.sha256_of(folder / name) for name in names if (folder / name).is_file()})
 
 
 def _of_content(content: Any) -> str:

@@ -23,7 +23,7 @@ from typing import IO
 
 from mer_r1_jax.config.build import to_json
 from mer_r1_jax.run.ablation_plan import Job
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.training.signals import EXIT_SAVED, StopSignals
 
 PROGRAM = (sys.executable, "-m", "mer_r1_jax.run.jobs")
@@ -214,7 +214,7 @@ class _Runner:
         self._pending.remove(job)
         cores = self._free.pop()
         settings = self._out / JOBS / f"{job.name}.json"
-        durable.write_text(settings, to_json(job.config))
+        atomic_files.write_text(settings, to_json(job.config))
         with open(self._log(job), "ab") as log, _pinned(cores):
             process = subprocess.Popen(
                 [*self._program, str(settings)],
@@ -246,7 +246,7 @@ class _Runner:
             # It may have come to its end before it heard.
             told_to_stop = job.name in self.outcome.stopped
             if process.returncode == 0:
-                durable.write_json(job.folder / FINISHED, {"seconds_of_last_attempt": seconds})
+                atomic_files.write_json(job.folder / FINISHED, {"seconds_of_last_attempt": seconds})
                 self.outcome.finished.append(job.name)
                 if told_to_stop:
                     self.outcome.stopped.remove(job.name)

@@ -19,7 +19,7 @@ from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.setup import Setup, make_setup
-from mer_r1_jax.storage import bucket, durable, run_lock
+from mer_r1_jax.storage import atomic_files, bucket, run_lock
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import Params, as_stored, check_host, check_numbers, nest, stored_params
 
@@ -41,7 +41,7 @@ def write_settings(directory: pathlib.Path, config: RunConfig) -> None:
     for dotted in PATHS:
         section, _, field = dotted.partition(".")
         values[section][field] = ""
-    durable.write_json(directory / SETTINGS_FILE, values)
+    atomic_files.write_json(directory / SETTINGS_FILE, values)
 
 
 def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, dict[str, Any], pathlib.Path]:

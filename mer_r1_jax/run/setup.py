@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig
 from mer_r1_jax.data.pipeline import PromptStream
 from mer_r1_jax.data.prefetch import ClipPrefetcher, LoadThreads
@@ -166,7 +164,7 @@ class Setup:
         return self.backbone.abstract_state(is_trainable, make_optimizer(optimizer, total_steps=1), optimizer.dtype)
 
 
-def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequence[jax.Device] | None = None) -> Setup:
+def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequence[Any] | None = None) -> Setup:
     """Resolves the configuration, reads and checks everything it names, lays out the backbone.
 
     Args:

@@ -166,7 +166,7 @@ def at_once(action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
 def _files() -> Any:
     """gcsfs's file system. Listings are never kept, as others write too; Orbax's own instance must not either."""
     try:
-        import fsspec
+        import fsspec.config
         import gcsfs  # noqa: F401
     except ImportError as error:
         raise BucketError(f"a gs:// path needs the library gcsfs, which is not installed: {EXTRA}") from error
@@ -280,7 +280,8 @@ def _fetch(address: str, stored: Stored, file: Path) -> None:
     beside = file.with_name(f"{FETCHING}{secrets.token_hex(4)}-{file.name}")
     try:
         download(address, beside, stored)
-        os.utime(beside, ns=(1000 * stored.generation,) * 2)
+        moment = 1000 * stored.generation  # nanoseconds of a time that counts microseconds
+        os.utime(beside, ns=(moment, moment))
         os.replace(beside, file)
     except OSError as error:
         raise BucketError(

@@ -22,7 +22,7 @@ from etils import epath
 from mer_r1_jax import faults
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.bucket import BucketError
 from mer_r1_jax.storage.step_backends import BucketSteps, DiskSteps
 from mer_r1_jax.storage.step_store import (
@@ -290,7 +290,7 @@ class Checkpoints:
             known = str(self.valid_steps() or "none")
         except (OSError, BucketError, CheckpointError):
             known = f"{self.directory} cannot be looked into"
-        room = "" if is_bucket(self.directory) else f" ({durable.room(self.directory)})"
+        room = "" if is_bucket(self.directory) else f" ({atomic_files.room(self.directory)})"
         return (
             f"the checkpoint of step {step} could not be saved in {self.directory}{room}: "
             f"{reason[:_REASON]}. Earlier checkpoints are unharmed: {known}. Make room or mend the permissions there, "

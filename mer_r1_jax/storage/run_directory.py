@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 from mer_r1_jax import screen
 from mer_r1_jax.config.bounds import is_bucket
-from mer_r1_jax.storage import durable, run_lock
+from mer_r1_jax.storage import atomic_files, run_lock
 from mer_r1_jax.storage.bucket import BucketError
 from mer_r1_jax.storage.checkpoints import Checkpoints
 from mer_r1_jax.storage.run_lock import RunDirectoryError
@@ -237,19 +237,19 @@ class RunDirectory:
             folder.mkdir(exist_ok=True)
         self.attempt = 1 + run_lock.attempt_of(self.path)
         self.attempt_logs.mkdir()
-        durable.write_json(self.attempt_logs / "env.json", environment)
-        durable.write_json(self.attempt_logs / "config.json", config)
+        atomic_files.write_json(self.attempt_logs / "env.json", environment)
+        atomic_files.write_json(self.attempt_logs / "config.json", config)
         if not self.resumed:
-            durable.write_json(self.env_file, environment)
-        durable.write_json(self.config_file, config)  # last: from now on the folder is a run's
+            atomic_files.write_json(self.env_file, environment)
+        atomic_files.write_json(self.config_file, config)  # last: from now on the folder is a run's
         self._log_to("log.txt")
         if self.resumed:
             warn_of_changes(before, config, earlier, environment)
 
     def _log_to(self, name: str) -> None:
         self.log_file = self.attempt_logs / name
-        self._log_handler = screen.log_file(self.log_file)
-        logging.getLogger().addHandler(self._log_handler)
+        handler = self._log_handler = screen.log_file(self.log_file)
+        logging.getLogger().addHandler(handler)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from typing import TextIO
 
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.storage.atomic_files import WriteError, writing
 from mer_r1_jax.storage.bucket import BucketError
-from mer_r1_jax.storage.durable import WriteError, writing
 from mer_r1_jax.storage.working_copy import owner_of
 
 NAME = ".lock"  # in a run's folder; it holds who has it open

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from mer_r1_jax import faults
-from mer_r1_jax.storage import bucket, durable
+from mer_r1_jax.storage import atomic_files, bucket
 from mer_r1_jax.storage.bucket import Stored
 from mer_r1_jax.storage.step_store import (
     ARRAYS,
@@ -67,14 +67,14 @@ class DiskSteps(StepStore):
         return place.name
 
     def commit(self, place: Path, step: int, state: dict[str, Any]) -> None:
-        durable.write_json(place / HOST_STATE, state)
+        atomic_files.write_json(place / HOST_STATE, state)
         self._write_manifest(place, step)
         faults.here("checkpoint_commit", place.name)
         final, replaced = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
         if final.exists():
             final.rename(replaced)  # a kill before the next rename is mended by `clear`
         place.rename(final)
-        durable.sync_folder(self.directory)
+        atomic_files.sync_folder(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def abandon(self, place: Path) -> None:
@@ -124,7 +124,7 @@ class DiskSteps(StepStore):
             path = folder / name
             if not path.is_file():
                 return None
-            digest = durable.sha256_of(path) if read_files else None
+            digest = atomic_files.sha256_of(path) if read_files else None
             return {"bytes": path.stat().st_size, "sha256": digest}
 
         return describe
@@ -134,13 +134,13 @@ class DiskSteps(StepStore):
         faults.here("checkpoint_manifest", place)
         files = {}
         for path in sorted(path for path in place.rglob("*") if path.is_file()):
-            durable.sync_file(path)
+            atomic_files.sync_file(path)
             name = path.relative_to(place).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": durable.sha256_of(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": atomic_files.sha256_of(path)}
         for path in place.rglob("*"):
             if path.is_dir():
-                durable.sync_folder(path)
-        durable.write_json(place / MANIFEST, signed({"step": step, "files": files}))
+                atomic_files.sync_folder(path)
+        atomic_files.write_json(place / MANIFEST, signed({"step": step, "files": files}))
 
 
 class BucketSteps(StepStore):
@@ -159,11 +159,11 @@ class BucketSteps(StepStore):
         return f"{step}/save-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
     def commit(self, place: epath.Path, step: int, state: dict[str, Any]) -> None:
-        bucket.write(str(place / HOST_STATE), durable.json_bytes(state))
+        bucket.write(str(place / HOST_STATE), atomic_files.json_bytes(state))
         faults.here("checkpoint_commit", place.name)
         objects = {name: _as_stated(stored) for name, stored in bucket.listing(str(place)).items()}
         manifest = signed({"step": step, "save": place.name, "objects": objects})
-        bucket.write(str(self.directory / str(step) / MANIFEST), durable.json_bytes(manifest))
+        bucket.write(str(self.directory / str(step) / MANIFEST), atomic_files.json_bytes(manifest))
 
     def abandon(self, place: epath.Path) -> None:
         """Leaves the objects to the next start: another process may be writing still."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -141,7 +142,7 @@ def _load_arrays(path: os.PathLike, wanted: dict[str, Any]) -> dict[str, Any]:
     targets, arguments = {}, {}
     for name, leaf in wanted.items():
         sharding = getattr(leaf, "sharding", None)
-        if sharding is None and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if sharding is None and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             sharding = default
         targets[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         arguments[name] = (

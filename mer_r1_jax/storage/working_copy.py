@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mer_r1_jax.storage import bucket, durable
+from mer_r1_jax.storage import atomic_files, bucket
 from mer_r1_jax.storage.bucket import BucketError
 
 OWNER = "owner.json"
@@ -143,7 +143,7 @@ class WorkingCopy:
             return {}
 
     def _write_record(self) -> None:
-        durable.write_json(self._record_file, {"token": self._token, "given": self._given})
+        atomic_files.write_json(self._record_file, {"token": self._token, "given": self._given})
 
     def _state_of(self, path: Path) -> list[int]:
         status = path.stat()

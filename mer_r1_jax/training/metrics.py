@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,13 +27,17 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from mer_r1_jax import faults, screen
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import DISK_ERRORS, WriteError, writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import DISK_ERRORS, WriteError, writing
 from mer_r1_jax.storage.run_directory import RunDirectory
 
 PHASES = ("sft", "rl")  # in the order a run goes through them
 
 log = logging.getLogger(__name__)
+
+# Protobuf makes their classes when they are imported, so no type checker knows them.
+_events: Any = event_pb2
+_summaries: Any = summary_pb2
 
 
 class MetricsWriter:
@@ -77,9 +82,9 @@ class MetricsWriter:
         line = {"step": int(step), "phase": phase, "time": round(time.time(), 3)}
         line |= {name: encode_number(value) for name, value in values.items()}
         with writing("metrics.jsonl", self._path):
-            durable.append(self._file, f"{json.dumps(line, allow_nan=False)}\n".encode())
-        if self._tensorboard is not None:
-            self._attempt("TensorBoard", lambda: self._tensorboard.write(phase, step, values))
+            atomic_files.append(self._file, f"{json.dumps(line, allow_nan=False)}\n".encode())
+        if (tensorboard := self._tensorboard) is not None:
+            self._attempt("TensorBoard", lambda: tensorboard.write(phase, step, values))
         return values
 
     def write_completions(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -87,7 +92,8 @@ class MetricsWriter:
         path = self._completions / f"completions_{step:05d}.parquet"
         table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
         self._attempt(
-            "the table of completions", lambda: durable.write_atomically(path, lambda file: pq.write_table(table, file))
+            "the table of completions",
+            lambda: atomic_files.write_atomically(path, lambda file: pq.write_table(table, file)),
         )
         faults.here("completions_written", path)
 
@@ -119,7 +125,7 @@ class MetricsWriter:
         try:
             action()
         except Exception as error:  # a backend for looking at must never stop a run
-            if isinstance(error, WriteError) and error.errno in DISK_ERRORS:
+            if isinstance(error, WriteError) and getattr(error, "errno", None) in DISK_ERRORS:
                 raise
             self._broken.add(backend)
             log.warning("%s cannot be written and is left out from now on: %s. metrics.jsonl goes on.", backend, error)
@@ -172,11 +178,11 @@ def discard_after(path: Path, discarded: Path, resume_at: tuple[str, int] | None
     if moved:
         with writing("the lines of metrics.jsonl that will be made again", discarded):
             with open(discarded, "ab", buffering=0) as file:
-                durable.append(file, "".join(f"{line}\n" for line in moved).encode())
+                atomic_files.append(file, "".join(f"{line}\n" for line in moved).encode())
                 os.fsync(file.fileno())
         # Only now: the lines that go are safe in the other file.
         text = "".join(f"{line}\n" for line in kept)
-        durable.write_text(path, text)
+        atomic_files.write_text(path, text)
         log.info("%d lines of %s lie after the step resumed from and moved to %s", len(moved), path.name, discarded)
     return len(moved)
 
@@ -201,7 +207,7 @@ def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     values = {}
     for name, value in zip(metrics, jax.device_get(list(metrics.values())), strict=True):
         array = np.asarray(value)
-        is_number = array.dtype.kind in "biuf" or jax.dtypes.issubdtype(array.dtype, np.floating)  # bfloat16: kind "V"
+        is_number = array.dtype.kind in "biuf" or jnp.issubdtype(array.dtype, np.floating)  # bfloat16: kind "V"
         if array.size != 1 or not is_number:
             raise ValueError(f"metric {name!r} is {array.dtype}{list(array.shape)}, expected one number")
         values[name] = float(array.reshape(()))
@@ -236,9 +242,9 @@ class _TensorBoard:
     def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         if phase not in self._files:
             self._files[phase] = self._open(phase, step)
-        event = event_pb2.Event(wall_time=time.time(), step=step)
+        event = _events.Event(wall_time=time.time(), step=step)
         for name, value in values.items():
-            event.summary.value.append(summary_pb2.Summary.Value(tag=printable(name), simple_value=value))
+            event.summary.value.append(_summaries.Summary.Value(tag=printable(name), simple_value=value))
         self._files[phase].write_event(event)
         self._files[phase].flush()
 
@@ -250,8 +256,8 @@ class _TensorBoard:
         (self._folder / phase).mkdir(parents=True, exist_ok=True)
         file = EventsWriter(str(self._folder / phase / "events"), filename_suffix=f".attempt_{self._attempt}")
         # Tells TensorBoard to forget what an earlier attempt wrote from this step on.
-        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        file.write_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=restart))
+        restart = _events.SessionLog(status=_events.SessionLog.START)
+        file.write_event(_events.Event(wall_time=time.time(), step=step, session_log=restart))
         return file
 
 

@@ -498,7 +498,8 @@ class RlPrograms:
                 long as this process lives; parameters and optimizer state can be saved meanwhile.
         """
         stop.check()
-        sampling = sampling or self.sampling
+        if sampling is None:
+            sampling = self.sampling
         if 0 < self.chunks.tokens < sampling.max_completion_length:
             completions = self._sample_in_chunks(params, prompts, key, sampling, stop)
         else:

@@ -89,7 +89,8 @@ def sft_loss(
         logprob_BGC, _ = token_logprobs(model, h_BGCD, kind.continuation.id_BGC, temperature=1.0)
         total = jnp.sum(jnp.where(kind.loss_mask_BGC, logprob_BGC, 0.0))
         means[name] = -total / jnp.maximum(tokens_in_loss[name], 1)
-    return sum(shares[name] * mean for name, mean in means.items()), {f"loss/{name}": m for name, m in means.items()}
+    loss: Any = sum(shares[name] * mean for name, mean in means.items())
+    return loss, {f"loss/{name}": mean for name, mean in means.items()}
 
 
 def make_sft_step(

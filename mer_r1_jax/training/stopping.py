@@ -64,7 +64,7 @@ class Stop:
         """
         if self.signals is None:
             return
-        leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
+        leaves: list[Any] = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
         for seconds in _polls():
             if self.asked() or all(leaf.is_ready() for leaf in leaves):
                 break

@@ -27,7 +27,7 @@ from mer_r1_jax.evaluation.summary import samples
 from mer_r1_jax.run import held_out as held_out_module
 from mer_r1_jax.run.policy import PolicyError
 from mer_r1_jax.run.train import train
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def export(tmp_path_factory):
     assert train(config) == 0
     folder = root / "runs" / "subtitles"
     evaluated = dataclasses.replace(config.data, eval_path=str(world / "eval.jsonl"))
-    durable.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, data=evaluated)))
+    atomic_files.write_json(folder / "config.json", dataclasses.asdict(dataclasses.replace(config, data=evaluated)))
     return folder / "export" / "hf"
 
 

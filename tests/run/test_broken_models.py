@@ -13,7 +13,7 @@ from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.rl.rollout import RolloutError
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.policy import load_policy, open_model
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
 from mer_r1_jax.training.state import as_stored, make_optimizer, nest, tower_flags, trainable_names
 
@@ -65,7 +65,7 @@ def test_a_runs_checkpoint_that_is_not_finite_is_refused_by_every_reader(small, 
     config = small_config_of(small_folder)
     run = tmp_path / "run"
     run.mkdir()
-    durable.write_json(run / "config.json", dataclasses.asdict(config))
+    atomic_files.write_json(run / "config.json", dataclasses.asdict(config))
     params = small.backbone.init(0)
     params[name] = jnp.full_like(params[name], value)
     flags = trainable_names(**tower_flags(config, "sft"))

@@ -24,8 +24,8 @@ from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.export import export_model
 from mer_r1_jax.omni.thinker import init_params
 from mer_r1_jax.parity.export_cases import write_cases
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import WriteError, writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import WriteError, writing
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 from mer_r1_jax.training.metrics import MetricsWriter, read_metrics
 
@@ -62,10 +62,10 @@ def check_message(error, what, path):
 @pytest.mark.parametrize("number", ERRORS)
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, failing, number):
     path = tmp_path / "scores.json"
-    durable.write_json(path, {"f1": 1})
+    atomic_files.write_json(path, {"f1": 1})
     failing("file_begins", number)
     with pytest.raises(WriteError) as caught:
-        durable.write_json(path, {"f1": 2})
+        atomic_files.write_json(path, {"f1": 2})
     check_message(caught.value, "scores.json", path)
     assert caught.value.errno == number and os.strerror(number) in str(caught.value)
     assert json.loads(path.read_text()) == {"f1": 1} and os.listdir(tmp_path) == ["scores.json"]
@@ -73,9 +73,9 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, failing, 
 
 def test_a_file_that_is_cut_while_it_is_written_leaves_the_one_before(tmp_path):
     path = tmp_path / "scores.json"
-    durable.write_json(path, {"f1": 1})
+    atomic_files.write_json(path, {"f1": 1})
     with largest_file(100), pytest.raises(WriteError, match=r"scores.json could not be written: .*GiB free"):
-        durable.write_json(path, list(range(1000)))
+        atomic_files.write_json(path, list(range(1000)))
     assert json.loads(path.read_text()) == {"f1": 1} and os.listdir(tmp_path) == ["scores.json"]
 
 
@@ -149,7 +149,7 @@ def write_moving_picture(path):
     ("name", "write", "error"),
     [
         ("cases.npz", lambda path: write_cases(path, {"a": np.random.default_rng(0).random(9000)}), WriteError),
-        ("page.md", lambda path: durable.write_text(path, "word " * 9000), WriteError),
+        ("page.md", lambda path: atomic_files.write_text(path, "word " * 9000), WriteError),
         ("label.csv", write_labels, BenchmarkError),
         ("clip.mp4", write_moving_picture, WriteError),
     ],
@@ -184,7 +184,7 @@ def failing_writes():
 
 # Where files are written by hand, and why none of them is torn.
 BY_HAND = {
-    "mer_r1_jax/storage/durable.py": "what all others use",
+    "mer_r1_jax/storage/atomic_files.py": "what all others use",
     "mer_r1_jax/training/metrics.py": "lines that are taken back",
     "mer_r1_jax/storage/run_lock.py": "a lock",
     "mer_r1_jax/evaluation/result_log.py": "lines that are taken back",
@@ -212,7 +212,7 @@ def test_files_are_written_in_one_way():
         for path in (root / folder).rglob("*.py")
         if any(map(writes_a_file, ast.walk(ast.parse(path.read_text()))))
     }
-    assert found == BY_HAND.keys(), "use storage/durable.py, or say here why nothing is torn"
+    assert found == BY_HAND.keys(), "use storage/atomic_files.py, or say here why nothing is torn"
 
 
 def writes_a_file(node):
@@ -221,7 +221,7 @@ def writes_a_file(node):
         return False
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))
     if name in ("write_text", "write_bytes"):
-        return ast.unparse(node.func) != "durable.write_text"
+        return ast.unparse(node.func) != "atomic_files.write_text"
     if name != "open":
         return False
     modes = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.training.metrics import MetricsWriter
 
@@ -85,7 +85,7 @@ def write_evaluation(run, phase, step, skill, clips, reasoning="the brows are lo
     summary |= {"majority_answer": ["happy", "sad"], "majority_f1": 0.31, "oracle_f1": 0.85}
     stem = run.eval / f"synthetic_{step:05d}"
     stem.with_suffix(".samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    durable.write_json(stem.with_suffix(".json"), summary)
+    atomic_files.write_json(stem.with_suffix(".json"), summary)
 
 
 def write_run(folder, *, rl_steps=40, sft_steps=60, clips=8, reasoning="the brows are low", config=None, records=None):

@@ -24,7 +24,7 @@ from mer_r1_jax.data.synthetic.world import (
     draw_scene,
     load_lexicon,
 )
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage.atomic_files import writing
 
 VERSION = 8  # counts changes of the drawing that settings do not show
 CLIPS_PER_TASK = 32

@@ -12,7 +12,7 @@ from av.audio.stream import AudioStream
 
 from mer_r1_jax.data.synthetic import face, voice
 from mer_r1_jax.data.synthetic.world import SLOTS_PER_MODALITY, Scene, random_stream
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage.atomic_files import writing
 
 FPS = 8
 FRAMES = 16

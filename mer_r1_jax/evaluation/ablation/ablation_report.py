@@ -40,7 +40,7 @@ from mer_r1_jax.evaluation.report_kit import (
     text_table,
 )
 from mer_r1_jax.foreign_text import for_markdown, printable
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 FIGURE = "ablation.svg"
 SAMPLED_NOTE = f"Sampled rewards are means over the last {LAST_STEPS} steps of RL."
@@ -80,7 +80,7 @@ def write(folder: Path, ablation: Ablation, command: str, plan: Mapping[str, Any
     content = json.dumps({"command": command, "plan": plan, **as_json(ablation)}, indent=1, allow_nan=False)
     files = {FIGURE: picture.decode(), "ablation.md": text, "ablation.html": html, "ablation.json": content + "\n"}
     for name, written in files.items():
-        durable.write_text(folder / name, written)
+        atomic_files.write_text(folder / name, written)
     return [folder / name for name in files]
 
 

@@ -20,7 +20,7 @@ from mer_r1_jax.evaluation.benchmarks import inert_pickle
 from mer_r1_jax.evaluation.benchmarks.inert_pickle import UnsafePickle
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
 from mer_r1_jax.foreign_text import printable, would_run_in_a_spreadsheet
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 SPLIT, NAME = "split", "name"  # the first columns of the CSV
 # The largest official file has a few megabytes and a handful of arrays.
@@ -101,7 +101,7 @@ def convert(path: str | pathlib.Path, out: str | pathlib.Path | None = None) -> 
             writer.writerow({SPLIT: split, NAME: name, **row})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(out, text.getvalue())
+        atomic_files.write_text(out, text.getvalue())
     except OSError as error:
         raise BenchmarkError(f"{out} cannot be written: {error}") from error
     return out, {split: len(corpus) for split, corpus in corpora.items()}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mer_r1_jax.evaluation.judge.endpoint import JudgeAbortedError
-from mer_r1_jax.storage import durable
-from mer_r1_jax.storage.durable import WriteError, writing
+from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage.atomic_files import WriteError, writing
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class AnswerCache:
                 with open(self.folder / ".lock", "a") as lock:
                     # Two processes with one question would share the file that is renamed.
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                    durable.write_json(path, entry | {"key": key})
+                    atomic_files.write_json(path, entry | {"key": key})
         except WriteError as error:
             raise JudgeAbortedError(str(error)) from error
 

@@ -27,7 +27,7 @@ from mer_r1_jax.evaluation.mme.stages import (
     predict,
 )
 from mer_r1_jax.evaluation.result_log import ResultLog
-from mer_r1_jax.storage import durable
+from mer_r1_jax.storage import atomic_files
 
 RESPONSE = "response"  # the mode of answers that were made elsewhere
 
@@ -48,7 +48,7 @@ class Responses:
     def __init__(self, folder: str | Path, benchmark: Benchmark):
         files = response_files(folder)
         self._texts = read_responses(files, benchmark.items)
-        hashes = {task: durable.sha256_of(file) for task, file in files.items()}
+        hashes = {task: atomic_files.sha256_of(file) for task, file in files.items()}
         self.fingerprint: Mapping[str, Any] = {"responses": hashes}
 
     def answers(self, asked: Sequence[Asked]) -> Iterator[tuple[Asked, Mapping[str, Any] | Failure]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mer_r1_jax.omni.hf.config_json import CONFIG_FILE
-from mer_r1_jax.storage.durable import writing
+from mer_r1_jax.storage.atomic_files import writing
 
 
 class ExportError(ValueError):

@@ -80,7 +80,7 @@ def room(path: str | os.PathLike) -> str:
     return f"{told}, but no room for another file" if files.f_files and not files.f_favail else told
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write` on a new file beside `path`, syncs it and renames it to `path`. Pipes are just written to.
 
     Raises:
