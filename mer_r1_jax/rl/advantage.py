@@ -204,7 +204,7 @@ def dual_objective(rewards: Rewards, config: RlConfig) -> Array:
 
 
 def whitened_objectives(rewards: Rewards, config: RlConfig) -> Array:
-    """`gdpo`: the advantages of `ad`, whitened over the step, so that their scale does not hang on how objectives agree.
+    """`gdpo`: the advantages of `ad`, whitened over the step: their scale is always the same.
 
     Liu et al. 2026 (GDPO); TRL's `multi_objective_aggregation="normalize_then_sum"`.
     """

@@ -335,8 +335,8 @@ def test_groups_without_spread_are_found():
 
 def test_wrong_arms_and_scales_are_refused():
     rewards = dataclasses.replace(simulated(), plus_BG=None, minus_BG=None, plus_valid_BG=None, minus_valid_BG=None)
-    with pytest.raises(ValueError, match="expected one of baseline, rd, ad, mer_r1"):
-        advantages("gdpo", rewards, CONFIG)
+    with pytest.raises(ValueError, match="expected one of baseline, rd, ad, gdpo, mer_r1"):
+        advantages("mer_r2", rewards, CONFIG)
     with pytest.raises(ValueError, match="confidences"):
         advantages("mer_r1", rewards, CONFIG)
     with pytest.raises(ConfigError, match="rl.scale_rewards: got 'std', expected one of group, batch, none"):
