@@ -25,6 +25,8 @@ KNOWN_ELSEWHERE = {
     "train_batch_size": "rl.prompts_per_step (prompts, not completions)",
     "learning_rate": "sft.optimizer.learning_rate or rl.optimizer.learning_rate",
     "lambda": "rl.calibration_weight",
+    "multi_objective_aggregation": "rl.arm (rd: rewards added, then normalised; ad: normalised, then added; gdpo: ad, "
+    "then whitened over the step, as TRL's normalize_then_sum)",
     "steps_per_generation": "rl.num_iterations (updates made from one rollout, each from the whole of it)",
     "generation_batch_size": "rl.prompts_per_step (prompts, not completions)",
     "custom_reward_function": "rl.reward_funcs (package.module.function)",

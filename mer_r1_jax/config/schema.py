@@ -51,7 +51,7 @@ AudioSeconds = Annotated[float, Number(0, 300, above=True)]  # the spectrogram t
 Megabytes = Annotated[int, Number(16, 1 << 24)]
 # The names that rl/advantage.py and rl/losses.py give a meaning to.
 ARM_NAMES = (
-    *("baseline", "rd", "ad", "mer_r1"),
+    *("baseline", "rd", "ad", "gdpo", "mer_r1"),
     *("sfcc_word", "sfcc_recall_only", "sfcc_reward_space", "sfcc_mixed", "sfcc_loss"),
 )
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -202,6 +202,7 @@ class RlConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divisor of z: group | batch | none
     mask_truncated_completions: bool = False  # leave completions that hit the length cap out of the loss
     calibration_weight: Weight = 0.1  # lambda, weight of the slow-fast calibration
+    calibration_counts: Literal["word", "category"] = "word"  # in R+ and R-: every word, or a category's first (ours)
     format_weight: Weight = 0.1  # weight of z(format reward)
     reward_funcs: tuple[Words, ...] = ()  # reward functions of your own, package.module.function (docs/method.md)
     reward_weights: tuple[AnyWeight, ...] = ()  # weight of each one's z in the advantage; () = 1 each

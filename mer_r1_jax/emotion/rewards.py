@@ -24,6 +24,7 @@ class Rewards:
         n_unknown: those among them that have no category on any wheel.
         n_categories: predicted categories, averaged over the scored wheels.
         scorable: the truth has a category on at least one wheel.
+        n_repeats: words whose category an earlier one has named, averaged over the scored wheels.
     """
 
     recall: float
@@ -33,6 +34,7 @@ class Rewards:
     n_unknown: int
     n_categories: float
     scorable: bool
+    n_repeats: float = 0.0
 
     def score(self, name: str) -> float | None:
         """Precision, recall or f1; None where the truth is on no wheel, which is not the same as 0."""
@@ -73,8 +75,10 @@ def answer_rewards(
     if scored is None:
         return Rewards(0.0, 0.0, 0.0, len(words), unknown, 0.0, False)
     recall, precision, f1 = (value - word_penalty * max(len(words) - len(truth_words), 0) for value in scored)
-    n_categories = _mean(len(y) for y, g in zip(predicted, true, strict=True) if g)
-    return Rewards(recall, precision, f1, len(words), unknown, n_categories, True)
+    known = [q for q, categories in enumerate(true) if categories]
+    n_categories = _mean(len(predicted[q]) for q in known)
+    placed = _mean(sum(wheels.category(word, q) is not None for word in words) for q in known)
+    return Rewards(recall, precision, f1, len(words), unknown, n_categories, True, placed - n_categories)
 
 
 def set_rewards(

@@ -62,6 +62,23 @@ SMALL_PANELS = (
     ("Confidence, slow and fast", {"confidence/slow": ("slow", SLOW), "confidence/fast": ("fast", FAST)}),
     ("Calibration rewards", {"rewards/r_plus/mean": ("R+", RECALL), "rewards/r_minus/mean": ("R−", PRECISION)}),
     ("Format reward", {"rewards/format/mean": ("", NEUTRAL)}),
+    (
+        "Spread within groups",
+        {"rewards/recall/group_std": ("recall", RECALL), "rewards/precision/group_std": ("precision", PRECISION)},
+    ),
+    (
+        "Advantage: correlation within groups",
+        {
+            "advantages/corr/recall": ("with recall", RECALL),
+            "advantages/corr/precision": ("with precision", PRECISION),
+            "advantages/corr/categories": ("with categories named", NEUTRAL),
+        },
+    ),
+    (
+        "Share of the advantage's variance",
+        {"advantages/share/calibration": ("calibration", SLOW), "advantages/share/format": ("format", NEUTRAL)},
+    ),
+    ("Words of a category named before, an answer", {"answers/mean_repeats": ("", NEUTRAL)}),
     ("KL to the reference", {"kl": ("", NEUTRAL)}),
     ("Entropy of the policy", {"entropy": ("", NEUTRAL)}),
     ("Gradient norm", {"grad_norm": ("", NEUTRAL)}),

@@ -41,6 +41,7 @@ class Rewards:
         minus_BG: mean over wrong words of fast minus slow confidence, in nats (R-).
         plus_valid_BG, minus_valid_BG: the completion has a correct (wrong) word with a confidence.
         custom_BG: one array for each reward function of the user's, NaN where a completion is unscored.
+        categories_BG: categories named, mean over the wheels. No reward: how an arm moves it is logged.
     """
 
     recall_BG: Array
@@ -54,6 +55,7 @@ class Rewards:
     plus_valid_BG: Array | None = None
     minus_valid_BG: Array | None = None
     custom_BG: tuple[Array, ...] = ()
+    categories_BG: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,19 @@ def dual_objective(rewards: Rewards, config: RlConfig) -> Array:
     return _z(_recall(rewards), config) + _z(_precision(rewards), config) + _z_format(rewards, config)
 
 
+def whitened_objectives(rewards: Rewards, config: RlConfig) -> Array:
+    """`gdpo`: the advantages of `ad`, whitened over the step: their scale is always the same.
+
+    Liu et al. 2026 (GDPO); TRL's `multi_objective_aggregation="normalize_then_sum"`.
+    """
+    ad_BG = dual_objective(rewards, config)
+    valid_BG = rewards.valid_BG
+    centred_BG = jnp.where(valid_BG, ad_BG - _mean(jnp.where(valid_BG, ad_BG, 0.0), valid_BG, axis=None), 0.0)
+    white_BG = centred_BG / (_std(centred_BG, valid_BG, axis=None) + EPSILON)
+    # A group without spread teaches nothing: the mean of the step would give all its answers the same push.
+    return jnp.where(zero_spread(ad_BG, valid_BG)[:, None], 0.0, white_BG)
+
+
 def mer_r1(rewards: Rewards, config: RlConfig) -> Array:
     """`ad` + lambda (z(R+) + z(R-)): the method."""
     calibration = _z(_plus(rewards), config) + _z(_minus(rewards), config)
@@ -231,6 +246,7 @@ ARMS: dict[str, Arm] = {
     "baseline": Arm(advantage=baseline),
     "rd": Arm(advantage=reward_sum),
     "ad": Arm(advantage=dual_objective),
+    "gdpo": Arm(advantage=whitened_objectives),
     "mer_r1": Arm(advantage=mer_r1, needs_confidence=True),
     "sfcc_word": Arm(advantage=mer_r1, needs_confidence=True, candidates="word"),
     "sfcc_recall_only": Arm(advantage=recall_side_only, needs_confidence=True),

@@ -6,7 +6,8 @@ For each emotion word e of a sampled answer, at the position that predicts the w
 
 where p_m conditions on the prompt, the same answer prefix and, for m = slow, the sample's own reasoning; for m = fast,
 an empty one. D(e) = conf_slow - conf_fast. R+ is the mean of D over correct words, R- the mean of -D over wrong ones;
-both per wheel, then averaged over the wheels that have such words (MER-R1, the calibration section).
+both per wheel, then averaged over the wheels that have such words (MER-R1, the calibration section). With
+rl.calibration_counts = "category" (ours) a word counts on a wheel only if none before it names the same category there.
 
 The host part works on token ids and never tokenises a sample again; the device part computes logits at anchors only,
 for slow and fast in one call.
@@ -116,11 +117,16 @@ def build_anchors(
             words, context = _place(answer, tags, config, counts)
             fast_id_BGC[b, g, : len(context)] = context
             fast_exists_BGC[b, g, : len(context)] = True
+            named: set[tuple[int, str | None]] = set()
             for w, word, slow, fast in words:
                 slow_BGW[b, g, w], fast_BGW[b, g, w] = slow, fast
                 found = [category(word, q) for q in range(wheels)]
                 # A wheel on which the truth has no category can tell neither right from wrong.
                 known = [c is not None and bool(true) for c, true in zip(found, truth_categories[b], strict=True)]
+                if config.calibration_counts == "category":
+                    # A mean over words pays for synonyms: their confidence is high where the first is said already.
+                    known = [held and (q, found[q]) not in named for q, held in enumerate(known)]
+                    named.update(enumerate(found))
                 set_BGWQ[b, g, w] = np.where(known, candidate_sets(word), NO_SET)
                 correct_BGWQ[b, g, w] = [c in true for c, true in zip(found, truth_categories[b], strict=True)]
     anchors = Anchors(

@@ -129,6 +129,7 @@ class AnswerScorer:
             format_BG=gather(lambda answer: answer.parsed.format_reward, np.float32),
             valid_BG=gather(lambda answer: True, bool),
             scored_BG=gather(lambda answer: answer.rewards.scorable, bool),
+            categories_BG=gather(lambda answer: answer.rewards.n_categories, np.float32),
         )
 
     def _anchors(

@@ -16,6 +16,14 @@ METRICS: dict[tuple[str, ...], str] = {
     ("rewards/{recall,precision,f1,format,r_plus,r_minus}/{mean,std}",): (
         "each of the method's rewards and its spread over the step's answers; R+ and R- in nats"
     ),
+    ("rewards/{recall,precision,f1}/group_std", "rewards/recall_precision_corr"): (
+        "spread within groups, mean over groups; correlation of recall and precision within groups: what arms differ in"
+    ),
+    ("advantages/corr/{recall,precision,categories}",): (
+        "correlation of the advantage within groups with each reward, and with the number of categories named: above 0 "
+        "RL draws answers out, below it shortens them"
+    ),
+    ("advantages/share/{calibration,format}",): "share of the advantage's variance that comes from these terms",
     ("rewards/<function>/{mean,std,unscored,faults}",): (
         "of a reward function of your own; the share of answers without a value, and the number of faults"
     ),
@@ -36,9 +44,9 @@ METRICS: dict[tuple[str, ...], str] = {
         "length of the sampled answers in tokens, `mean_terminated` without those that were cut; their number"
     ),
     ("completions/clipped_ratio",): "share of answers cut at the length cap",
-    ("answers/{mean_words,mean_categories,mean_unknown_words}",): (
-        "words, categories and words on no wheel of an answer; watch them: answers can pad with words of one category "
-        "at no cost"
+    ("answers/{mean_words,mean_categories,mean_unknown_words,mean_repeats}",): (
+        "words, categories, words on no wheel, and words of a category named before, of an answer; watch them: answers "
+        "can pad with words of one category at no cost"
     ),
     ("sampling/sampling_logp_difference/mean",): (
         "sampler against trainer: mean absolute difference of log-probabilities, in nats"

@@ -54,7 +54,7 @@ from mer_r1_jax.rl.scoring import AnswerScorer, ScoredGroups
 from mer_r1_jax.training import chunked
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.prompts import loaded_rows
-from mer_r1_jax.training.rollout_log import RolloutLog, completions_table, mean_of, reward_metrics
+from mer_r1_jax.training.rollout_log import RolloutLog, advantage_metrics, completions_table, mean_of, reward_metrics
 from mer_r1_jax.training.state import Params, TrainState, accumulate, apply_gradients
 from mer_r1_jax.training.stopping import NEVER, Stop
 
@@ -344,9 +344,11 @@ def group_advantages(
     )
     # What is logged is what was earned; the control shuffles afterwards.
     metrics = confidence_metrics(*slow_fast, anchors) | reward_metrics(rewards, config.format_weight)
+    named_BG = rewards.categories_BG
     if config.permute_rewards:
         rewards = permute_within_groups(rewards, key)
     advantage_BG = advantages(config.arm, rewards, config)
+    metrics |= advantage_metrics(advantage_BG, dataclasses.replace(rewards, categories_BG=named_BG), config)
     metrics["frac_reward_zero_std"] = mean_of(
         zero_spread(advantage_BG, rewards.valid_BG), jnp.any(rewards.valid_BG, -1)
     )

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.rl.advantage import Rewards
+from mer_r1_jax.rl.advantage import Rewards, advantages
 from mer_r1_jax.rl.reward_funcs import Scored, columns_of, metrics_of, together
 from mer_r1_jax.rl.rollout import Completions
 from mer_r1_jax.rl.scoring import ScoredAnswer, ScoredGroups
@@ -76,6 +77,7 @@ class RolloutLog:
             "completions/mean_terminated_length": ended.mean() if ended.size else 0.0,
             "answers/mean_words": float(np.mean([answer.rewards.n_words for answer in self.answers])),
             "answers/mean_unknown_words": float(np.mean([answer.rewards.n_unknown for answer in self.answers])),
+            "answers/mean_repeats": float(np.mean([answer.rewards.n_repeats for answer in self.answers])),
             "answers/mean_categories": float(np.mean([answer.rewards.n_categories for answer in self.answers])),
             **{f"confidence/left_out/{reason}": float(count) for reason, count in self.counts.items()},
         } | metrics_of(self.custom)
@@ -141,11 +143,66 @@ def reward_metrics(rewards: Rewards, format_weight: float) -> dict[str, jax.Arra
         mean = mean_of(x_BG, valid_BG)
         metrics[f"rewards/{name}/mean"] = mean
         metrics[f"rewards/{name}/std"] = jnp.sqrt(mean_of((x_BG - mean) ** 2, valid_BG))
+        if name in ("recall", "precision", "f1"):
+            # Within groups: what an advantage can be made of. The spread above is over all samples of the step.
+            metrics[f"rewards/{name}/group_std"] = mean_of(jnp.sqrt(_variance(x_BG, held_BG)), _comparable(held_BG))
+    metrics["rewards/recall_precision_corr"] = within_groups(rewards.recall_BG, rewards.precision_BG, held_BG)
     total_BG = rewards.f1_BG + format_weight * rewards.format_BG
     group_mean = functools.partial(mean_of, held=held_BG, axis=-1)
     # `reward_std` is within groups: it is what an advantage can be made of, and falls to 0 when groups agree.
     spread_B = jnp.sqrt(group_mean((total_BG - group_mean(total_BG)[:, None]) ** 2))
     return metrics | {"reward": mean_of(total_BG, held_BG), "reward_std": mean_of(spread_B, jnp.any(held_BG, -1))}
+
+
+def advantage_metrics(advantage_BG: jax.Array, rewards: Rewards, config: RlConfig) -> dict[str, jax.Array]:
+    """What an arm's advantage is made of and where it pushes, for use inside `jit`.
+
+    Returns:
+        advantages/corr/{recall,precision,categories}: correlation within groups with each; a positive one with the
+        categories named draws answers out, however alike two arms' advantages are otherwise.
+        advantages/share/{calibration,format}: share of the advantage's variance that is gone where that term's weight
+        is 0; exact where the arm adds its terms.
+    """
+    held_BG = rewards.valid_BG & rewards.scored_BG
+    with_BG = {"recall": rewards.recall_BG, "precision": rewards.precision_BG, "categories": rewards.categories_BG}
+    metrics = {
+        f"advantages/corr/{name}": within_groups(advantage_BG, x_BG, held_BG)
+        for name, x_BG in with_BG.items()
+        if x_BG is not None
+    }
+    for name, field in (("calibration", "calibration_weight"), ("format", "format_weight")):
+        without_BG = advantages(config.arm, rewards, dataclasses.replace(config, **{field: 0.0}))
+        # The covariances of the terms with the whole add up to its variance.
+        own = _sum_of_products(advantage_BG - without_BG, advantage_BG, held_BG)
+        whole = _sum_of_products(advantage_BG, advantage_BG, held_BG)
+        metrics[f"advantages/share/{name}"] = jnp.where(whole > 0, own / jnp.where(whole > 0, whole, 1.0), 0.0)
+    return metrics
+
+
+def within_groups(x_BG: jax.Array, y_BG: jax.Array, held_BG: jax.Array) -> jax.Array:
+    """Correlation of two values around their groups' means, over all groups; 0 where one of them never varies."""
+    product, xx, yy = (_sum_of_products(a, b, held_BG) for a, b in ((x_BG, y_BG), (x_BG, x_BG), (y_BG, y_BG)))
+    scale = jnp.sqrt(xx * yy)
+    return jnp.where(scale > 0, product / jnp.where(scale > 0, scale, 1.0), 0.0)
+
+
+def _sum_of_products(x_BG: jax.Array, y_BG: jax.Array, held_BG: jax.Array) -> jax.Array:
+    """Of the deviations from each group's mean."""
+    return jnp.sum(_centred(x_BG, held_BG) * _centred(y_BG, held_BG))
+
+
+def _centred(x_BG: jax.Array, held_BG: jax.Array) -> jax.Array:
+    return jnp.where(held_BG, x_BG - mean_of(x_BG, held_BG, axis=-1)[:, None], 0.0)
+
+
+def _variance(x_BG: jax.Array, held_BG: jax.Array) -> jax.Array:
+    """float32 [B], of each group, with ddof 1."""
+    return jnp.sum(_centred(x_BG, held_BG) ** 2, axis=-1) / jnp.maximum(jnp.sum(held_BG, axis=-1) - 1, 1)
+
+
+def _comparable(held_BG: jax.Array) -> jax.Array:
+    """bool [B], groups with two values or more."""
+    return jnp.sum(held_BG, axis=-1) > 1
 
 
 def mean_of(x: jax.Array, held: jax.Array, axis: int | None = None) -> jax.Array:

@@ -22,11 +22,13 @@ from mer_r1_jax.rl.advantage import (
 
 B, G = 3, 5
 CONFIG = RlConfig()
+PER_GROUP = [name for name in ARMS if name != "gdpo"]  # whose advantages hang on nothing but their group
 NO_CONFIDENCE = [name for name, arm in ARMS.items() if not arm.needs_confidence]
 SPECIFICATION = {  # one group's advantages out of z-scores, written down anew
     "baseline": lambda z, r: z(r["f1"] + 0.1 * r["format"]),
     "rd": lambda z, r: z(r["recall"] + r["precision"]) + 0.1 * z(r["format"]),
     "ad": lambda z, r: z(r["recall"]) + z(r["precision"]) + 0.1 * z(r["format"]),
+    "gdpo": lambda z, r: SPECIFICATION["ad"](z, r),  # before it is whitened over the step
     "mer_r1": lambda z, r: SPECIFICATION["ad"](z, r) + 0.1 * (z(r["plus"]) + z(r["minus"])),
     "sfcc_word": lambda z, r: SPECIFICATION["mer_r1"](z, r),
     "sfcc_recall_only": lambda z, r: SPECIFICATION["ad"](z, r) + 0.1 * z(r["plus"]),
@@ -92,7 +94,7 @@ def test_group_normalisation_equals_trl(x, invalid, scale):
             np.testing.assert_allclose(z[row], expected[row], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PER_GROUP)
 def test_every_arm_is_its_formula(arm):
     rewards = simulated()
     names = ("recall", "precision", "f1", "format", "plus", "minus")
@@ -104,7 +106,7 @@ def test_every_arm_is_its_formula(arm):
 
 def test_the_list_of_arms_is_complete_and_says_what_each_needs():
     assert set(ARMS) == set(SPECIFICATION)
-    assert set(NO_CONFIDENCE) == {"baseline", "rd", "ad"}
+    assert set(NO_CONFIDENCE) == {"baseline", "rd", "ad", "gdpo"}
     assert [name for name, arm in ARMS.items() if arm.candidates == "word"] == ["sfcc_word"]
     assert [name for name, arm in ARMS.items() if arm.calibration_loss] == ["sfcc_loss"]
 
@@ -219,7 +221,7 @@ def test_reward_functions_are_normalised_apart_and_added_to_every_arm(arm):
     assert not of_arm(arm, absent, RlConfig(reward_weights=weights))[0].any()
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PER_GROUP)
 def test_degenerate_groups_give_exactly_zero(arm):
     """Equal rewards, a single valid completion, an absent row: zero, not NaN; and the other rows do not notice."""
     rewards = simulated(4)
@@ -268,7 +270,32 @@ def test_words_without_confidence_leave_only_their_own_term_out():
     np.testing.assert_array_equal(mixed, of_arm("sfcc_reward_space", rewards))
 
 
-@pytest.mark.parametrize("arm", ARMS)
+def test_gdpo_is_trls_normalize_then_sum():
+    """TRL, GRPOTrainer: each reward normalised over its group, summed with its weight, whitened over the step."""
+    rewards = simulated(20)
+    z = [
+        (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-4)
+        for x in (np.asarray(v, np.float64) for v in (rewards.recall_BG, rewards.precision_BG, rewards.format_BG))
+    ]
+    summed = z[0] + z[1] + 0.1 * z[2]
+    expected = (summed - summed.mean()) / (summed.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(of_arm("gdpo", rewards), expected, atol=3e-5)
+
+
+def test_gdpo_gives_nothing_to_groups_without_spread_nor_to_absent_answers():
+    rewards = jax.tree.map(np.array, simulated(21))
+    for name in ("recall_BG", "precision_BG", "f1_BG", "format_BG"):
+        getattr(rewards, name)[0] = np.float32(1 / 3)
+    rewards = dataclasses.replace(rewards, valid_BG=rewards.valid_BG.copy())
+    rewards.valid_BG[1, 3:] = False
+    result = of_arm("gdpo", rewards)
+    assert not result[0].any() and not result[1, 3:].any() and np.isfinite(result).all()
+    held = result[1:][rewards.valid_BG[1:]]
+    # Whitened: near unit spread over the answers that count (the flat group counts with its zeros, as in TRL).
+    assert np.concatenate([held, result[0]]).std(ddof=1) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("arm", PER_GROUP)
 def test_unscorable_prompts_are_judged_by_their_format_alone(arm):
     rewards = jax.tree.map(np.array, simulated(7))
     rewards.scored_BG[1] = False
@@ -308,8 +335,8 @@ def test_groups_without_spread_are_found():
 
 def test_wrong_arms_and_scales_are_refused():
     rewards = dataclasses.replace(simulated(), plus_BG=None, minus_BG=None, plus_valid_BG=None, minus_valid_BG=None)
-    with pytest.raises(ValueError, match="expected one of baseline, rd, ad, mer_r1"):
-        advantages("gdpo", rewards, CONFIG)
+    with pytest.raises(ValueError, match="expected one of baseline, rd, ad, gdpo, mer_r1"):
+        advantages("mer_r2", rewards, CONFIG)
     with pytest.raises(ValueError, match="confidences"):
         advantages("mer_r1", rewards, CONFIG)
     with pytest.raises(ConfigError, match="rl.scale_rewards: got 'std', expected one of group, batch, none"):

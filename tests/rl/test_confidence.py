@@ -1,5 +1,6 @@
 """Slow and fast confidence against a brute-force oracle: word by word, full softmax, one context at a time."""
 
+import dataclasses
 import functools
 
 import jax
@@ -245,6 +246,25 @@ def test_words_on_wheels_where_the_truth_has_no_category_do_not_count():
     used = (anchors.set_BGWQ != NO_SET).any(axis=(1, 2))
     assert not used[row, wheel]
     assert used[row].sum() == used.shape[1] - 1 and used[1 - row, wheel]
+
+
+def test_a_category_may_count_once():
+    """rl.calibration_counts: by word all three count; by category a word only where none before named the category."""
+    tags, wheels, candidates = world()
+    ids = tiny_tokenizer().encode("<think>Hm.</think>\n<answer>\njoyful, sad, happy</answer>")
+    words = ("joyful", "sad", "happy")
+    answer = AnswerToScore(ids=np.asarray(ids, np.int32), length=len(ids), words=words, usable=True)
+    truth = [[wheels.categories(("sad",), wheel) for wheel in range(len(wheels))]]
+    sets = {}
+    for counts in ("word", "category"):
+        config = dataclasses.replace(CONFIG, calibration_counts=counts)
+        about = {"tags": tags, "category": wheels.category, "candidate_sets": candidates.word, "config": config}
+        sets[counts] = build_anchors([[answer]], truth, **about)[0].set_BGWQ[0, 0]
+    assert (sets["word"][:3] != NO_SET).any(axis=1).all()
+    same = [wheels.category("joyful", q) == wheels.category("happy", q) for q in range(len(wheels))]
+    assert any(same)
+    np.testing.assert_array_equal(sets["category"][:2], sets["word"][:2])
+    np.testing.assert_array_equal(sets["category"][2], np.where(same, NO_SET, sets["word"][2]))
 
 
 @pytest.mark.slow
