@@ -247,6 +247,7 @@ def test_impossible_loss_settings_are_refused(changes, message):
         from_mapping({"rl": changes})
 
 
+@pytest.mark.slow
 def test_logprobs_at_zero_temperature_are_refused():
     with pytest.raises(ValueError, match="temperature"):
         losses.token_logprobs(bound(), jnp.zeros((1, 64)), jnp.zeros(1, jnp.int32), temperature=0.0)
