@@ -273,7 +273,7 @@ def arm_of(name: str) -> Arm:
     floats, flags = jnp.zeros((prompts, answers)), jnp.ones((prompts, answers), bool)
     rewards = ("recall_BG", "precision_BG", "f1_BG", "format_BG", "plus_BG", "minus_BG")
     masks = ("valid_BG", "scored_BG", "plus_valid_BG", "minus_valid_BG")
-    fields: dict[str, Any] = dict.fromkeys(rewards, floats) | dict.fromkeys(masks, flags)
+    fields: Any = {**dict.fromkeys(rewards, floats), **dict.fromkeys(masks, flags)}
     example = Rewards(**fields)
     meaning = "one advantage for each of G answers to each of B prompts"
     check_result("rl.arm", name, (example,), RlConfig(), (prompts, answers), meaning)

@@ -62,6 +62,7 @@ def ablate(plan: Plan, parallel: int, command: str, console: Console) -> int:
 
 def _scores_of(job: Job) -> str:
     """F1 of a finished run's last evaluation."""
+    # Their names end in the step, with leading zeros.
     evaluations = sorted((job.folder / "eval").glob("*.json"))
     if not evaluations:
         return ""

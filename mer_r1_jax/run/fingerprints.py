@@ -127,6 +127,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _of_model(folder: Path) -> str:
+    # By size and both ends: reading every byte of a 7B model would take a minute at each start.
     weights = {file.name: of_ends(file) for file in sorted(folder.glob("*.safetensors"))}
     return _of_content([_of_files(folder, MODEL_FILES), weights])
 

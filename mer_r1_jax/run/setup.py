@@ -106,6 +106,7 @@ class Setup:
     @property
     def eval_scorer(self) -> AnswerScorer:
         """Scores answers for evaluation."""
+        # A score is that of the benchmark, whatever training takes off its rewards.
         return self._scorer(dataclasses.replace(self.config.rl, word_penalty=0.0))
 
     def _scorer(self, config: RlConfig) -> AnswerScorer:

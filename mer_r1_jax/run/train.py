@@ -367,6 +367,7 @@ def export(run: Run, params: Params) -> None:
             write_settings(run.folder.export, run.config)  # last: it says that the export is complete
         except StopRequested:
             left = True
+    # Told to all processes, so that all of them end alike.
     if processes.from_first("whether the export was left", lambda: left):
         raise StopRequested("a signal came while the model was exported")
 

@@ -92,6 +92,7 @@ class Backbone(Protocol):
 
     def abstract_state(self, is_trainable: Callable[[str], bool], optimizer: Any, dtype: str) -> TrainState:
         """A train state without numbers, with its shardings; both moments in `dtype`."""
+        # Traced on shapes: nothing is allocated.
         shapes = jax.eval_shape(lambda params: init_state(params, is_trainable, optimizer, dtype), self.shapes)
         shardings = state_shardings(shapes, self.shardings, replicated(self.mesh))
         return jax.tree.map(
@@ -104,4 +105,5 @@ class Backbone(Protocol):
         """A fresh train state around parameters, every array made where it will live."""
         abstract = self.abstract_state(is_trainable, optimizer, dtype)
         make = functools.partial(init_state, is_trainable=is_trainable, optimizer=optimizer, dtype=dtype)
+        # Made in place by a program: a moment that was made first and cut then would be whole on one device.
         return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(params)

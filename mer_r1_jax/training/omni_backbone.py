@@ -116,6 +116,7 @@ def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:
         if sizes:
             raise ConfigError(f"model.path is {model.path!r}, whose sizes are its own: leave {', '.join(sizes)} at 0")
         return dataclasses.replace(load_config(model.path), **common)
+    # Only the smallest preset takes its vocabulary from the tokenizer: no released weights fix it.
     if model.preset == "tiny" and tokenizer is not None:
         preset = _sized_for(ThinkerConfig.tiny(), len(tokenizer))
     else:

@@ -101,6 +101,7 @@ def total_steps(config: RunConfig, name: str, records: int) -> int:
             f"{name}.prompts_per_step: got {section.prompts_per_step}, but data.{name}_path has {records} usable "
             "records; lower it"
         )
+    # -1 asks for epochs.
     if section.max_steps >= 0:
         return section.max_steps
     return steps_for_epochs(records, section.prompts_per_step, section.num_train_epochs)

@@ -196,4 +196,5 @@ def prompt_rows(
 
 def uid_of(name: str) -> int:
     """uint32 identity of something with a name, the same on every host and in every run."""
+    # Not `hash`, which differs from process to process.
     return zlib.crc32(name.encode())

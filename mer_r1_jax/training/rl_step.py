@@ -422,7 +422,8 @@ class RlPrograms:
     """
 
     def __init__(self, backbone: Backbone, config: RlConfig, sampling: SamplingConfig):
-        self.backbone, self.config, self.sampling = backbone, config, sampling
+        self.backbone, self.config = backbone, config
+        self.sampling: SamplingConfig = sampling
         mesh, packed = backbone.mesh, backbone.packed_rows
         self.encode_media = self._jit(encode_media)
         self.cast = jax.jit(
@@ -500,13 +501,12 @@ class RlPrograms:
                 long as this process lives; parameters and optimizer state can be saved meanwhile.
         """
         stop.check()
-        if sampling is None:
-            sampling = self.sampling
-        if 0 < self.chunks.tokens < sampling.max_completion_length:
-            completions = self._sample_in_chunks(params, prompts, key, sampling, stop)
+        how = self.sampling if sampling is None else sampling
+        if 0 < self.chunks.tokens < how.max_completion_length:
+            completions = self._sample_in_chunks(params, prompts, key, how, stop)
         else:
-            completions = self.rollout(params, prompts, key, sampling)
-        faults.here("sampled", sampling.num_generations)
+            completions = self.rollout(params, prompts, key, how)
+        faults.here("sampled", how.num_generations)
         stop.wait(completions)
         return completions
 

@@ -16,8 +16,8 @@ LAMBDA = FORMAT_WEIGHT = 0.1
 def notebook(request, tmp_path_factory):
     text = NOTEBOOK.read_text(encoding="utf-8")
     if request.param == "run anew":
-        # Nothing that this process was given is there: a reader has only what the package installs.
         settings = environment() | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        settings.pop("PYTHONPATH", None)  # it hides torch in a way that SciPy, in Jupyter, does not bear
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("notebook"))
             text = load_command("tutorial", EXPERIMENTS).executed(text, settings)
