@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate-mme": "MME-Emotion, with every setting of its judge",
     "score": "scores a file of predictions as MER-UniBench does",
     "probe": "shows which part of a clip a model uses; compares two evaluations clip by clip",
+    "lab": "tries arms on a tiny policy, in two minutes",
     "ablate": "compares arms over seeds, in one table",
     "export": "writes a checkpoint as a Hugging Face model",
     "export-check": "checks that transformers computes what an export computes here",

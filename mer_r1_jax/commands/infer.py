@@ -5,14 +5,13 @@ Prints the reasoning, the emotion words with their categories on the five wheels
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
-from mer_r1_jax.config.schema import ConfigError
+from mer_r1_jax.config.command_line import named_values
 from mer_r1_jax.foreign_text import json_text, printable
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
 
     with explained():
         # A clip without sound is answered from its frames; the line printed with the prompt says so.
-        setup, params = open_model(_MODEL.value, {"media.missing_audio": "skip"} | _settings(_SET.value))
+        setup, params = open_model(_MODEL.value, {"media.missing_audio": "skip"} | named_values(_SET.value))
         record = clip_record(
             _VIDEO.value,
             _QUESTION.value or setup.config.data.question,
@@ -61,20 +60,6 @@ def main(argv: list[str]) -> None:
     )
     for one in answers:
         _show(console, one)
-
-
-def _settings(texts: list[str]) -> dict[str, Any]:
-    """`section.field=value` texts as a mapping; values that are JSON are read as such, others are text."""
-    settings = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or "." not in name:
-            raise ConfigError(f"--set={text}: expected section.field=value, such as media.max_frames=8")
-        try:
-            settings[name] = json.loads(value)
-        except ValueError:
-            settings[name] = value
-    return settings
 
 
 def _show(console: Console, answer: Answer) -> None:

@@ -10,14 +10,19 @@ import pathlib
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
 
 from mer_r1_jax.config.bounds import field_types, plain_type, shown_value
-from mer_r1_jax.config.checks import check_values
+from mer_r1_jax.config.checks import check_values, out_of_bounds
 from mer_r1_jax.config.names import KNOWN_ELSEWHERE, advice
 from mer_r1_jax.config.schema import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Section = TypeVar("Section", bound="DataclassInstance")
 
 
 def config_dict(config: RunConfig | None = None) -> ml_collections.ConfigDict:
@@ -49,6 +54,26 @@ def checked(config: RunConfig) -> RunConfig:
         ConfigError: for every wrong type and impossible value.
     """
     return from_mapping(dataclasses.asdict(config))
+
+
+def with_values(section: Section, values: Mapping[str, Any]) -> Section:
+    """A section of the schema, or a dataclass typed as those are, with some fields replaced.
+
+    Args:
+        section: to begin with.
+        values: dotted field name -> value.
+
+    Raises:
+        ConfigError: for every unknown field, wrong type and value outside its bounds, all in one message.
+    """
+    nested = dataclasses.asdict(section)
+    for dotted, value in values.items():
+        _set(nested, dotted, value)
+    problems: list[str] = []
+    made = _build(type(section), nested, "", problems)
+    if problems := problems or out_of_bounds(made, section):
+        raise ConfigError("the settings cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return made
 
 
 def load_config(path: str | pathlib.Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -154,7 +179,11 @@ def _run_config_file(file: pathlib.Path, argument: str) -> ml_collections.Config
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, field = dotted.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        if not isinstance(
+            values.get(section), dict
+        ):  # also where a field is taken for a section, which is refused later
+            values[section] = {}
+        values = values[section]
     values[field] = value
 
 

@@ -28,16 +28,20 @@ def lookup(config: Any, dotted: str) -> Any:
 def check_values(config: RunConfig) -> list[str]:
     """Every impossible value of a configuration, as one line each; an empty list means it can be used."""
     # Fields are held against each other only where each of them makes sense by itself.
-    defaults = {name: value for name, _, value in all_fields(RunConfig())}
-    out_of_bounds = [
-        f"{name}: {wrong} (left out, it is {defaults[name]!r})"
-        for name, hint, value in all_fields(config)
-        if (wrong := problem_with(hint, value))
-    ]
-    return out_of_bounds or [
+    return out_of_bounds(config, RunConfig()) or [
         *_check_batches(config),
         *_check_rewards(config),
         *_check_media(config),
+    ]
+
+
+def out_of_bounds(section: Any, defaults: Any) -> list[str]:
+    """A line for every field whose value its type does not allow, sections within included."""
+    known = {name: value for name, _, value in all_fields(defaults)}
+    return [
+        f"{name}: {wrong} (left out, it is {known[name]!r})"
+        for name, hint, value in all_fields(section)
+        if (wrong := problem_with(hint, value))
     ]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -41,6 +43,20 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
         raise ConfigError(f"the command line cannot be used: {problem}; --help lists the flags") from error
     check_numbers()
     return rest
+
+
+def named_values(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE texts of a flag `--set` as a mapping; values that are JSON are read as such, others are text."""
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set={text}: expected NAME=VALUE, such as media.max_frames=8")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
 
 
 def with_shipped_configs(arguments: Sequence[str]) -> list[str]:

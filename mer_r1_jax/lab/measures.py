@@ -1,0 +1,155 @@
+"""What the lab measures of a policy on held-out clips.
+
+Scores are expected ones, under the exact posterior over the truths given a clip's cues: the draw of the truth, half of
+the noise of a score, is out of them. Confidence is compared on words that stay the same whoever is measured, the fast
+answers after SFT: an arm's own words change with how many it names.
+
+Shape letters: S seeds, N clips, P tokens of a completion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mer_r1_jax.lab import tiny_policy
+from mer_r1_jax.lab.scenes import SCORES, STOP, Clips
+from mer_r1_jax.lab.teaching import training_sampling
+from mer_r1_jax.lab.worlds import ANSWER_WORDS, LabConfig
+from mer_r1_jax.omni.batch import Array
+from mer_r1_jax.rl.sampling import SamplingConfig, greedy
+from mer_r1_jax.training.state import Params
+
+# Name -> what it is, in the order of the JSON. Shares lie in [0, 1].
+MEASURES = {
+    "slow_recall": "expected recall of slow answers, the most likely token each time",
+    "slow_precision": "expected precision of slow answers",
+    "slow_f1": "expected F1 of slow answers",
+    "fast_recall": "expected recall of fast answers",
+    "fast_precision": "expected precision of fast answers",
+    "fast_f1": "expected F1 of fast answers",
+    "sampled_f1": "expected F1 of slow answers sampled as the paper does, at temperature 0.9 and top-p 0.9",
+    "slow_f1_drawn": "F1 of slow answers against the truths that were drawn",
+    "fast_f1_drawn": "F1 of fast answers against the truths that were drawn",
+    "confidence_right": "probability, behind the slow reasoning, of the category of right words of the fast answers "
+    "after SFT",
+    "confidence_wrong": "the same for their wrong words",
+    "words": "words of a slow answer",
+    "repeats": "words of a slow answer that repeat a category it has named",
+}
+TEMPERATURE, TOP_P = 0.9, 0.9  # with which the paper samples answers that are scored
+# Added to the logit of the token that ends an answer, to see what a change of length alone would give.
+STOP_BIASES = (2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examiner:
+    """Measures policies of one experiment on its held-out clips.
+
+    Attributes:
+        config: the experiment.
+        clips: held out.
+    """
+
+    config: LabConfig
+    clips: Clips
+
+    def fast_answers(self, params_S: Params) -> np.ndarray:
+        """int32 [S, N, ANSWER_WORDS], the fast answers of each seed's policy: after SFT, the fixed words."""
+        return np.asarray(self._fast(params_S))
+
+    def measure(self, params_S: Params, fixed_words_SNW: np.ndarray) -> dict[str, np.ndarray]:
+        """MEASURES of each seed's policy, float64 [S] each.
+
+        Args:
+            params_S: of the policies.
+            fixed_words_SNW: `fast_answers` after SFT.
+        """
+        found = self._measured(params_S, jnp.asarray(fixed_words_SNW))
+        return {name: np.asarray(found[name], np.float64) for name in MEASURES}
+
+    def operating_point(self, params_S: Params, stop_bias: float = 0.0) -> np.ndarray:
+        """float64 [S, 3]: expected recall, precision and F1 of slow answers, their end made more or less likely."""
+        return np.asarray(self._point(params_S, jnp.float32(stop_bias)), np.float64)
+
+    @functools.cached_property
+    def _fast(self):
+        return jax.jit(jax.vmap(lambda params: self._answer(params, fast=True)[..., self.config.trace_length :]))
+
+    @functools.cached_property
+    def _point(self):
+        def point(params: Params, stop_bias: Array) -> Array:
+            return self._expected(self._answer(params, stop_bias=stop_bias)).mean(axis=-1)
+
+        return jax.jit(jax.vmap(point, (0, None)))
+
+    @functools.cached_property
+    def _measured(self):
+        return jax.jit(jax.vmap(self._one))
+
+    def _one(self, params: Params, fixed_words_NW: Array) -> dict[str, Array]:
+        """MEASURES of one policy."""
+        trace, truth_N = self.config.trace_length, jnp.asarray(self.clips.truth_N)
+        slow, fast = self._answer(params), self._answer(params, fast=True)
+        nucleus = dataclasses.replace(training_sampling(self.config.rl), temperature=TEMPERATURE, top_p=TOP_P)
+        sampled = self._answer(params, nucleus)
+        found: dict[str, Array] = {}
+        for mode, token_NP in (("slow", slow), ("fast", fast)):
+            code_N = tiny_policy.answer_code(token_NP[:, trace:])
+            expected = self._expected(token_NP).mean(axis=-1)
+            found |= {f"{mode}_{name}": expected[row] for row, name in enumerate(("recall", "precision", "f1"))}
+            found[f"{mode}_f1_drawn"] = jnp.asarray(SCORES[2])[truth_N, code_N].mean()
+        found["sampled_f1"] = self._expected(sampled)[2].mean()
+
+        # The policy's own reasoning, then the fixed words: word after word, each behind those before it.
+        given = jnp.concatenate([slow[:, :trace], fixed_words_NW], axis=-1)
+        raw = tiny_policy.logits(params, self._display, given, self.config, answer_only=True)
+        probability_NW = jnp.exp(tiny_policy.confidences(raw, fixed_words_NW)[..., 0])
+        is_true_NW = (truth_N[:, None] >> tiny_policy.category_of(fixed_words_NW)) & 1 > 0
+        said_NW = fixed_words_NW != STOP
+        for name, held_NW in (("right", said_NW & is_true_NW), ("wrong", said_NW & ~is_true_NW)):
+            total = jnp.sum(jnp.where(held_NW, probability_NW, 0.0))
+            found[f"confidence_{name}"] = total / jnp.maximum(jnp.sum(held_NW), 1)
+
+        words_N = jnp.sum(slow[:, trace:] != STOP, axis=-1)
+        named_N = jnp.bitwise_count(tiny_policy.answer_code(slow[:, trace:]))
+        return found | {"words": words_N.mean(), "repeats": (words_N - named_N).mean()}
+
+    @property
+    def _display(self) -> Array:
+        return jnp.asarray(self.clips.display_N9)
+
+    def _answer(
+        self,
+        params: Params,
+        how: SamplingConfig | None = None,
+        *,
+        fast: bool = False,
+        stop_bias: Array | float = 0.0,
+    ) -> Array:
+        """Completions of all clips, int32 [N, P]; greedy ones without a way of sampling."""
+        how = how or greedy(training_sampling(self.config.rl))
+        places = self.config.trace_length + ANSWER_WORDS
+        uniform = np.random.default_rng(0).random(
+            (places, len(self.clips.truth_N)), np.float32
+        )  # same for all policies
+        answers, _ = tiny_policy.sample(
+            params, self._display, uniform, how, self.config, fast=fast, stop_bias=stop_bias
+        )
+        return answers
+
+    def _expected(self, token_NP: Array) -> Array:
+        """float32 [3, N], expected recall, precision and F1."""
+        code_N = tiny_policy.answer_code(token_NP[:, self.config.trace_length :])
+        assert self.clips.expected_3NM is not None
+        return jnp.asarray(self.clips.expected_3NM)[:, jnp.arange(len(code_N)), code_N]
+
+
+def mean_point(points: Sequence[np.ndarray]) -> list[list[float]]:
+    """Points [S, 3] as means over the seeds: [recall, precision, F1] each."""
+    return [[float(value) for value in point.mean(axis=0)] for point in points]

@@ -1,0 +1,117 @@
+"""The lab's worlds by name, and what else an experiment in it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mer_r1_jax.config.bounds import Count, Rows, Seed, Share
+from mer_r1_jax.config.build import with_values
+from mer_r1_jax.config.schema import ConfigError, OptimizerConfig, RlConfig, SftConfig
+from mer_r1_jax.data.synthetic.world import DEFAULT_WORLD, MODALITIES, WorldConfig
+
+SUGGESTIONS = 2  # categories that a reasoning names for each modality: the one or two its cues suggest most
+CONCLUSION = 3  # categories of the conclusion, where a reasoning ends with one
+ANSWER_WORDS = 5  # of an answer, at most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabConfig:
+    """One experiment. The sections `sft` and `rl` are a run's; what the tiny policy has no use for is not read.
+
+    Attributes:
+        world: how scenes and labels are drawn.
+        concludes: the reasoning ends with its conclusion, as the rendered world's does ("So sad, angry."): the answer
+            is then a copy of it.
+        answers_from_trace: a slow answer sees its reasoning alone, no longer the clip.
+        misread: a display is seen as any display; stands for what a model's eyes and ears get wrong.
+        data_seed: of the scenes, the same for all seeds of the model.
+        sft_clips, rl_clips, eval_clips: scenes of each split; `world.annotators` label each clip of the first.
+        width: of the policy.
+        sft, rl: how it is trained.
+    """
+
+    world: WorldConfig = DEFAULT_WORLD
+    concludes: bool = False
+    answers_from_trace: bool = False
+    misread: Share = 0.1
+    data_seed: Seed = 0
+    sft_clips: Count = 4000
+    rl_clips: Count = 5000
+    eval_clips: Count = 2000
+    width: Rows = 48
+    sft: SftConfig = SftConfig(
+        max_steps=1200, prompts_per_step=160, fast_fraction=0.25, optimizer=OptimizerConfig(learning_rate=3e-3)
+    )
+    # One learning rate for every arm and world: an arm that wins by a rate of its own has won nothing.
+    rl: RlConfig = RlConfig(
+        max_steps=150,
+        prompts_per_step=12,
+        num_generations=8,
+        max_completion_length=len(MODALITIES) * SUGGESTIONS + ANSWER_WORDS,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    )
+
+    @property
+    def trace_length(self) -> int:
+        """Tokens of a reasoning."""
+        return len(MODALITIES) * SUGGESTIONS + CONCLUSION * self.concludes
+
+
+# The worlds of the lab's page, spelled out: their tables stay theirs when the world that is rendered changes.
+_EVEN = WorldConfig(
+    category_counts=(0.15, 0.45, 0.3, 0.1),
+    reliability=(0.9, 0.8, 0.85),
+    distractor=0.5,
+    missing=0.15,
+    second_meaning=0.15,
+    annotators=4,
+    label_gain=0.4,
+    label_gain_distractor=0.5,
+    label_loss=0.1,
+    trace_skip=0.15,
+    evidence=2.0,
+)
+_WEAK_CUES = dataclasses.replace(_EVEN, reliability=(0.75, 0.6, 0.7), second_meaning=0.25)
+
+WORLDS: dict[str, LabConfig] = {
+    "default": LabConfig(world=_EVEN),
+    "U": LabConfig(world=dataclasses.replace(_WEAK_CUES, category_counts=(0.1, 0.25, 0.3, 0.2, 0.15), label_gain=0.8)),
+    "O": LabConfig(
+        world=dataclasses.replace(
+            _WEAK_CUES, category_counts=(0.55, 0.35, 0.1), label_gain=1.0, label_loss=0.0, evidence=0.0
+        )
+    ),
+    "T": LabConfig(world=dataclasses.replace(_EVEN, trace_skip=0.3), answers_from_trace=True),
+    "rendered": LabConfig(world=DEFAULT_WORLD, concludes=True),
+}
+PURPOSES = {
+    "default": "one to four emotions, plain cues, labels with slips",
+    "U": "slow answers name too few (one to five emotions, weak cues), so that F1 wants recall",
+    "O": "slow answers name too many (labels always add a wrong emotion), so that F1 wants precision",
+    "T": "as default, but slow answers see nothing but their reasoning, which skips a third of the cues",
+    "rendered": "twin of the world of `mer-r1 train --config=synthetic`, whose reasonings end with the answer",
+}
+
+
+def with_settings(config: LabConfig, values: Mapping[str, Any]) -> LabConfig:
+    """A configuration with some fields replaced.
+
+    Args:
+        config: to begin with.
+        values: dotted name -> value, such as `rl.beta`, `world.label_gain` or `concludes`.
+
+    Raises:
+        ConfigError: an unknown name, a value of another type, or one outside its bounds.
+    """
+    try:
+        config = with_values(config, values)
+    except ConfigError:
+        raise
+    except ValueError as error:  # probabilities that do not sum to one
+        raise ConfigError(f"the settings cannot be used: {error}") from error
+    for phase, steps in (("sft", config.sft.max_steps), ("rl", config.rl.max_steps)):
+        if steps < 1:
+            raise ConfigError(f"the settings cannot be used: {phase}.max_steps: got {steps}, expected at least 1 here")
+    return config
