@@ -11,6 +11,8 @@ from support.small_run import environment
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "tutorial.ipynb"
 LAMBDA = FORMAT_WEIGHT = 0.1
 
+pytestmark = pytest.mark.timeout(1800)  # two minutes on two cores, many more on a busy machine
+
 
 @pytest.fixture(scope="module", params=["committed", "run anew"])
 def notebook(request, tmp_path_factory):
