@@ -45,9 +45,9 @@ def main(argv: list[str]) -> None:
                 overwrite=_OVERWRITE.value,
             ),
         )
-        if _RUN.value:
+        if _RUN.value and (settings := saved_config(_RUN.value)) is not None:
             # The run's configuration lies beside its export: prompts and clips have to be made as the run made them.
-            write_settings(report.directory, saved_config(_RUN.value))
+            write_settings(report.directory, settings)
     screen.say(
         f"{report.directory}: {report.tensors} tensors, {report.parameters:,} parameters, {report.nbytes / 1e9:.3g} GB "
         f"in {len(report.weight_files)} file(s); {report.verbatim_tensors} tensors of the base copied verbatim"

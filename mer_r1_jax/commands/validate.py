@@ -149,6 +149,6 @@ def _checks(config: RunConfig, stack: contextlib.ExitStack) -> Checks:
 
 def _target_length(tags: AnswerTags, record: Record) -> int:
     """Tokens of the longer of a record's two SFT targets."""
-    slow, _ = tags.slow_target(record.target_reasoning, record.target_answer)
+    slow, _ = tags.slow_target(record.target_reasoning or "", record.target_answer or "")
     fast, _ = tags.fast_target(", ".join(record.solution))
     return max(len(slow), len(fast))

@@ -88,8 +88,8 @@ class LineReader:
             self._check_presence(row, media, subtitle, solution, target)
         if self.problems:
             return None
-        if not solution and target is not None:
-            solution = tuple(split_label(blocks_of(target)[1]))
+        if not solution and target is not None and (blocks := blocks_of(target)):
+            solution = tuple(split_label(blocks[1]))
         return {
             "id": record_id,
             "messages": tuple(chat.messages),

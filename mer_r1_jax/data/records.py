@@ -70,12 +70,14 @@ class Record:
     @property
     def target_reasoning(self) -> str | None:
         """What stands in the target's think block."""
-        return None if self.target is None else blocks_of(self.target)[0]
+        blocks = blocks_of(self.target or "")
+        return blocks and blocks[0]
 
     @property
     def target_answer(self) -> str | None:
         """What stands in the target's answer block."""
-        return None if self.target is None else blocks_of(self.target)[1]
+        blocks = blocks_of(self.target or "")
+        return blocks and blocks[1]
 
     def content(self) -> dict[str, Any]:
         """The record without where it was read, as JSON-able data."""

@@ -171,7 +171,7 @@ class _Turns:
             return None
         pieces = []
         for place, part in enumerate(parts):
-            if part.kind == "text":
+            if part.kind == "text" and part.value is not None:
                 self._literal = self._literal or bool(PLACEHOLDER.search(part.value))
                 pieces.append(part.value)
                 continue

@@ -129,7 +129,7 @@ def validate(
     *,
     question: str = DataConfig.question,
     extra_columns: Sequence[str] = (),
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Report:
     """Checks data files.
 

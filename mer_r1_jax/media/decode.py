@@ -104,7 +104,7 @@ def read_stills(path: str | Path | MediaFile, media: MediaConfig) -> VideoFrames
 
 
 def _read(
-    path: str | Path, media: MediaConfig, factor: int | None, choose: Callable[[FrameTimes], np.ndarray]
+    path: str | Path | MediaFile, media: MediaConfig, factor: int | None, choose: Callable[[FrameTimes], np.ndarray]
 ) -> VideoFrames:
     """Decodes the frames whose indices `choose` gives, in order; indices as if frames were evenly spread."""
     header = _count_frames(path, media)

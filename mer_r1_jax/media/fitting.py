@@ -12,7 +12,7 @@ import numpy as np
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.frames import video_size
-from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.opening import MediaError, MediaFile
 from mer_r1_jax.media.resize import resize
 
 SLACK = math.tan(math.radians(1.0))  # FFmpeg's own: a turn within a degree of a quarter turn is one
@@ -92,7 +92,7 @@ def shown_size(stored: Size, pixel_ratio: float | None, turn: Turn) -> Size:
 MAX_SIDE = 8192  # pixels; a larger picture is a broken header or not a clip of a person
 
 
-def check_size(path: str | Path, width: int, height: int) -> None:
+def check_size(path: str | Path | MediaFile, width: int, height: int) -> None:
     """Raises MediaError for pictures without pixels and for those with too many."""
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise MediaError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -154,7 +155,7 @@ class ClipLoader:
         return entry
 
     def _decode(self, path: str, root: Path, kind: str) -> Entry:
-        job = dict(path=path, kind=kind, factor=self._factor, n_mels=self.n_mels, root=str(root))
+        job: dict[str, Any] = dict(path=path, kind=kind, factor=self._factor, n_mels=self.n_mels, root=str(root))
         if self._pool is None:
             return decode_file(media=self.media, **job)
         return self._pool.decode(job | {"media": dataclasses.asdict(self.media)})

@@ -230,12 +230,13 @@ class PromptBuilder:
             pieces.append(tokens[done:at])
             done = at + 1
             lengths[item.kind] += item.clip.rows
-            if item.own_audio is None:
+            if item.own_audio is None or not isinstance(item.clip, VisionInput):
                 pieces.append(np.full(item.clip.rows, token_of[item.kind], np.int32))
                 continue
             lengths[AUDIO] += item.own_audio.rows + 2
             pieces.append(np.array([thinker.audio_start_token_id], np.int32))
-            for piece in interleave(item.clip.grid, item.clip.second_per_grid, item.own_audio.rows, thinker):
+            seconds = float(item.clip.second_per_grid)
+            for piece in interleave(item.clip.grid, seconds, item.own_audio.rows, thinker):
                 pieces.append(np.full(piece.stop - piece.start, token_of[piece.kind], np.int32))
             pieces.append(np.array([thinker.audio_end_token_id], np.int32))
         pieces.append(tokens[done:])
@@ -261,11 +262,11 @@ class PromptBuilder:
         )
 
     def _prompt(self, record, clips: Clips, text, ids, items: Sequence[_Item], lengths) -> Prompt:
-        vision = tuple(item.clip for item in items if item.kind != AUDIO)
+        seen = [(item.kind, item.clip) for item in items if isinstance(item.clip, VisionInput)]
+        vision = tuple(clip for _, clip in seen)
         audio = tuple(clip for item in items for clip in _audio_of(item))
-        numbered = list(enumerate(item for item in items if item.kind != AUDIO))
-        images = [(number, item.clip) for number, item in numbered if item.kind == IMAGE]
-        videos = [(number, item.clip) for number, item in numbered if item.kind == VIDEO]
+        images = [(number, clip) for number, (kind, clip) in enumerate(seen) if kind == IMAGE]
+        videos = [(number, clip) for number, (kind, clip) in enumerate(seen) if kind == VIDEO]
         source = feature_sources(
             ids,
             self.thinker,
@@ -325,7 +326,7 @@ def _insert_after_media(parts: list[str | _Slot], text: str) -> None:
 
 def _audio_of(item: _Item) -> tuple[AudioInput, ...]:
     """The audio clip an item brings, if any."""
-    if item.kind == AUDIO:
+    if isinstance(item.clip, AudioInput):
         return (item.clip,)
     return () if item.own_audio is None else (item.own_audio,)
 

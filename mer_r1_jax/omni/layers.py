@@ -279,7 +279,7 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.R
 
 def scan_layers(
     layers: nnx.Module,
-    step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     per_layer: Any = None,
     *,

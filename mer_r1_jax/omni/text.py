@@ -106,7 +106,7 @@ class TextLayer(nnx.Module):
     """Pre-norm attention and feed-forward; the three ways it is run differ only in what attention looks at."""
 
     def __init__(self, config: TextConfig, *, settings: Settings, rngs: nnx.Rngs) -> None:
-        norm = dict(eps=config.rms_norm_eps, settings=settings, rngs=rngs)
+        norm: dict[str, Any] = dict(eps=config.rms_norm_eps, settings=settings, rngs=rngs)
         self.attn_norm = RMSNorm(config.hidden_size, "embed", **norm)
         self.attn = Attention(config, settings=settings, rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, "embed", **norm)

@@ -35,7 +35,7 @@ class Thinker(nnx.Module):
     def __init__(self, config: ThinkerConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         settings = Settings(config.param_dtype, config.compute_dtype, config.initializer_range)
-        common = dict(settings=settings, remat=config.remat, rngs=rngs)
+        common: dict[str, Any] = dict(settings=settings, remat=config.remat, rngs=rngs)
         self.audio = AudioTower(config.audio, **common)
         self.vision = VisionTower(config.vision, **common)
         self.text = TextDecoder(config.text, tied=config.tie_word_embeddings, **common)
@@ -96,7 +96,9 @@ class Thinker(nnx.Module):
     ) -> tuple[jax.Array, PromptCache]:
         """Hidden states h_BTD of the prompts, and the keys and values that completions will look back at."""
         x_BTD = self.embed(tokens, features_BRD, layout)
-        return self.text.rows(x_BTD, tokens.segment_BT, tokens.position_3BT, keep=True)
+        h_BTD, cache = self.text.rows(x_BTD, tokens.segment_BT, tokens.position_3BT, keep=True)
+        assert cache is not None  # it was asked for
+        return h_BTD, cache
 
     def init_cache(self, rows: int, generations: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache for `length` own tokens of `generations` completions in each of `rows` rows.

@@ -6,6 +6,8 @@ E = e = 4 d width of a merged block, s = S / 4 merged blocks of a frame pair.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,7 @@ class VisionLayer(nnx.Module):
     """Pre-norm attention and feed-forward."""
 
     def __init__(self, config: VisionConfig, *, settings: Settings, rngs: nnx.Rngs) -> None:
-        norm = dict(eps=config.rms_norm_eps, settings=settings, rngs=rngs)
+        norm: dict[str, Any] = dict(eps=config.rms_norm_eps, settings=settings, rngs=rngs)
         self.norm1 = RMSNorm(config.hidden_size, "vision_embed", **norm)
         self.attn = Attention(config, settings=settings, rngs=rngs)
         self.norm2 = RMSNorm(config.hidden_size, "vision_embed", **norm)

@@ -78,7 +78,7 @@ def _work(sheet: Sheet) -> str:
                 f"{work.sent / GB:.2f}",
                 *(f"{seconds[name]:.3f}" for name in ("compute", "memory", "interconnect")),
                 f"**{program.bound:.3f}**",
-                max(seconds, key=seconds.get),
+                max(seconds, key=lambda name: seconds[name]),
                 f"{program.estimate:.3f}",
                 f"{program.utilisation:.0%}" if program.utilisation else "",
             ]

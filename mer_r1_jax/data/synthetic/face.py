@@ -35,7 +35,7 @@ TEAR = (70, 160, 255)
 LIP = (190, 40, 60)
 
 
-def draw_frames(cues: tuple[int, int, int], rng: np.random.Generator, frames: int, fps: float) -> np.ndarray:
+def draw_frames(cues: tuple[int, ...], rng: np.random.Generator, frames: int, fps: float) -> np.ndarray:
     """Draws a clip's frames.
 
     Args:

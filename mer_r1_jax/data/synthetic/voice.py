@@ -85,7 +85,7 @@ NOISE = {  # share of noise in the voice, and its band in Hz
 }
 
 
-def synthesise(cues: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+def synthesise(cues: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Synthesises a clip's voice.
 
     Args:

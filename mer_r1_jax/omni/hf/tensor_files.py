@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +305,7 @@ def write_tensor_file(
     return digest.hexdigest()
 
 
-def write_index(directory: Path, shards: dict[str, Sequence[TensorSpec]]) -> None:
+def write_index(directory: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
     """Writes the index of a sharded checkpoint: `shards` maps each file's name to the tensors in it."""
     total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
     weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
