@@ -14,7 +14,7 @@ import re
 import numpy as np
 
 from mer_r1_jax.data.synthetic.oracle import Oracle
-from mer_r1_jax.data.synthetic.text import plain_word, reasoning, slow_answer
+from mer_r1_jax.data.synthetic.wording import plain_word, reasoning, slow_answer
 from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
     MODALITIES,

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mer_r1_jax.data.synthetic.text import plain_word, reasoning
+from mer_r1_jax.data.synthetic.wording import plain_word, reasoning
 from mer_r1_jax.data.synthetic.world import CATEGORIES, NEUTRAL, draw_scene
 from mer_r1_jax.lab import scenes
 from mer_r1_jax.lab.worlds import WORLDS
