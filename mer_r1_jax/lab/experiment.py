@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from mer_r1_jax.config.build import with_values
 from mer_r1_jax.config.schema import ConfigError, RlConfig
-from mer_r1_jax.lab.measures import MEASURES, STOP_BIASES, Examiner, mean_point
+from mer_r1_jax.evaluation.bootstrap import Difference
+from mer_r1_jax.evaluation.over_seeds import crossed_difference
+from mer_r1_jax.lab.measures import MEASURES, STOP_BIASES, Examiner
 from mer_r1_jax.lab.scenes import draw_scenes
 from mer_r1_jax.lab.teaching import SAMPLED, LabArm, fine_tune, reinforce
 from mer_r1_jax.lab.worlds import LabConfig
@@ -24,20 +25,6 @@ SLOW_MINUS_FAST = "slow_minus_fast"  # a measure made of two others
 STOPS = 5  # places on an arm's way that are measured, its end included
 DRIFT_STEPS = 20  # first steps of RL, over which spreads and drift are averaged: later the arms have parted
 COMPARED_WITH = ("baseline", "ad")  # arms that others are held against, where they take part
-FEW_SEEDS = 5  # below this an interval over seeds says too little to call anything clear
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """A paired difference over seeds, with the half-width of its 95% interval (t, as many seeds less one); None for one
-    seed. In the measure's own unit."""
-
-    mean: float
-    half: float | None
-
-    def is_clear(self, seeds: int) -> bool:
-        """Whether the interval excludes zero; never said of few seeds."""
-        return self.half is not None and seeds >= FEW_SEEDS and abs(self.mean) > self.half
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +35,7 @@ class LabResult:
         world: name of the world.
         config: the experiment.
         seeds: of the model, in the order of all values by seed.
-        rows: SFT, then every arm -> measure -> one value a seed.
+        rows: SFT, then every arm -> measure -> float32 [S, N].
         sampled: arm -> SAMPLED over the first DRIFT_STEPS steps of RL (F1 over the last fifth), one value a seed.
         paths: arm -> (steps of RL, [recall, precision, F1]) of slow answers, means over seeds.
         stop_curve: points of slow answers after SFT, their end made less and less likely: what a change of length alone
@@ -73,28 +60,19 @@ class LabResult:
         return tuple(name for name in self.rows if name != SFT)
 
     def values(self, row: str, measure: str) -> np.ndarray:
-        """One value a seed."""
+        """A measure of every seed and clip, [S, N]."""
         if measure == SLOW_MINUS_FAST:
             return self.rows[row]["slow_f1"] - self.rows[row]["fast_f1"]
         return self.rows[row][measure]
 
     def mean(self, row: str, measure: str) -> float:
-        """Mean over seeds."""
-        return float(self.values(row, measure).mean())
+        """Mean over seeds and clips."""
+        return float(self.values(row, measure).mean(dtype=np.float64))
 
     def difference(self, row: str, other: str | None, measure: str) -> Difference:
-        """A row minus another, seed by seed; the row itself where there is no other."""
+        """A row minus another, seed by seed and clip by clip; the row itself where there is no other."""
         values = self.values(row, measure)
-        return over_seeds(values if other is None else values - self.values(other, measure))
-
-
-def over_seeds(values: np.ndarray) -> Difference:
-    """Mean of one value a seed, and the half-width of its 95% interval."""
-    seeds = len(values)
-    if seeds < 2:
-        return Difference(float(values.mean()), None)
-    half = stats.t.ppf(0.975, seeds - 1) * values.std(ddof=1) / np.sqrt(seeds)
-    return Difference(float(values.mean()), float(half))
+        return crossed_difference(values if other is None else values - self.values(other, measure))
 
 
 def named_arms(names: Sequence[str], rl: RlConfig) -> list[LabArm]:
@@ -142,9 +120,8 @@ def run(
     clock.done("sft", f"SFT: {config.sft.max_steps} steps of {len(seeds)} seeds")
 
     rows = {SFT: examiner.measure(start_S, fixed_words_SNW)}
-    stop_curve = mean_point([examiner.operating_point(start_S, bias) for bias in STOP_BIASES])
-    start = mean_point([examiner.operating_point(start_S)])[0]
-    paths = {arm.name: [(0, start)] for arm in arms}
+    stop_curve = [examiner.operating_point(start_S, bias) for bias in STOP_BIASES]
+    paths = {arm.name: [(0, examiner.operating_point(start_S))] for arm in arms}
     clock.done("evaluation", "evaluated after SFT")
 
     logs, every = [], -(-config.rl.max_steps // STOPS)
@@ -153,8 +130,7 @@ def run(
         logs.append(log_AStM)
         clock.done("rl", f"RL: step {steps} of {config.rl.max_steps}, {len(arms)} arms x {len(seeds)} seeds")
         for number, arm in enumerate(arms):
-            point = mean_point([examiner.operating_point(_of_arm(params_AS, number))])[0]
-            paths[arm.name].append((steps, point))
+            paths[arm.name].append((steps, examiner.operating_point(_of_arm(params_AS, number))))
         clock.done("evaluation")
     for number, arm in enumerate(arms):
         rows[arm.name] = examiner.measure(_of_arm(params_AS, number), fixed_words_SNW)
@@ -173,10 +149,13 @@ def run(
 
 
 def as_json(result: LabResult, command: str) -> dict[str, Any]:
-    """Everything of a result as JSON values; scores are shares in [0, 1], one value a seed."""
+    """Everything of a result as JSON values; scores are shares in [0, 1], one value a seed, the mean over clips."""
 
     def plain(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-        return {name: [round(float(value), 6) for value in column] for name, column in values.items()}
+        by_seed = {
+            name: of.reshape(len(result.seeds), -1).mean(axis=1, dtype=np.float64) for name, of in values.items()
+        }
+        return {name: [round(value, 6) for value in column.tolist()] for name, column in by_seed.items()}
 
     return {
         "command": command,

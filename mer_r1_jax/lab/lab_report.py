@@ -11,14 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mer_r1_jax.evaluation.bootstrap import POINTS, signed
+from mer_r1_jax.evaluation.bootstrap import FEW_SEEDS, POINTS, Difference, signed
 from mer_r1_jax.evaluation.figures import FAST, MUTED, SLOW, STYLE, svg
 from mer_r1_jax.evaluation.report_kit import NONE, Table, markdown, number, percent, text_table
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.lab.experiment import (
     COMPARED_WITH,
     DRIFT_STEPS,
-    FEW_SEEDS,
     PERMUTED,
     SFT,
     SLOW_MINUS_FAST,
@@ -121,8 +120,7 @@ def _differences(result: LabResult) -> Table:
     ]
     return text_table(
         title="Differences",
-        note="Points, paired by seed, ± half of the 95% interval over seeds (t); *: it excludes zero, each for itself. "
-        "All seeds answer the same clips, so what other clips would change is not in it.",
+        note="Points, paired, ± half of the 95% interval over seeds and clips; *: it excludes zero, each for itself.",
         columns=("row", *columns),
         rows=rows,
     )
@@ -200,19 +198,23 @@ def _beside(axes: Axes, result: LabResult) -> None:
     for place, arm in enumerate(rows):
         difference = result.difference(arm, other, "slow_f1")
         color = COLORS[result.arms.index(arm) % len(COLORS)]
-        seeds = POINTS * (result.values(arm, "slow_f1") - result.values(other, "slow_f1"))
+        seeds = POINTS * (result.values(arm, "slow_f1") - result.values(other, "slow_f1")).mean(axis=1)
         axes.plot(seeds, np.full(len(seeds), place + 0.22), "o", color=color, alpha=0.35, markersize=4, mew=0)
-        half = POINTS * (difference.half or 0.0)
-        axes.errorbar(POINTS * difference.mean, place, xerr=half, fmt="o", color=color, elinewidth=2, markersize=6)
+        axes.errorbar(
+            difference.points, place, xerr=_half(difference), fmt="o", color=color, elinewidth=2, markersize=6
+        )
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(axis="y", labelcolor="#1e293b")
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(False, axis="y")
-    axes.set_title(f"Slow F1 minus {other}'s, 95% over seeds")
+    axes.set_title(f"Slow F1 minus {other}'s, 95% interval")
 
 
 def _points(result: LabResult, row: str, other: str | None, measure: str) -> str:
     """A difference in points, with a star where it is clear."""
     difference = result.difference(row, other, measure)
-    half = "" if difference.half is None else f" ± {POINTS * difference.half:.1f}"
-    return f"{signed(POINTS * difference.mean)}{half}{'*' if difference.is_clear(len(result.seeds)) else ''}"
+    return f"{signed(difference.points)} ± {_half(difference):.1f}{'*' if difference.is_clear else ''}"
+
+
+def _half(difference: Difference) -> float:
+    return (difference.high - difference.low) / 2

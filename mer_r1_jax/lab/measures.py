@@ -4,14 +4,13 @@ Scores are expected ones, under the exact posterior over the truths given a clip
 the noise of a score, is out of them. Confidence is compared on words that stay the same whoever is measured, the fast
 answers after SFT: an arm's own words change with how many it names.
 
-Shape letters: S seeds, N clips, P tokens of a completion.
+Shape letters: S seeds, N clips, P tokens of a completion, W words of an answer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from mer_r1_jax.omni.batch import Array
 from mer_r1_jax.rl.sampling import SamplingConfig, greedy
 from mer_r1_jax.training.state import Params
 
-# Name -> what it is, in the order of the JSON. Shares lie in [0, 1].
+# Name -> what it is, of each clip; in the order of the JSON. Shares lie in [0, 1].
 MEASURES = {
     "slow_recall": "expected recall of slow answers, the most likely token each time",
     "slow_precision": "expected precision of slow answers",
@@ -37,7 +36,7 @@ MEASURES = {
     "slow_f1_drawn": "F1 of slow answers against the truths that were drawn",
     "fast_f1_drawn": "F1 of fast answers against the truths that were drawn",
     "confidence_right": "probability, behind the slow reasoning, of the category of right words of the fast answers "
-    "after SFT",
+    "after SFT; a clip counts by how many of them it has",
     "confidence_wrong": "the same for their wrong words",
     "words": "words of a slow answer",
     "repeats": "words of a slow answer that repeat a category it has named",
@@ -64,18 +63,18 @@ class Examiner:
         return np.asarray(self._fast(params_S))
 
     def measure(self, params_S: Params, fixed_words_SNW: np.ndarray) -> dict[str, np.ndarray]:
-        """MEASURES of each seed's policy, float64 [S] each.
+        """MEASURES of each seed's policy, float32 [S, N] each.
 
         Args:
             params_S: of the policies.
             fixed_words_SNW: `fast_answers` after SFT.
         """
         found = self._measured(params_S, jnp.asarray(fixed_words_SNW))
-        return {name: np.asarray(found[name], np.float64) for name in MEASURES}
+        return {name: np.asarray(found[name], np.float32) for name in MEASURES}
 
-    def operating_point(self, params_S: Params, stop_bias: float = 0.0) -> np.ndarray:
-        """float64 [S, 3]: expected recall, precision and F1 of slow answers, their end made more or less likely."""
-        return np.asarray(self._point(params_S, jnp.float32(stop_bias)), np.float64)
+    def operating_point(self, params_S: Params, stop_bias: float = 0.0) -> list[float]:
+        """Expected recall, precision and F1 of slow answers, means over seeds, their end made more or less likely."""
+        return np.asarray(self._point(params_S, jnp.float32(stop_bias)), np.float64).mean(axis=0).tolist()
 
     @functools.cached_property
     def _fast(self):
@@ -98,13 +97,12 @@ class Examiner:
         slow, fast = self._answer(params), self._answer(params, fast=True)
         nucleus = dataclasses.replace(training_sampling(self.config.rl), temperature=TEMPERATURE, top_p=TOP_P)
         sampled = self._answer(params, nucleus)
-        found: dict[str, Array] = {}
+        found = {"sampled_f1": self._expected(sampled)[2]}
         for mode, token_NP in (("slow", slow), ("fast", fast)):
+            expected_3N = self._expected(token_NP)
+            found |= {f"{mode}_{name}": expected_3N[row] for row, name in enumerate(("recall", "precision", "f1"))}
             code_N = tiny_policy.answer_code(token_NP[:, trace:])
-            expected = self._expected(token_NP).mean(axis=-1)
-            found |= {f"{mode}_{name}": expected[row] for row, name in enumerate(("recall", "precision", "f1"))}
-            found[f"{mode}_f1_drawn"] = jnp.asarray(SCORES[2])[truth_N, code_N].mean()
-        found["sampled_f1"] = self._expected(sampled)[2].mean()
+            found[f"{mode}_f1_drawn"] = jnp.asarray(SCORES[2])[truth_N, code_N]
 
         # The policy's own reasoning, then the fixed words: word after word, each behind those before it.
         given = jnp.concatenate([slow[:, :trace], fixed_words_NW], axis=-1)
@@ -113,12 +111,13 @@ class Examiner:
         is_true_NW = (truth_N[:, None] >> tiny_policy.category_of(fixed_words_NW)) & 1 > 0
         said_NW = fixed_words_NW != STOP
         for name, held_NW in (("right", said_NW & is_true_NW), ("wrong", said_NW & ~is_true_NW)):
-            total = jnp.sum(jnp.where(held_NW, probability_NW, 0.0))
-            found[f"confidence_{name}"] = total / jnp.maximum(jnp.sum(held_NW), 1)
+            total_N = jnp.sum(jnp.where(held_NW, probability_NW, 0.0), axis=-1)
+            # Divided by the words of a mean clip, so that the mean over clips is the mean over words.
+            found[f"confidence_{name}"] = total_N / jnp.maximum(jnp.sum(held_NW, axis=-1).mean(), 1e-9)
 
         words_N = jnp.sum(slow[:, trace:] != STOP, axis=-1)
         named_N = jnp.bitwise_count(tiny_policy.answer_code(slow[:, trace:]))
-        return found | {"words": words_N.mean(), "repeats": (words_N - named_N).mean()}
+        return found | {"words": words_N, "repeats": words_N - named_N}
 
     @property
     def _display(self) -> Array:
@@ -148,8 +147,3 @@ class Examiner:
         code_N = tiny_policy.answer_code(token_NP[:, self.config.trace_length :])
         assert self.clips.expected_3NM is not None
         return jnp.asarray(self.clips.expected_3NM)[:, jnp.arange(len(code_N)), code_N]
-
-
-def mean_point(points: Sequence[np.ndarray]) -> list[list[float]]:
-    """Points [S, 3] as means over the seeds: [recall, precision, F1] each."""
-    return [[float(value) for value in point.mean(axis=0)] for point in points]

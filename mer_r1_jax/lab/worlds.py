@@ -111,7 +111,11 @@ def with_settings(config: LabConfig, values: Mapping[str, Any]) -> LabConfig:
         raise
     except ValueError as error:  # probabilities that do not sum to one
         raise ConfigError(f"the settings cannot be used: {error}") from error
-    for phase, steps in (("sft", config.sft.max_steps), ("rl", config.rl.max_steps)):
-        if steps < 1:
-            raise ConfigError(f"the settings cannot be used: {phase}.max_steps: got {steps}, expected at least 1 here")
+    for name, value, least in (
+        ("sft.max_steps", config.sft.max_steps, 1),
+        ("rl.max_steps", config.rl.max_steps, 1),
+        ("eval_clips", config.eval_clips, 2),  # one has no spread
+    ):
+        if value < least:
+            raise ConfigError(f"the settings cannot be used: {name}: got {value}, expected at least {least} here")
     return config
