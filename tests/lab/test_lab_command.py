@@ -8,7 +8,6 @@ import pytest
 from support.commands import load_command, run_command
 
 from mer_r1_jax.config.schema import ARM_NAMES
-from mer_r1_jax.lab.experiment import Difference, over_seeds
 from mer_r1_jax.lab.measures import MEASURES
 from mer_r1_jax.lab.worlds import PURPOSES, WORLDS
 from mer_r1_jax.rl.own_function import own_function
@@ -68,7 +67,8 @@ def test_an_experiment_is_printed_and_written(here, capsys):
         ("--set=world.label_gain.x=1", "world.label_gain: got {'x': 1} (dict), expected float"),
         ("--set=rl.num_generations=1", "rl.num_generations: got 1"),
         ("--set=rl.max_steps=0", "rl.max_steps: got 0, expected at least 1 here"),
-        ("--set=eval_clips=0", "eval_clips: got 0"),
+        ("--set=width=0", "width: got 0"),
+        ("--set=eval_clips=1", "eval_clips: got 1, expected at least 2 here"),
         ("--set=world.word_weights=[1, 2]", "WorldConfig.word_weights must sum to 1, got (1.0, 2.0)"),
         ("--set=concludes", "--set=concludes: expected NAME=VALUE"),
     ],
@@ -82,11 +82,3 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_drawn(here, capsys, 
 def test_lists_written_out_for_quick_help_are_those_of_the_code():
     arms = load_command("lab").ARMS
     assert len(arms) == 9 and set(arms) - {"permuted"} <= set(ARM_NAMES) and list(PURPOSES) == list(WORLDS)
-
-
-def test_an_interval_over_seeds_is_students():
-    values = np.array([1.0, 2.0, 4.0, 5.0, 8.0])
-    found = over_seeds(values)
-    assert found.mean == 4 and found.half == pytest.approx(2.7764 * values.std(ddof=1) / np.sqrt(5), rel=1e-4)
-    assert found.is_clear(5) and not found.is_clear(4)  # never said of few seeds
-    assert over_seeds(values[:1]) == Difference(1.0, None) and not over_seeds(values[:1]).is_clear(8)
