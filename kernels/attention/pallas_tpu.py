@@ -81,8 +81,11 @@ def attention(
             for begin in range(0, whole, span)
         )
     blocks = ((query_BTHh, query_block), (key_BSKh, key_block), (value_BSKh, key_block))
+    query, key, value = (checkpoint_name(_padded(x, block).swapaxes(1, 2), INPUTS) for x, block in blocks)
     out_BHTh = _attention(
-        *(checkpoint_name(_padded(x, block).swapaxes(1, 2), INPUTS) for x, block in blocks),
+        query,
+        key,
+        value,
         jnp.where(query_segment_BT == 0, PADDING_QUERY, query_segment_BT),
         jnp.where(key_segment_BS == 0, PADDING_KEY, key_segment_BS),
         tile_BP,

@@ -144,10 +144,12 @@ def _forward(plan: Plan, x_ND, w, token_N, ids_ZY):
         out = xla.forward(x_ND, w, token_N, member_ZV, scale=scale, vocab_first=plan.vocab_first, chunk=plan.chunk)
     else:
         N, rows = x_ND.shape[0], plan.tiles.rows
+        padded_N = _pad(token_N, rows, -1)
+        assert padded_N is not None  # only a table of sets may be None
         out = pallas_tpu.forward(
             _pad(x_ND, rows, 0),
             w,
-            _pad(token_N, rows, -1)[:, None],
+            padded_N[:, None],
             member_ZV,
             scale=scale,
             vocab_first=plan.vocab_first,

@@ -37,7 +37,7 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
         ConfigError: for every unknown field, wrong type and impossible value, all in one message.
     """
     if isinstance(values, ml_collections.ConfigDict):
-        values = values.to_dict()
+        values = ml_collections.ConfigDict.to_dict(values)
     problems: list[str] = []
     config = _build(RunConfig, values, "", problems)
     if not problems:

@@ -182,7 +182,8 @@ def _plane(axes: Axes, result: LabResult) -> None:
 
 def _contours(axes: Axes) -> None:
     """Lines of equal harmonic mean of the axes. Means over clips of F1 itself lie a little lower."""
-    recall, precision = np.meshgrid(np.linspace(*axes.get_xlim(), 80), np.linspace(*axes.get_ylim(), 80))
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    recall, precision = np.meshgrid(np.linspace(left, right, 80), np.linspace(low, high, 80))
     f1 = 2 * recall * precision / np.maximum(recall + precision, 1e-9)
     steps = max(1.0, round((f1.max() - f1.min()) / 8))
     levels = np.arange(np.ceil(f1.min() / steps) * steps, f1.max(), steps)

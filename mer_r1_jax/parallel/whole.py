@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +67,22 @@ def _whole(mesh: Mesh, sizes: tuple[int, ...]):
     return jax.jit(cut, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
+def mesh_of(leaves: Iterable[Any]) -> Mesh | None:
+    """The mesh that the first array on one lies on."""
+    for leaf in leaves:
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is not None and isinstance(sharding, NamedSharding):
+            return sharding.mesh
+    return None
+
+
 def not_finite(arrays: Mapping[str, jax.Array]) -> list[str]:
     """Names of the arrays that hold NaN or infinite values, in their order.
 
     One program reads every array where it lies; in a run of several processes all of them have to call it.
     """
-    sharding = next((array.sharding for array in arrays.values() if isinstance(array, jax.Array)), None)
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    mesh = mesh_of(arrays.values())
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     good = np.asarray(_all_finite(tuple(arrays.values()), everywhere))
     return [name for name, finite in zip(arrays, good, strict=True) if not finite]
 

@@ -94,7 +94,7 @@ def write_clips(setup: Setup, folder: RunDirectory) -> None:
     """
     # Each process has opened the clips of its own rows only.
     told = processes.gather("the clips that were seen", setup.source.clips.take_new())
-    if not any(told or ()):
+    if told is None or not any(told):
         return
     path = folder.path / CLIPS_FILE
     kept = _read(path)

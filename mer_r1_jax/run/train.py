@@ -33,7 +33,7 @@ from rich.console import Console
 from mer_r1_jax import faults, screen
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import checked
-from mer_r1_jax.config.schema import ConfigError, RunConfig
+from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig
 from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
@@ -201,9 +201,12 @@ def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) ->
     return 0
 
 
-def _train_phases(run: Run, sft: SftPhase | None, rl: Phase | None, restored: Restored | None) -> Params | None:
+def _train_phases(
+    run: Run, sft: SftPhase | None, rl: Phase[RlConfig] | None, restored: Restored | None
+) -> Params | None:
     """Takes up the phase that the checkpoint belongs to; None when a signal stopped the run."""
     if restored is not None and restored.host["phase"] == "rl":
+        assert rl is not None  # or the run's folder would have refused the configuration
         return train_rl(run, rl, None, restored)
     if sft is None:
         params = run.initial_params()
@@ -253,7 +256,7 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
     return state.params
 
 
-def train_rl(run: Run, phase: Phase, params: Params | None, restored: Restored | None) -> Params | None:
+def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: Restored | None) -> Params | None:
     """Trains from the SFT result or a checkpoint of RL to the end of the phase.
 
     Returns:
@@ -357,12 +360,13 @@ def export(run: Run, params: Params) -> None:
         return
     if processes.from_first("the export", (run.folder.export / SETTINGS_FILE).exists):
         return
-    if processes.count() > 1:
-        params = on_first(params)  # whole arrays on the first process, None on the others
+    # Whole arrays on the first process, None on the others.
+    whole = on_first(params) if processes.count() > 1 else params
     left = False
     if processes.is_first():
+        assert whole is not None
         try:
-            run.backbone.save(run.folder.export, params, source=run.tokenizer_path, asked=run.stop.asked)
+            run.backbone.save(run.folder.export, whole, source=run.tokenizer_path, asked=run.stop.asked)
             faults.here("exported")
             write_settings(run.folder.export, run.config)  # last: it says that the export is complete
         except StopRequested:
@@ -390,6 +394,7 @@ def _begin(
 ) -> tuple[TrainState, int, int]:
     """The state, the steps done and the tokens seen: of fresh parameters, or of a checkpoint of this phase."""
     if restored is None:
+        assert params is not None, "a phase begins with parameters or with a checkpoint"
         return phase.new_state(params), 0, 0
     data.restore(restored.host["data"])
     return from_stored(restored.arrays), restored.host["step"], restored.host["counters"]["num_tokens"]
@@ -420,7 +425,7 @@ def _evaluate_when_due(run: Run, phase: Phase, state: TrainState, step: int) -> 
         evaluate(run, state.params, "rl", step)
 
 
-def _log_completions(run: Run, phase: Phase, steps: StepLog, step: int, rollout: Rollout) -> None:
+def _log_completions(run: Run, phase: Phase[RlConfig], steps: StepLog, step: int, rollout: Rollout) -> None:
     """Writes the table of a rollout, and shows some of it, where a logging step is among its updates."""
     config = run.config.train
     # A rollout serves several updates; its table is written if any of them is logged.
@@ -517,7 +522,7 @@ class StepLog:
 # ------------------------------------------------------------------------------------------------------- the reference
 
 
-def _reference(run: Run, phase: Phase, state: TrainState, fresh: bool) -> Params | None:
+def _reference(run: Run, phase: Phase[RlConfig], state: TrainState, fresh: bool) -> Params | None:
     """The trained parameters as the phase started with them, kept on disk once for later attempts; None without KL."""
     if not phase.config.beta:
         return None
@@ -533,12 +538,11 @@ def _reference(run: Run, phase: Phase, state: TrainState, fresh: bool) -> Params
         name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in shapes.items()
     }
     try:
-        restored = kept.restore(abstract)
-        lost = None if restored else f"{kept.directory} holds nothing"
+        if (restored := kept.restore(abstract)) is not None:
+            return restored.arrays
+        lost = f"{kept.directory} holds nothing"
     except AllDamagedError as error:
         lost = str(error)
-    if lost is None:
-        return restored.arrays
     reference, origin = _start_of_rl(run, phase, abstract, lost)
     log.warning("the reference was lost and is made again from %s. %s", origin, lost)
     kept.save(0, reference, {})
@@ -566,7 +570,10 @@ def _start_of_rl(run: Run, phase: Phase, abstract: Params, lost: str) -> tuple[P
         }
 
     try:
-        arrays = run.checkpoints.restore(end_of_sft, step=run.sft_steps, part=True).arrays
+        end = run.checkpoints.restore(end_of_sft, step=run.sft_steps, part=True)
+        if end is None:
+            raise CheckpointError(f"{run.checkpoints.directory} holds nothing")
+        arrays = end.arrays
     except CheckpointError as error:
         raise ReferenceLostError(
             f"the reference, which this run needs to go on, is lost ({lost}), and so is the end of SFT that it "

@@ -102,7 +102,7 @@ class RunDirectory:
                 another configuration (every differing field is listed), or cannot be written.
             BucketError: the bucket cannot be read or written.
         """
-        copy = WorkingCopy(str(path), local_dir) if is_bucket(path) else None
+        copy = WorkingCopy(str(path), os.fspath(local_dir)) if is_bucket(path) else None
         with _naming(copy):
             if copy is not None:
                 if run_lock.is_in_use(copy.local):  # which bringing it up to date would replace
@@ -143,7 +143,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: this process does not see it.
         """
-        copy = WorkingCopy(str(path), local_dir) if is_bucket(path) else None
+        copy = WorkingCopy(str(path), os.fspath(local_dir)) if is_bucket(path) else None
         run = cls(Path(os.path.abspath(copy.local if copy else path)), copy, None)
         run.attempt, run.resumed = attempt, resumed
         with _naming(copy):
@@ -179,6 +179,7 @@ class RunDirectory:
         if self._owns:
             self._copy.give_back()
         else:
+            assert self.log_file is not None
             self._copy.give_back_one(self.log_file)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mer_r1_jax.parallel import processes
+from mer_r1_jax.parallel.whole import mesh_of
 
 
 class CheckpointError(RuntimeError):
@@ -114,8 +115,7 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
 
 def _layout_of(named: dict[str, Any]) -> dict[str, int]:
     """Devices along the axes of the mesh that the arrays lie on, and the number of processes; empty without a mesh."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in named.values())
-    mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)), None)
+    mesh = mesh_of(named.values())
     return {} if mesh is None else dict(mesh.shape) | {"processes": processes.count()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import optax
 from jax.sharding import Mesh
@@ -29,10 +29,12 @@ from mer_r1_jax.training.state import (
     trainable_names,
 )
 
+Section = TypeVar("Section", SftConfig, RlConfig)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Phase:
-    """A phase of a run.
+class Phase(Generic[Section]):
+    """A phase of a run, by the section of the configuration it has.
 
     Attributes:
         name: sft or rl.
@@ -48,7 +50,7 @@ class Phase:
     """
 
     name: str
-    config: SftConfig | RlConfig
+    config: Section
     records: tuple[Record, ...]
     backbone: Backbone
     total_steps: int

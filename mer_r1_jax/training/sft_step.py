@@ -128,7 +128,7 @@ class TargetIds:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class SftPhase(Phase):
+class SftPhase(Phase[SftConfig]):
     """The SFT phase of a run with the targets of its records, all of them checked before anything compiles.
 
     Attributes:
@@ -173,7 +173,9 @@ def _all_targets(
     targets, problems = {}, []
     for record in records:
         try:
-            slow = tags.slow_target(record.target_reasoning, record.target_answer)
+            reasoning, answer = record.target_reasoning, record.target_answer
+            assert reasoning is not None and answer is not None, f"{record.where}: read for SFT, which wants both"
+            slow = tags.slow_target(reasoning, answer)
             fast = tags.fast_target(", ".join(record.solution)) if config.fast_fraction else None
         except TagError as error:
             problems.append(f"{record.where}: {record.id}: {error}")

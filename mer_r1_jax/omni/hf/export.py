@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -105,7 +106,7 @@ class ExportSettings:
         overwrite: replace a directory that holds an earlier export.
     """
 
-    source: str | Path | None = None
+    source: str | os.PathLike | None = None
     base: str | Path | None = None
     dtype: str | None = None
     max_shard_size: int | str = "5GB"
@@ -123,7 +124,7 @@ class ExportSettings:
 
 
 def export_model(
-    directory: str | Path,
+    directory: str | os.PathLike,
     config: ThinkerConfig,
     params: Mapping,
     settings: ExportSettings = ExportSettings(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def find_weights(directory: str | Path, config: ThinkerConfig) -> Matched:
     return match_tensors(list_tensors(directory), entries, directory, tied=config.tie_word_embeddings)
 
 
-def load_params(directory: str | Path, config: ThinkerConfig, *, shardings: Mapping | None = None) -> dict[str, Any]:
+def load_params(
+    directory: str | os.PathLike, config: ThinkerConfig, *, shardings: Mapping | None = None
+) -> dict[str, Any]:
     """Loads the parameters of a Thinker.
 
     Bare transformers 4 names, the `thinker.` prefix of full Omni directories and transformers 5's in-memory names are
@@ -59,7 +62,8 @@ def load_params(directory: str | Path, config: ThinkerConfig, *, shardings: Mapp
             not as exported; a tensor with values that are not finite.
         ValueError: `shardings` is not shaped like the parameters or has a kind of sharding not listed above.
     """
-    check_weights(Path(directory))
+    directory = Path(directory)
+    check_weights(directory)
     matched = find_weights(directory, config)
     _, abstract, _ = abstract_thinker(config)
     entries = table.entries(abstract, config)
