@@ -92,6 +92,8 @@ def test_truth_that_says_nothing_leaves_the_format_alone(arm, truth):
     rewards, _ = scored([[slow("happy"), slow("sad"), "happy", slow("calm")]], [truth], arm)
     z = np.array([0.25, 0.25, -0.75, 0.25])
     z *= 0.1 / (0.1 * 0.5 + 1e-4) if arm == "baseline" else 0.1 / (0.5 + 1e-4)
+    if arm == "gdpo":  # whitened over the step, which is this group
+        z /= z.std(ddof=1) + 1e-4
     np.testing.assert_allclose(of_arm(arm, rewards)[0], z, rtol=1e-4)
 
 
