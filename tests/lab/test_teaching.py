@@ -16,6 +16,7 @@ from mer_r1_jax.lab.experiment import named_arms
 from mer_r1_jax.lab.scenes import SETS, SKIPPED, STOP
 from mer_r1_jax.lab.worlds import with_settings
 from mer_r1_jax.rl import advantage as product
+from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.own_function import OwnFunctionError, own_function
 
 OWN = """
@@ -120,6 +121,20 @@ def test_an_arms_advantage_is_the_products_on_rewards_made_anew(few, few_scenes,
     expected = product.advantages(name, made, config.rl)
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
     assert has["plus"].any() and has["minus"].any() and float(jnp.abs(expected).max()) > 0.5
+
+
+def test_a_category_counts_once_where_the_setting_says_so(few, few_scenes, start_S):
+    config = with_settings(few, {"rl.calibration_counts": "category"})
+    _, _, _, groups, _ = one_groups(config, few_scenes, start_S)
+    words = np.asarray(groups.token_BGP)[..., few.trace_length :]
+    counted = np.asarray(groups.anchors.set_BGWQ)[..., 0] != NO_SET
+    repeats = 0
+    for b, g in np.ndindex(words.shape[:2]):
+        said = [(word - 11) // 4 for word in words[b, g] if word != STOP]
+        first = [category not in said[:place] for place, category in enumerate(said)]
+        assert list(counted[b, g]) == first + [False] * (words.shape[2] - len(said))
+        repeats += len(said) - sum(first)
+    assert repeats > 10
 
 
 def test_the_control_hands_out_the_same_rewards_in_another_order(few, few_scenes, start_S):
