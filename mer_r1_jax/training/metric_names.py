@@ -16,7 +16,7 @@ METRICS: dict[tuple[str, ...], str] = {
     ("rewards/{recall,precision,f1,format,r_plus,r_minus}/{mean,std}",): (
         "each of the method's rewards and its spread over the step's answers; R+ and R- in nats"
     ),
-    ("rewards/{recall,precision,f1}/group_std", "rewards/recall_precision_corr"): (
+    ("rewards/{recall,precision,f1}/group_std", "rewards/recall/precision_corr"): (
         "spread within groups, mean over groups; correlation of recall and precision within groups: what arms differ in"
     ),
     ("advantages/corr/{recall,precision,categories}",): (

@@ -146,7 +146,7 @@ def reward_metrics(rewards: Rewards, format_weight: float) -> dict[str, jax.Arra
         if name in ("recall", "precision", "f1"):
             # Within groups: what an advantage can be made of. The spread above is over all samples of the step.
             metrics[f"rewards/{name}/group_std"] = mean_of(jnp.sqrt(_variance(x_BG, held_BG)), _comparable(held_BG))
-    metrics["rewards/recall_precision_corr"] = within_groups(rewards.recall_BG, rewards.precision_BG, held_BG)
+    metrics["rewards/recall/precision_corr"] = within_groups(rewards.recall_BG, rewards.precision_BG, held_BG)
     total_BG = rewards.f1_BG + format_weight * rewards.format_BG
     group_mean = functools.partial(mean_of, held=held_BG, axis=-1)
     # `reward_std` is within groups: it is what an advantage can be made of, and falls to 0 when groups agree.

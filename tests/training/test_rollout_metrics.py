@@ -50,7 +50,7 @@ def test_spreads_and_the_correlation_of_rewards_are_within_groups(rewards):
     rows = [row[on] for row, on in zip(np.float64(rewards.recall_BG), held, strict=True)]
     assert metrics["rewards/recall/group_std"] == pytest.approx(np.mean([row.std(ddof=1) for row in rows]), rel=1e-4)
     expected = np.corrcoef(centred(rewards.recall_BG, held), centred(rewards.precision_BG, held))[0, 1]
-    assert metrics["rewards/recall_precision_corr"] == pytest.approx(expected, abs=1e-4)
+    assert metrics["rewards/recall/precision_corr"] == pytest.approx(expected, abs=1e-4)
     assert expected > 0.5 > 0 > np.corrcoef(rewards.recall_BG[held], rewards.precision_BG[held])[0, 1]
 
 
@@ -76,7 +76,7 @@ def test_where_nothing_varies_everything_is_zero(rewards):
     config = RlConfig(arm="ad")
     given = advantages("ad", flat, config)
     metrics = jax.device_get(advantage_metrics(given, flat, config) | reward_metrics(flat, 0.1))
-    for name in ("advantages/corr/recall", "advantages/share/format", "rewards/recall_precision_corr"):
+    for name in ("advantages/corr/recall", "advantages/share/format", "rewards/recall/precision_corr"):
         assert metrics[name] == 0
     assert metrics["rewards/f1/group_std"] == 0
 
