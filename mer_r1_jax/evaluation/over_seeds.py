@@ -22,7 +22,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from mer_r1_jax.evaluation.bootstrap import LEVEL, POINTS, RESAMPLES, Difference, pieces, weighted_sums
 
@@ -96,8 +96,8 @@ def crossed_difference(differences_SN: np.ndarray) -> Difference:
         # Nothing varies: equal rows differ by exactly 0, and a shift that is the same everywhere is certain.
         return Difference(mean, mean, mean, clips, seeds, over_seeds=True, p_value=float(mean == 0))
     error = float(np.sqrt(variance))
-    half = float(stats.t.ppf((100 + LEVEL) / 200, freedom)) * error
-    p_value = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    half = float(special.stdtrit(freedom, (100 + LEVEL) / 200)) * error
+    p_value = float(2 * special.stdtr(freedom, -abs(mean) / error))
     return Difference(mean, mean - half, mean + half, clips, seeds, over_seeds=True, p_value=p_value)
 
 
