@@ -15,7 +15,7 @@ from mer_r1_jax.omni.architecture_checks import ConfigError
 from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import find_weights, load_params
-from mer_r1_jax.omni.hf.sums import SUMS_FILE
+from mer_r1_jax.omni.hf.sums import SUMS_FILE, sum_of, write_sums
 from mer_r1_jax.omni.hf.tensor_files import WeightError
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -122,6 +122,15 @@ def test_a_named_pipe_is_not_waited_for(folder, name):
     os.mkfifo(folder / name)
     with pytest.raises((WeightError, ConfigError), match=name):
         find_weights(folder, load_config(folder))
+
+
+def test_a_named_pipe_is_not_read_to_compare_its_sum(folder):
+    write_sums(folder, {FILE: sum_of(folder / FILE)})
+    load_params(folder, load_config(folder))
+    (folder / FILE).unlink()
+    os.mkfifo(folder / FILE)
+    with pytest.raises(WeightError, match=f"{FILE}: not a regular file"):
+        load_params(folder, load_config(folder))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,9 @@ def check_sums(files: Sequence[Path], error: type[Exception]) -> int:
     files = list(files)
     wanted = _read_sums(files[0].parent / SUMS_FILE, error) if files else {}
     listed = [file for file in files if file.name in wanted]
+    for file in listed:
+        if not file.is_file():  # a named pipe or a device would be read for ever
+            raise error(f"{file}: not a regular file, but {SUMS_FILE} lists it; copy it again from the export")
     damaged = [file.name for file in listed if sum_of(file) != wanted[file.name]]
     if damaged:
         raise error(
