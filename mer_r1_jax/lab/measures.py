@@ -137,9 +137,8 @@ class Examiner:
         uniform = np.random.default_rng(0).random(
             (places, len(self.clips.truth_N)), np.float32
         )  # same for all policies
-        answers, _ = tiny_policy.sample(
-            params, self._display, uniform, how, self.config, fast=fast, stop_bias=stop_bias
-        )
+        manner = tiny_policy.Manner(how, fast, stop_bias)
+        answers, _ = tiny_policy.sample(params, self._display, uniform, manner, self.config)
         return answers
 
     def _expected(self, token_NP: Array) -> Array:

@@ -240,7 +240,8 @@ def _groups(params: Params, draw: Draw, display_N9: Array, truth_N: Array, confi
     """Samples and scores the answers of a run's step."""
     trace = config.trace_length
     display_B1, truth_B1 = display_N9[draw.row_B][:, None], truth_N[draw.row_B][:, None]
-    token_BGP, raw = tiny_policy.sample(params, display_B1, draw.uniform_PBG, training_sampling(config.rl), config)
+    manner = tiny_policy.Manner(training_sampling(config.rl))
+    token_BGP, raw = tiny_policy.sample(params, display_B1, draw.uniform_PBG, manner, config)
 
     # Confidences: the sampled answer once more, behind a skipped reasoning. No second answer is generated.
     word_BGW = token_BGP[..., trace:]

@@ -8,6 +8,8 @@ Shape letters: P places of a completion (reasoning, then answer), V vocabulary, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,31 +73,35 @@ def logits(params: Params, display: Array, token: Array, config: LabConfig, *, a
     return _head(params, state[..., first:, :], (_allowed(config) & ~(said & _IS_WORD))[..., first:, :])
 
 
-def sample(
-    params: Params,
-    display: Array,
-    uniform: Array,
-    how: SamplingConfig,
-    config: LabConfig,
-    *,
-    fast: bool = False,
-    stop_bias: Array | float = 0.0,
-) -> tuple[Array, Array]:
+class Manner(NamedTuple):
+    """How answers are sampled.
+
+    Attributes:
+        sampling: temperature and filters.
+        fast: without a reasoning.
+        stop_bias: added to the logit of STOP: names more below zero, fewer above.
+    """
+
+    sampling: SamplingConfig
+    fast: bool = False
+    stop_bias: Array | float = 0.0
+
+
+def sample(params: Params, display: Array, uniform: Array, manner: Manner, config: LabConfig) -> tuple[Array, Array]:
     """Samples completions token by token.
 
     Args:
         params: of the policy.
         display: int32 [..., 9], as seen; its leading axes may have length one.
         uniform: float32 [P, ...], one number in [0, 1) for each token.
-        how: temperature and filters.
+        manner: slow or fast, how often the likeliest.
         config: the experiment.
-        fast: without a reasoning.
-        stop_bias: added to the logit of STOP: names more below zero, fewer above.
 
     Returns:
         Tokens int32 [..., P] and the untempered, unbiased logits that predicted those of the answer,
         float32 [..., ANSWER_WORDS, V].
     """
+    how, fast, stop_bias = manner
     trace, leading = config.trace_length, uniform.shape[1:]
     first = trace if fast else 0
     look = jnp.broadcast_to(_look(params, display), (*leading, config.width))

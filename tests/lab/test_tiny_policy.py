@@ -23,7 +23,7 @@ def sampled(config, params, *, fast=False, stop_bias=0.0, how=None):
     display = jnp.asarray(rng.integers(0, 10, (CLIPS, 9)))
     uniform = rng.random((config.trace_length + ANSWER_WORDS, CLIPS), np.float32)
     how = how or training_sampling(config.rl)
-    token, raw = tiny_policy.sample(params, display, uniform, how, config, fast=fast, stop_bias=stop_bias)
+    token, raw = tiny_policy.sample(params, display, uniform, tiny_policy.Manner(how, fast, stop_bias), config)
     return display, np.asarray(token), raw
 
 
