@@ -63,7 +63,8 @@ def test_few_seeds_call_nothing_clear(few_named):
 
 def test_the_twin_of_the_rendered_world_goes_where_rendered_runs_go():
     """docs/results.md: slow answers are precise and fast ones broad, and fast is ahead; RL gains recall for some
-    precision, which closes the gap; the arms end close together, and permuted rewards do not gain."""
+    precision, which closes the gap, and permuted rewards do not gain. (How close the arms end takes eight seeds at full
+    size to see: docs/lab.md.)"""
     twin = experiment("rendered", ["baseline", "ad", "mer_r1", PERMUTED])
     assert twin.difference(SFT, None, SLOW_MINUS_FAST).points < -2
     assert twin.mean(SFT, "slow_precision") > twin.mean(SFT, "fast_precision") + 0.02
@@ -72,5 +73,4 @@ def test_the_twin_of_the_rendered_world_goes_where_rendered_runs_go():
         change = {name: twin.difference(arm, SFT, f"slow_{name}").points for name in ("f1", "recall", "precision")}
         assert change["f1"] > 3 and change["recall"] > 5 and change["precision"] < 0
         assert twin.difference(arm, SFT, SLOW_MINUS_FAST).points > 3
-        assert abs(twin.difference(arm, "baseline", "slow_f1").points) < 2
     assert twin.difference(PERMUTED, SFT, "slow_f1").points < 2
