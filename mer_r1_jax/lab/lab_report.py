@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -143,7 +144,8 @@ def _sampled(result: LabResult) -> Table:
 
 def draw(result: LabResult) -> bytes:
     """The figure as SVG: operating points in the plane of recall and precision, and F1 beside an arm's."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "lab"}):
+    settings: dict[Any, Any] = STYLE | {"svg.hashsalt": "lab"}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(12, 4.8), layout="constrained")
         plane, beside = figure.subplots(1, 2, width_ratios=[1.4, 1])
         _plane(plane, result)

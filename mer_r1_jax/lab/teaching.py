@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,8 @@ def fine_tune(config: LabConfig, data: Demonstrations, seeds: Sequence[int]) -> 
             updates, opt_state = optimizer.update(jax.grad(loss)(params, *data, row_B), opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), None
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), rows_tB)[0][0]
+        trained: Any = jax.lax.scan(step, (params, optimizer.init(params)), rows_tB)[0][0]
+        return trained
 
     # Random numbers are NumPy's, made here: a loop that makes them on the device compiles for seconds.
     streams = [np.random.default_rng((seed, _SFT_STREAM)) for seed in seeds]

@@ -71,7 +71,7 @@ def mesh_of(leaves: Iterable[Any]) -> Mesh | None:
     """The mesh that the first array on one lies on."""
     for leaf in leaves:
         sharding = getattr(leaf, "sharding", None)
-        if sharding is not None and isinstance(sharding, NamedSharding):
+        if sharding is not None and isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             return sharding.mesh
     return None
 

@@ -268,7 +268,8 @@ def _drawn(model: BoundModel, h_BGD: Array, uniform_BG: Array, sampling: Samplin
     place = "drawn" if shared else "batch"
     logits_SN = constrain(logits_SN, (place, None))
     drawn_S = sample(logits_SN, constrain(uniform_BG.reshape(-1), (place,)), sampling)
-    return tuple(constrain(one_S.reshape(shape_BG), ("batch", "group")) for one_S in drawn_S)
+    first_BG, second_BG, third_BG = (constrain(one_S.reshape(shape_BG), ("batch", "group")) for one_S in drawn_S)
+    return first_BG, second_BG, third_BG
 
 
 def _cut(name: str) -> int:

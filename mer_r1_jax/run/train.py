@@ -242,7 +242,7 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
                     return None
                 faults.here("sft_step", step)
                 # Counted from 0, before the update counts one more.
-                learning_rate = float(phase.schedule(step - 1))
+                learning_rate = float(np.asarray(phase.schedule(step - 1)))
                 # Donated: the old state's memory becomes the new one's.
                 state, metrics = sft_step(state, put(batch, run.backbone.mesh))
                 steps.add(step, {**metrics, **data.metrics(), "learning_rate": learning_rate}, tokens)
@@ -294,7 +294,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                 # A scalar of the program, not static: it falls with every step, and nothing compiles anew.
                 beta = beta_at(phase.config, step - 1, phase.total_steps)
                 state, metrics = update(state, rollout.experience, np.float32(beta))
-                metrics |= {"beta": beta, "learning_rate": float(phase.schedule(step - 1))}
+                metrics |= {"beta": beta, "learning_rate": float(np.asarray(phase.schedule(step - 1)))}
                 steps.add(step, metrics | rollout.metrics | data.metrics(), rollout.tokens if first_update else 0)
                 if first_update:
                     _log_completions(run, phase, steps, step, rollout)

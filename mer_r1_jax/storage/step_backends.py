@@ -191,7 +191,7 @@ class BucketSteps(StepStore):
         save = manifest["save"]
         if not (isinstance(save, str) and _SAVE.fullmatch(save)):
             raise DamagedStepError(f"{MANIFEST} cannot be read as a manifest: it names no save")
-        return super()._folder(manifest) / save
+        return epath.Path(super()._folder(manifest) / save)
 
     def _describer(self, folder: epath.Path, read_files: bool) -> Callable[[str], dict[str, Any] | None]:
         objects = bucket.listing(str(folder))
