@@ -1,6 +1,6 @@
 """Tries arms in two minutes, without a model: mer-r1 lab [--world=U] [--arm=my_module.my_advantage]
 
-The embedded world's scenes and the product's own advantages on a policy of 15,000 parameters: SFT on labels with
+The synthetic world's scenes and the product's own advantages on a policy of 15,000 parameters: SFT on labels with
 slips, then RL with every arm on clean truths, all seeds and arms as one program. Prints slow and fast scores and what
 the arms differ in over seeds; writes them as WORLD.json, WORLD.md and WORLD.svg, where an arm is a path in the plane
 of recall and precision.

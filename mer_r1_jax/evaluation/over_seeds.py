@@ -6,11 +6,14 @@ a two-way analysis of variance with one value a cell estimate them, and Satterth
 freedom of their sum (`crossed_difference`). How often 95% intervals hold the truth, by simulation (300 draws each by
 tools/interval_coverage.py; training noise in points a seed, 5 points of a clip, 16 of the rest):
 
-    seeds x clips     this    t over seeds    crossed percentile bootstrap
-COVERAGE
+    seeds x clips, noise of a seed    this    t over seeds    crossed percentile bootstrap
+    3 x 320, 0                         97%             94%                             99%
+    3 x 320, 0.7                       96%             94%                             98%
+    3 x 4000, 0.7                      95%             96%                             88%
+    5 x 320, 0.7                       96%             93%                             98%
 
-t over the seeds' means forgets the clips they share; the bootstrap of seeds and clips (Owen 2007) is too wide where
-clips dominate and too narrow where seeds do. It stays for orders, which have no closed form.
+t over the seeds' means leaves out the clips that all seeds share. The bootstrap of seeds and clips (Owen 2007) is too
+narrow where few seeds are the larger noise. It stays for orders, which have no closed form.
 
 Shape letters: K rows, S seeds, N clips, R draws.
 """

@@ -1,4 +1,4 @@
-"""Scenes of the embedded world as arrays: what the tiny policy sees, what it is shown to say, how it is scored.
+"""Scenes of the synthetic world as arrays: what the tiny policy sees, what it is shown to say, how it is scored.
 
 Shape letters: N records, P places of a completion (its reasoning, then its answer), M sets of categories.
 
