@@ -252,15 +252,16 @@ def _groups(params: Params, draw: Draw, display_N9: Array, truth_N: Array, confi
     slow, fast = tiny_policy.confidences(raw, word_BGW), tiny_policy.confidences(raw_fast, word_BGW)
     category_BGW = tiny_policy.category_of(word_BGW)
     is_true_BGW = (truth_B1[..., None] >> category_BGW) & 1 > 0
-    counted_BGW = word_BGW != STOP
+    repeat_BGWQ = None
     if config.rl.calibration_counts == "category":  # the first word of each category alone
         same_BGWW = category_BGW[..., :, None] == category_BGW[..., None, :]
-        counted_BGW &= ~jnp.any(same_BGWW & np.tri(ANSWER_WORDS, k=-1, dtype=bool), axis=-1)
+        repeat_BGWQ = jnp.any(same_BGWW & np.tri(ANSWER_WORDS, k=-1, dtype=bool), axis=-1)[..., None]
     nothing = jnp.zeros((*word_BGW.shape[:2], 0))
     anchors = Anchors(
         slow_BGW=word_BGW,  # where the words stand is of no use here: their confidences are there already
         fast_BGW=word_BGW,
-        set_BGWQ=jnp.where(counted_BGW, category_BGW, NO_SET)[..., None],  # one wheel
+        set_BGWQ=jnp.where(word_BGW != STOP, category_BGW, NO_SET)[..., None],  # one wheel
+        repeat_BGWQ=repeat_BGWQ,
         correct_BGWQ=is_true_BGW[..., None],
         fast=Continuations(id_BGC=nothing, exists_BGC=nothing),
     )

@@ -306,6 +306,7 @@ class RunPrograms:
             fast_BGW=self._array(shape_BGW, np.int32),
             set_BGWQ=self._array(shape_BGWQ, np.int32),
             correct_BGWQ=self._array(shape_BGWQ, bool),
+            repeat_BGWQ=self._array(shape_BGWQ, bool) if config.calibration_counts == "category" else None,
             fast=Continuations(id_BGC=self._array(shape_BGC, np.int32), exists_BGC=self._array(shape_BGC, bool)),
         )
 

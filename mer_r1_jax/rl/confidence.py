@@ -56,6 +56,8 @@ class Anchors:
         correct_BGWQ: bool, the word's category on that wheel is among the truth's.
         fast: the fast scoring contexts, E + the completion's own ids after the token that holds the `>` of `<answer>`,
             up to the last word's first token; nothing where a completion has no confidence.
+        repeat_BGWQ: bool, an earlier word of the answer has named the word's category on that wheel, so R+ and R- leave
+            the word out there; its confidence is as good as any. None where every word counts.
     """
 
     slow_BGW: Array
@@ -63,6 +65,7 @@ class Anchors:
     set_BGWQ: Array
     correct_BGWQ: Array
     fast: Continuations
+    repeat_BGWQ: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,7 @@ def build_anchors(
     slow_BGW, fast_BGW = np.zeros(shape_BGW, np.int32), np.zeros(shape_BGW, np.int32)
     set_BGWQ = np.full((*shape_BGW, wheels), NO_SET, np.int32)
     correct_BGWQ = np.zeros((*shape_BGW, wheels), bool)
+    repeat_BGWQ = np.zeros((*shape_BGW, wheels), bool)
     fast_id_BGC, fast_exists_BGC = np.zeros(shape_BGC, np.int32), np.zeros(shape_BGC, bool)
     counts: collections.Counter[str] = collections.Counter({reason: 0 for reason in REASONS})
     for b, group in enumerate(answers):
@@ -123,10 +127,8 @@ def build_anchors(
                 found = [category(word, q) for q in range(wheels)]
                 # A wheel on which the truth has no category can tell neither right from wrong.
                 known = [c is not None and bool(true) for c, true in zip(found, truth_categories[b], strict=True)]
-                if config.calibration_counts == "category":
-                    # A mean over words pays for synonyms: their confidence is high where the first is said already.
-                    known = [held and (q, found[q]) not in named for q, held in enumerate(known)]
-                    named.update(enumerate(found))
+                repeat_BGWQ[b, g, w] = [place in named for place in enumerate(found)]
+                named.update(enumerate(found))
                 set_BGWQ[b, g, w] = np.where(known, candidate_sets(word), NO_SET)
                 correct_BGWQ[b, g, w] = [c in true for c, true in zip(found, truth_categories[b], strict=True)]
     anchors = Anchors(
@@ -135,6 +137,8 @@ def build_anchors(
         set_BGWQ=set_BGWQ,
         correct_BGWQ=correct_BGWQ,
         fast=Continuations(id_BGC=fast_id_BGC, exists_BGC=fast_exists_BGC),
+        # A mean over words pays for synonyms: their confidence is high where the first is said already.
+        repeat_BGWQ=repeat_BGWQ if config.calibration_counts == "category" else None,
     )
     return anchors, dict(counts)
 
@@ -241,8 +245,9 @@ class Calibration:
 def calibration(slow_BGWQ: Array, fast_BGWQ: Array, anchors: Anchors) -> Calibration:
     """R+ and R- of every completion: means over its words on each wheel, then over the wheels that have such words."""
     difference_BGWQ = slow_BGWQ - fast_BGWQ
-    plus_BG, plus_valid_BG = _wheel_mean(difference_BGWQ, _correct(anchors))
-    minus_BG, minus_valid_BG = _wheel_mean(-difference_BGWQ, _wrong(anchors))
+    counted_BGWQ = True if anchors.repeat_BGWQ is None else ~anchors.repeat_BGWQ
+    plus_BG, plus_valid_BG = _wheel_mean(difference_BGWQ, _correct(anchors) & counted_BGWQ)
+    minus_BG, minus_valid_BG = _wheel_mean(-difference_BGWQ, _wrong(anchors) & counted_BGWQ)
     return Calibration(plus_BG=plus_BG, minus_BG=minus_BG, plus_valid_BG=plus_valid_BG, minus_valid_BG=minus_valid_BG)
 
 

@@ -140,7 +140,13 @@ def json_bytes(content: Any) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Hexadecimal SHA-256 of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a named pipe or a device might be read for ever.
+    """
+    if not path.is_file() and path.exists():
+        raise OSError(errno.EINVAL, "not a regular file, expected one whose bytes can be compared", str(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

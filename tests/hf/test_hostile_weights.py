@@ -15,8 +15,9 @@ from mer_r1_jax.omni.architecture_checks import ConfigError
 from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import find_weights, load_params
-from mer_r1_jax.omni.hf.sums import SUMS_FILE, sum_of, write_sums
+from mer_r1_jax.omni.hf.sums import SUMS_FILE, write_sums
 from mer_r1_jax.omni.hf.tensor_files import WeightError
+from mer_r1_jax.storage.atomic_files import sha256_of
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
@@ -125,7 +126,7 @@ def test_a_named_pipe_is_not_waited_for(folder, name):
 
 
 def test_a_named_pipe_is_not_read_to_compare_its_sum(folder):
-    write_sums(folder, {FILE: sum_of(folder / FILE)})
+    write_sums(folder, {FILE: sha256_of(folder / FILE)})
     load_params(folder, load_config(folder))
     (folder / FILE).unlink()
     os.mkfifo(folder / FILE)

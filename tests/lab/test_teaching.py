@@ -127,7 +127,7 @@ def test_a_category_counts_once_where_the_setting_says_so(few, few_scenes, start
     config = with_settings(few, {"rl.calibration_counts": "category"})
     _, _, _, groups, _ = one_groups(config, few_scenes, start_S)
     words = np.asarray(groups.token_BGP)[..., few.trace_length :]
-    counted = np.asarray(groups.anchors.set_BGWQ)[..., 0] != NO_SET
+    counted = ((np.asarray(groups.anchors.set_BGWQ) != NO_SET) & ~np.asarray(groups.anchors.repeat_BGWQ))[..., 0]
     repeats = 0
     for b, g in np.ndindex(words.shape[:2]):
         said = [(word - 11) // 4 for word in words[b, g] if word != STOP]

@@ -14,7 +14,7 @@ from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.rl import confidence
-from mer_r1_jax.rl.confidence import NO_SET, AnswerToScore, build_anchors
+from mer_r1_jax.rl.confidence import NO_SET, AnswerToScore, build_anchors, calibration
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
 
@@ -249,22 +249,34 @@ def test_words_on_wheels_where_the_truth_has_no_category_do_not_count():
 
 
 def test_a_category_may_count_once():
-    """rl.calibration_counts: by word all three count; by category a word only where none before named the category."""
+    """rl.calibration_counts: R+ is over every right word, or leaves out where an earlier word named the category."""
     tags, wheels, candidates = world()
     ids = tiny_tokenizer().encode("<think>Hm.</think>\n<answer>\njoyful, sad, happy</answer>")
     words = ("joyful", "sad", "happy")
     answer = AnswerToScore(ids=np.asarray(ids, np.int32), length=len(ids), words=words, usable=True)
-    truth = [[wheels.categories(("sad",), wheel) for wheel in range(len(wheels))]]
-    sets = {}
+    truth = [[wheels.categories(words, wheel) for wheel in range(len(wheels))]]  # all words are right
+    anchors, plus = {}, {}
     for counts in ("word", "category"):
         config = dataclasses.replace(CONFIG, calibration_counts=counts)
         about = {"tags": tags, "category": wheels.category, "candidate_sets": candidates.word, "config": config}
-        sets[counts] = build_anchors([[answer]], truth, **about)[0].set_BGWQ[0, 0]
-    assert (sets["word"][:3] != NO_SET).any(axis=1).all()
-    same = [wheels.category("joyful", q) == wheels.category("happy", q) for q in range(len(wheels))]
-    assert any(same)
-    np.testing.assert_array_equal(sets["category"][:2], sets["word"][:2])
-    np.testing.assert_array_equal(sets["category"][2], np.where(same, NO_SET, sets["word"][2]))
+        anchors[counts] = build_anchors([[answer]], truth, **about)[0]
+        slow_BGWQ = np.zeros(anchors[counts].set_BGWQ.shape, np.float32)
+        slow_BGWQ[0, 0, :3] = np.array([1.0, 2.0, 6.0])[:, None]  # nats for joyful, sad, happy
+        plus[counts] = float(calibration(slow_BGWQ, np.zeros_like(slow_BGWQ), anchors[counts]).plus_BG[0, 0])
+    # Confidences themselves, which evaluations show, are those of all words whatever counts.
+    np.testing.assert_array_equal(anchors["word"].set_BGWQ, anchors["category"].set_BGWQ)
+    held_WQ = anchors["word"].set_BGWQ[0, 0, :3] != NO_SET
+    same_Q = np.array([wheels.category("joyful", q) == wheels.category("happy", q) for q in range(len(wheels))])
+    assert (same_Q & held_WQ[2]).any()
+    nats_W = np.array([1.0, 2.0, 6.0])
+    for counts in ("word", "category"):
+        kept_WQ = held_WQ.copy()
+        if counts == "category":
+            kept_WQ[2] &= ~same_Q
+        on_wheels = [kept_WQ[:, q] for q in range(len(wheels)) if kept_WQ[:, q].any()]
+        means = [nats_W[kept_W].mean() for kept_W in on_wheels]
+        assert plus[counts] == pytest.approx(np.mean(means), abs=1e-5)
+    assert plus["category"] < plus["word"] - 0.5
 
 
 @pytest.mark.slow

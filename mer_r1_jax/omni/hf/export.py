@@ -27,7 +27,7 @@ from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.config_json import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
 from mer_r1_jax.omni.hf.staging import ExportError, staged
-from mer_r1_jax.omni.hf.sums import SUMS_FILE, VOCABULARY_FILES, check_weights, sum_of, write_sums
+from mer_r1_jax.omni.hf.sums import SUMS_FILE, VOCABULARY_FILES, check_weights, write_sums
 from mer_r1_jax.omni.hf.tensor_files import (
     INDEX_FILE,
     NUMPY_DTYPES,
@@ -40,6 +40,7 @@ from mer_r1_jax.omni.hf.tensor_files import (
     write_tensor_file,
 )
 from mer_r1_jax.omni.thinker import abstract_thinker
+from mer_r1_jax.storage import atomic_files
 
 # Tokenizer, processor and generation files, of which a source directory has some.
 COPIED_FILES = (
@@ -334,7 +335,7 @@ def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec
 def _write_sums(staging: Path, weights: dict[str, str]) -> None:
     """Lists the sums of the weights, which were taken while they were written, and of their index and vocabulary."""
     others = [name for name in (INDEX_FILE, *VOCABULARY_FILES) if (staging / name).is_file()]
-    write_sums(staging, weights | {name: sum_of(staging / name) for name in others})
+    write_sums(staging, weights | {name: atomic_files.sha256_of(staging / name) for name in others})
 
 
 def _copy_files(source: Path, staging: Path, names: Iterable[str]) -> tuple[str, ...]:

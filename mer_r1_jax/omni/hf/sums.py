@@ -6,13 +6,13 @@ The list has the form of `sha256sum`, so `sha256sum -c mer_r1.sha256` checks it 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from mer_r1_jax.omni.hf.tensor_files import INDEX_FILE, WeightError, weight_files
+from mer_r1_jax.storage.atomic_files import sha256_of
 
 SUMS_FILE = "mer_r1.sha256"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
@@ -20,12 +20,6 @@ _LINE = re.compile(r"([0-9a-f]{64})[ \t]+\*?(\S.*)")
 _MAX_BYTES = 10_000_000  # of the list
 
 _log = logging.getLogger(__name__)
-
-
-def sum_of(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read a bounded number of bytes at a time."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_sums(directory: Path, sums: dict[str, str]) -> None:
@@ -50,7 +44,7 @@ def check_sums(files: Sequence[Path], error: type[Exception]) -> int:
     for file in listed:
         if not file.is_file():  # a named pipe or a device would be read for ever
             raise error(f"{file}: not a regular file, but {SUMS_FILE} lists it; copy it again from the export")
-    damaged = [file.name for file in listed if sum_of(file) != wanted[file.name]]
+    damaged = [file.name for file in listed if sha256_of(file) != wanted[file.name]]
     if damaged:
         raise error(
             f"{files[0].parent}: {', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} not as exported: got "
