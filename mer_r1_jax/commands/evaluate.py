@@ -83,21 +83,30 @@ def _evaluate() -> int:
         scored: list[dict[str, Any]] = []
         rated: list[dict[str, Any]] = []
 
+        def write_report() -> None:
+            make_benchmark_report(request.out, _EXAMPLES.value)
+
         def score(name: str) -> None:
             scored.append(folder.score(name, request, extractor))
-            make_benchmark_report(request.out, _EXAMPLES.value)
+
+        def score_and_show(name: str) -> None:
+            score(name)
+            write_report()  # answers to the next benchmark take hours
 
         try:
             if _RESCORE.value:
+                # Seconds a benchmark, and one that cannot be scored ends the command: the page is written once, at the end.
                 for name in request.benchmarks:
                     score(name)
+                if scored:
+                    write_report()
                 if _asks_mme():
                     rated = mme.rescore(request.out / MME_EMOTION, _EXAMPLES.value)
             else:
                 stop = stack.enter_context(StopSignals(GRACE_SECONDS))
                 policy = _policy(stack)
                 if request.benchmarks:
-                    _answer(policy, request, score, stack, stop)
+                    _answer(policy, request, score_and_show, stack, stop)
                 if _asks_mme():
                     rated = _rate_mme(policy, request, stack, stop)
         except StopRequested:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import functools
 import importlib.resources
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -92,8 +93,7 @@ def load_wheels(wheel_dir: str | pathlib.Path = "", variant: str = "unibench") -
     if variant not in VARIANTS:
         raise WheelError(f"unknown wheel variant {variant!r}: expected one of {', '.join(VARIANTS)}")
     if str(wheel_dir) == "":
-        with importlib.resources.as_file(importlib.resources.files("mer_r1_jax.emotion") / "wheels") as shipped:
-            return _read_folder(shipped, shipped, variant)
+        return _shipped(variant)
     folder = pathlib.Path(wheel_dir)
     if not folder.is_dir():
         raise WheelError(
@@ -101,6 +101,12 @@ def load_wheels(wheel_dir: str | pathlib.Path = "", variant: str = "unibench") -
             "Leave emotion.wheel_dir empty to use the wheels shipped with the package"
         )
     return _read_folder(folder, folder / "mer2026" if variant == "mer2026" else folder, variant)
+
+
+@functools.cache  # nobody changes what a `Wheels` holds, nor the files of the package
+def _shipped(variant: str) -> Wheels:
+    with importlib.resources.as_file(importlib.resources.files("mer_r1_jax.emotion") / "wheels") as shipped:
+        return _read_folder(shipped, shipped, variant)
 
 
 def _read_folder(folder: pathlib.Path, format_folder: pathlib.Path, variant: str) -> Wheels:

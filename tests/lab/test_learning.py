@@ -11,10 +11,10 @@ SMALLER |= {"sft.max_steps": 1000, "sft.prompts_per_step": 128, "rl.max_steps": 
 SEEDS = [0, 1]
 
 
-def experiment(world, names):
+def experiment(world, names, seeds=SEEDS):
     config = with_settings(WORLDS[world], SMALLER)
     told = []
-    result = run(world, config, named_arms(names, config.rl), SEEDS, told.append)
+    result = run(world, config, named_arms(names, config.rl), seeds, told.append)
     assert "RL: step 100 of 100" in "".join(told)
     return result
 
@@ -65,11 +65,11 @@ def test_the_twin_of_the_rendered_world_goes_where_rendered_runs_go():
     """docs/results.md: slow answers are precise and fast ones broad, and fast is ahead; RL gains recall for some
     precision, which closes the gap, and permuted rewards do not gain. (How close the arms end takes eight seeds at full
     size to see: docs/lab.md.)"""
-    twin = experiment("rendered", ["baseline", "ad", "mer_r1", PERMUTED])
+    twin = experiment("rendered", ["baseline", "mer_r1", PERMUTED], seeds=[0])
     assert twin.difference(SFT, None, SLOW_MINUS_FAST).points < -2
     assert twin.mean(SFT, "slow_precision") > twin.mean(SFT, "fast_precision") + 0.02
     assert twin.mean(SFT, "slow_recall") < twin.mean(SFT, "fast_recall") - 0.05
-    for arm in ("baseline", "ad", "mer_r1"):
+    for arm in ("baseline", "mer_r1"):
         change = {name: twin.difference(arm, SFT, f"slow_{name}").points for name in ("f1", "recall", "precision")}
         assert change["f1"] > 3 and change["recall"] > 5 and change["precision"] < 0
         assert twin.difference(arm, SFT, SLOW_MINUS_FAST).points > 3
