@@ -95,7 +95,7 @@ def _evaluate() -> int:
 
         try:
             if _RESCORE.value:
-                # Seconds a benchmark, and one that cannot be scored ends the command: the page is written once, at the end.
+                # Seconds a benchmark, and one that cannot be scored ends the command: the page comes once, at the end.
                 for name in request.benchmarks:
                     score(name)
                 if scored:
