@@ -15,7 +15,14 @@ from mer_r1_jax.evaluation.ablation.arm_comparison import PAPER_ORDER, Ablation,
 from mer_r1_jax.evaluation.ablation.results import SeedResult
 from mer_r1_jax.evaluation.bootstrap import FEW_SEEDS, LEVEL, POINTS, Difference
 from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, counted, percent, share, span
-from mer_r1_jax.evaluation.run_record import KeptEvaluation, RunRecord, Stages, f1_difference, stages_of
+from mer_r1_jax.evaluation.run_record import (
+    EXPECTED_F1,
+    KeptEvaluation,
+    RunRecord,
+    Stages,
+    f1_difference,
+    stages_of,
+)
 
 CERTAIN = LEVEL / 100  # share of the draws from which on an order is called shown
 
@@ -117,7 +124,15 @@ def _standing(evaluation: KeptEvaluation, when: str) -> str:
     difference = f1_difference(evaluation, "slow", evaluation, "fast")
     if difference is None:
         return text + "."
-    return f"{text}: slow is {_compared(difference)} fast, {difference}."
+    return f"{text}: slow is {_compared(difference)} fast, {difference}.{_expected_gap(evaluation)}"
+
+
+def _expected_gap(evaluation: KeptEvaluation) -> str:
+    """The same comparison without the draw of the truth, where the clips' world is known."""
+    gap = f1_difference(evaluation, "slow", evaluation, "fast", EXPECTED_F1)
+    if gap is None:
+        return ""
+    return f" By expected F1, which leaves out the luck of each clip's truth, slow is {_compared(gap)} fast, {gap}."
 
 
 def _gain(stages: Stages) -> str:
@@ -129,7 +144,7 @@ def _gain(stages: Stages) -> str:
             if (change := f1_difference(end, mode, start, mode)) is not None:
                 text += f" RL {_changed(change)} {mode} F1, {change}."
     if (gap := f1_difference(end, "slow", end, "fast")) is not None:
-        text += f" Slow now stands {_compared(gap)} fast, {gap}."
+        text += f" Slow now stands {_compared(gap)} fast, {gap}.{_expected_gap(end)}"
     before, after = (e.score("slow", "mean_length") if e else None for e in (start, end))
     if before and after:
         text += f" A slow answer is {after:.0f} tokens long on average, {100 * after / before:.0f}% of what it was."

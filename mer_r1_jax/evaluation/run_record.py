@@ -146,11 +146,21 @@ def _sft_steps(run: RunRecord, evaluations: Sequence[KeptEvaluation]) -> int:
     return first_of_rl if lines and logged <= first_of_rl < logged + every else logged
 
 
-def f1_difference(new: KeptEvaluation, new_mode: str, old: KeptEvaluation, old_mode: str) -> Difference | None:
-    """F1 of `new_mode` in `new` minus that of `old_mode` in `old`, paired by clip; None without common clips."""
+EXPECTED_F1 = "expected_f1"  # where the clips' world is known: F1 without the draw of the truth, in half the clips
+
+
+def f1_difference(
+    new: KeptEvaluation, new_mode: str, old: KeptEvaluation, old_mode: str, name: str = "f1"
+) -> Difference | None:
+    """F1 of `new_mode` in `new` minus that of `old_mode` in `old`, paired by clip; None without common clips.
+
+    Args:
+        new, new_mode, old, old_mode: the two sides.
+        name: the score: f1, or EXPECTED_F1, which is None where the clips' world is not known.
+    """
     pairs = []
     for clip, row in new.samples.items():
-        values = row.get(new_mode, {}).get("f1"), old.samples.get(clip, {}).get(old_mode, {}).get("f1")
+        values = row.get(new_mode, {}).get(name), old.samples.get(clip, {}).get(old_mode, {}).get(name)
         if all(isinstance(value, int | float) for value in values):
             pairs.append(values)
     if len(pairs) < 2:

@@ -47,6 +47,7 @@ TABLE_ROWS = (
     ("Precision", "precision", True, 1),
     ("Recall", "recall", True, 1),
     ("F1", "f1", True, 1),
+    ("Expected F1, without the draw of the truth", "expected_f1", True, 1),
     ("Confidence on right categories", "confidence_correct", True, 1),
     ("Confidence on wrong categories", "confidence_wrong", True, 1),
     ("Emotion words per answer", "mean_words", False, 2),

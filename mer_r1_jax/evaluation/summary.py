@@ -11,19 +11,60 @@ import numpy as np
 
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.data.synthetic.oracle import Oracle, Scores
 from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, majority_answer
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
 from mer_r1_jax.storage import atomic_files
 
-ORACLE_COLUMN = "oracle"  # extra column of the synthetic world's held-out records: the answer of one who knows the cues
+# Extra columns of the synthetic world's held-out records: the answer of one who knows the cues, and the cues.
+ORACLE_COLUMN, CUES_COLUMN = "oracle", "cues"
+SCORES = ("precision", "recall", "f1")
+
+Expected = dict[str, list[Scores]]  # mode -> what each clip's answer can expect
 
 
-def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: str, step: int) -> dict[str, Any]:
+def expected_scores(evaluation: Evaluation, oracle: Oracle | None) -> Expected | None:
+    """What answers to clips of the synthetic world can expect, over all that may be true given a clip's cues.
+
+    Means of these have the same value in the long run as those of the scores, and half the variance: the draw of each
+    clip's truth, which no policy can know, is out of them.
+
+    Args:
+        evaluation: of any clips.
+        oracle: of their world; None where they are of none.
+
+    Returns:
+        Mode -> scores clip by clip; None where there is no oracle, or a clip without cues.
+    """
+    cues = [record.extra.get(CUES_COLUMN) for record in evaluation.records]
+    if oracle is None or any(cue is None for cue in cues):
+        return None
+    return {
+        mode: [oracle.expected(cue, answer.answer.parsed.words) for cue, answer in zip(cues, answers, strict=True)]
+        for mode, answers in evaluation.answers.items()
+    }
+
+
+def summarise(
+    evaluation: Evaluation,
+    wheels: Wheels,
+    expected: Expected | None = None,
+    *,
+    benchmark: str,
+    phase: str,
+    step: int,
+) -> dict[str, Any]:
     """Scores of an evaluation: slow and fast, the majority answer as a floor, the oracle (where known) as a ceiling.
 
     Precision, recall and F1 of all four are means over the same clips, those whose truth is on a wheel; what says how
     answers look (words, tokens, format) is over all clips.
+
+    Args:
+        evaluation: the answers.
+        wheels: they are scored by.
+        expected: of `expected_scores`.
+        benchmark, phase, step: kept beside the scores.
 
     Raises:
         EvaluationError: no clip's truth is on a wheel.
@@ -51,7 +92,10 @@ def summarise(evaluation: Evaluation, wheels: Wheels, *, benchmark: str, phase: 
         "n_scored": len(scored),
         "n_unscorable": len(records) - len(scored),
         "skipped": [{"id": record.id, "reason": reason} for record, reason in evaluation.skipped],
-        **{mode: _scores(mode, answers) for mode, answers in evaluation.answers.items()},
+        **{
+            mode: _scores(mode, answers) | _means(expected, mode, evaluation.scored)
+            for mode, answers in evaluation.answers.items()
+        },
         "majority_answer": list(floor.words),
         "majority_f1": floor.f1,
         "oracle_f1": float(np.mean(known)) if len(known) == len(scored) else None,
@@ -65,7 +109,7 @@ def _scores(mode: str, answers: Sequence[AnswerOf]) -> dict[str, Any]:
 
     scored = [answer.answer for answer in answers]
     return {
-        **{name: mean([answer.rewards.score(name) for answer in scored]) for name in ("precision", "recall", "f1")},
+        **{name: mean([answer.rewards.score(name) for answer in scored]) for name in SCORES},
         "confidence_correct": mean([answer.confidence_correct for answer in answers]),
         "confidence_wrong": mean([answer.confidence_wrong for answer in answers]),
         "distinct_answers": len({tuple(sorted(answer.parsed.words)) for answer in scored}),
@@ -77,12 +121,22 @@ def _scores(mode: str, answers: Sequence[AnswerOf]) -> dict[str, Any]:
     }
 
 
-def samples(evaluation: Evaluation, wheels: Wheels) -> list[dict[str, Any]]:
+def _means(expected: Expected | None, mode: str, scored: Sequence[int]) -> dict[str, float]:
+    if expected is None:
+        return {}
+    return {f"expected_{name}": float(np.mean([getattr(expected[mode][n], name) for n in scored])) for name in SCORES}
+
+
+def samples(evaluation: Evaluation, wheels: Wheels, expected: Expected | None = None) -> list[dict[str, Any]]:
     """One row a clip with everything needed to look at it, or to score it again without the model."""
-    return [
+    rows = [
         _sample(record, {mode: answers[index] for mode, answers in evaluation.answers.items()}, wheels)
         for index, record in enumerate(evaluation.records)
     ]
+    for mode, scores in (expected or {}).items():
+        for row, score in zip(rows, scores, strict=True):
+            row[mode] |= {f"expected_{name}": getattr(score, name) for name in SCORES}
+    return rows
 
 
 def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dict[str, Any]:
@@ -99,7 +153,7 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
             "reasoning": scored.parsed.reasoning,
             "words": list(scored.parsed.words),
             "categories": [sorted(wheels.categories(scored.parsed.words, k)) for k in range(len(wheels.names))],
-            **{name: scored.rewards.score(name) for name in ("precision", "recall", "f1")},
+            **{name: scored.rewards.score(name) for name in SCORES},
             "length": scored.length,
             "confidence_correct": answer.confidence_correct,
             "confidence_wrong": answer.confidence_wrong,

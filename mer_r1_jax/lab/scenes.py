@@ -151,7 +151,7 @@ def _targets(scene: Scene, config: LabConfig) -> tuple[list[int], list[int]]:
         first = SUGGESTIONS * MODALITIES.index(modality.lower())
         named = [_PLAIN[word] for word in suggested if word]
         trace[first : first + len(named)] = named
-    if config.concludes and (concluded := _CONCLUDED.search(text)):
+    if config.world.concludes and (concluded := _CONCLUDED.search(text)):
         named = [_PLAIN[word] for word in concluded.group(1).split(", ")][:CONCLUSION]
         first = SUGGESTIONS * len(MODALITIES)
         trace[first : first + len(named)] = named

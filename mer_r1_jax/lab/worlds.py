@@ -9,7 +9,8 @@ from typing import Any
 from mer_r1_jax.config.bounds import Count, Rows, Seed, Share
 from mer_r1_jax.config.build import with_values
 from mer_r1_jax.config.schema import ConfigError, OptimizerConfig, RlConfig, SftConfig
-from mer_r1_jax.data.synthetic.world import DEFAULT_WORLD, MODALITIES, WorldConfig
+from mer_r1_jax.data.synthetic.world import MODALITIES, WorldConfig
+from mer_r1_jax.data.synthetic.world import WORLDS as DRAWN
 
 SUGGESTIONS = 2  # categories that a reasoning names for each modality: the one or two its cues suggest most
 CONCLUSION = 3  # categories of the conclusion, where a reasoning ends with one
@@ -22,8 +23,6 @@ class LabConfig:
 
     Attributes:
         world: how scenes and labels are drawn.
-        concludes: the reasoning ends with its conclusion, as the rendered world's does ("So sad, angry."): the answer
-            is then a copy of it.
         answers_from_trace: a slow answer sees its reasoning alone, no longer the clip.
         misread: a display is seen as any display; stands for what a model's eyes and ears get wrong.
         data_seed: of the scenes, the same for all seeds of the model.
@@ -32,8 +31,7 @@ class LabConfig:
         sft, rl: how it is trained.
     """
 
-    world: WorldConfig = DEFAULT_WORLD
-    concludes: bool = False
+    world: WorldConfig = DRAWN["even"]
     answers_from_trace: bool = False
     misread: Share = 0.1
     data_seed: Seed = 0
@@ -56,42 +54,23 @@ class LabConfig:
     @property
     def trace_length(self) -> int:
         """Tokens of a reasoning."""
-        return len(MODALITIES) * SUGGESTIONS + CONCLUSION * self.concludes
+        return len(MODALITIES) * SUGGESTIONS + CONCLUSION * self.world.concludes
 
-
-# The worlds of the lab's page, spelled out: their tables stay theirs when the world that is rendered changes.
-_EVEN = WorldConfig(
-    category_counts=(0.15, 0.45, 0.3, 0.1),
-    reliability=(0.9, 0.8, 0.85),
-    distractor=0.5,
-    missing=0.15,
-    second_meaning=0.15,
-    annotators=4,
-    label_gain=0.4,
-    label_gain_distractor=0.5,
-    label_loss=0.1,
-    trace_skip=0.15,
-    evidence=2.0,
-)
-_WEAK_CUES = dataclasses.replace(_EVEN, reliability=(0.75, 0.6, 0.7), second_meaning=0.25)
 
 WORLDS: dict[str, LabConfig] = {
-    "default": LabConfig(world=_EVEN),
-    "U": LabConfig(world=dataclasses.replace(_WEAK_CUES, category_counts=(0.1, 0.25, 0.3, 0.2, 0.15), label_gain=0.8)),
-    "O": LabConfig(
-        world=dataclasses.replace(
-            _WEAK_CUES, category_counts=(0.55, 0.35, 0.1), label_gain=1.0, label_loss=0.0, evidence=0.0
-        )
-    ),
-    "T": LabConfig(world=dataclasses.replace(_EVEN, trace_skip=0.3), answers_from_trace=True),
-    "rendered": LabConfig(world=DEFAULT_WORLD, concludes=True),
+    "default": LabConfig(world=DRAWN["even"]),
+    "U": LabConfig(world=DRAWN["U"]),
+    "O": LabConfig(world=DRAWN["O"]),
+    "T": LabConfig(world=dataclasses.replace(DRAWN["even"], trace_skip=0.3), answers_from_trace=True),
+    "concluding": LabConfig(world=DRAWN["concluding"]),
 }
 PURPOSES = {
     "default": "one to four emotions, plain cues, labels with slips",
-    "U": "slow answers name too few (one to five emotions, weak cues), so that F1 wants recall",
+    "U": "slow answers name too few (one to five emotions, weak cues), so that F1 wants recall; what `mer-r1 train "
+    "--config=synthetic` draws",
     "O": "slow answers name too many (labels always add a wrong emotion), so that F1 wants precision",
     "T": "as default, but slow answers see nothing but their reasoning, which skips a third of the cues",
-    "rendered": "twin of the world of `mer-r1 train --config=synthetic`, whose reasonings end with the answer",
+    "concluding": "as default, but reasonings end with the answer",
 }
 
 
@@ -100,7 +79,7 @@ def with_settings(config: LabConfig, values: Mapping[str, Any]) -> LabConfig:
 
     Args:
         config: to begin with.
-        values: dotted name -> value, such as `rl.beta`, `world.label_gain` or `concludes`.
+        values: dotted name -> value, such as `rl.beta` or `world.label_gain`.
 
     Raises:
         ConfigError: an unknown name, a value of another type, or one outside its bounds.

@@ -17,6 +17,7 @@ from mer_r1_jax.config.checks import lookup
 from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.data.synthetic.make import WorldPaths, WorldSettings, make_world
+from mer_r1_jax.data.synthetic.world import WORLDS
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.storage import bucket
 
@@ -97,6 +98,7 @@ def _with_world(config: RunConfig, say: Say) -> RunConfig:
                 rl_clips=data.synthetic_rl_clips,
                 eval_clips=data.synthetic_eval_clips,
                 seed=data.synthetic_seed,
+                config=WORLDS[data.synthetic_world],
                 wheel_dir=config.emotion.wheel_dir,
             ),
             progress=progress,

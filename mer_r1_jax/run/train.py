@@ -35,6 +35,7 @@ from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.build import checked
 from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig
 from mer_r1_jax.data.prefetch import ClipPrefetcher
+from mer_r1_jax.data.synthetic.oracle import oracle_of
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.foreign_text import printable
@@ -342,8 +343,10 @@ def evaluate(run: Run, params: Params, phase: str, step: int) -> None:
     write_clips(run, run.folder)
     if not processes.is_first():
         return
-    scores = summary.summarise(found, run.wheels, benchmark=BENCHMARK, phase=phase, step=step)
-    summary.write(run.folder.eval, scores, summary.samples(found, run.wheels))
+    oracle = oracle_of(run.config.data.synthetic_dir, run.wheels) if run.config.data.synthetic_dir else None
+    expected = summary.expected_scores(found, oracle)
+    scores = summary.summarise(found, run.wheels, expected, benchmark=BENCHMARK, phase=phase, step=step)
+    summary.write(run.folder.eval, scores, summary.samples(found, run.wheels, expected))
     run.console.print(
         f"held-out clips after step {step}: "
         + "; ".join(

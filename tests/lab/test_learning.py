@@ -61,11 +61,11 @@ def test_few_seeds_call_nothing_clear(few_named):
     assert "nothing is called clear" in text(few_named) and "*" not in text(few_named).replace("*:", "")
 
 
-def test_the_twin_of_the_rendered_world_goes_where_rendered_runs_go():
-    """docs/results.md: slow answers are precise and fast ones broad, and fast is ahead; RL gains recall for some
-    precision, which closes the gap, and permuted rewards do not gain. (How close the arms end takes eight seeds at full
-    size to see: docs/lab.md.)"""
-    twin = experiment("rendered", ["baseline", "mer_r1", PERMUTED], seeds=[0])
+def test_where_reasonings_conclude_the_gap_closes():
+    """As in the rendered runs of such a world: slow answers are precise and fast ones broad, and fast is ahead; RL gains
+    recall for some precision, which closes the gap, and permuted rewards do not gain. (How close the arms end takes
+    eight seeds at full size to see: docs/lab.md.)"""
+    twin = experiment("concluding", ["baseline", "mer_r1", PERMUTED], seeds=[0])
     assert twin.difference(SFT, None, SLOW_MINUS_FAST).points < -2
     assert twin.mean(SFT, "slow_precision") > twin.mean(SFT, "fast_precision") + 0.02
     assert twin.mean(SFT, "slow_recall") < twin.mean(SFT, "fast_recall") - 0.05

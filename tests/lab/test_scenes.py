@@ -57,7 +57,7 @@ def test_an_expected_score_is_what_truths_that_fit_the_cues_give():
 
 
 def test_demonstrations_say_what_those_of_the_rendered_world_say():
-    config = small("rendered")
+    config = small("concluding")
     data = scenes.draw_scenes(config).sft
     word_of = {token: word for word, token in scenes.WORD_TOKEN.items()}
     category_of = {plain_word(c, scenes.LEXICON): c for c in range(len(CATEGORIES))}
@@ -96,4 +96,4 @@ def test_worlds_differ_in_what_they_are_named_for():
     truths = {name: scenes.SETS[scenes.draw_scenes(small(name)).held_out.truth_N].sum(axis=1) for name in "UO"}
     assert truths["U"].mean() > 2.7 and truths["U"].max() == 5
     assert truths["O"].mean() < 1.8 and truths["O"].max() == 3
-    assert WORLDS["T"].answers_from_trace and WORLDS["rendered"].trace_length == WORLDS["T"].trace_length + 3
+    assert WORLDS["T"].answers_from_trace and WORLDS["concluding"].trace_length == WORLDS["T"].trace_length + 3

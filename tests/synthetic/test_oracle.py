@@ -1,10 +1,21 @@
 """The ceiling: exact posterior, scores equal to the rewards', and no modality enough by itself."""
 
+import json
+
 import numpy as np
 import pytest
 
-from mer_r1_jax.data.synthetic.oracle import Oracle
-from mer_r1_jax.data.synthetic.world import CATEGORIES, MODALITIES, NEUTRAL, WorldConfig, draw_scene, load_lexicon
+from mer_r1_jax.data.synthetic.make import WorldSettings
+from mer_r1_jax.data.synthetic.oracle import Oracle, oracle_of
+from mer_r1_jax.data.synthetic.world import (
+    CATEGORIES,
+    MODALITIES,
+    NEUTRAL,
+    WORLDS,
+    WorldConfig,
+    draw_scene,
+    load_lexicon,
+)
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import load_wheels
 
@@ -67,3 +78,39 @@ def test_every_modality_alone_is_worse_and_the_floor_is_worst(oracle):
 def test_an_unknown_modality_is_refused(oracle):
     with pytest.raises(ValueError, match="unknown modality 'smell'"):
         oracle.posterior([0] * 9, "smell")
+
+
+def test_an_answer_expects_its_mean_score_over_what_may_be_true(oracle, wheels):
+    """By the rewards themselves, truth by truth, for answers of any words: repeats, unknown ones, none at all."""
+    rng = np.random.default_rng(1)
+    words = [word for of_one in LEXICON["words"].values() for word in of_one] + ["bewildered", "qwzx", "neutral"]
+    truths = [[LEXICON["words"][CATEGORIES[c]][0] for c in oracle.categories(row)] for row in range(len(oracle.sets))]
+    answers = [list(rng.choice(words, size)) for size in (0, 1, 2, 3, 5)] + [["happy", "joyful", "qwzx"]]
+    for answer in answers:
+        cues = rng.integers(NEUTRAL, len(CATEGORIES), 9)
+        posterior = oracle.posterior(cues)
+        rewards = [answer_rewards(answer, truth, wheels) for truth in truths]
+        found = oracle.expected(cues, answer)
+        for name in ("precision", "recall", "f1"):
+            mean = float(posterior @ [getattr(reward, name) for reward in rewards])
+            assert getattr(found, name) == pytest.approx(mean, abs=1e-12), (answer, name)
+
+
+def test_over_many_clips_expected_scores_are_the_scores(oracle, wheels):
+    scenes = [draw_scene(7, "eval", index, LEXICON, CONFIG) for index in range(1500)]
+    answer = ["happy", "sad"]
+    truths = [[LEXICON["words"][CATEGORIES[c]][0] for c in scene.truth] for scene in scenes]
+    f1 = np.array([answer_rewards(answer, truth, wheels).f1 for truth in truths])
+    expected = np.array([oracle.expected(scene.cues, answer).f1 for scene in scenes])
+    assert abs((f1 - expected).mean()) < 4 * f1.std() / np.sqrt(len(f1))
+    assert expected.std() < 0.8 * f1.std()
+
+
+def test_the_oracle_of_a_folder_is_its_worlds(tmp_path, wheels):
+    assert oracle_of(tmp_path, wheels) is None
+    (tmp_path / "settings.json").write_text('{"editor": "dark"}')  # somebody else's
+    assert oracle_of(tmp_path, wheels) is None
+    world = WorldSettings(sft_clips=0, rl_clips=0, eval_clips=0, config=WORLDS["O"])
+    (tmp_path / "settings.json").write_text(json.dumps(world.to_json(LEXICON)))
+    found = oracle_of(tmp_path, wheels)
+    assert found is not None and found.config == WORLDS["O"] and len(found.sets) == 129

@@ -20,6 +20,7 @@ from mer_r1_jax.data.synthetic.world import (
 from mer_r1_jax.emotion.wheels import load_wheels
 
 CONFIG = WorldConfig()
+CONCLUDING = dataclasses.replace(CONFIG, concludes=True)
 LEXICON = load_lexicon()
 MANY = 4000
 
@@ -139,21 +140,24 @@ def test_categories_are_told_apart_by_most_wheels():
 def test_the_reasoning_names_only_cues_that_are_there(scenes):
     described = {d: (s, k) for s, slot in enumerate(SLOTS[:6]) for k, d in enumerate(LEXICON["descriptions"][slot])}
     for scene in scenes[:300]:
-        trace, kept = wording.reasoning(scene, LEXICON, CONFIG)
+        trace, kept = wording.reasoning(scene, LEXICON, CONCLUDING)
         quotes = wording.subtitle(scene, LEXICON)[1]
         for sentence in trace.split(". ")[:-1]:
             modality, cues = sentence.split(" seem ")[0].split(": ")
             for cue in cues.split(", "):
                 assert cue in quotes if modality == "Words" else scene.cues[described[cue][0]] == described[cue][1]
         assert set(kept) <= set(scene.label) and kept
-        assert trace.endswith(f"So {', '.join(wording.plain_word(c, LEXICON) for c in kept)}.")
+        concluded = f" So {', '.join(wording.plain_word(c, LEXICON) for c in kept)}."
+        assert trace.endswith(concluded)
+        # Where the world does not conclude, the same is said but for the last sentence.
+        assert wording.reasoning(scene, LEXICON, CONFIG) == (trace.removesuffix(concluded), kept)
 
 
 def test_each_modality_seems_what_its_named_cues_show_most_often(scenes):
     scene = dataclasses.replace(
         scenes[0], cues=(2, 5, 5, NEUTRAL, 3, 1, 0, NEUTRAL, NEUTRAL), label=(5, 2), label_words=("amazed", "furious")
     )
-    trace, kept = wording.reasoning(scene, LEXICON, CONFIG, np.zeros(9, bool))
+    trace, kept = wording.reasoning(scene, LEXICON, CONCLUDING, np.zeros(9, bool))
     seem = [part.split(". ")[0] for part in trace.split(" seem ")[1:]]
     assert seem == ["surprised or angry", "afraid or sad", "happy"]
     assert kept == (5,) and trace.endswith("So surprised.")

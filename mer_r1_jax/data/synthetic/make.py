@@ -16,8 +16,8 @@ from mer_r1_jax import faults
 from mer_r1_jax.data.synthetic import wording
 from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
-    DEFAULT_WORLD,
     MODALITIES,
+    SETTINGS,
     SPLITS,
     Scene,
     WorldConfig,
@@ -26,7 +26,7 @@ from mer_r1_jax.data.synthetic.world import (
 )
 from mer_r1_jax.storage.atomic_files import writing
 
-VERSION = 8  # counts changes of the drawing that settings do not show
+VERSION = 9  # counts changes of the drawing that settings do not show
 CLIPS_PER_TASK = 32
 MAX_REASONING_TOKENS = 44  # with tags, answer and end a slow target stays within 64 tokens
 
@@ -88,7 +88,7 @@ class WorldSettings:
     rl_clips: int
     eval_clips: int
     seed: int = 0
-    config: WorldConfig = DEFAULT_WORLD
+    config: WorldConfig = WorldConfig()
     wheel_dir: str = ""
 
     @property
@@ -141,7 +141,7 @@ def make_world(
     if _is_complete(paths, settings, counts):
         return paths
     (paths.root / "clips").mkdir(parents=True, exist_ok=True)
-    _write(paths.root / "settings.json", json.dumps(settings, indent=1))
+    _write(paths.root / SETTINGS, json.dumps(settings, indent=1))
     _render_missing(paths, world, workers, progress)
     wheels = load_wheels(world.wheel_dir)
     tokenizer = train_tokenizer(lexicon, wheels)
@@ -173,7 +173,7 @@ def _is_complete(paths: WorldPaths, settings: dict, counts: dict[str, int]) -> b
     Raises:
         WorldError: it holds another one.
     """
-    started = paths.root / "settings.json"
+    started = paths.root / SETTINGS
     if not started.exists():
         return False
     found = json.loads(started.read_text())

@@ -1,17 +1,32 @@
 """The ceiling: what somebody who sees the cues themselves, and knows the world's probabilities, would answer.
 
-The posterior over all sets of one to four categories is exact (the clip's distractor is summed out). The answer is the
+The posterior over all sets of one to five categories is exact (the clip's distractor is summed out). The answer is the
 set of the largest expected F1, scored as the rewards score it: per emotion wheel, then averaged over the wheels.
+
+The same posterior scores anybody's answer: by what it can expect, over all that may be true given the cues. The mean
+over clips is that of the scores themselves, and the draw of the truth, half of their noise, is out of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
-from mer_r1_jax.data.synthetic.world import CATEGORIES, MODALITIES, NEUTRAL, SECOND, SLOTS, WorldConfig
+from mer_r1_jax.data.synthetic.world import (
+    CATEGORIES,
+    MODALITIES,
+    NEUTRAL,
+    SECOND,
+    SETTINGS,
+    SLOTS,
+    WorldConfig,
+    load_lexicon,
+)
 
 COUNT = len(CATEGORIES)
 
@@ -50,7 +65,12 @@ class Oracle:
         with np.errstate(divide="ignore"):
             self.log_prior = np.log(np.asarray(config.category_counts)[size - 1] / np.bincount(size)[size])
         self._likelihoods()
-        self.precision, self.recall, self.f1 = _score_table(self.sets, _groups(lexicon, wheels))
+        self._wheels = wheels
+        groups = _groups(lexicon, wheels)
+        # Per wheel, float[n, groups]: the groups of every set.
+        self._shown = [(self.sets.astype(int) @ table.astype(int) > 0).astype(float) for table in groups]
+        self._against: dict[tuple[frozenset[str], ...], np.ndarray] = {}  # answers that were scored before
+        self.precision, self.recall, self.f1 = _score_table(self.sets, groups)
 
     def posterior(self, cues, modality: str | None = None) -> np.ndarray:
         """Probability of each set of categories given the cues (of one modality, or of all).
@@ -100,6 +120,31 @@ class Oracle:
         truths, answers = np.asarray(truths), np.asarray(answers)
         return Scores(*(float(table[truths, answers].mean()) for table in (self.precision, self.recall, self.f1)))
 
+    def expected(self, cues: Iterable[int], words: Iterable[str]) -> Scores:
+        """The scores that an answer can expect: their means under the posterior given the cues.
+
+        Args:
+            cues: display of each slot.
+            words: of the answer, any words; those without a group on a wheel do not count there, as in the rewards.
+        """
+        words = tuple(words)
+        said = tuple(frozenset(self._wheels.categories(words, wheel)) for wheel in range(len(self._wheels)))
+        if said not in self._against:
+            self._against[said] = self._scores_against_all(said)
+        return Scores(*map(float, self._against[said] @ self.posterior(cues)))
+
+    def _scores_against_all(self, said: tuple[frozenset[str], ...]) -> np.ndarray:
+        """float64[3, n]: precision, recall and F1 of an answer against every set."""
+        totals, scorable = np.zeros((3, len(self.sets))), np.zeros(len(self.sets))
+        for wheel, (shown, answer) in enumerate(zip(self._shown, said, strict=True)):
+            named = np.array([group in answer for group in self._wheels.groups(wheel)], float)
+            common, size = shown @ named, shown.sum(1)
+            parts = [common / max(len(answer), 1), common / np.maximum(size, 1)]
+            parts.append(2 * common / np.maximum(size + len(answer), 1))
+            totals += np.stack(parts) * (size > 0)
+            scorable += size > 0
+        return totals / np.maximum(scorable, 1)
+
     def _likelihoods(self) -> None:
         """Log-likelihood of every display in every slot, for every (set, distractor) pair."""
         pairs = [(row, d) for row in range(len(self.sets)) for d in np.flatnonzero(~self.sets[row])]
@@ -112,6 +157,22 @@ class Oracle:
         for slot, reliability in enumerate(self.config.slot_reliability):
             category = reliability * true + (1 - reliability) * wrong
             self._log_display[:, slot] = np.log((1 - second) * category + second * category[:, SECOND[slot]])
+
+
+def oracle_of(folder: str | Path, wheels) -> Oracle | None:
+    """The oracle of the world whose data set lies in a folder; None where there is none.
+
+    Args:
+        folder: with the `settings.json` that `make_world` writes.
+        wheels: emotion wheels, those that answers are scored by.
+    """
+    try:
+        settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+        # Lists of a JSON file are tuples of the configuration.
+        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in settings["world"].items()}
+        return Oracle(WorldConfig(**fields), load_lexicon(), wheels)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # records of one's own, beside which there is no world, or another file of that name
 
 
 def _groups(lexicon: dict, wheels) -> list[np.ndarray]:

@@ -49,10 +49,11 @@ def subtitle(scene: Scene, lexicon: dict) -> tuple[str, tuple[str, ...]]:
 def reasoning(
     scene: Scene, lexicon: dict, config: WorldConfig, skipped: np.ndarray | None = None
 ) -> tuple[str, tuple[int, ...]]:
-    """The reasoning of a slow answer and the categories it concludes with.
+    """The reasoning of a slow answer and the categories it leads to.
 
-    Each modality's named cues are followed by the one or two categories they suggest most; the conclusion keeps those
-    categories of the label that the named cues speak for, strongest first (the label's first one if there are none).
+    Each modality's named cues are followed by the one or two categories they suggest most. Kept are those categories of
+    the label that the named cues speak for, strongest first (the label's first one if there are none); only a world
+    that `concludes` has the reasoning say them.
 
     Args:
         skipped: bool[9], the cues the reasoning passes over; None takes the scene's.
@@ -78,7 +79,8 @@ def reasoning(
     score = evidence(scene.cues, config, named)
     kept = [c for c in scene.label if score[c] >= config.evidence] or [scene.label[0]]
     kept = tuple(sorted(kept, key=lambda c: (-score[c], c)))
-    sentences.append(f"So {', '.join(plain_word(c, lexicon) for c in kept)}.")
+    if config.concludes:
+        sentences.append(f"So {', '.join(plain_word(c, lexicon) for c in kept)}.")
     return " ".join(sentences), kept
 
 

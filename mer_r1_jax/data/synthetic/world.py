@@ -1,6 +1,6 @@
 """The synthetic world's cue model: which emotions a clip is about, what its face, voice and words show of them.
 
-A clip has one to four true categories and nine cue slots, three per modality. A slot shows one of nine displays, or the
+A clip has one to five true categories and nine cue slots, three per modality. A slot shows one of nine displays, or the
 neutral one when its cue is missing. A display is ambiguous: most often it stands for its first meaning, sometimes for
 its second. A cue stems from a true category with the modality's reliability, else from the clip's distractor (one
 wrong category that returns in several slots, so that modalities conflict) or from any category at all.
@@ -24,6 +24,7 @@ SLOTS = ("eyes", "mouth", "colour", "pitch", "tempo", "timbre", "event", "remark
 SLOTS_PER_MODALITY = 3
 NEUTRAL = -1  # display of a slot whose cue is missing
 
+SETTINGS = "settings.json"  # of a data set, beside its records: what it follows from
 SPLITS = ("sft", "rl", "eval")  # clips of different splits never share a seed
 
 # Second meaning of each slot's displays, in the order of CATEGORIES (the display's first meaning). Every row is a
@@ -46,21 +47,22 @@ SECOND = np.array([[CATEGORIES.index(name) for name in _SECOND_MEANINGS[slot]] f
 class WorldConfig:
     """How the synthetic world is drawn, mostly probabilities.
 
-    The defaults are such that a tiny Thinker, after fine-tuning, answers broadly when fast and precisely when slow
-    (MER-R1's finding), with room for RL above both.
+    The defaults are world U: clips show many emotions by weak cues, so that a tiny Thinker, after fine-tuning, answers
+    broadly when fast and too narrowly when slow (MER-R1's finding), with room for RL above both.
     """
 
-    category_counts: tuple[float, ...] = (0.15, 0.45, 0.3, 0.1)  # of one, two, three, four true categories
-    reliability: tuple[float, ...] = (0.9, 0.8, 0.85)  # a cue stems from a true category: face, voice, words
+    category_counts: tuple[float, ...] = (0.1, 0.25, 0.3, 0.2, 0.15)  # of one, two, ... true categories
+    reliability: tuple[float, ...] = (0.75, 0.6, 0.7)  # a cue stems from a true category: face, voice, words
     distractor: float = 0.5  # a cue without a true category stems from the clip's distractor, else from any
     missing: float = 0.15  # a slot shows the neutral display
-    second_meaning: float = 0.15  # a cue is shown by the display whose second meaning it is
+    second_meaning: float = 0.25  # a cue is shown by the display whose second meaning it is
     annotators: int = 4  # labels, and so records for fine-tuning, of one clip
-    label_gain: float = 0.4  # a label gains one wrong category
+    label_gain: float = 0.8  # a label gains one wrong category
     label_gain_distractor: float = 0.5  # ... which is the clip's distractor rather than any wrong category
     label_loss: float = 0.1  # a label loses a true category, each for itself (never the last one)
     trace_skip: float = 0.15  # the reasoning passes over a cue
     evidence: float = 2.0  # what named cues must say for a category to stay in the slow answer (a first meaning: 1)
+    concludes: bool = False  # the reasoning ends with its conclusion ("So sad, angry."), which the answer then copies
     word_weights: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)  # of a category's words, most frequent first
 
     def __post_init__(self):
@@ -78,7 +80,16 @@ class WorldConfig:
         return np.repeat(np.asarray(self.reliability), SLOTS_PER_MODALITY)
 
 
-DEFAULT_WORLD = WorldConfig()
+_EVEN = WorldConfig(
+    category_counts=(0.15, 0.45, 0.3, 0.1), reliability=(0.9, 0.8, 0.85), second_meaning=0.15, label_gain=0.4
+)
+# By name, as `data.synthetic_world` takes them; the lab has the same, on scenes that are never drawn.
+WORLDS = {
+    "U": WorldConfig(),  # slow answers name too few: F1 wants recall
+    "O": WorldConfig(category_counts=(0.55, 0.35, 0.1), label_gain=1.0, label_loss=0.0, evidence=0.0),  # too many
+    "even": _EVEN,  # plain cues
+    "concluding": dataclasses.replace(_EVEN, concludes=True),
+}
 CUE_STREAM, ANNOTATION_STREAM = 0, 5  # random streams of what is shown, and of what an annotator makes of it
 
 
@@ -127,7 +138,7 @@ def random_stream(key: tuple[int, ...], purpose: int) -> np.random.Generator:
 
 
 def draw_scene(
-    seed: int, split: str, index: int, lexicon: dict, config: WorldConfig = DEFAULT_WORLD, annotator: int = 0
+    seed: int, split: str, index: int, lexicon: dict, config: WorldConfig = WORLDS["U"], annotator: int = 0
 ) -> Scene:
     """Draws clip `index` of a split. The same arguments always give the same scene; the annotator decides on the label,
     its words and the skipped cues only.
