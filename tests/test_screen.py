@@ -21,7 +21,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.evaluation.figures import Line, Panel, draw
 from mer_r1_jax.evaluation.report_kit import markdown, render_page, text_table
 from mer_r1_jax.foreign_text import for_markdown, json_text, printable, would_run_in_a_spreadsheet
-from mer_r1_jax.training.metrics import Progress
+from mer_r1_jax.training.progress import Progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = "a [v2] [/1] [bold]b[/bold] :smile: $x^$"

@@ -28,8 +28,9 @@ CERTAIN = LEVEL / 100  # share of the draws from which on an order is called sho
 
 
 def tell_run(run: RunRecord) -> list[str]:
-    """A run in a few paragraphs: what was trained, and what it gained on held-out clips."""
-    return [paragraph for paragraph in (_what_ran(run), *_what_it_gained(run)) if paragraph]
+    """A run in a few paragraphs: the verdict, what was trained, and what it gained on held-out clips."""
+    said = verdict(stages_of(run, next(iter(run.evaluations)))) if run.evaluations else ""
+    return [paragraph for paragraph in (said, _what_ran(run), *_what_it_gained(run)) if paragraph]
 
 
 def warnings_of(run: RunRecord) -> list[str]:
@@ -125,6 +126,36 @@ def _standing(evaluation: KeptEvaluation, when: str) -> str:
     if difference is None:
         return text + "."
     return f"{text}: slow is {_compared(difference)} fast, {difference}.{_expected_gap(evaluation)}"
+
+
+def verdict(stages: Stages) -> str:
+    """Who is ahead, slow or fast answers, before RL and after it, in one sentence; "" where nothing can be compared.
+
+    By expected F1 where the clips' world is known, else by F1.
+    """
+    end = stages.end
+    by_expected = f1_difference(end, "slow", end, "fast", EXPECTED_F1) is not None
+    name, words = (EXPECTED_F1, "expected F1") if by_expected else ("f1", "F1")
+    after = f1_difference(end, "slow", end, "fast", name)
+    if after is None:
+        return ""
+    before = None
+    if stages.start is not None and stages.start is not end:
+        before = f1_difference(stages.start, "slow", stages.start, "fast", name)
+    said = f"{'After RL' if stages.end_is_rl else 'At the end'} {_ahead(after)}"
+    if before is not None:
+        said = f"Before RL {_ahead(before)}; after it {_ahead(after)}"
+    said += f". In points of {words}, slow minus fast, 95% intervals over {counted(after.clips, 'held-out clip')}."
+    if before is None or not (before.is_clear and after.is_clear and before.points < 0 < after.points):
+        return said
+    return f"RL turned the order round, as the paper has it. {said}"
+
+
+def _ahead(gap: Difference) -> str:
+    lead = (
+        "neither is clearly ahead" if not gap.is_clear else f"{'slow' if gap.points > 0 else 'fast'} answers are ahead"
+    )
+    return f"{lead}, {span(gap)}"
 
 
 def _expected_gap(evaluation: KeptEvaluation) -> str:

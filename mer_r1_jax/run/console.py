@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mer_r1_jax import screen
+from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.evaluation.narrative import verdict
+from mer_r1_jax.evaluation.run_record import EXPECTED_F1, KeptEvaluation, read_run, stages_of
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
@@ -114,24 +116,21 @@ def _describe(buckets: Sequence[BatchShape], phase: str, added: str) -> list[str
 
 
 def conclude(folder: RunDirectory, benchmark: str) -> None:
-    """Prints the first and the last evaluation of a finished run, and where its results are."""
-    table = Table("held-out clips", "precision", "recall", "F1", "words", "tokens", "distinct answers")
-    # Named by step with leading zeros, so the order of names is that of steps.
-    files = sorted(folder.eval.glob(f"{benchmark}_*.json"))
-    labelled = [(files[0], "start of RL"), (files[-1], "end")] if len(files) > 1 else [(file, "end") for file in files]
-    for file, label in labelled:
-        scores = json.loads(file.read_text())
-        for mode in ("slow", "fast"):
-            row = scores[mode]
-            numbers = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")]
-            numbers += [f"{row[name]:.1f}" for name in ("mean_words", "mean_length")]
-            table.add_row(f"{label}, {mode}", *numbers, str(row["distinct_answers"]))
+    """Prints the evaluations before and after RL of a finished run, who is ahead, and where its results are."""
     output = screen.console()
-    output.print(table)
-    if files:
-        scores = json.loads(files[-1].read_text())
-        ceiling = "" if scores["oracle_f1"] is None else f"; one who knows the cues: F1 {scores['oracle_f1']:.3f}"
-        output.print(f"always the same answer: F1 {scores['majority_f1']:.3f}{ceiling}{unscored(scores)}")
+    run = read_run(folder.path)
+    if run.evaluations:
+        stages = stages_of(run, benchmark)
+        shown = [(stages.end, "end")]
+        if stages.start is not None and stages.start is not stages.end:
+            shown.insert(0, (stages.start, "start of RL"))
+        output.print(_scores_table(shown))
+        end = stages.end
+        ceiling = (
+            "" if end.scores["oracle_f1"] is None else f"; one who knows the cues: F1 {end.scores['oracle_f1']:.3f}"
+        )
+        output.print(f"always the same answer: F1 {end.scores['majority_f1']:.3f}{ceiling}{unscored(end.scores)}")
+        output.print(verdict(stages), highlight=False)
     for name, path in (
         ("report", folder.report_file),
         ("model in Hugging Face format", folder.export),
@@ -139,6 +138,22 @@ def conclude(folder: RunDirectory, benchmark: str) -> None:
     ):
         if path.exists():
             output.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+
+
+def _scores_table(shown: Sequence[tuple[KeptEvaluation, str]]) -> Table:
+    """A row for slow and one for fast answers of each evaluation; expected F1 where the clips' world is known."""
+    names = ["precision", "recall", "f1"]
+    if all(evaluation.score(mode, EXPECTED_F1) is not None for evaluation, _ in shown for mode in MODES):
+        names.append(EXPECTED_F1)
+    heads = [name.replace("_", " ").replace("f1", "F1") for name in names]
+    table = Table("held-out clips", *heads, "words", "tokens", "distinct answers")
+    for evaluation, label in shown:
+        for mode in MODES:
+            row = evaluation.scores[mode]
+            numbers = [f"{row[name]:.3f}" for name in names]
+            numbers += [f"{row[name]:.1f}" for name in ("mean_words", "mean_length")]
+            table.add_row(f"{label}, {mode}", *numbers, str(row["distinct_answers"]))
+    return table
 
 
 def unscored(scores: dict[str, Any]) -> str:

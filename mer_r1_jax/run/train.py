@@ -54,8 +54,9 @@ from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Che
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.storage.step_store import DamagedStepError
 from mer_r1_jax.storage.stored_arrays import named_leaves
-from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics, Progress
+from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.phase import Phase
+from mer_r1_jax.training.progress import Progress
 from mer_r1_jax.training.rl_step import Rollout, beta_at
 from mer_r1_jax.training.sft_step import SftPhase
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals

@@ -1,4 +1,4 @@
-"""What a run measures, written where people look: metrics.jsonl, TensorBoard, completion tables, the progress line.
+"""What a run measures, written where people look: metrics.jsonl, TensorBoard, completion tables.
 
 metrics.jsonl is the truth and must succeed. TensorBoard and the tables are for looking at: when one of them fails, it
 is named in one warning and left out from then on, and training goes on. A disk that takes no table any more stops the
@@ -11,11 +11,10 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mer_r1_jax import faults, screen
+from mer_r1_jax import faults
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.atomic_files import DISK_ERRORS, WriteError, writing
@@ -259,84 +258,3 @@ class _TensorBoard:
         restart = _events.SessionLog(status=_events.SessionLog.START)
         file.write_event(_events.Event(wall_time=time.time(), step=step, session_log=restart))
         return file
-
-
-# Shown on the progress line when present: metric -> (label, format).
-SHOWN = {
-    "loss": ("loss", ".4f"),
-    "reward": ("reward", ".3f"),
-    "rewards/recall/mean": ("recall", ".3f"),
-    "rewards/precision/mean": ("precision", ".3f"),
-    "confidence/slow": ("conf slow", ".3f"),
-    "confidence/fast": ("fast", ".3f"),
-    "completions/mean_length": ("length", ".0f"),
-    "perf/throughput": ("tok/s", ".0f"),
-}
-LOSS_HINT = (
-    "An RL loss near 0 is normal: advantages average to zero within a group, so the loss starts at 0 and its size says "
-    "nothing about learning. Watch reward, recall and precision."
-)
-
-
-class Progress:
-    """The progress line of one phase: a bar on a terminal, one plain line a call otherwise.
-
-    Args:
-        phase: "sft" or "rl".
-        total: steps of the phase.
-        done: steps done before this attempt.
-        stream: where to write, standard error when None.
-    """
-
-    def __init__(self, phase: str, total: int, done: int = 0, stream: IO[str] | None = None):
-        self.phase, self.total, self._done, self._first = phase, total, done, done
-        self._stream = stream or sys.stderr
-        self._start = time.monotonic()
-        self._hinted = False
-        self._bar = (
-            screen.bar(total=total, initial=done, desc=phase, file=self._stream, dynamic_ncols=True, unit="step")
-            if self._stream.isatty()
-            else None
-        )
-
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a step's metrics; `step` counts the steps done."""
-        if self.phase == "rl" and not self._hinted:
-            self._hinted = True
-            self.note(LOSS_HINT)
-        shown = {k: v for k, v in SHOWN.items() if k in metrics and not (k == "loss" and self.phase == "rl")}
-        text = "  ".join(f"{label} {metrics[name]:{form}}" for name, (label, form) in shown.items())
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._done)
-        else:
-            self._print(f"{self.phase} {step}/{self.total}  {text}  {self._remaining(step)}".rstrip())
-        self._done = step
-
-    def note(self, text: str) -> None:
-        """Prints text without tearing the bar."""
-        if self._bar is not None:
-            self._bar.write(printable(text, one_line=False), file=self._stream)
-        else:
-            self._print(text)
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def _print(self, text: str) -> None:
-        screen.say(text, stream=self._stream)
-
-    def _remaining(self, step: int) -> str:
-        if step <= self._first:
-            return ""
-        seconds = (time.monotonic() - self._start) / (step - self._first) * (self.total - step)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes}:{seconds:02d} left"

@@ -17,7 +17,7 @@ from support.finished_run import write_clip, write_run
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import Difference
 from mer_r1_jax.evaluation.clip_frames import clip_strips
-from mer_r1_jax.evaluation.narrative import tell_run, warnings_of
+from mer_r1_jax.evaluation.narrative import tell_run, verdict, warnings_of
 from mer_r1_jax.evaluation.run_record import (
     KeptEvaluation,
     ReportError,
@@ -293,6 +293,29 @@ def test_summary_does_not_claim_what_the_interval_leaves_open(tmp_path):
     assert "did not clearly change slow F1" in text and "raised" not in text and "lowered" not in text
     record.evaluations["synthetic"][:] = [evaluation(60, slow, fast), evaluation(100, slow - 0.2, fast)]
     assert "RL lowered slow F1, −20.0 points" in " ".join(tell_run(record))
+
+
+def test_the_verdict_says_who_is_ahead_before_and_after_rl():
+    rng = np.random.default_rng(2)
+    slow, noise = rng.random(200), rng.normal(0, 0.05, 200)
+    behind, ahead = evaluation(60, slow, slow + 0.1 + noise), evaluation(100, slow, slow - 0.2 + noise)
+    even = evaluation(60, slow, slow + noise)
+    lines = range(1, 61)
+    turned = verdict(stages_of(record_of([behind, ahead], lines), "b"))
+    assert turned.startswith("RL turned the order round, as the paper has it. Before RL fast answers are ahead, −9.7 (")
+    assert "; after it slow answers are ahead, +20.3 (" in turned
+    assert turned.endswith("In points of F1, slow minus fast, 95% intervals over 200 held-out clips.")
+    unclear = verdict(stages_of(record_of([even, ahead], lines), "b"))
+    assert "Before RL neither is clearly ahead" in unclear and "turned" not in unclear
+    for kept in (behind, ahead):
+        for sample in kept.samples.values():
+            for mode in ("slow", "fast"):
+                sample[mode]["expected_f1"] = 0.5 + 0.1 * (mode == "fast") + 0.01 * sample[mode]["f1"]
+    by_expected = verdict(stages_of(record_of([behind, ahead], lines), "b"))
+    assert "after it fast answers are ahead, −9.8" in by_expected and "points of expected F1," in by_expected
+    alone = verdict(stages_of(record_of([behind]), "b"))
+    assert alone.startswith("At the end fast answers are ahead")
+    assert verdict(stages_of(record_of([evaluation(60, [0.5])]), "b")) == ""
 
 
 def test_warnings_name_collapse_floor_and_skipped_updates(tmp_path):

@@ -62,7 +62,7 @@ def test_few_seeds_call_nothing_clear(few_named):
 
 
 def test_where_reasonings_conclude_the_gap_closes():
-    """As in the rendered runs of such a world: slow answers are precise and fast ones broad, and fast is ahead; RL gains
+    """As in rendered runs of such a world: slow answers are precise and fast ones broad, and fast is ahead; RL gains
     recall for some precision, which closes the gap, and permuted rewards do not gain. (How close the arms end takes
     eight seeds at full size to see: docs/lab.md.)"""
     twin = experiment("concluding", ["baseline", "mer_r1", PERMUTED], seeds=[0])

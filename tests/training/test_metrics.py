@@ -8,7 +8,9 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +18,9 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from mer_r1_jax.storage.run_directory import RunDirectory
-from mer_r1_jax.training.metrics import LOSS_HINT, MetricsWriter, Progress, read_metrics, to_floats
+from mer_r1_jax.training import progress as progress_module
+from mer_r1_jax.training.metrics import MetricsWriter, read_metrics, to_floats
+from mer_r1_jax.training.progress import LINES, LOSS_HINT, Compiling, Progress
 
 CONFIG = {"name": "tiny"}
 
@@ -189,6 +193,43 @@ def test_progress_is_plain_lines_off_a_terminal_with_the_loss_explained_once():
     with Progress("sft", 10, stream=stream) as progress:
         progress.update(1, {"loss": 2.5})
     assert stream.getvalue().startswith("sft 1/10  loss 2.5000")
+
+
+def test_a_file_gets_about_fifty_lines_of_a_phase_the_first_and_the_last_among_them():
+    stream = io.StringIO()
+    with Progress("sft", 2000, stream=stream) as progress:
+        for step in range(1, 2001):
+            progress.update(step, {"loss": 2.5})
+    steps = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
+    assert steps[0] == 1 and steps[-1] == 2000 and LINES <= len(steps) <= LINES + 2
+
+
+def test_the_time_left_is_told_from_the_first_step_without_what_compiled(monkeypatch):
+    """100 steps of 2 s, the first of which compiled for 60 s; a function traced within another counts once."""
+    now = [1000.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    compiling = Compiling()
+    monkeypatch.setattr(progress_module, "_COMPILING", compiling)
+    stream = io.StringIO()
+    with Progress("sft", 100, stream=stream) as progress:
+        for at, event, seconds in ((30, "jaxpr_trace_duration", 10), (40, "jaxpr_trace_duration", 40),
+                                   (60, "backend_compile_duration", 20)):  # fmt: skip
+            now[0] = 1000.0 + at
+            compiling._heard(f"/jax/core/compile/{event}", seconds)
+        compiling._heard("/jax/checkpoint/write/duration", 50)  # none of ours
+        now[0] = 1062.0
+        progress.update(1, {})
+        now[0] = 1068.0
+        progress.update(4, {})
+    first, later = stream.getvalue().splitlines()
+    assert first.endswith("3:18 left") and later.endswith("3:12 left")
+
+
+def test_jax_tells_what_it_compiles():
+    compiling, start = Compiling(), time.monotonic()
+    jax.jit(lambda x: jnp.sin(x) @ x.T + time.monotonic())(jnp.ones((3, 4)))
+    assert 0 < compiling.since(start) <= time.monotonic() - start
+    assert compiling.since(time.monotonic()) == 0
 
 
 class Terminal(io.StringIO):
