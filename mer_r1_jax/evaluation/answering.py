@@ -8,7 +8,7 @@
 Evaluation, inference, probes, benchmarks, MME-Emotion and the check of an export all come through here; they differ in
 where prompts come from and in what is kept of an answer.
 
-Shape letters are those of `omni.batch` and `rl.confidence`. Answers are greedy, so G is 1.
+Shape letters are those of `omni.batch` and `rl.confidence`. G is 1 but where answers are sampled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.omni.batch import BatchShape, Prompts
+from mer_r1_jax.omni.batch import Array, BatchShape, Prompts
 from mer_r1_jax.parallel.rows import local_rows, put
 from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.packing import Continuations
@@ -116,8 +116,23 @@ class AnsweringPolicy:
         host = prompt_rows(clips, buckets, programs.backbone.config, uids)
         return programs.encode(self.params, put(host, programs.backbone.mesh))
 
-    def answer(self, prompts: Prompts, mode: str = "slow", stop: Stop = NEVER) -> Answers:
-        """Decodes one answer to every prompt: after reasoning, or at once behind an empty think block.
+    def answer(
+        self,
+        prompts: Prompts,
+        mode: str = "slow",
+        stop: Stop = NEVER,
+        *,
+        sampling: SamplingConfig | None = None,
+        key: Array | None = None,
+    ) -> Answers:
+        """Decodes answers to every prompt: after reasoning, or at once behind an empty think block.
+
+        Args:
+            prompts: encoded.
+            mode: slow or fast.
+            stop: asked while it decodes.
+            sampling: None decodes one answer greedily.
+            key: of the random bits; greedy decoding draws none, so any will do.
 
         Raises:
             RolloutError: the model's scores are not finite.
@@ -125,9 +140,9 @@ class AnsweringPolicy:
         """
         answerer, programs = self.answerer, self.answerer.programs
         forced_ids = answerer.scorer.tags.empty_think if mode == "fast" else ()
-        sampling = dataclasses.replace(answerer.sampling, forced_ids=forced_ids)
-        # Greedy decoding draws nothing, so any key will do.
-        completions = programs.sample(self.decoding, prompts, jax.random.key(0), sampling, stop)
+        sampling = dataclasses.replace(sampling or answerer.sampling, forced_ids=forced_ids)
+        key = jax.random.key(0) if key is None else key
+        completions = programs.sample(self.decoding, prompts, key, sampling, stop)
         host = local_rows(completions, programs.backbone.mesh)
         check_finite(host)
         return Answers(mode, prompts, completions, host)

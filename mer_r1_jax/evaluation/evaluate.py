@@ -1,7 +1,7 @@
 """Slow and fast answers on held-out clips, scored against the truth.
 
-Decoding is greedy, so an evaluation is a function of parameters and clips alone. Slow and fast share a clip's media
-features; they differ in what the assistant's turn starts with.
+Decoding is greedy, so an evaluation is a function of parameters and clips alone; samples asked for besides come
+from a fixed key. Slow and fast share a clip's media features; they differ in what the assistant's turn starts with.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.answering import Answerer, AnsweringPolicy, Answers, Confidence
+from mer_r1_jax.evaluation.second_looks import FixedConfidence, SecondLooks, fixed_confidences, sampled_answers
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel import processes
@@ -41,6 +42,8 @@ class AnswerOf:
             None where it has none with a confidence.
         confidence_WQ: float32, probability given to the category of each of its words (at most `rl.max_answer_words`)
             on each wheel; NaN where the word, or the truth, has none there.
+        sampled: answers of the same mode that were sampled besides.
+        fixed: how sure the policy is, in this mode, of the words that every evaluation of a run is asked about.
     """
 
     answer: ScoredAnswer
@@ -48,6 +51,8 @@ class AnswerOf:
     confidence_correct: float | None
     confidence_wrong: float | None
     confidence_WQ: np.ndarray
+    sampled: tuple[ScoredAnswer, ...] = ()
+    fixed: FixedConfidence | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +86,13 @@ class Evaluator:
     Args:
         answerer: decodes and scores.
         buckets: shapes of evaluation batches.
+        looks: what is asked beyond greedy answers; None = nothing.
     """
 
-    def __init__(self, answerer: Answerer, buckets: Sequence[BatchShape]):
+    def __init__(self, answerer: Answerer, buckets: Sequence[BatchShape], looks: SecondLooks | None = None):
         self.answerer = answerer
         self.buckets = buckets
+        self.looks = looks
 
     def run(
         self,
@@ -164,13 +171,47 @@ class Evaluator:
             [prompt for _, prompt in batch], self.buckets, [uid_of(record.id) for record, _ in batch]
         )
         truths = [record.solution for record, _ in batch]
-        results = {}
+        results, given = {}, {}
         for mode in modes:
-            answers = policy.answer(prompts, mode, stop)
+            given[mode] = answers = policy.answer(prompts, mode, stop)
             faults.here("evaluation_scores", mode)
             scored = policy.score(answers, truths)
             results[mode] = [_answer_of(answers, scored, row) for row in range(len(batch))]
+        if self.looks is not None:
+            self._look_again(policy, given, results, [record for record, _ in batch], stop)
         return results
+
+    def _look_again(
+        self,
+        policy: AnsweringPolicy,
+        given: dict[str, Answers],
+        results: dict[str, list[AnswerOf]],
+        records: Sequence[Record],
+        stop: Stop,
+    ) -> None:
+        """Adds to a batch's answers what `looks` asks besides."""
+        looks, truths = self.looks, [record.solution for record in records]
+        assert looks is not None
+        if looks.num_samples:
+            for mode, answers in given.items():
+                sampled = sampled_answers(policy, answers.prompts, mode, truths, looks, stop)
+                results[mode] = [
+                    dataclasses.replace(answer, sampled=of_it)
+                    for answer, of_it in zip(results[mode], sampled, strict=True)
+                ]
+        if set(given) != set(MODES):
+            return  # fixed words are those of fast answers, behind the reasoning of slow ones
+        words = [
+            answer.answer.parsed.words if looks.fixed_words is None else looks.fixed_words.get(record.id, ())
+            for record, answer in zip(records, results["fast"], strict=True)
+        ]
+        reasonings = [answer.answer.parsed.reasoning for answer in results["slow"]]
+        found = fixed_confidences(policy, given["slow"], reasonings, words, truths)
+        for mode in MODES:
+            results[mode] = [
+                dataclasses.replace(answer, fixed=fixed and fixed[mode])
+                for answer, fixed in zip(results[mode], found, strict=True)
+            ]
 
 
 def _answer_of(answers: Answers, scored: Confidence, row: int) -> AnswerOf:

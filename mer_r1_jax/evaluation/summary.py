@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,25 @@ from mer_r1_jax.data.synthetic.oracle import Oracle, Scores
 from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, majority_answer
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
+from mer_r1_jax.rl.scoring import ScoredAnswer
 from mer_r1_jax.storage import atomic_files
 
 # Extra columns of the synthetic world's held-out records: the answer of one who knows the cues, and the cues.
 ORACLE_COLUMN, CUES_COLUMN = "oracle", "cues"
 SCORES = ("precision", "recall", "f1")
 
-Expected = dict[str, list[Scores]]  # mode -> what each clip's answer can expect
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What answers can expect.
+
+    Attributes:
+        greedy: mode -> scores clip by clip.
+        sampled: the same of the sampled answers, mean over those of a clip; without modes that were not sampled.
+    """
+
+    greedy: dict[str, list[Scores]]
+    sampled: dict[str, list[Scores]]
 
 
 def expected_scores(evaluation: Evaluation, oracle: Oracle | None) -> Expected | None:
@@ -35,15 +48,24 @@ def expected_scores(evaluation: Evaluation, oracle: Oracle | None) -> Expected |
         oracle: of their world; None where they are of none.
 
     Returns:
-        Mode -> scores clip by clip; None where there is no oracle, or a clip without cues.
+        None where there is no oracle, or a clip without cues.
     """
     cues = [record.extra.get(CUES_COLUMN) for record in evaluation.records]
     if oracle is None or any(cue is None for cue in cues):
         return None
-    return {
-        mode: [oracle.expected(cue, answer.answer.parsed.words) for cue, answer in zip(cues, answers, strict=True)]
-        for mode, answers in evaluation.answers.items()
-    }
+
+    def of(cue: Sequence[int], answers: Sequence[ScoredAnswer]) -> Scores:
+        found = [dataclasses.astuple(oracle.expected(cue, answer.parsed.words)) for answer in answers]
+        return Scores(*map(float, np.mean(found, axis=0)))
+
+    def of_all(chosen: Callable[[AnswerOf], Sequence[ScoredAnswer]]) -> dict[str, list[Scores]]:
+        return {
+            mode: [of(cue, chosen(answer)) for cue, answer in zip(cues, answers, strict=True)]
+            for mode, answers in evaluation.answers.items()
+            if all(chosen(answer) for answer in answers)
+        }
+
+    return Expected(of_all(lambda answer: (answer.answer,)), of_all(lambda answer: answer.sampled))
 
 
 def summarise(
@@ -112,6 +134,7 @@ def _scores(mode: str, answers: Sequence[AnswerOf]) -> dict[str, Any]:
         **{name: mean([answer.rewards.score(name) for answer in scored]) for name in SCORES},
         "confidence_correct": mean([answer.confidence_correct for answer in answers]),
         "confidence_wrong": mean([answer.confidence_wrong for answer in answers]),
+        **_second_looks(answers, mean),
         "distinct_answers": len({tuple(sorted(answer.parsed.words)) for answer in scored}),
         "mean_words": mean([float(len(answer.parsed.words)) for answer in scored]),
         "mean_length": mean([float(answer.length) for answer in scored]),
@@ -121,10 +144,34 @@ def _scores(mode: str, answers: Sequence[AnswerOf]) -> dict[str, Any]:
     }
 
 
+def _second_looks(answers: Sequence[AnswerOf], mean: Callable[[list[float | None]], float | None]) -> dict[str, Any]:
+    """Scores of sampled answers, and confidences on the fixed words; absent where they were not asked for."""
+    found: dict[str, Any] = {}
+    if any(answer.sampled for answer in answers):
+        found |= {f"sampled_{name}": mean([_mean_score(answer, name) for answer in answers]) for name in SCORES}
+    fixed = [answer.fixed for answer in answers if answer.fixed is not None]
+    if fixed:
+        found["fixed_confidence_correct"] = mean([confidence.correct for confidence in fixed])
+        found["fixed_confidence_wrong"] = mean([confidence.wrong for confidence in fixed])
+    return found
+
+
+def _mean_score(answer: AnswerOf, name: str) -> float | None:
+    """Mean over a clip's sampled answers; None where its truth cannot be scored."""
+    scores = [given.rewards.score(name) for given in answer.sampled]
+    present = [score for score in scores if score is not None]
+    return float(np.mean(present)) if present else None
+
+
 def _means(expected: Expected | None, mode: str, scored: Sequence[int]) -> dict[str, float]:
     if expected is None:
         return {}
-    return {f"expected_{name}": float(np.mean([getattr(expected[mode][n], name) for n in scored])) for name in SCORES}
+    found = {
+        f"expected_{name}": float(np.mean([getattr(expected.greedy[mode][n], name) for n in scored])) for name in SCORES
+    }
+    if mode in expected.sampled:
+        found["sampled_expected_f1"] = float(np.mean([expected.sampled[mode][n].f1 for n in scored]))
+    return found
 
 
 def samples(evaluation: Evaluation, wheels: Wheels, expected: Expected | None = None) -> list[dict[str, Any]]:
@@ -133,9 +180,14 @@ def samples(evaluation: Evaluation, wheels: Wheels, expected: Expected | None = 
         _sample(record, {mode: answers[index] for mode, answers in evaluation.answers.items()}, wheels)
         for index, record in enumerate(evaluation.records)
     ]
-    for mode, scores in (expected or {}).items():
+    if expected is None:
+        return rows
+    for mode, scores in expected.greedy.items():
         for row, score in zip(rows, scores, strict=True):
             row[mode] |= {f"expected_{name}": getattr(score, name) for name in SCORES}
+    for mode, scores in expected.sampled.items():
+        for row, score in zip(rows, scores, strict=True):
+            row[mode]["sampled_expected_f1"] = score.f1
     return rows
 
 
@@ -158,6 +210,12 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
             "confidence_correct": answer.confidence_correct,
             "confidence_wrong": answer.confidence_wrong,
         }
+        if answer.sampled:
+            row[mode]["sampled"] = [given.text for given in answer.sampled]
+            row[mode]["sampled_f1"] = _mean_score(answer, "f1")
+        if answer.fixed is not None:
+            row[mode]["fixed_confidence_correct"] = answer.fixed.correct
+            row[mode]["fixed_confidence_wrong"] = answer.fixed.wrong
     return row
 
 

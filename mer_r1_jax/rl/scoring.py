@@ -73,6 +73,7 @@ class AnswerScorer:
         self.tags = tags
         self.wheels = wheels
         self.candidates = candidates
+        self.longest_answer = config.max_fast_context  # tokens that words behind a reasoning may take
         self._config = config
 
     def answer(self, ids_C: np.ndarray, length: int, truncated: bool, truth: Sequence[str]) -> ScoredAnswer:

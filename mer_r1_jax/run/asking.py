@@ -16,6 +16,7 @@ from mer_r1_jax.emotion.candidates import CandidateTable
 from mer_r1_jax.evaluation.answering import Answerer
 from mer_r1_jax.evaluation.benchmarks.word_protocol import wheels_digest
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluator
+from mer_r1_jax.evaluation.second_looks import SecondLooks
 from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.omni.batch import BatchShape
@@ -52,9 +53,11 @@ def make_answerer(setup: Setup, max_completion_length: int) -> Answerer:
     return Answerer(setup.programs, setup.eval_scorer, setup.candidates.ids_ZY, sampling)
 
 
-def make_evaluator(setup: Setup, records: tuple[Record, ...] | None = None) -> Evaluator:
+def make_evaluator(
+    setup: Setup, records: tuple[Record, ...] | None = None, looks: SecondLooks | None = None
+) -> Evaluator:
     """An evaluator with the settings of the run, for its held-out records or for others."""
-    return Evaluator(make_answerer(setup, eval_length(setup.config)), eval_buckets(setup, records))
+    return Evaluator(make_answerer(setup, eval_length(setup.config)), eval_buckets(setup, records), looks)
 
 
 def load_prompts(setup: Setup, records: Iterable[Record]) -> Iterator[tuple[Record, Prompt | str]]:

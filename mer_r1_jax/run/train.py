@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 import time
@@ -38,6 +39,7 @@ from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.data.synthetic.oracle import oracle_of
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
+from mer_r1_jax.evaluation.second_looks import SecondLooks
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.seen_clips import ClipFingerprints
 from mer_r1_jax.parallel import processes
@@ -333,7 +335,9 @@ def evaluate(run: Run, params: Params, phase: str, step: int) -> None:
         return
     if processes.from_first("evaluations", (run.folder.eval / f"{BENCHMARK}_{step:05d}.json").exists):
         return
-    evaluator = make_evaluator(run)
+    section = run.config.eval
+    looks = SecondLooks(section.num_samples, section.temperature, section.top_p, _fixed_words(run))
+    evaluator = make_evaluator(run, looks=looks)
     # Each process loads its share of the records, and all go through as many batches, the last ones empty.
     share, size = run.share, -(-len(run.data.eval) // run.share.count)
     own = run.data.eval[share.index * size : (share.index + 1) * size]
@@ -356,6 +360,19 @@ def evaluate(run: Run, params: Params, phase: str, step: int) -> None:
         )
         + unscored(scores)
     )
+
+
+def _fixed_words(run: Run) -> dict[str, list[str]] | None:
+    """Clip -> words of the fast answer before RL, whose confidence is asked at every evaluation; None before those."""
+
+    def read() -> dict[str, list[str]] | None:
+        path = run.folder.eval / f"{BENCHMARK}_{run.sft_steps:05d}.samples.jsonl"
+        if not path.exists():
+            return None
+        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        return {row["id"]: row["fast"]["words"] for row in rows}
+
+    return processes.from_first("the words of the first evaluation", read)
 
 
 def export(run: Run, params: Params) -> None:

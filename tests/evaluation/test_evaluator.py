@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from support.small_run import visits_of
 
+from mer_r1_jax.data.synthetic.oracle import Oracle
+from mer_r1_jax.data.synthetic.world import WorldConfig, load_lexicon
 from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import EvaluationError
+from mer_r1_jax.evaluation.second_looks import SecondLooks
 from mer_r1_jax.run.asking import eval_buckets, load_prompts, make_evaluator
 from mer_r1_jax.training.signals import StopRequested
 from mer_r1_jax.training.stopping import Stop
@@ -72,6 +75,74 @@ def test_answers_do_not_depend_on_the_batch_they_are_in(small, trained, evaluato
     for mode, answers in turned.answers.items():
         expected = [evaluation.answers[mode][number].answer.text for number in (5, 0, 3)]
         assert [answer.answer.text for answer in answers] == expected
+
+
+def looked_again(small, trained, **looks):
+    """The six clips asked with second looks."""
+    evaluator = make_evaluator(small, small.data.rl, SecondLooks(**looks))
+    return evaluator.run(trained, iter(prompts_of(small, range(6))))
+
+
+@pytest.mark.parametrize("mode", ["slow", "fast"])
+def test_the_confidence_in_fixed_words_is_that_in_ones_own_where_they_are_the_same(small, trained, evaluation, mode):
+    """The fast answer's words at once, and the slow answer's behind its reasoning: each has a confidence already."""
+    own = {
+        record.id: answer.answer.parsed.words
+        for record, answer in zip(evaluation.records, evaluation.answers[mode], strict=True)
+    }
+    found = looked_again(small, trained, fixed_words=own)
+    asked = 0
+    for slow, answer in zip(found.answers["slow"], found.answers[mode], strict=True):
+        if slow.answer.parsed.format_reward == 0 or not answer.answer.parsed.words:
+            assert slow.fixed is answer.fixed is None or answer.answer.parsed.words
+            continue
+        asked += 1
+        assert answer.fixed is not None
+        for kind in ("correct", "wrong"):
+            fixed, known = getattr(answer.fixed, kind), getattr(answer, f"confidence_{kind}")
+            assert (fixed is None) == (known is None) and (fixed is None or abs(fixed - known) < 2e-4), kind
+    assert asked >= 4
+    # Asking again changes no answer.
+    for mode, answers in evaluation.answers.items():
+        assert [a.answer.text for a in found.answers[mode]] == [a.answer.text for a in answers]
+
+
+def test_samples_of_almost_no_temperature_are_the_greedy_answer_and_others_are_not(small, trained):
+    cold = looked_again(small, trained, num_samples=3, temperature=1e-4, top_p=1.0)
+    for answers in cold.answers.values():
+        for answer in answers:
+            assert [given.text for given in answer.sampled] == [answer.answer.text] * 3
+    warm = looked_again(small, trained, num_samples=3)  # also asks the fast answers' own words
+    texts = [given.text for answer in warm.answers["slow"] for given in answer.sampled]
+    assert len(texts) == 18 and len(set(texts)) > 6
+    scores = summary.summarise(warm, small.wheels, benchmark="heldout", phase="rl", step=1)
+    f1 = [[given.rewards.f1 for given in answer.sampled] for answer in warm.answers["slow"]]
+    assert scores["slow"]["sampled_f1"] == pytest.approx(np.mean(f1))
+    rows = summary.samples(warm, small.wheels)
+    assert [row["slow"]["sampled_f1"] for row in rows] == pytest.approx(np.mean(f1, axis=1))
+    asked = [answer.fixed for answer in warm.answers["fast"] if answer.fixed is not None]
+    right = [fixed.correct for fixed in asked if fixed.correct is not None]
+    assert scores["fast"]["fixed_confidence_correct"] == pytest.approx(np.mean(right))
+
+
+def test_expected_scores_need_cues_and_are_the_oracles(small, evaluation):
+    oracle = Oracle(WorldConfig(), load_lexicon(), small.wheels)
+    assert summary.expected_scores(evaluation, None) is summary.expected_scores(evaluation, oracle) is None
+    cues = [[n % 9] * 9 for n in range(6)]
+    told = dataclasses.replace(
+        evaluation,
+        records=tuple(
+            dataclasses.replace(record, extra=record.extra | {"cues": cue})
+            for record, cue in zip(evaluation.records, cues, strict=True)
+        ),
+    )
+    expected = summary.expected_scores(told, oracle)
+    scores = summary.summarise(told, small.wheels, expected, benchmark="heldout", phase="rl", step=1)
+    rows = summary.samples(told, small.wheels, expected)
+    for mode, answers in told.answers.items():
+        f1 = [oracle.expected(cue, a.answer.parsed.words).f1 for cue, a in zip(cues, answers, strict=True)]
+        assert [row[mode]["expected_f1"] for row in rows] == pytest.approx(f1)
+        assert scores[mode]["expected_f1"] == pytest.approx(np.mean([f1[n] for n in told.scored]))
 
 
 def test_clips_that_broke_are_left_out_and_listed(small, trained, evaluator, evaluation):

@@ -1,0 +1,157 @@
+"""What an evaluation can ask beyond greedy answers: samples of each answer, and how sure the policy is of fixed words.
+
+Samples, because the paper scores sampled answers (T 0.9, top-p 0.9): a policy whose answers hang on its reasoning can
+gain there and not where it decodes greedily.
+
+Fixed words, because the confidence in the words that a policy chooses itself changes with which and how many it
+chooses. The words here are the fast answers of the evaluation before RL, the same for every later one: they are put
+behind the policy's own reasoning (slow) and behind an empty think block (fast), and read right and wrong apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from mer_r1_jax.evaluation.answering import AnsweringPolicy, Answers
+from mer_r1_jax.omni.batch import Prompts
+from mer_r1_jax.parallel.rows import local_rows, put
+from mer_r1_jax.rl.confidence import NO_SET
+from mer_r1_jax.rl.packing import Continuations
+from mer_r1_jax.rl.rollout import STOP_EOS, Completions
+from mer_r1_jax.rl.scoring import ScoredAnswer
+from mer_r1_jax.rl.tags import TagError
+from mer_r1_jax.training.stopping import Stop
+
+SAMPLES_KEY = 0  # samples are a function of parameters, clip and this number, as greedy answers are of the first two
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SecondLooks:
+    """What is asked besides.
+
+    Attributes:
+        num_samples: sampled answers a clip and mode; 0 = none.
+        temperature, top_p: of these.
+        fixed_words: clip -> words; None takes each evaluation's own fast answers, as before RL.
+    """
+
+    num_samples: int = 0
+    temperature: float = 0.9
+    top_p: float = 0.9
+    fixed_words: Mapping[str, Sequence[str]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedConfidence:
+    """Mean probability given to the categories of fixed words, None where there is no such word.
+
+    Attributes:
+        correct, wrong: of the words whose category is (is not) one of the truth's.
+    """
+
+    correct: float | None
+    wrong: float | None
+
+
+def sampled_answers(
+    policy: AnsweringPolicy,
+    prompts: Prompts,
+    mode: str,
+    truths: Sequence[Sequence[str]],
+    looks: SecondLooks,
+    stop: Stop,
+) -> list[tuple[ScoredAnswer, ...]]:
+    """Samples answers to every prompt and scores them against the truths, row by row."""
+    sampling = dataclasses.replace(
+        policy.answerer.sampling,
+        temperature=looks.temperature,
+        top_p=looks.top_p,
+        num_generations=looks.num_samples,
+    )
+    host = policy.answer(prompts, mode, stop, sampling=sampling, key=jax.random.key(SAMPLES_KEY)).host
+    score = policy.answerer.scorer.answer
+    return [
+        tuple(
+            score(host.id_BGC[row, g], int(host.length_BG[row, g]), bool(host.truncated_BG[row, g]), truth)
+            for g in range(looks.num_samples)
+        )
+        for row, truth in enumerate(truths)
+    ]
+
+
+def fixed_confidences(
+    policy: AnsweringPolicy,
+    slow: Answers,
+    reasonings: Sequence[str | None],
+    words: Sequence[Sequence[str]],
+    truths: Sequence[Sequence[str]],
+) -> list[dict[str, FixedConfidence] | None]:
+    """Asks how sure the policy is of given words, behind its own reasoning and at once.
+
+    Args:
+        policy: the policy.
+        slow: its slow answers, whose prompts are asked again.
+        reasonings: of these, row by row; None where an answer has none.
+        words: to be asked about, row by row.
+        truths: words.
+
+    Returns:
+        Mode -> confidence, row by row; None where the slow answer has no reasoning or there is no word to ask about.
+    """
+    answerer, programs = policy.answerer, policy.answerer.programs
+    host, mesh = slow.host, programs.backbone.mesh
+    rows, longest = len(host.length_BG), host.id_BGC.shape[-1] + answerer.scorer.longest_answer
+    ids = [_spliced(policy, reasoning, given, longest) for reasoning, given in zip(reasonings, words, strict=True)]
+    id_BGC = np.zeros((rows, 1, longest), np.int32)
+    length_BG = np.zeros((rows, 1), np.int32)
+    for row, own in enumerate(ids):
+        length_BG[row] = len(own)
+        id_BGC[row, 0, : len(own)] = own
+    exists_BGC = np.arange(longest) < length_BG[..., None]
+    nothing = np.zeros((rows, 1, longest), np.float32)
+    made = Completions(
+        id_BGC=id_BGC,
+        length_BG=length_BG,
+        mask_BGC=exists_BGC,
+        stop_BG=np.full((rows, 1), STOP_EOS, np.int32),
+        logprob_BGC=nothing,
+        sampling_logprob_BGC=nothing,
+    )
+    padded = [truth if own else None for truth, own in zip(truths, ids, strict=True)]
+    anchors = answerer.scorer.groups(made, [*padded, *[None] * (rows - len(padded))]).anchors
+    completion = Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC)
+    both = programs.score(
+        policy.params, slow.prompts, put(completion, mesh), put(anchors, mesh), answerer.candidate_ids_ZY
+    )
+    own_rows = local_rows(dict(zip(("slow", "fast"), both, strict=True)), mesh)
+    found: list[dict[str, FixedConfidence] | None] = []
+    for row, own in enumerate(ids):
+        held_WQ, correct_WQ = anchors.set_BGWQ[row, 0] != NO_SET, anchors.correct_BGWQ[row, 0]
+        if not own or not held_WQ.any():
+            found.append(None)
+            continue
+        kinds = (held_WQ & correct_WQ, held_WQ & ~correct_WQ)
+        found.append({})
+        for mode, log_BGWQ in own_rows.items():
+            probability_WQ = np.exp(log_BGWQ[row, 0])
+            found[-1][mode] = FixedConfidence(*(_mean(probability_WQ[kind_WQ]) for kind_WQ in kinds))
+    return found
+
+
+def _spliced(policy: AnsweringPolicy, reasoning: str | None, words: Sequence[str], longest: int) -> list[int]:
+    """A slow answer with this reasoning and these words, as SFT would write it; empty where it cannot be written."""
+    if not reasoning or not words:
+        return []
+    try:
+        ids = policy.answerer.scorer.tags.slow_target(reasoning, ", ".join(words))[0].tolist()
+    except TagError:  # a reasoning of tags or special tokens
+        return []
+    return ids if len(ids) <= longest else []
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
