@@ -4,7 +4,7 @@
 
 A paired difference of two arms is simulated as d = A[seed] + C[clip] + E[seed, clip], normal, with the true mean 0, in
 points. The standard deviations of a clip (5) and of the rest (16) are those of rendered clips' F1; A is training noise.
-Two minutes on two cores with 600 draws.
+A quarter of an hour of one core with 600 draws.
 """
 
 from __future__ import annotations

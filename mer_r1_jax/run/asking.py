@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from mer_r1_jax.config.bounds import is_bucket
@@ -63,17 +63,29 @@ def make_evaluator(
 def load_prompts(setup: Setup, records: Iterable[Record]) -> Iterator[tuple[Record, Prompt | str]]:
     """Prompts of records; a clip that cannot be used comes as the reason, and is counted by whoever asked.
 
+    The next clips are decoded while whoever asked works on the ones before.
+
     Raises:
         PromptError: for a record that cannot become a prompt, with its file and line.
     """
-    for record in records:
+
+    def load(record: Record) -> Prompt | str:
         try:
-            yield record, setup.source.load(record).prompt
+            return setup.source.load(record).prompt
         except MediaError as error:
             log.warning("%s: %s: left out: %s", record.where, record.id, error)
-            yield record, error.reason
+            return error.reason
         except PromptError as error:
             raise PromptError(f"{record.where}: {error}") from error
+
+    return decoded_ahead(load, records, setup.config.media.decode_workers)
+
+
+def decoded_ahead(
+    load: Callable[[Record], Prompt | str], records: Iterable[Record], workers: int
+) -> Iterator[tuple[Record, Prompt | str]]:
+    """(record, what `load` gives) in order, loaded in as many threads as there are processes that decode."""
+    return map_ordered(load, records, workers) if workers else ((record, load(record)) for record in records)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -243,7 +255,7 @@ def ask(
     source = PromptSource(dataclasses.replace(setup.config, data=data), setup.tokenizer, setup.backbone.config)
     try:
         for modes, asked in by_modes.items():
-            prompts = map_ordered(load, asked, workers) if workers else ((record, load(record)) for record in asked)
+            prompts = decoded_ahead(load, asked, workers)
             for batch, answers in evaluator.batches(policy.params, prompts, modes, [], stop):
                 yield [
                     Reply(record, mode, answers[mode][row], record.id in silent)
