@@ -17,6 +17,7 @@ from mer_r1_jax.evaluation.bootstrap import FEW_SEEDS, LEVEL, POINTS, Difference
 from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, counted, percent, share, span
 from mer_r1_jax.evaluation.run_record import (
     EXPECTED_F1,
+    IN_WORDS,
     KeptEvaluation,
     RunRecord,
     Stages,
@@ -135,7 +136,7 @@ def verdict(stages: Stages) -> str:
     """
     end = stages.end
     by_expected = f1_difference(end, "slow", end, "fast", EXPECTED_F1) is not None
-    name, words = (EXPECTED_F1, "expected F1") if by_expected else ("f1", "F1")
+    name = EXPECTED_F1 if by_expected else "f1"
     after = f1_difference(end, "slow", end, "fast", name)
     if after is None:
         return ""
@@ -145,7 +146,9 @@ def verdict(stages: Stages) -> str:
     said = f"{'After RL' if stages.end_is_rl else 'At the end'} {_ahead(after)}"
     if before is not None:
         said = f"Before RL {_ahead(before)}; after it {_ahead(after)}"
-    said += f". In points of {words}, slow minus fast, 95% intervals over {counted(after.clips, 'held-out clip')}."
+    said += (
+        f". In points of {IN_WORDS[name]}, slow minus fast, 95% intervals over {counted(after.clips, 'held-out clip')}."
+    )
     if before is None or not (before.is_clear and after.is_clear and before.points < 0 < after.points):
         return said
     return f"RL turned the order round, as the paper has it. {said}"
@@ -224,7 +227,9 @@ def _order(ablation: Ablation) -> str:
         return ""
     seeds = len(ablation.order_seeds)
     means = {
-        row.row: POINTS * sum(r.score("slow", "f1") for r in row.results if r.seed in ablation.order_seeds) / seeds
+        row.row: POINTS
+        * sum(r.score("slow", ablation.score) for r in row.results if r.seed in ablation.order_seeds)
+        / seeds
         for row in ablation.rows
     }
     observed = ", ".join(f"{row} {means[row]:.1f}" for row in order.observed)
@@ -235,11 +240,11 @@ def _order(ablation: Ablation) -> str:
     else:
         verdict = "appears in these means, but is not certain"
     steps = "; ".join(f"{high} above {low} in {share(value)}" for low, high, value in order.steps)
-    held = f"{sum(order.by_seed)} of {len(order.by_seed)} seeds"
+    held, score = f"{sum(order.by_seed)} of {len(order.by_seed)} seeds", IN_WORDS[ablation.score]
     return (
-        f"The paper's order, {' < '.join(order.expected)}, {verdict}. Slow F1 after RL, from the lowest: {observed}. "
-        f"The order holds in {held} and in {share(order.share)} of the bootstrap draws over seeds and clips; "
-        f"{share(order.chance)} would be chance. Step by step: {steps}. The commonest order in the draws is "
+        f"The paper's order, {' < '.join(order.expected)}, {verdict}. Slow {score} after RL, from the "
+        f"lowest: {observed}. The order holds in {held} and in {share(order.share)} of the bootstrap draws over seeds "
+        f"and clips; {share(order.chance)} would be chance. Step by step: {steps}. The commonest order in the draws is "
         f"{' < '.join(order.commonest)} ({share(order.commonest_share)})."
     )
 
@@ -282,12 +287,12 @@ def _gains_over_sft(ablation: Ablation) -> str:
     if not gains:
         return ""
     listed = "; ".join(f"{row} {span(gain)}" for row, gain in gains.items())
-    said = f"Points of slow F1 over SFT: {listed}."
+    said = f"Points of slow {IN_WORDS[ablation.score]} over SFT: {listed}."
     if not all(gain.has_few_seeds for gain in gains.values()):
         clear = sum(row.gain.is_clear and row.gain.difference.points > 0 for row in arms if row.gain)
         said += f" {clear} of {counted(len(gains), 'arm')} gain clearly (corrected for their number)."
     if ablation.ceiling is not None:
-        room = POINTS * (ablation.ceiling - ablation.sft.means["slow", "f1"].mean)
+        room = POINTS * (ablation.ceiling - ablation.sft.means["slow", ablation.score].mean)
         said += f" From SFT to the ceiling there are {room:.1f} points."
     return said + _stretch([row for row in arms if row.gain])
 
@@ -317,8 +322,10 @@ def _controls(ablation: Ablation) -> list[str]:
             if change.low > 0
             else "rewards that say nothing gain nothing"
         )
-        said.append(f"Control: with rewards permuted within each group slow F1 changes by {span(change)}: {meaning}."
-                    + beside("control_permuted"))  # fmt: skip
+        said.append(
+            f"Control: with rewards permuted within each group slow {IN_WORDS[ablation.score]} changes by "
+            f"{span(change)}: {meaning}." + beside("control_permuted")
+        )
     if (row := ablation.row("control_sft")) and row.gain:
         arm = ablation.row("mer_r1") or next(r for r in ablation.rows if r.gain)
         costs = f"{_seconds(row.results, 'sft'):.0f} s of steps, where the RL of {arm.row} takes"

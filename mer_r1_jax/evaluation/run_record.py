@@ -146,7 +146,13 @@ def _sft_steps(run: RunRecord, evaluations: Sequence[KeptEvaluation]) -> int:
     return first_of_rl if lines and logged <= first_of_rl < logged + every else logged
 
 
-EXPECTED_F1 = "expected_f1"  # where the clips' world is known: F1 without the draw of the truth, in half the clips
+EXPECTED_F1 = "expected_f1"  # where the clips' world is known: F1 without the draw of the truth, half of its noise
+IN_WORDS = {"f1": "F1", EXPECTED_F1: "expected F1"}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a score rather than missing."""
+    return isinstance(value, int | float)
 
 
 def f1_difference(
@@ -161,7 +167,7 @@ def f1_difference(
     pairs = []
     for clip, row in new.samples.items():
         values = row.get(new_mode, {}).get(name), old.samples.get(clip, {}).get(old_mode, {}).get(name)
-        if all(isinstance(value, int | float) for value in values):
+        if all(map(is_number, values)):
             pairs.append(values)
     if len(pairs) < 2:
         return None

@@ -72,7 +72,7 @@ class Progress:
     def __init__(self, phase: str, total: int, done: int = 0, stream: IO[str] | None = None):
         self.phase, self.total, self._done, self._first = phase, total, done, done
         self._stream = stream or sys.stderr
-        self._start = time.monotonic()
+        self._counted_from: tuple[int, float] | None = None  # the first step that is done, and when
         self._every = max(1, total // LINES)
         self._hinted = False
         self._bar = (
@@ -83,6 +83,7 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows a step's metrics; `step` counts the steps done."""
+        self._counted_from = self._counted_from or (step, time.monotonic())
         if self.phase == "rl" and not self._hinted:
             self._hinted = True
             self.note(LOSS_HINT)
@@ -117,10 +118,15 @@ class Progress:
         screen.say(text, stream=self._stream)
 
     def _remaining(self, step: int) -> str:
-        """The time left at the pace so far, in which checkpoints and evaluations count, but nothing that compiled."""
-        if step <= self._first:
+        """The time left at the pace since the first step, which compiled and opened the first clips.
+
+        Checkpoints and evaluations count, and nothing that compiled later.
+        """
+        assert self._counted_from is not None
+        first, start = self._counted_from
+        if step == first:
             return ""
-        passed = time.monotonic() - self._start - _COMPILING.since(self._start)
-        seconds = max(0.0, passed) / (step - self._first) * (self.total - step)
+        passed = time.monotonic() - start - _COMPILING.since(start)
+        seconds = max(0.0, passed) / (step - first) * (self.total - step)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes}:{seconds:02d} left"

@@ -322,3 +322,31 @@ def test_few_seeds_are_never_called_clear():
     ablation = compare([*SFT, *BASELINE], ROWS)
     told = " ".join(tell_ablation(ablation))
     assert "gain clearly" not in told
+
+
+def with_expected(result, by):
+    """The same run whose answers can expect so much more than their F1."""
+    for sample in result.end.samples.values():
+        for mode in ("slow", "fast"):
+            sample[mode] |= {"expected_f1": sample[mode]["f1"] + (by if mode == "slow" else 0.0)}
+    return result
+
+
+def test_where_the_clips_world_is_known_runs_are_compared_by_expected_f1():
+    sft = [with_expected(result("sft", seed, [0.5, 0.25, 0.5, 0.75]), 0.0) for seed in (0, 1)]
+    mer_r1 = [with_expected(result("mer_r1", seed, [0.5, 0.5, 0.5, 0.5]), 0.125) for seed in (0, 1)]
+    ablation = compare([*sft, *mer_r1], ROWS)
+    row = ablation.row("mer_r1")
+    assert ablation.score == as_json(ablation)["score"] == "expected_f1"
+    assert row.gain.difference.points == pytest.approx(12.5) and row.slow_minus_fast.points == pytest.approx(12.5)
+    assert row.means["slow", "f1"].mean == 0.5 and row.means["slow", "expected_f1"].mean == 0.625
+    cells = table(ablation, "Arms")[1]
+    assert (cells["slow F1"], cells["slow expected F1"], cells["fast expected F1"]) == (
+        "50.0 ± 0.0", "62.5 ± 0.0", "50.0 ± 0.0"
+    )  # fmt: skip
+    assert cells["slow expected F1 over SFT"].startswith("+12.5")
+    assert "Points of slow expected F1 over SFT: mer_r1 +12.5" in " ".join(tell_ablation(ablation))
+    # One run without it: all are compared by F1.
+    plain = compare([*sft, result("mer_r1", 0, [0.5, 0.5, 0.5, 0.5])], ROWS)
+    assert plain.score == "f1" and plain.row("mer_r1").gain.difference.points == pytest.approx(0)
+    assert "slow expected F1" not in table(plain, "Arms")[1]

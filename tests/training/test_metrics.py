@@ -204,25 +204,28 @@ def test_a_file_gets_about_fifty_lines_of_a_phase_the_first_and_the_last_among_t
     assert steps[0] == 1 and steps[-1] == 2000 and LINES <= len(steps) <= LINES + 2
 
 
-def test_the_time_left_is_told_from_the_first_step_without_what_compiled(monkeypatch):
-    """100 steps of 2 s, the first of which compiled for 60 s; a function traced within another counts once."""
+def test_the_time_left_is_told_without_what_compiled(monkeypatch):
+    """100 steps of 2 s, the first of which took a minute and the third compiled for 60 s: a function traced within
+    another counts once."""
     now = [1000.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     compiling = Compiling()
     monkeypatch.setattr(progress_module, "_COMPILING", compiling)
     stream = io.StringIO()
     with Progress("sft", 100, stream=stream) as progress:
-        for at, event, seconds in ((30, "jaxpr_trace_duration", 10), (40, "jaxpr_trace_duration", 40),
-                                   (60, "backend_compile_duration", 20)):  # fmt: skip
+        now[0] = 1060.0
+        progress.update(1, {})
+        now[0] = 1062.0
+        progress.update(2, {})
+        for at, event, seconds in ((92, "jaxpr_trace_duration", 10), (102, "jaxpr_trace_duration", 40),
+                                   (122, "backend_compile_duration", 20)):  # fmt: skip
             now[0] = 1000.0 + at
             compiling._heard(f"/jax/core/compile/{event}", seconds)
         compiling._heard("/jax/checkpoint/write/duration", 50)  # none of ours
-        now[0] = 1062.0
-        progress.update(1, {})
-        now[0] = 1068.0
-        progress.update(4, {})
-    first, later = stream.getvalue().splitlines()
-    assert first.endswith("3:18 left") and later.endswith("3:12 left")
+        now[0] = 1124.0
+        progress.update(3, {})
+    first, second, third = stream.getvalue().splitlines()
+    assert first == "sft 1/100" and second.endswith("3:16 left") and third.endswith("3:14 left")
 
 
 def test_jax_tells_what_it_compiles():

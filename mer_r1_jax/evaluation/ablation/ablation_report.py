@@ -39,6 +39,7 @@ from mer_r1_jax.evaluation.report_kit import (
     span,
     text_table,
 )
+from mer_r1_jax.evaluation.run_record import IN_WORDS
 from mer_r1_jax.foreign_text import for_markdown, printable
 from mer_r1_jax.storage import atomic_files
 
@@ -96,14 +97,16 @@ def _arms(ablation: Ablation) -> Table:
     for row in ablation.rows:
         cells = [label(row.row), str(len(row.results))]
         cells += [_mean(row.means["slow", name]) for name in ("precision", "recall", "f1")]
-        cells.append(_mean(row.means["fast", "f1"]))
+        cells += [_mean(row.means["slow", ablation.score])] * (ablation.score != "f1")
+        cells.append(_mean(row.means["fast", ablation.score]))
         cells += [span(row.gain.difference) if row.gain else NONE, span(row.slow_minus_fast)]
         cells += [number(known.get(row.row), 2) for known in (PAPER_F1, PAPER_OFFICIAL)]
         rows.append(tuple(cells))
     best = max(
         (n for n, row in enumerate(ablation.rows) if not row.row.startswith("control_")),
-        key=lambda n: ablation.rows[n].means["slow", "f1"].mean,
+        key=lambda n: ablation.rows[n].means["slow", ablation.score].mean,
     )
+    score = IN_WORDS[ablation.score]
     known_levels = (("F1 of the best constant answer", ablation.floor), ("of one who knows the cues", ablation.ceiling))
     levels = [f"{name} {percent(value)}" for name, value in known_levels if value is not None]
     return text_table(
@@ -112,8 +115,8 @@ def _arms(ablation: Ablation) -> Table:
         f"their 95% interval over clips and seeds, paired. {'; '.join(levels)}. The two last columns are the "
         "paper's: means over sets of MER-UniBench, of another model on other data, here for their order only.",
         columns=(
-            "row", "seeds", "slow precision", "slow recall", "slow F1", "fast F1", "slow F1 over SFT",
-            "slow − fast F1", "paper: F1", "paper: official",
+            "row", "seeds", "slow precision", "slow recall", "slow F1", *[f"slow {score}"] * (score != "F1"),
+            f"fast {score}", f"slow {score} over SFT", f"slow − fast {score}", "paper: F1", "paper: official",
         ),
         rows=rows,
         strong=[best],
@@ -123,9 +126,9 @@ def _arms(ablation: Ablation) -> Table:
 def _versus(ablation: Ablation) -> Table:
     return text_table(
         title="Comparisons",
-        note="Points of slow F1, the same clips and seeds on both sides, with 95% intervals over clips and seeds "
-        "(crossed analysis of variance), each for its own comparison. Clear: at 95% for all comparisons of this table "
-        f"together (Holm), with at least {FEW_SEEDS} seeds.",
+        note=f"Points of slow {IN_WORDS[ablation.score]}, the same clips and seeds on both sides, with 95% intervals "
+        "over clips and seeds (crossed analysis of variance), each for its own comparison. Clear: at 95% for all "
+        f"comparisons of this table together (Holm), with at least {FEW_SEEDS} seeds.",
         columns=("row", "against", "points", "clear", "seeds one by one", "seeds in favour"),
         rows=[_versus_cells(versus) for versus in ablation.versus],
         texts=2,
@@ -200,11 +203,12 @@ def _seeds(ablation: Ablation) -> Table:
     for row in ablation.rows:
         for result in row.results:
             rows.append((label(row.row), str(result.seed), *_seed_cells(row, result)))
+    gain = f"slow {IN_WORDS[ablation.score]} over SFT"
     return text_table(
         title="Every seed",
         note="In points; the gain over SFT of the same seed with its 95% interval over clips. " + SAMPLED_NOTE,
         columns=(
-            "row", "seed", "slow P", "slow R", "slow F1", "fast P", "fast R", "fast F1", "slow F1 over SFT", "words",
+            "row", "seed", "slow P", "slow R", "slow F1", "fast P", "fast R", "fast F1", gain, "words",
             "tokens", "distinct", "sampled reward", "sampled recall", "sampled precision", "s of SFT", "s of RL",
         ),
         rows=rows,
@@ -248,7 +252,7 @@ def draw(ablation: Ablation) -> bytes:
         )
         _scores(figure.add_subplot(grid[0, 0]), rows, ablation)
         if gained := [row for row in rows if row.gain]:
-            _gains(figure.add_subplot(grid[0, 1]), gained)
+            _gains(figure.add_subplot(grid[0, 1]), gained, IN_WORDS[ablation.score])
         if trained:
             _held_out_curves(figure.add_subplot(grid[1, 0]), trained, colors)
             _reward_curves(figure.add_subplot(grid[1, 1]), trained, colors)
@@ -259,15 +263,15 @@ def _scores(axes: Axes, rows: list[RowResult], ablation: Ablation) -> None:
     """Slow and fast F1 of every seed as dots, the mean and its standard error as a bar."""
     for place, row in enumerate(rows):
         for mode, color, offset in (("slow", SLOW, -0.16), ("fast", FAST, 0.16)):
-            mean = row.means[mode, "f1"]
+            mean = row.means[mode, ablation.score]
             values = POINTS * np.asarray(mean.values)
             axes.plot(values, np.full(values.shape, place + offset), "o", color=color, alpha=0.35, markersize=4, mew=0)
             axes.errorbar(
                 POINTS * mean.mean, place + offset, xerr=POINTS * (mean.error or 0.0), fmt="|", color=color,
                 markersize=9, capsize=0, elinewidth=2, label=mode if place == 0 else None,
             )  # fmt: skip
-    levels = [(ablation.sft.means["slow", "f1"].mean, "slow after SFT")]
-    if ablation.ceiling is not None and not _far_away(ablation.ceiling, rows):
+    levels = [(ablation.sft.means["slow", ablation.score].mean, "slow after SFT")]
+    if ablation.ceiling is not None and not _far_away(ablation.ceiling, rows, ablation.score):
         levels.append((ablation.ceiling, "ceiling"))
     for value, _ in levels:
         axes.axvline(POINTS * value, color=MUTED, linestyle=_CONTROL, linewidth=1, zorder=0)
@@ -276,19 +280,24 @@ def _scores(axes: Axes, rows: list[RowResult], ablation: Ablation) -> None:
         side, offset = ("left", 3) if POINTS * value < middle else ("right", -3)  # towards the middle, inside the axes
         axes.annotate(name, (POINTS * value, 1), xycoords=("data", "axes fraction"), xytext=(offset, -2),
                       textcoords="offset points", ha=side, va="top", color=MUTED, fontsize=8)  # fmt: skip
-    axes.set_title("F1 of held-out clips: seeds, mean ± standard error")
+    axes.set_title(f"{_title(ablation)} of held-out clips: seeds, mean ± standard error")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
     _name_rows(axes, rows)
     axes.set_ylim(top=-0.5 - ROOM_FOR_LEVELS)
 
 
-def _far_away(value: float, rows: list[RowResult]) -> bool:
+def _title(ablation: Ablation) -> str:
+    words = IN_WORDS[ablation.score]
+    return words[0].upper() + words[1:]
+
+
+def _far_away(value: float, rows: list[RowResult], score: str) -> bool:
     """Whether a level would squeeze the rows into a corner."""
-    means = [row.means[mode, "f1"].mean for row in rows for mode in ("slow", "fast")]
+    means = [row.means[mode, score].mean for row in rows for mode in ("slow", "fast")]
     return value - max(means) > 2 * (max(means) - min(means) + 0.02)
 
 
-def _gains(axes: Axes, rows: list[RowResult]) -> None:
+def _gains(axes: Axes, rows: list[RowResult], score: str) -> None:
     """Gains over SFT with their 95% intervals, every seed's as a dot."""
     axes.axvline(0, color=MUTED, linewidth=1)
     for place, row in enumerate(rows):
@@ -298,7 +307,7 @@ def _gains(axes: Axes, rows: list[RowResult]) -> None:
         axes.plot(gain.points, place, "o", color=SLOW, markersize=6)
         seeds = [difference.points for difference in row.gain.by_seed.values()]
         axes.plot(seeds, np.full(len(seeds), place + 0.22), "o", color=SLOW, alpha=0.35, markersize=4, mew=0)
-    axes.set_title("Points of slow F1 over SFT, 95% interval")
+    axes.set_title(f"Points of slow {score} over SFT, 95% interval")
     _name_rows(axes, rows)
 
 

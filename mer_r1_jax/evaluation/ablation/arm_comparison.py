@@ -13,6 +13,7 @@ from mer_r1_jax.evaluation.ablation.alikeness import Alikeness
 from mer_r1_jax.evaluation.ablation.results import COUNTS, SCORES, AblationError, SeedResult, is_scored, same_answers
 from mer_r1_jax.evaluation.bootstrap import LEVEL, Difference, paired_difference
 from mer_r1_jax.evaluation.over_seeds import Mean, Order, Resampled, holm, mean_over_seeds
+from mer_r1_jax.evaluation.run_record import EXPECTED_F1, is_number
 
 SFT = "sft"
 FAST = "fast "  # before the name of a row: its fast answers
@@ -31,7 +32,7 @@ class Versus:
 
     Attributes:
         after, before: rows.
-        difference: slow F1 of `after` minus that of `before`; interval over clips and seeds.
+        difference: the score of slow answers of `after` minus that of `before`; interval over clips and seeds.
         by_seed: seed -> the same for that seed alone; interval over clips.
         holm_p: the p-value of `difference`, adjusted for all comparisons of its table.
     """
@@ -57,7 +58,7 @@ class RowResult:
         results: its runs, by seed.
         means: (mode, score or count) -> mean over the seeds; counts that were not measured are left out.
         gain: over SFT of the same seeds; None for SFT itself.
-        slow_minus_fast: of its F1; interval over clips and seeds.
+        slow_minus_fast: of its score; interval over clips and seeds.
         stretch: from the last evaluation but one to the last; None without two in RL.
     """
 
@@ -75,7 +76,7 @@ class Stretch:
 
     Attributes:
         first, last: steps of RL.
-        difference: slow F1 after the last minus that after the first; interval over clips and seeds.
+        difference: slow score after the last minus that after the first; interval over clips and seeds.
     """
 
     first: int
@@ -90,6 +91,7 @@ class Ablation:
     Attributes:
         rows: in the order of the table, SFT first; rows without a finished run are left out.
         clips: ids of the held-out clips all runs were scored on.
+        score: what differences are of: EXPECTED_F1 where the clips' world is known to all runs, else f1.
         versus: arms against the first of them, neighbours in the paper's order, controls against what they control.
         order: of the paper's arms among those compared; None with fewer than two.
         order_seeds: seeds that all arms of `order` have.
@@ -101,6 +103,7 @@ class Ablation:
 
     rows: tuple[RowResult, ...]
     clips: tuple[str, ...]
+    score: str
     versus: tuple[Versus, ...]
     order: Order | None
     order_seeds: tuple[int, ...]
@@ -143,7 +146,11 @@ def compare(
         raise AblationError("no run of SFT is finished, so there is nothing to hold the arms against yet")
     clips = _common_clips(results)
     by_row = {row: {result.seed: result for result in results if result.row == row} for row in rows}
-    runs = _Runs({row: dict(sorted(found.items())) for row, found in by_row.items() if found}, clips, seed)
+    known = all(
+        is_number(result.end.samples[c][mode].get(EXPECTED_F1)) for result in results for c in clips for mode in MODES
+    )
+    score = EXPECTED_F1 if known else "f1"
+    runs = _Runs({row: dict(sorted(found.items())) for row, found in by_row.items() if found}, clips, score, seed)
     pairs = [pair for pair in _pairs(list(runs.by_row)) if runs.common_seeds(*pair)]
     order_rows = [row for row in PAPER_ORDER if row in runs.by_row]
     order_seeds = runs.common_seeds(*order_rows) if len(order_rows) > 1 else ()
@@ -151,6 +158,7 @@ def compare(
     return Ablation(
         rows=_with_corrected_gains([_row(row, runs) for row in runs.by_row]),
         clips=clips,
+        score=score,
         versus=tuple(_corrected([_versus(*pair, runs) for pair in pairs])),
         order=runs.resampled(order_seeds).order(order_rows) if order_seeds else None,
         order_seeds=order_seeds,
@@ -172,6 +180,7 @@ class _Runs:
 
     by_row: dict[str, dict[int, SeedResult]]
     clips: tuple[str, ...]
+    score: str
     seed: int
     _drawn: dict[tuple[int, ...], Resampled] = dataclasses.field(default_factory=dict)
 
@@ -180,11 +189,11 @@ class _Runs:
         return tuple(seed for seed in self.by_row[rows[0]] if all(seed in self.by_row[row] for row in rows))
 
     def scores(self, row: str, seeds: Sequence[int], mode: str = "slow") -> np.ndarray:
-        """F1, float64 [seeds, clips]."""
-        return np.stack([self.by_row[row][seed].clip_scores(self.clips, mode) for seed in seeds])
+        """The score, float64 [seeds, clips]."""
+        return np.stack([self.by_row[row][seed].clip_scores(self.clips, mode, self.score) for seed in seeds])
 
     def resampled(self, seeds: tuple[int, ...]) -> Resampled:
-        """Draws over those seeds of slow F1 of every row that has them, by row, and of fast F1 by FAST + row."""
+        """Draws over those seeds of every row that has them: slow answers by row, fast ones by FAST + row."""
         if seeds not in self._drawn:
             rows = [row for row in self.by_row if set(seeds) <= self.by_row[row].keys()]
             scores = {row: self.scores(row, seeds) for row in rows}
@@ -225,7 +234,8 @@ def _pairs(present: Sequence[str]) -> list[tuple[str, str]]:
 
 def _row(row: str, runs: _Runs) -> RowResult:
     results = tuple(runs.by_row[row].values())
-    means = {(mode, name): mean_over_seeds([r.score(mode, name) for r in results]) for mode in MODES for name in SCORES}
+    names = dict.fromkeys((*SCORES, runs.score))
+    means = {(mode, name): mean_over_seeds([r.score(mode, name) for r in results]) for mode in MODES for name in names}
     for mode in MODES:
         for name in COUNTS:
             values = [result.end.score(mode, name) for result in results]
@@ -250,11 +260,17 @@ def _stretch(results: Sequence[SeedResult], runs: _Runs) -> Stretch | None:
         return None
     ((first, last),) = steps
     evaluations = [evaluation for pair in pairs for _, evaluation in pair]
-    clips = [c for c in runs.clips if all(c in one.samples and is_scored(one.samples[c]) for one in evaluations)]
+    clips = [
+        clip
+        for clip in runs.clips
+        if all(clip in one.samples and is_number(one.samples[clip]["slow"].get(runs.score)) for one in evaluations)
+    ]
     if len(clips) < 2:
         return None
     scores = {
-        name: np.asarray([[pair[place][1].samples[clip]["slow"]["f1"] for clip in clips] for pair in pairs], np.float64)
+        name: np.asarray(
+            [[pair[place][1].samples[clip]["slow"][runs.score] for clip in clips] for pair in pairs], np.float64
+        )
         for place, name in enumerate(("before", "after"))
     }
     return Stretch(first, last, Resampled(scores, runs.seed).difference("after", "before"))
@@ -287,6 +303,7 @@ def as_json(ablation: Ablation) -> dict[str, Any]:
     """Everything, as JSON values; scores in [0, 1], differences in points."""
     return {
         "clips": len(ablation.clips),
+        "score": ablation.score,
         "floor_f1": ablation.floor,
         "ceiling_f1": ablation.ceiling,
         "rows": [_row_json(row) for row in ablation.rows],
@@ -319,7 +336,7 @@ def _row_json(row: RowResult) -> dict[str, Any]:
         "seeds": [result.seed for result in row.results],
         **means,
         "gain_over_sft": _versus_json(row.gain) if row.gain else None,
-        "slow_minus_fast_f1": dataclasses.asdict(row.slow_minus_fast),
+        "slow_minus_fast": dataclasses.asdict(row.slow_minus_fast),
         "last_stretch": dataclasses.asdict(row.stretch) if row.stretch else None,
         "paper": {"f1": PAPER_F1.get(row.row), "official": PAPER_OFFICIAL.get(row.row)},
     }
@@ -329,7 +346,7 @@ def _versus_json(versus: Versus) -> dict[str, Any]:
     return {
         "after": versus.after,
         "before": versus.before,
-        "slow_f1": dataclasses.asdict(versus.difference),
+        "slow": dataclasses.asdict(versus.difference),
         "holm_p": versus.holm_p,
         "clear": versus.is_clear,
         "by_seed": {str(seed): dataclasses.asdict(difference) for seed, difference in versus.by_seed.items()},
