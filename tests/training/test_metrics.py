@@ -205,14 +205,14 @@ def test_a_file_gets_about_fifty_lines_of_a_phase_the_first_and_the_last_among_t
 
 
 def test_the_time_left_is_told_without_what_compiled(monkeypatch):
-    """100 steps of 2 s, the first of which took a minute and the third compiled for 60 s: a function traced within
+    """50 steps of 2 s, the first of which took a minute and the third compiled for 60 s: a function traced within
     another counts once."""
     now = [1000.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     compiling = Compiling()
     monkeypatch.setattr(progress_module, "_COMPILING", compiling)
     stream = io.StringIO()
-    with Progress("sft", 100, stream=stream) as progress:
+    with Progress("sft", 50, stream=stream) as progress:
         now[0] = 1060.0
         progress.update(1, {})
         now[0] = 1062.0
@@ -225,7 +225,7 @@ def test_the_time_left_is_told_without_what_compiled(monkeypatch):
         now[0] = 1124.0
         progress.update(3, {})
     first, second, third = stream.getvalue().splitlines()
-    assert first == "sft 1/100" and second.endswith("3:16 left") and third.endswith("3:14 left")
+    assert first == "sft 1/50" and second.endswith("1:36 left") and third.endswith("1:34 left")
 
 
 def test_jax_tells_what_it_compiles():
