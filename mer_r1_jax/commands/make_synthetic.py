@@ -15,7 +15,7 @@ _OUT = flags.DEFINE_string("out", "synthetic_data", "Folder of the data set.")
 _SFT = flags.DEFINE_integer("sft_clips", 4000, "Clips for supervised fine-tuning.", lower_bound=0)
 _RL = flags.DEFINE_integer("rl_clips", 2000, "Clips for reinforcement learning.", lower_bound=0)
 _EVAL = flags.DEFINE_integer("eval_clips", 320, "Held-out clips.", lower_bound=0)
-_WORLD = flags.DEFINE_string("world", "U", "Which world: U, O, even, concluding (docs/data.md).")
+_WORLD = flags.DEFINE_string("world", "", "Which world: U, O, even or concluding (docs/lab.md); empty = concluding.")
 _SEED = flags.DEFINE_integer("seed", 0, "Every random choice follows from it.", 0, (1 << 31) - 1)
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that draw and encode.", lower_bound=0)
 _WHEELS = flags.DEFINE_string("wheel_dir", "", "Folder with emotion wheels; empty = the ones shipped.")
@@ -25,9 +25,10 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --sft_clips=4000")
     from mer_r1_jax.data.synthetic.make import WorldSettings, make_world
-    from mer_r1_jax.data.synthetic.world import WORLDS
+    from mer_r1_jax.data.synthetic.world import DEFAULT, WORLDS
 
-    if _WORLD.value not in WORLDS:
+    name = _WORLD.value or DEFAULT
+    if name not in WORLDS:
         raise app.UsageError(f"--world: got {_WORLD.value!r}, expected one of {', '.join(WORLDS)}")
 
     with screen.bar(unit="clip", desc="synthetic clips") as bar:
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
                     rl_clips=_RL.value,
                     eval_clips=_EVAL.value,
                     seed=_SEED.value,
-                    config=WORLDS[_WORLD.value],
+                    config=WORLDS[name],
                     wheel_dir=_WHEELS.value,
                 ),
                 workers=_WORKERS.value,

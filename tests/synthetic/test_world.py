@@ -2,17 +2,21 @@
 
 import collections
 import dataclasses
+import typing
 
 import numpy as np
 import pytest
 
+from mer_r1_jax.config.schema import DataConfig
 from mer_r1_jax.data.synthetic import wording
 from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
+    DEFAULT,
     NEUTRAL,
     SECOND,
     SLOTS,
     SPLITS,
+    WORLDS,
     WorldConfig,
     draw_scene,
     load_lexicon,
@@ -161,6 +165,12 @@ def test_each_modality_seems_what_its_named_cues_show_most_often(scenes):
     seem = [part.split(". ")[0] for part in trace.split(" seem ")[1:]]
     assert seem == ["surprised or angry", "afraid or sad", "happy"]
     assert kept == (5,) and trace.endswith("So surprised.")
+
+
+def test_the_worlds_that_a_configuration_may_name_are_those_there_are():
+    field = next(field for field in dataclasses.fields(DataConfig) if field.name == "synthetic_world")
+    assert typing.get_args(typing.get_type_hints(DataConfig)["synthetic_world"]) == tuple(WORLDS)
+    assert field.default == DEFAULT and WORLDS["concluding"].concludes
 
 
 def test_the_slow_answer_is_shorter_than_the_label(scenes):

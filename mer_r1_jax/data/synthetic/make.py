@@ -16,9 +16,11 @@ from mer_r1_jax import faults
 from mer_r1_jax.data.synthetic import wording
 from mer_r1_jax.data.synthetic.world import (
     CATEGORIES,
+    DEFAULT,
     MODALITIES,
     SETTINGS,
     SPLITS,
+    WORLDS,
     Scene,
     WorldConfig,
     draw_scene,
@@ -88,7 +90,7 @@ class WorldSettings:
     rl_clips: int
     eval_clips: int
     seed: int = 0
-    config: WorldConfig = WorldConfig()
+    config: WorldConfig = WORLDS[DEFAULT]
     wheel_dir: str = ""
 
     @property

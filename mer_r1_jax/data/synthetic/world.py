@@ -47,8 +47,8 @@ SECOND = np.array([[CATEGORIES.index(name) for name in _SECOND_MEANINGS[slot]] f
 class WorldConfig:
     """How the synthetic world is drawn, mostly probabilities.
 
-    The defaults are world U: clips show many emotions by weak cues, so that a tiny Thinker, after fine-tuning, answers
-    broadly when fast and too narrowly when slow (MER-R1's finding), with room for RL above both.
+    The defaults are world U: clips show many emotions by weak cues, so that a policy, after fine-tuning, answers
+    when fast and too narrowly when slow (MER-R1's finding), with room for RL above both.
     """
 
     category_counts: tuple[float, ...] = (0.1, 0.25, 0.3, 0.2, 0.15)  # of one, two, ... true categories
@@ -90,6 +90,7 @@ WORLDS = {
     "even": _EVEN,  # plain cues
     "concluding": dataclasses.replace(_EVEN, concludes=True),
 }
+DEFAULT = "concluding"
 CUE_STREAM, ANNOTATION_STREAM = 0, 5  # random streams of what is shown, and of what an annotator makes of it
 
 
@@ -138,7 +139,7 @@ def random_stream(key: tuple[int, ...], purpose: int) -> np.random.Generator:
 
 
 def draw_scene(
-    seed: int, split: str, index: int, lexicon: dict, config: WorldConfig = WORLDS["U"], annotator: int = 0
+    seed: int, split: str, index: int, lexicon: dict, config: WorldConfig = WORLDS[DEFAULT], annotator: int = 0
 ) -> Scene:
     """Draws clip `index` of a split. The same arguments always give the same scene; the annotator decides on the label,
     its words and the skipped cues only.
