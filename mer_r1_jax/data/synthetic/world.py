@@ -48,7 +48,7 @@ class WorldConfig:
     """How the synthetic world is drawn, mostly probabilities.
 
     The defaults are world U: clips show many emotions by weak cues, so that a policy, after fine-tuning, answers
-    when fast and too narrowly when slow (MER-R1's finding), with room for RL above both.
+    broadly when fast and too narrowly when slow (MER-R1's finding), with room for RL above both.
     """
 
     category_counts: tuple[float, ...] = (0.1, 0.25, 0.3, 0.2, 0.15)  # of one, two, ... true categories
