@@ -21,6 +21,8 @@ from mer_r1_jax.run.asking import open_policy
 from mer_r1_jax.run.policy import write_settings
 from mer_r1_jax.training.state import nest
 
+pytestmark = pytest.mark.timeout(1800)  # a process and many small programs, on a busy machine
+
 # Each set has three clips and a batch two rows: the third batch is the first half of the second set.
 KILLED_AT = "answers_appended 3"
 BROKEN = ("ch_sims", clip_name("ch_sims", 2))

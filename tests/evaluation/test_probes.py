@@ -29,6 +29,8 @@ from mer_r1_jax.run.policy import PolicyError
 from mer_r1_jax.run.train import train
 from mer_r1_jax.storage import atomic_files
 
+pytestmark = pytest.mark.timeout(1800)  # a training run, on a busy machine
+
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):

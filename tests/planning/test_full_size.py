@@ -12,6 +12,8 @@ import pytest
 from mer_r1_jax.config.build import load_config
 from mer_r1_jax.planning.planner import plan
 
+pytestmark = pytest.mark.timeout(1800)  # minutes of compiling on a busy machine
+
 CONFIG = Path(__file__).parents[2] / "experiments/configs/omni_7b.py"
 SLICE, CHIPS = "v5p:2x2x4", 16
 LAYERS = 28

@@ -24,6 +24,8 @@ from mer_r1_jax.training.metrics import read_metrics
 from mer_r1_jax.training.signals import EXIT_SAVED
 from mer_r1_jax.training.state import flatten
 
+pytestmark = pytest.mark.timeout(1800)  # seven processes, on a busy machine
+
 SFT_STEPS, RL_STEPS = 40, 6
 
 
