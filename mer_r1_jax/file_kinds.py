@@ -1,4 +1,4 @@
-"""What a file is that was to hold JSON lines and does not: told from its first bytes, with how to convert it."""
+"""What a data file is that holds no JSON lines: told from its first bytes, with who reads it or how to convert it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 import shlex
+from pathlib import PurePath
+from typing import Literal
 
 START = 64 * 1024  # bytes of a file that are looked at
 _MOST_NAMED = 60  # characters of a first line that a message shows
@@ -22,19 +24,18 @@ _BINARY = (
     (b"\x04\x22\x4d\x18", "an lz4-compressed file", _UNPACK.format(command="lz4 -dc {file}")),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it and name the JSON-lines file inside"),
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it and name the JSON-lines file inside"),
-    (b"PAR1", "a Parquet file", f"convert it, e.g. `{_PANDAS.format(read='read_parquet({file!r})')}`"),
-    (b"ARROW1", "an Arrow file", f"convert it, e.g. `{_PANDAS.format(read='read_feather({file!r})')}`"),
-    (
-        b"\xff\xff\xff\xff",
-        "an Arrow stream, as Hugging Face datasets keep them",
-        "convert it, e.g. `python -c \"import datasets; datasets.Dataset.from_file({file!r}).to_json('data.jsonl')\"`",
-    ),
     (b"FEA1", "a Feather file", f"convert it, e.g. `{_PANDAS.format(read='read_feather({file!r})')}`"),
     (b"Obj\x01", "an Avro file", "convert it to JSON lines"),
     (b"SQLite format 3\x00", "an SQLite database", "export the table as JSON lines"),
     (b"\x89HDF", "an HDF5 file", "convert it to JSON lines"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook", f"convert it, e.g. `{_PANDAS.format(read='read_excel({file!r})')}`"),
     (b"\x93NUMPY", "a NumPy array", "convert it to JSON lines"),
+)
+# first bytes -> (what it is, who reads it)
+_TABLES = (
+    (b"PAR1", "a Parquet file", "parquet"),
+    (b"ARROW1", "an Arrow file", "arrow_file"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", "arrow_stream"),  # as Hugging Face datasets keep them
 )
 _UTF = (  # the longer marks first: UTF-32 begins like UTF-16
     (b"\xff\xfe\x00\x00", "UTF-32"),
@@ -49,7 +50,9 @@ _RECORD_KEYS = frozenset(
 )
 _WRAPPED = re.compile(r'^\{[^\[\]{}]*?"([^"\\]{1,64})"\s*:\s*\[\s*(?:\{|$)')
 _DELIMITERS = {",": "a CSV file", "\t": "a TSV file (tabs between columns)", ";": "a CSV file with semicolons"}
-_PANDAS_SEPARATOR = {",": "", "\t": ", sep='\\t'", ";": ", sep=';'"}
+
+
+Reader = Literal["", "json", "csv", "parquet", "arrow_file", "arrow_stream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +61,16 @@ class OtherKind:
 
     Attributes:
         name: what it is, with its article.
-        mend: how to make JSON lines of it.
+        mend: how to make JSON lines of it; "" where it is read as it is.
+        reader: who reads it: json (values with white space or in one list), csv, parquet, arrow_file, arrow_stream; ""
+            where nobody does.
+        delimiter: between the columns of a CSV file.
     """
 
     name: str
-    mend: str
+    mend: str = ""
+    reader: Reader = ""
+    delimiter: str = ""
 
 
 def other_kind(path: object, start: bytes) -> OtherKind | None:
@@ -77,7 +85,9 @@ def other_kind(path: object, start: bytes) -> OtherKind | None:
 
 def conversion_to_utf8(path: object, encoding: str) -> str:
     """The mend for a text in another encoding."""
-    return f"save the file as UTF-8, e.g. `iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > data.jsonl`"
+    copy = f"data{PurePath(str(path)).suffix or '.jsonl'}"
+    file, copy = shlex.quote(str(path)), shlex.quote(copy)
+    return f"save the file as UTF-8, e.g. `iconv -f {encoding} -t UTF-8 {file} > {copy}`"
 
 
 def likely_encoding(raw: bytes) -> str:
@@ -94,6 +104,9 @@ def likely_encoding(raw: bytes) -> str:
 
 
 def _binary_kind(path: str, start: bytes) -> OtherKind | None:
+    for magic, name, reader in _TABLES:
+        if start.startswith(magic):
+            return OtherKind(name, reader=reader)
     for magic, name, mend in _BINARY:
         if start.startswith(magic):
             return OtherKind(name, _for_file(mend, path))
@@ -135,13 +148,12 @@ def _text_kind(path: str, start: bytes) -> OtherKind | None:
     if not lines:
         return None
     if lines[0].startswith("["):
-        mend = "write one object per line, e.g. `jq -c '.[]' {file} > data.jsonl`"
-        return OtherKind("a JSON array", _for_file(mend, path))
+        return OtherKind("a JSON array", reader="json")
     if lines[0].startswith("{"):
         return _object_kind(path, text, lines, complete=len(start) < START)
     if _is_json(lines[0]) or (len(lines) > 1 and lines[1].startswith("{")):
         return None  # the faults of single lines are named line by line
-    return _plain_kind(path, lines)
+    return _plain_kind(lines)
 
 
 def _object_kind(path: str, text: str, lines: list[str], complete: bool) -> OtherKind | None:
@@ -163,8 +175,7 @@ def _object_kind(path: str, text: str, lines: list[str], complete: bool) -> Othe
     if whole is None and found and found.group(1) not in _RECORD_KEYS:
         whole = {found.group(1): [{}]}
     wrapped = _wrapped_kind(path, whole) if isinstance(whole, dict) else None
-    mend = "write one object per line, e.g. `jq -c . {file} > data.jsonl`"
-    return wrapped or OtherKind("JSON over several lines (pretty-printed)", _for_file(mend, path))
+    return wrapped or OtherKind("JSON over several lines (pretty-printed)", reader="json")
 
 
 def _wrapped_kind(path: str, row: dict) -> OtherKind | None:
@@ -188,7 +199,7 @@ def _closes(line: str) -> bool:
     return line.rstrip(",").endswith("}") and line.count("{") <= line.count("}")
 
 
-def _plain_kind(path: str, lines: list[str]) -> OtherKind:
+def _plain_kind(lines: list[str]) -> OtherKind:
     first = lines[0]
     if first.startswith("version https://git-lfs"):
         return OtherKind("a git-lfs pointer, not the file itself", "run `git lfs pull`")
@@ -198,8 +209,7 @@ def _plain_kind(path: str, lines: list[str]) -> OtherKind:
         return OtherKind("an XML file", "convert it to JSON lines")
     delimiter = max(_DELIMITERS, key=first.count)
     if delimiter in first and (len(lines) == 1 or delimiter in lines[1]):
-        read = f"read_csv({{file!r}}{_PANDAS_SEPARATOR[delimiter]})"
-        return OtherKind(_DELIMITERS[delimiter], _for_file(f"convert it, e.g. `{_PANDAS.format(read=read)}`", path))
+        return OtherKind(_DELIMITERS[delimiter], reader="csv", delimiter=delimiter)
     shown = first if len(first) <= _MOST_NAMED else f"{first[:_MOST_NAMED]}..."
     return OtherKind(f"a text that is not JSON (it begins {shown!r})", "write one JSON object per line")
 

@@ -10,11 +10,11 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mer_r1_jax.file_kinds import START, conversion_to_utf8, likely_encoding, other_kind
+from mer_r1_jax.file_kinds import conversion_to_utf8, likely_encoding
 from mer_r1_jax.foreign_text import printable
 
 MAX_NESTING = 64  # lists and objects inside one another; far from what recursive code downstream can bear
@@ -51,41 +51,28 @@ class JsonLineError(ValueError):
         self.fault = fault
 
 
-def numbered_lines(path: str | os.PathLike, faults: list[Fault]) -> Iterator[tuple[int, str]]:
-    """Yields (1-based number, text) of the lines that are not blank.
+def numbered_lines(stream: Iterable[bytes], path: str | os.PathLike, faults: list[Fault]) -> Iterator[tuple[int, str]]:
+    """Yields (1-based number, text) of every line that is UTF-8, with its blanks. A byte order mark is read over.
 
-    Adds to `faults` one fault where the file cannot be read or is of another kind, and one, at the first line of its
-    kind, where lines are not UTF-8. A byte order mark is read over.
+    Args:
+        stream: the lines of a file that is open.
+        path: of the file, for messages.
+        faults: is given one fault, at the first line of its kind, where lines are not UTF-8.
     """
-    try:
-        stream = open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        got = printable(getattr(error, "strerror", None) or error)
-        mend = "check the path; a data set is a JSON-lines file, not a folder"
-        faults.append(Fault(0, got, "a readable JSON-lines file", mend))
-        return
     undecoded = _Undecoded(Path(path))
-    with stream:
-        start = stream.read(START)
-        kind = other_kind(path, start)
-        if kind is not None:
-            faults.append(Fault(0, kind.name, "JSON lines in UTF-8, one object per line", kind.mend))
-            return
-        stream.seek(0)
-        for number, raw in enumerate(stream, start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            try:
-                text = raw.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                if _holds_surrogates(raw):
-                    expected, mend = "valid Unicode text", "write the character whole"
-                    faults.append(Fault(number, "half of a surrogate pair", expected, mend))
-                else:
-                    undecoded.add(number, raw, error.start)
-                continue
-            if text:
-                yield number, text
+    for number, raw in enumerate(stream, start=1):
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if _holds_surrogates(raw):
+                expected, mend = "valid Unicode text", "write the character whole"
+                faults.append(Fault(number, "half of a surrogate pair", expected, mend))
+            else:
+                undecoded.add(number, raw, error.start)
+            continue
+        yield number, text
     faults.extend(undecoded.faults())
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mer_r1_jax.data.validation import Checks, DataFile
     from mer_r1_jax.rl.tags import AnswerTags
 
-_DATA = flags.DEFINE_list("data", [], "JSON-lines files; empty = those of --config.")
+_DATA = flags.DEFINE_list("data", [], "Data files of any kind (docs/data.md); empty = those of --config.")
 _MEDIA_ROOT = flags.DEFINE_string("media_root", "", "Folder the media paths are relative to; empty = as configured.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration; its caps apply.", lock_config=True)
 _MODEL = flags.DEFINE_string("model", "", "Hugging Face directory whose tokenizer measures prompts and targets.")

@@ -18,8 +18,8 @@ class Problem:
     """One fault of a data file.
 
     Attributes:
-        file: path of the JSON-lines file.
-        line: 1-based line, 0 where the whole file is at fault.
+        file: path of the data file.
+        line: 1-based line, or place of the record in a file that has no lines; 0 where the whole file is at fault.
         field: column, or column and place in it, e.g. `messages[1].content`; "" for the whole line.
         got: what is there.
         expected: what should be; "" where `got` is a whole message.

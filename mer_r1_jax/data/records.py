@@ -1,4 +1,5 @@
-"""Records: one JSON object per line, checked completely before anything is compiled or decoded.
+"""Records: one JSON object per line, or one row of another kind of data file (`row_files`), checked completely before
+anything is compiled or decoded.
 
 Columns (aliases in brackets): `id`, `messages` [`conversations` in ShareGPT form, `prompt`] or `question` [`problem`,
 `query`, `prompt`], `system`, `videos` [`video`], `audios` [`audio`], `images` [`image`], `subtitle`, `solution` (a list
@@ -23,7 +24,8 @@ from mer_r1_jax.data.columns import NAMES, LineReader
 from mer_r1_jax.data.foreign_columns import ForeignColumns
 from mer_r1_jax.data.problems import Problem, RecordError, shown
 from mer_r1_jax.emotion.answer_form import blocks_of
-from mer_r1_jax.json_lines import Fault, numbered_lines
+from mer_r1_jax.json_lines import Fault
+from mer_r1_jax.row_files import EXPECTED, numbered_rows
 
 REQUIRABLE = ("target", "solution")
 
@@ -42,7 +44,7 @@ class Record:
         solution: emotion words, () where unknown.
         target: demonstration of a slow answer, `<think>R</think>\\n<answer>W</answer>`, or None.
         extra: all further columns.
-        file, line: where the record was read.
+        file, line: where the record was read; the line is its place in files that have no lines.
     """
 
     id: str
@@ -93,10 +95,11 @@ def read_records(
     require: Sequence[str] = (),
     extra_columns: Sequence[str] = (),
 ) -> list[Record]:
-    """Reads and checks JSON-lines files.
+    """Reads and checks data files.
 
     Args:
-        path: the file, or several whose records follow one another.
+        path: the file (JSON lines, JSON, CSV, Parquet, Arrow, or a folder of `datasets`), or several whose records
+            follow one another.
         media_root: folder the media paths are relative to; "" means each file's own folder.
         question: asked where a record brings neither `messages` nor `question`.
         require: what every record must bring: `target` (for SFT), `solution` (for RL and evaluation).
@@ -162,7 +165,7 @@ def _scan_file(file: Path, scan: Scan, first_seen: dict[str, str], extra_columns
     faults: list[Fault] = []
     foreign = ForeignColumns(NAMES, extra_columns)
     first_record, first_problem = len(scan.records), len(scan.problems)
-    for number, text in numbered_lines(file, faults):
+    for number, text in numbered_rows(file, faults):
         reader = LineReader(str(file), number, *how)
         columns = reader.read(text)
         scan.problems.extend(reader.problems)
@@ -182,7 +185,7 @@ def _scan_file(file: Path, scan: Scan, first_seen: dict[str, str], extra_columns
     records = scan.records[first_record:]
     if len(scan.problems) == first_problem and not records:
         mend = "check that the file is complete"
-        scan.problems.append(_whole_file(file, "no records", "one JSON object per line", mend))
+        scan.problems.append(_whole_file(file, "no records", f"records in {EXPECTED}", mend))
     if records and not foreign.suspected and not any(record.has_media for record in records):
         subtitles = sum(record.subtitle is not None for record in records)
         scan.problems.extend(filter(None, [foreign.without_media(str(file), subtitles)]))

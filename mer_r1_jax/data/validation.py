@@ -33,7 +33,7 @@ class DataFile:
     """A file to check.
 
     Attributes:
-        path: the JSON-lines file.
+        path: the data file.
         require: what every record must bring, of `target` and `solution`.
     """
 

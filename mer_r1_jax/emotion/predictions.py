@@ -12,7 +12,8 @@ from typing import Any
 from mer_r1_jax.emotion import answer_form, official_scores
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.json_lines import Fault, JsonLineError, cut, numbered_lines, parse_value, unfit_values
+from mer_r1_jax.json_lines import Fault, JsonLineError, cut, parse_value, unfit_values
+from mer_r1_jax.row_files import numbered_rows
 
 METRICS = ("set_f1", "hit", "waf")
 _MOST_SHOWN = 20  # mistakes listed in one error
@@ -51,7 +52,7 @@ def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = 
     read_prediction, read_truth = _READERS[metric]
     columns, mistakes, seen = Predictions([], [], []), [], {}
     faults: list[Fault] = []
-    for number, line in numbered_lines(path, faults):
+    for number, line in numbered_rows(path, faults):
         try:
             record = _record(line)
             name = str(record["id"])

@@ -247,9 +247,9 @@ def test_good_records_survive_a_scan_beside_bad_ones(write):
 
 def test_files_that_hold_no_records_are_named(tmp_path, write):
     assert "No such file" in fault(tmp_path / "absent.jsonl").got
-    assert "directory" in fault(tmp_path).got
+    assert "a folder" in fault(tmp_path).got
     assert fault(write(name="empty.jsonl")).got == "no records"
-    assert "jq -c" in fault(write("[", '{"id": "a"}', "]", name="array.json")).mend
+    assert fault(write("[", "]", name="array.json")).got == "no records"
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
