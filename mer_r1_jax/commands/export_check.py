@@ -74,10 +74,9 @@ def _write(path: pathlib.Path) -> None:
     }
     held_out = open_held_out(_EXPORT.value, _DATA.value, _MEDIA_ROOT.value, _CLIPS.value, overrides)
     try:
-        prober = held_out.prober()
-        cases = make_cases(
-            prober.evaluator, prober.params, prober.load, held_out.records, use_audio_in_video=prober.interleaved
-        )
+        prober, records = held_out.prober(), held_out.records
+        interleaved = held_out.interleaved_alike()
+        cases = make_cases(prober.evaluator, prober.params, prober.load, records, use_audio_in_video=interleaved)
     finally:
         held_out.setup.source.close()
     write_cases(path, cases)

@@ -26,6 +26,7 @@ ALIASES = {
     "subtitle": (),
     "solution": (),
     "reasoning": (),
+    "use_audio_in_video": (),
 }
 NAMES = {alias: column for column, aliases in ALIASES.items() for alias in (column, *aliases)}
 MEDIA = {"videos": "<video>", "audios": "<audio>", "images": "<image>"}
@@ -71,6 +72,7 @@ class LineReader:
         record_id = self._problems.record_id = self._record_id(row)
         media = {column: self._media(column, row) for column in MEDIA}
         subtitle = self._text("subtitle", row)
+        interleaves = self._flag("use_audio_in_video", row)
         solution = self._solution(row)
         read = read_chat(row, self._names, self.question, self._problems)
         chat = read or Chat()
@@ -97,6 +99,7 @@ class LineReader:
             "subtitle": subtitle,
             "solution": solution,
             "target": target,
+            "use_audio_in_video": interleaves,
             "extra": self.extra,
         }
 
@@ -199,6 +202,16 @@ class LineReader:
             return None
         check_text(self._problems, column, value, PLACEHOLDER, SPECIAL_TOKEN, STRUCTURE_TAG)
         return value.strip() or None
+
+    def _flag(self, column: str, row: dict[str, Any]) -> bool | None:
+        """True or false, or None when absent; a table of text has it as a word."""
+        value = row.get(column)
+        known = {"true": True, "false": False}
+        flag = known.get(value.strip().lower()) if isinstance(value, str) else value
+        if value is None or isinstance(flag, bool):
+            return flag
+        self._fail(column, f"{kind_of(value)} {shown(value)}", "true or false", "write one of them, or leave it out")
+        return None
 
     def _solution(self, row: dict[str, Any]) -> tuple[str, ...]:
         value = row.get("solution")

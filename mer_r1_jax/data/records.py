@@ -3,8 +3,8 @@ anything is compiled or decoded.
 
 Columns (aliases in brackets): `id`, `messages` [`conversations` in ShareGPT form, `prompt`] or `question` [`problem`,
 `query`, `prompt`], `system`, `videos` [`video`], `audios` [`audio`], `images` [`image`], `subtitle`, `solution` (a list
-of emotion words or one text), `reasoning`. Further columns are kept in `Record.extra` and reach rewards; one that looks
-like a path, a label or a chat stops the file unless it is named as known.
+of emotion words or one text), `reasoning`, `use_audio_in_video`. Further columns are kept in `Record.extra` and reach
+rewards; one that looks like a path, a label or a chat stops the file unless it is named as known.
 
 A closing assistant turn, or `reasoning` together with `solution`, is the demonstration of a slow answer.
 """
@@ -43,6 +43,7 @@ class Record:
         subtitle: what is said in the clip, or None.
         solution: emotion words, () where unknown.
         target: demonstration of a slow answer, `<think>R</think>\\n<answer>W</answer>`, or None.
+        use_audio_in_video: whether its videos bring their own sound, interleaved; None = as `media.use_audio_in_video`.
         extra: all further columns.
         file, line: where the record was read; the line is its place in files that have no lines.
     """
@@ -55,6 +56,7 @@ class Record:
     subtitle: str | None = None
     solution: tuple[str, ...] = ()
     target: str | None = None
+    use_audio_in_video: bool | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     file: str = ""
     line: int = 0
@@ -84,7 +86,10 @@ class Record:
     def content(self) -> dict[str, Any]:
         """The record without where it was read, as JSON-able data."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in ("file", "line")}
+        left_out = {"file", "line"}
+        if self.use_audio_in_video is None:
+            left_out.add("use_audio_in_video")  # so that the hash of a file without it is what it has always been
+        return {name: value for name, value in fields.items() if name not in left_out}
 
 
 def read_records(

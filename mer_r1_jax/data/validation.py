@@ -276,7 +276,7 @@ def _check_file(
         )
         mend = "name the files; now the subtitles are all that is seen"
         yield _whole_file(file, "videos", got, expected, mend, "warning")
-    mute = sum(bool(record.videos) and not record.audios for record in records)
+    mute = sum(bool(record.videos) and not record.audios and not record.use_audio_in_video for record in records)
     if mute and mute == len(records):
         got, expected = f"no `audios` in any of the {mute} records with videos", "the voice beside the picture"
         mend = 'name the same files, e.g. "audios": ["clip.mp4"]; only then is the sound heard'

@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.omni.config import VisionConfig
 from mer_r1_jax.omni.positions import audio_token_count
 
@@ -45,6 +46,11 @@ class VisionInput:
         """Feature rows the vision tower makes of it, one per 2x2 merge block."""
         pairs, height, width = self.grid
         return pairs * height * width // self.vision.spatial_merge_size**2
+
+
+def interleaves(record, media: MediaConfig) -> bool:
+    """Whether a record's videos bring their own sound, interleaved with the frames: as it says, or as `media` does."""
+    return media.use_audio_in_video if record.use_audio_in_video is None else record.use_audio_in_video
 
 
 def merge_factor(vision: VisionConfig) -> int:

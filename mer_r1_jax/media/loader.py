@@ -11,7 +11,7 @@ import numpy as np
 from mer_r1_jax import faults
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media.cache import ClipCache
-from mer_r1_jax.media.clips import AudioInput, Clips, VisionInput, laid_out, merge_factor
+from mer_r1_jax.media.clips import AudioInput, Clips, VisionInput, interleaves, laid_out, merge_factor
 from mer_r1_jax.media.decoded import AUDIO, IMAGE, VIDEO, Entry, decode_file
 from mer_r1_jax.media.mel import log_mel
 from mer_r1_jax.media.opening import MediaError, check_present, file_key
@@ -27,8 +27,8 @@ class ClipLoader:
     """Decodes the media of records. Safe to use from several threads; the result depends on files and settings alone.
 
     A record shows what it lists: `videos` their frames, `audios` the sound of a file, which may be a video file. With
-    `media.use_audio_in_video` every video brings its own sound, interleaved, and an `audios` entry that names the same
-    file is that sound and not a second item.
+    `media.use_audio_in_video`, or where the record says so, every video brings its own sound, interleaved, and an
+    `audios` entry that names the same file is that sound and not a second item.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class ClipLoader:
         """Decodes everything a record lists.
 
         Args:
-            record: a `data.records.Record`; `videos`, `audios`, `images` and `file` are used.
+            record: a `data.records.Record`; `videos`, `audios`, `images`, `use_audio_in_video` and `file` are
+                used.
 
         Raises:
             MediaError: for the first file that cannot be used.
@@ -84,7 +85,7 @@ class ClipLoader:
         videos = [self._entry(root, name, VIDEO) for name in record.videos]
         keys = [file_key(root / name) for name in record.videos]
         seconds = {key: entry.facts["duration"] for key, entry in zip(keys, videos, strict=True)}
-        interleaved = set(seconds) if self.media.use_audio_in_video else set()
+        interleaved = set(seconds) if interleaves(record, self.media) else set()
         own = [
             self._audio(root, name, seconds[key]) if interleaved else None
             for name, key in zip(record.videos, keys, strict=True)

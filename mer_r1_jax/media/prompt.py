@@ -15,7 +15,7 @@ import numpy as np
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.emotion.answer_form import is_answer_tag
-from mer_r1_jax.media.clips import AudioInput, Clips, VisionInput
+from mer_r1_jax.media.clips import AudioInput, Clips, VisionInput, interleaves
 from mer_r1_jax.media.tokenizer import TURN_END, TURN_START, check_special_tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.positions import (
@@ -107,7 +107,7 @@ class PromptBuilder:
         """
         Args:
             tokenizer: Qwen2.5-Omni's, or one with its special tokens.
-            media: whether a video's audio is interleaved with it.
+            media: whether a video's audio is interleaved with it where its record does not say.
             thinker: special ids, rates and merge size.
             system_prompt: system turn of records that bring none.
             max_prompt_length: most tokens of a prompt, media included.
@@ -127,7 +127,7 @@ class PromptBuilder:
         """Builds the prompt of a record.
 
         Args:
-            record: a `data.records.Record`: `id`, `messages`, `videos`, `audios`, `images` and `subtitle` are used.
+            record: a `data.records.Record`: `id`, `messages`, `subtitle` and `use_audio_in_video` are used.
             clips: its decoded media.
 
         Raises:
@@ -144,7 +144,7 @@ class PromptBuilder:
 
     def _render(self, record, clips: Clips) -> tuple[str, list[_Item]]:
         """Returns the chat as text, each medium a single placeholder, and the media in reading order."""
-        waiting = self._items(clips)
+        waiting = self._items(record, clips)
         turns = [(turn["role"], self._parts(turn)) for turn in record.messages]
         first = next((parts for role, parts in turns if role == "user"), None)
         if first is None:
@@ -166,9 +166,9 @@ class PromptBuilder:
             )
         return text + ASSISTANT_TURN, items
 
-    def _items(self, clips: Clips) -> dict[str, list[_Item | None]]:
+    def _items(self, record, clips: Clips) -> dict[str, list[_Item | None]]:
         """Media by kind, in the record's order. None stands for an audio clip that has no tokens of its own."""
-        own = clips.video_audios if self.media.use_audio_in_video else (None,) * len(clips.videos)
+        own = clips.video_audios if interleaves(record, self.media) else (None,) * len(clips.videos)
         return {
             VIDEO: [_Item(VIDEO, clip, audio) for clip, audio in zip(clips.videos, own, strict=True)],
             AUDIO: [None if clip is None else _Item(AUDIO, clip) for clip in clips.audios],

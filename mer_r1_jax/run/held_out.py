@@ -10,6 +10,7 @@ from typing import Any
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record, read_records
 from mer_r1_jax.evaluation.probes import Prober
+from mer_r1_jax.media.clips import interleaves
 from mer_r1_jax.run.asking import load_prompts, make_evaluator
 from mer_r1_jax.run.inputs import require_files
 from mer_r1_jax.run.policy import PolicyError, configs_of, held_out_of, open_model, require_model
@@ -37,9 +38,26 @@ class HeldOut:
             params=self.params,
             load=functools.partial(load_prompts, self.setup),
             wheels=self.setup.wheels,
-            interleaved=self.setup.config.media.use_audio_in_video,
+            interleaved=any(self._interleaved()),
             seed=seed,
         )
+
+    def interleaved_alike(self) -> bool:
+        """Whether all records' videos bring their own sound, interleaved.
+
+        Raises:
+            PolicyError: some do and some do not.
+        """
+        found = set(self._interleaved())
+        if len(found) > 1:
+            raise PolicyError(
+                "use_audio_in_video: got records that have it true and false; expected one of them for all cases of a "
+                "check; to mend it, give --data=FILE with records of one kind"
+            )
+        return found == {True}
+
+    def _interleaved(self) -> list[bool]:
+        return [interleaves(record, self.setup.config.media) for record in self.records]
 
 
 def open_held_out(

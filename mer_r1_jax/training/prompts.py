@@ -15,7 +15,7 @@ from mer_r1_jax.config.schema import MediaConfig, RunConfig
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.foreign_text import printable
-from mer_r1_jax.media.clips import Clips, merge_factor, sound_remarks
+from mer_r1_jax.media.clips import Clips, interleaves, merge_factor, sound_remarks
 from mer_r1_jax.media.collate import bucket_for, collate
 from mer_r1_jax.media.frames import FRAME_FACTOR, most_cells, video_pixels
 from mer_r1_jax.media.loader import ClipLoader
@@ -135,7 +135,7 @@ def plan_buckets(config: RunConfig, thinker: ThinkerConfig, records: Sequence[Re
 
 
 def _audio_clips(record: Record, media: MediaConfig) -> int:
-    if not media.use_audio_in_video:
+    if not interleaves(record, media):
         return len(record.audios)
     return len(record.videos) + sum(name not in record.videos for name in record.audios)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -273,3 +274,14 @@ def test_the_hash_follows_the_content_not_the_place(write):
         [rows[0], {**rows[1], "x": 1}],
     ):
         assert dataset_hash(read_records(write(*changed))) != base
+
+
+def test_a_record_says_whether_its_video_brings_its_sound(write):
+    rows = [GOOD | {"id": str(n)} | said for n, said in enumerate(({}, {"use_audio_in_video": True}))]
+    absent, told = read_records(write(*rows))
+    assert (absent.use_audio_in_video, told.use_audio_in_video) == (None, True)
+    assert "use_audio_in_video" not in absent.content()  # the hash of older files stays
+    assert dataset_hash([told]) != dataset_hash([dataclasses.replace(told, use_audio_in_video=None)])
+    (text,) = read_records(write("id,video,use_audio_in_video", "a,a.mp4,False", name="data.csv"))
+    assert text.use_audio_in_video is False
+    assert fault(write(GOOD | {"use_audio_in_video": 1})).expected == "true or false"

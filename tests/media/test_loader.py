@@ -157,6 +157,10 @@ def test_an_unknown_policy_is_refused(folder):
 
 def test_audio_inside_video_is_the_videos_own(folder):
     with loader(folder) as apart, loader(folder, use_audio_in_video=True) as inside:
+        told = [
+            one.load(dataclasses.replace(record(videos=("both.mp4",)), use_audio_in_video=say))
+            for one, say in ((apart, True), (inside, False))
+        ]
         separate = apart.load(record(videos=("both.mp4", "other.mp4"), audios=("both.mp4", "other.mp4", "voice.wav")))
         together = inside.load(record(videos=("both.mp4", "other.mp4"), audios=("both.mp4", "other.mp4", "voice.wav")))
         alone = inside.load(record(videos=("both.mp4",)))
@@ -165,6 +169,9 @@ def test_audio_inside_video_is_the_videos_own(folder):
     for own, other in zip(together.video_audios, separate.audios[:2], strict=True):
         np.testing.assert_array_equal(own.mel, other.mel)
     np.testing.assert_array_equal(alone.video_audios[0].mel, separate.audios[0].mel)
+    # What the record says goes before the setting.
+    np.testing.assert_array_equal(told[0].video_audios[0].mel, separate.audios[0].mel)
+    assert told[1].video_audios == (None,)
 
 
 def test_long_audio_is_cut_and_counted(folder):

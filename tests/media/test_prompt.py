@@ -92,6 +92,11 @@ def test_interleaved_audio_takes_rows_of_both_clips_in_order():
     assert prompt.source[prompt.ids == v].tolist() == [[0, row] for row in range(4)]
     assert (prompt.position[:, start] == prompt.position[:, start + 1]).all(), "the two starts share a position"
     assert sum(prompt.stats[part] for part in ("text", "video", "audio")) == len(prompt.ids)
+    told = builder().build(dataclasses.replace(ask("So?"), use_audio_in_video=True), clips)
+    np.testing.assert_array_equal(told.ids, prompt.ids)
+    np.testing.assert_array_equal(told.position, prompt.position)
+    apart = builder(INTERLEAVED).build(dataclasses.replace(ask("So?"), use_audio_in_video=False), clips)
+    assert a not in apart.ids
 
 
 def test_a_track_that_is_skipped_or_interleaved_leaves_its_placeholder_empty():

@@ -27,6 +27,7 @@ class TinyRecord:
     audios: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     subtitle: str | None = None
+    use_audio_in_video: bool | None = None
     file: str = "data.jsonl"
 
 
