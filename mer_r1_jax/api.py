@@ -38,7 +38,8 @@ class Model:
     def answer(
         self,
         *,
-        video: str | os.PathLike[str],
+        video: str | os.PathLike[str] | None = None,
+        audio: str | os.PathLike[str] | None = None,
         subtitle: str | None = None,
         question: str | None = None,
         mode: Mode = "slow",
@@ -48,13 +49,14 @@ class Model:
 
         Args:
             video: the clip. One without sound is answered from its frames.
+            audio: a sound file: alone, or in place of the clip's own sound.
             subtitle: what is said in it, where known.
             question: what is asked; None asks what the model was trained on.
             mode: slow reasons first; fast answers at once, behind an empty think block.
             show: which part of the clip the model is given.
 
         Raises:
-            ArgumentError: an unknown mode or part.
+            ArgumentError: an unknown mode or part, or nothing to show.
             MediaError, PromptError: a clip or text that cannot be used.
             RolloutError: the model's scores are not finite.
         """
@@ -62,8 +64,11 @@ class Model:
 
         _require("mode", mode, ("slow", "fast"))
         _require("show", show, ("both", "video", "audio"))
+        if (video if show == "video" else video or audio) is None:
+            raise ArgumentError("video: got None, expected the clip, or a sound file as audio; name one of them")
         asked = question or self._setup.config.data.question
-        record = clip_record(os.fspath(video), asked, subtitle, frames=show != "audio", audio=show != "video")
+        clip, voice = video and os.fspath(video), audio and os.fspath(audio)
+        record = clip_record(clip, asked, subtitle, frames=show != "audio", audio=show != "video", voice=voice)
         _, (answered,) = answer(self._setup, self._params, record, (mode,))
         return dataclasses.replace(answered, reasoning=answered.reasoning or None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mer_r1_jax.config.bounds import is_bucket
@@ -104,13 +104,19 @@ class Policy:
     held_out: tuple[str, str]
 
 
-def open_policy(path: str, config: RunConfig | None = None, devices: Sequence[Any] | None = None) -> Policy:
+def open_policy(
+    path: str,
+    config: RunConfig | None = None,
+    devices: Sequence[Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Policy:
     """Opens a run's folder, an export or a Hugging Face directory for benchmarks.
 
     Args:
         path: the folder.
         config: how clips and prompts are prepared and answers decoded; None = as the model remembers.
         devices: where the policy lives; all there are when None.
+        changes: dotted configuration fields that go before all that.
 
     Raises:
         PolicyError and the errors of the parts: the folder holds no policy, or cannot be used so.
@@ -120,7 +126,7 @@ def open_policy(path: str, config: RunConfig | None = None, devices: Sequence[An
     overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir())
     if overrides.get("media.missing_audio", "error") == "error":
         overrides["media.missing_audio"] = "skip"
-    setup, params, read = open_step(path, overrides, devices)
+    setup, params, read = open_step(path, overrides | dict(changes or {}), devices)
     return Policy(setup, params, model_fingerprint(path, setup.tokenizer_path, read), _held_out(path, config))
 
 
@@ -200,7 +206,7 @@ class Reply:
 
     record: Record
     mode: str
-    outcome: AnswerOf | MediaError | PromptError
+    outcome: AnswerOf | MediaError | PromptError  # an evaluator of another kind gives its own kind of answer
     silent: bool = False
 
 

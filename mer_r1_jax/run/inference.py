@@ -6,39 +6,59 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES, Answer
-from mer_r1_jax.evaluation.answering import LENGTH_STEP, AnsweringPolicy
+from mer_r1_jax.emotion.wheels import Wheels
+from mer_r1_jax.evaluation.answering import LENGTH_STEP, Answerer, AnsweringPolicy
+from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.media.collate import prompt_shape
 from mer_r1_jax.media.prompt import Prompt
-from mer_r1_jax.omni.batch import Prompts
+from mer_r1_jax.omni.batch import BatchShape, Prompts
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.rl.rollout import STOP_LENGTH
 from mer_r1_jax.run.asking import make_answerer
 from mer_r1_jax.run.setup import Setup
+from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
+from mer_r1_jax.training.stopping import NEVER, Stop
+
+Place = str | pathlib.Path
 
 
-def clip_record(video: str | pathlib.Path, question: str, subtitle: str | None, *, frames: bool, audio: bool) -> Record:
+def clip_record(
+    video: Place | None,
+    question: str,
+    subtitle: str | None,
+    *,
+    frames: bool = True,
+    audio: bool = True,
+    voice: Place | None = None,
+) -> Record:
     """A record of one clip.
 
     Args:
-        video: the clip; a link is followed, wherever it leads: its user named it himself.
+        video: the clip; a link is followed, wherever it leads: its user named it himself. None for a sound alone.
         question: what is asked.
         subtitle: what is said in it, if known.
         frames, audio: which of its parts are shown.
+        voice: a sound file in place of the clip's own track.
     """
-    path = pathlib.Path(os.path.realpath(video))
+    real = {name: pathlib.Path(os.path.realpath(name)) for name in (video, voice) if name is not None}
+    root = os.path.commonpath([path.parent for path in real.values()])
+    sound = video if voice is None else voice
     return Record(
-        id=pathlib.Path(video).name,
+        id=pathlib.Path(video or voice or "").name,
         messages=({"role": "user", "content": question},),
-        videos=(path.name,) if frames else (),
-        audios=(path.name,) if audio else (),
+        videos=(os.path.relpath(real[video], root),) if frames and video is not None else (),
+        audios=(os.path.relpath(real[sound], root),) if audio and sound is not None else (),
         subtitle=subtitle,
-        file=str(path),
+        # What is hidden, or replaced, must not come with the frames.
+        use_audio_in_video=None if audio and voice is None else False,
+        file=os.path.join(root, "clip"),
     )
 
 
@@ -58,25 +78,63 @@ def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = 
     answerer = make_answerer(setup, setup.programs.sampling.max_completion_length)
     with answerer.holding(params) as policy:
         prompts = policy.encode([prompt], [bucket], [0])
-        return prompt, [_read(setup, policy, prompts, mode) for mode in modes]
+        return prompt, [_read(setup.wheels, policy, prompts, mode)[0] for mode in modes]
 
 
-def _read(setup: Setup, policy: AnsweringPolicy, prompts: Prompts, mode: str) -> Answer:
-    answers = policy.answer(prompts, mode)
-    ids, length, stop = (array[0, 0] for array in (answers.host.id_BGC, answers.host.length_BG, answers.host.stop_BG))
-    said = policy.answerer.scorer.answer(ids, int(length), bool(stop == STOP_LENGTH), ())
-    words = said.parsed.words
+class Reader(Evaluator):
+    """Answers batch by batch like an evaluator, and gives each as it is read, as an `Answer`: there may be no truth.
+
+    Args:
+        answerer: decodes.
+        buckets: shapes of batches.
+        wheels: what categories are of.
+    """
+
+    def __init__(self, answerer: Answerer, buckets: Sequence[BatchShape], wheels: Wheels):
+        super().__init__(answerer, buckets)
+        self.wheels = wheels
+
+    def _answer(
+        self, policy: AnsweringPolicy, batch: Sequence[tuple[Record, Prompt]], modes: Sequence[str], stop: Stop
+    ) -> dict[str, list[Any]]:
+        uids = [uid_of(record.id) for record, _ in batch]
+        prompts = policy.encode([prompt for _, prompt in batch], self.buckets, uids)
+        return {mode: _read(self.wheels, policy, prompts, mode, len(batch), stop) for mode in modes}
+
+
+def _read(
+    wheels: Wheels, policy: AnsweringPolicy, prompts: Prompts, mode: str, rows: int = 1, stop: Stop = NEVER
+) -> list[Answer]:
+    """The answers to the first rows of a batch; the others are padding."""
+    answers = policy.answer(prompts, mode, stop)
+    said = [
+        policy.answerer.scorer.answer(ids, int(length), bool(how == STOP_LENGTH), ())
+        for ids, length, how in zip(
+            answers.host.id_BGC[:rows, 0],
+            answers.host.length_BG[:rows, 0],
+            answers.host.stop_BG[:rows, 0],
+            strict=True,
+        )
+    ]
     # With its own words for truth every word has a confidence; beyond `rl.max_answer_words` there are none.
-    probability_WQ = policy.score(answers, [words], require_format=False).probability_BWQ[0]
-    held = {word: row_Q[~np.isnan(row_Q)] for word, row_Q in zip(words, probability_WQ, strict=False)}
-    return Answer(
-        mode=mode,
-        reasoning=said.parsed.reasoning,
-        words=words,
-        probabilities={word: float(row.mean()) for word, row in held.items() if len(row)},  # mean over its wheels
-        categories={
-            word: tuple(setup.wheels.category(word, wheel) for wheel in range(len(setup.wheels))) for word in words
-        },
-        truncated=said.truncated,
-        text=said.text,
-    )
+    own = [one.parsed.words for one in said]
+    probability_BWQ = policy.score(answers, own, require_format=False).probability_BWQ
+    read = []
+    for one, probability_WQ in zip(said, probability_BWQ, strict=False):
+        words = one.parsed.words
+        held = {word: row_Q[~np.isnan(row_Q)] for word, row_Q in zip(words, probability_WQ, strict=False)}
+        read.append(
+            Answer(
+                mode=mode,
+                reasoning=one.parsed.reasoning,
+                words=words,
+                # mean over the word's wheels
+                probabilities={word: float(row.mean()) for word, row in held.items() if len(row)},
+                categories={
+                    word: tuple(wheels.category(word, wheel) for wheel in range(len(wheels))) for word in words
+                },
+                truncated=one.truncated,
+                text=one.text,
+            )
+        )
+    return read

@@ -11,10 +11,12 @@ from support.small_fixtures import compiled, small, small_folder, trained  # noq
 
 import mer_r1_jax
 from mer_r1_jax.api import Answer, ArgumentError
+from mer_r1_jax.data.records import read_records
 from mer_r1_jax.emotion.predictions import PredictionError
 from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
-from mer_r1_jax.run import policy
+from mer_r1_jax.run import asking, policy
+from mer_r1_jax.run.answer_file import answer_records
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.training.state import nest
 
@@ -64,10 +66,27 @@ def test_wrong_arguments_are_named_with_what_is_expected(model, small_folder, tm
         model.answer(video=clip, mode="both")
     with pytest.raises(ArgumentError, match="show: got 'frames', expected one of both, video, audio"):
         model.answer(video=clip, show="frames")
+    with pytest.raises(ArgumentError, match="video: got None, expected the clip"):
+        model.answer(audio=clip, show="video")
     with pytest.raises(MediaError, match="none.mp4"):
         model.answer(video=tmp_path / "none.mp4")
     with pytest.raises(policy.PolicyError, match="expected a run's folder"):
         mer_r1_jax.load(tmp_path)
+
+
+def test_a_file_of_records_gets_the_answers_of_its_clips(model, export, small_folder, tmp_path):  # noqa: F811
+    records = read_records(small_folder / "eval.jsonl")[:3]
+    opened = asking.open_policy(export, devices=jax.devices()[:1], changes={"media.decode_workers": 0})
+    try:
+        counts = answer_records(opened, records, ("fast",), tmp_path / "answers.jsonl")
+    finally:
+        opened.setup.source.close()
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == counts.answered + len(counts.failed) == 3
+    _, (reading,) = answer(model._setup, model._params, records[0], ("fast",))
+    (line,) = (line for line in lines if line["id"] == records[0].id)
+    assert (line["text"], line["prediction"]) == (reading.text, [*reading.words])
+    assert line["confidences"] == pytest.approx({word: reading.probabilities.get(word) for word in reading.words})
 
 
 def said(*words):
