@@ -64,7 +64,7 @@ class OtherKind:
         mend: how to make JSON lines of it; "" where it is read as it is.
         reader: who reads it: json (values with white space or in one list), csv, parquet, arrow_file, arrow_stream; ""
             where nobody does.
-        delimiter: between the columns of a CSV file.
+        delimiter: between the columns of a CSV file; of another text that which a CSV file of one column would have.
     """
 
     name: str
@@ -211,7 +211,7 @@ def _plain_kind(lines: list[str]) -> OtherKind:
     if delimiter in first and (len(lines) == 1 or delimiter in lines[1]):
         return OtherKind(_DELIMITERS[delimiter], reader="csv", delimiter=delimiter)
     shown = first if len(first) <= _MOST_NAMED else f"{first[:_MOST_NAMED]}..."
-    return OtherKind(f"a text that is not JSON (it begins {shown!r})", "write one JSON object per line")
+    return OtherKind(f"a text that is not JSON (it begins {shown!r})", "write one JSON object per line", delimiter=",")
 
 
 def _for_file(mend: str, path: str) -> str:

@@ -30,7 +30,9 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes 
 _TIMES = (datetime.date, datetime.time)
 
 
-def numbered_rows(path: str | os.PathLike, faults: list[Fault]) -> Iterator[tuple[int, str]]:
+def numbered_rows(
+    path: str | os.PathLike, faults: list[Fault], *, one_column: bool = False
+) -> Iterator[tuple[int, str]]:
     """Yields (number, JSON text) of the rows that are not blank.
 
     The number is the line a row begins at in JSON lines and CSV, and else its place in the file, from 1.
@@ -38,6 +40,7 @@ def numbered_rows(path: str | os.PathLike, faults: list[Fault]) -> Iterator[tupl
     Args:
         path: a file, or a folder that `save_to_disk` wrote.
         faults: is given what cannot be read: the file, a row of it, or its lines that are not UTF-8.
+        one_column: takes a text for a CSV file of one column, which nothing shows.
     """
     if os.path.isdir(path):
         yield from _folder_rows(Path(path), faults)
@@ -55,8 +58,8 @@ def numbered_rows(path: str | os.PathLike, faults: list[Fault]) -> Iterator[tupl
             for number, text in numbered_lines(stream, path, faults):
                 if text := text.strip():
                     yield number, text
-        elif kind.reader:
-            yield from _READERS[kind.reader](stream, Path(path), kind, faults)
+        elif reader := kind.reader or ("csv" if one_column and kind.delimiter else ""):
+            yield from _READERS[reader](stream, Path(path), kind, faults)
         else:
             faults.append(Fault(0, kind.name, EXPECTED, kind.mend))
 

@@ -19,6 +19,7 @@ from mer_r1_jax.config.settings import settings
 # Name -> what it is for, in the order in which somebody new needs them.
 COMMANDS = {
     "make-synthetic": "makes the synthetic world: clips, records, tokenizer",
+    "convert": "makes data files of MER2025, or of any table of clips with labels",
     "validate": "checks records and clips before a run",
     "train": "trains: SFT, then RL, evaluation, export and report",
     "infer": "answers about a clip: reasoning, emotion words, probabilities",
