@@ -31,8 +31,9 @@ _BINARY = (
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook", f"convert it, e.g. `{_PANDAS.format(read='read_excel({file!r})')}`"),
     (b"\x93NUMPY", "a NumPy array", "convert it to JSON lines"),
 )
+Reader = Literal["", "json", "csv", "parquet", "arrow_file", "arrow_stream"]
 # first bytes -> (what it is, who reads it)
-_TABLES = (
+_TABLES: tuple[tuple[bytes, str, Reader], ...] = (
     (b"PAR1", "a Parquet file", "parquet"),
     (b"ARROW1", "an Arrow file", "arrow_file"),
     (b"\xff\xff\xff\xff", "an Arrow stream", "arrow_stream"),  # as Hugging Face datasets keep them
@@ -50,9 +51,6 @@ _RECORD_KEYS = frozenset(
 )
 _WRAPPED = re.compile(r'^\{[^\[\]{}]*?"([^"\\]{1,64})"\s*:\s*\[\s*(?:\{|$)')
 _DELIMITERS = {",": "a CSV file", "\t": "a TSV file (tabs between columns)", ";": "a CSV file with semicolons"}
-
-
-Reader = Literal["", "json", "csv", "parquet", "arrow_file", "arrow_stream"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,16 @@ split here, tables are read by pyarrow; a file of a kind that nobody reads is a 
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import datetime
 import decimal
+import io
 import json
 import math
 import os
+import tokenize
 from collections.abc import Callable, Iterator
 from json import JSONDecodeError
 from pathlib import Path
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 EXPECTED = "JSON lines, JSON, CSV, Parquet, Arrow, or a folder that `save_to_disk` of Hugging Face datasets wrote"
+MAX_PYTHON_LIST = 4000  # characters
 _ROWS_AT_ONCE = 1024  # of a table that are Python values at a time
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes beside the arrow files
 _TIMES = (datetime.date, datetime.time)
@@ -127,7 +132,8 @@ def _malformed(text: str, number: int, error: Exception) -> Fault:
 def _csv_rows(stream: BinaryIO, path: Path, kind: OtherKind, faults: list[Fault]) -> Iterator[tuple[int, str]]:
     """The rows of a table in text, whose first row names its columns.
 
-    Cells are text; an empty one is absent, and one that holds a JSON list or object is that.
+    Cells are text; an empty one is absent, and one that holds a JSON list or object, or a list as Python writes it, is
+    that.
     """
     consumed: list[int] = []  # lines that the row at hand takes
 
@@ -167,11 +173,31 @@ def _cell(text: str) -> Any:
     if not text.strip():
         return None
     if text.lstrip()[0] in "[{":
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
+        with contextlib.suppress(ValueError):
+            return python_list(text)
     return text
+
+
+def python_list(text: str) -> list[str]:
+    """The texts of a list as Python writes it, `['a', "b's"]`, which is read as data.
+
+    Raises:
+        ValueError: it is no list of texts, has more than `MAX_PYTHON_LIST` characters, or two texts without a comma
+            between them, as NumPy prints them, which Python would take for one.
+    """
+    text = text.strip()
+    if len(text) > MAX_PYTHON_LIST:
+        raise ValueError("too long")
+    try:
+        found = ast.literal_eval(text)
+        quoted = sum(token.type == tokenize.STRING for token in tokenize.generate_tokens(io.StringIO(text).readline))
+    except (SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        raise ValueError("no list") from error
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found) or quoted != len(found):
+        raise ValueError("no list of texts")
+    return found
 
 
 def _parquet_rows(stream: BinaryIO, path: Path, kind: OtherKind, faults: list[Fault]) -> Iterator[tuple[int, str]]:
@@ -206,9 +232,11 @@ def _folder_rows(folder: Path, faults: list[Fault]) -> Iterator[tuple[int, str]]
         got = f"a folder of several data sets: {printable(', '.join(map(str, splits)), 200)}"
         faults.append(Fault(0, got, "one of them", f"name it, e.g. {printable(folder / str(splits[0]))}"))
         return
-    named = [entry.get("filename") for entry in (state or {}).get("_data_files") or () if isinstance(entry, dict)]
+    listed = (state or {}).get("_data_files")
+    listed = listed if isinstance(listed, list) else []
+    named = [str(entry.get("filename")) for entry in listed if isinstance(entry, dict)]
     # A name is one of this folder's: what is elsewhere is not read for a file that says so.
-    if not named or not all(isinstance(name, str) and name == os.path.basename(name) for name in named):
+    if not named or not all(name == os.path.basename(name) for name in named):
         mend = f"name a file; a folder is read where its {_STATE} lists arrow files, as `save_to_disk` writes it"
         faults.append(Fault(0, "a folder", EXPECTED, mend))
         return

@@ -6,7 +6,6 @@ file is, the drafts are divided by a seed, and the files are written with an acc
 
 from __future__ import annotations
 
-import ast
 import collections
 import dataclasses
 import json
@@ -23,12 +22,11 @@ from mer_r1_jax.data.paths import MediaPathError, resolve_media
 from mer_r1_jax.emotion.answer_form import split_label
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.json_lines import Fault, JsonLineError, parse_value
-from mer_r1_jax.row_files import numbered_rows
+from mer_r1_jax.row_files import MAX_PYTHON_LIST, numbered_rows, python_list
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.atomic_files import writing
 
 ACCOUNT = "counts.json"  # beside the data files
-MAX_LABEL = 4000  # characters of a label
 MAX_WORDS = 64  # of one label
 _NAMED = 5  # clips that the account names for each reason
 
@@ -169,13 +167,13 @@ def words_of(cell: Any) -> list[str]:
         LabelError: it is none, or beyond the limits.
     """
     if isinstance(cell, str):
-        if len(cell) > MAX_LABEL:
-            raise LabelError(f"a label of more than {MAX_LABEL} characters")
+        if len(cell) > MAX_PYTHON_LIST:
+            raise LabelError(f"a label of more than {MAX_PYTHON_LIST} characters")
         if cell.strip().startswith("["):
             try:
-                cell = ast.literal_eval(cell.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                raise LabelError("a label that begins like a list and is none") from None
+                cell = python_list(cell)
+            except ValueError:
+                raise LabelError("a label that begins like a list and is none of words") from None
         else:
             cell = [cell]
     if isinstance(cell, bool) or not isinstance(cell, list | tuple):

@@ -41,7 +41,7 @@ def test_the_official_layout_is_converted_counted_and_validates(mer2025, tmp_pat
     assert by_name["empty"].solution == ("neutral",) and by_name["in_test"].solution == ("calm",)
     assert all(record.target and "so this is" in record.target for record in files["sft"])
     assert counts_of(out, "left_out") == {
-        "`openset` holds a label that begins like a list and is none": (1, ["broken"]),
+        "`openset` holds a label that begins like a list and is none of words": (1, ["broken"]),
         "no video/NAME.mp4": (2, ["absent", "../out"]),
         "training clips that are in track2_test.csv too": (1, ["in_test"]),
     }
@@ -185,7 +185,9 @@ def test_labels_are_read_as_they_are_written(cell, words):
         ("['happy'", "begins like a list"),
         ("[__import__('os').system('x')]", "begins like a list"),
         ("[" * 3000, "begins like a list"),
-        ("[1, 'happy']", "an entry that is no word"),
+        ("[1, 'happy']", "begins like a list"),
+        ("['happy' 'sad']", "begins like a list"),
+        ([1, "happy"], "an entry that is no word"),
         ("x" * 4001, "more than 4000 characters"),
         (str([f"w{n}" for n in range(65)]), "more than 64 words"),
         (3, "no word and no list"),

@@ -150,6 +150,13 @@ def test_a_text_table_has_names_and_nothing_is_read_past_them(tmp_path):
     assert any(problem.field == "openset" for problem in problems)
 
 
+def test_lists_as_python_writes_them_are_lists_and_others_stay_text(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("videos,audio,solution\n\"['a.mp4', \"\"b's.mp4\"\"]\",a.mp4,['sad' 'hurt']\n")
+    (record,) = read_records(path)
+    assert (record.videos, record.solution) == (("a.mp4", "b's.mp4"), ("sad", "hurt"))
+
+
 def test_predictions_are_read_from_a_table_too(tmp_path):
     path = tmp_path / "answers.csv"
     path.write_text('id,prediction,truth\na,"happy, sad","[\'happy\']"\nb,,sad\n')
