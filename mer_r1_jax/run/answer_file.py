@@ -17,6 +17,7 @@ from typing import Any
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.emotion.answer_form import Answer
 from mer_r1_jax.evaluation.result_log import FAILED, LogForm, ResultLog
+from mer_r1_jax.foreign_text import printable, would_run_in_a_spreadsheet
 from mer_r1_jax.run.asking import Policy, answer_fingerprint, ask, eval_buckets, eval_length, make_answerer
 from mer_r1_jax.run.inference import Reader
 from mer_r1_jax.storage import atomic_files
@@ -101,6 +102,8 @@ def answer_records(
         AnswerFileError: the log is another model's, of other settings or of other records; no record can be asked.
     """
     out = pathlib.Path(out)
+    if out.suffix == ".csv":
+        _check_names(records)
     wanted = [(record, mode) for record in records for mode in modes]
     with ResultLog(log_of(out), FORM, answer_fingerprint(policy, "infer")) as log:
         digests = {record.id: dataset_hash([record]) for record in records}
@@ -175,6 +178,16 @@ def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writerow(CSV_COLUMNS)
     writer.writerows([row["id"], str(row.get("prediction", []))] for row in rows)
     return text.getvalue()
+
+
+def _check_names(records: Sequence[Record]) -> None:
+    """Refuses ids that a spreadsheet would run, before any of them is asked."""
+    for record in records:
+        if would_run_in_a_spreadsheet(record.id):
+            raise AnswerFileError(
+                f"{record.where}: id: got {printable(record.id, 80)}, which a spreadsheet would run; expected a name "
+                "for the CSV; rename it, or write .jsonl"
+            )
 
 
 def _done(log: ResultLog, wanted: Iterable[tuple[Record, str]]) -> int:

@@ -71,7 +71,7 @@ def open_held_out(
 
     Args:
         path: the folder.
-        data: JSON-lines file; "" takes what the run was evaluated on (of an export: the run whose folder it lies in).
+        data: data file; "" takes what the run was evaluated on (of an export: the run whose folder it lies in).
         media_root: folder the media paths are relative to; "" means the run's own or, with `data`, that file's folder.
         limit: takes the first so many records; 0 takes as many as the run did, or all of `data`.
         overrides: dotted configuration fields to change.
@@ -103,6 +103,4 @@ def _evaluated_config(path: pathlib.Path) -> RunConfig:
         require_files(config, ("data.eval_path", "data.media_root"))
         if file := held_out_of(config)[0]:
             return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=file))
-    raise PolicyError(
-        f"{path}: names no held-out records; give a JSON-lines file (--data) with a `solution` in every line"
-    )
+    raise PolicyError(f"{path}: names no held-out records; give a data file (--data) with a `solution` in every record")

@@ -228,9 +228,7 @@ def _read(config: RunConfig, wheels: Wheels) -> DataSets:
         if not wanted:
             return ()
         if not path:
-            raise ConfigError(
-                f"data.{field} is empty, but this run needs it: name a JSON-lines file, or skip the phase"
-            )
+            raise ConfigError(f"data.{field} is empty, but this run needs it: name a data file, or skip the phase")
         return tuple(
             read_records(
                 path,

@@ -101,6 +101,12 @@ def test_another_models_answers_are_refused_by_name(tmp_path, asked):
         check_out(out, ("slow",))
 
 
+def test_a_name_that_a_spreadsheet_would_run_is_refused_before_anything_is_asked(tmp_path, asked):
+    with pytest.raises(AnswerFileError, match="id: got =cmd.*rename it"):
+        answer_records(None, [dataclasses.replace(RECORDS[0], id="=cmd|x")], ("slow",), tmp_path / "answers.csv")
+    assert not asked
+
+
 def test_a_file_without_any_answer_is_refused(tmp_path, asked):
     with pytest.raises(AnswerFileError, match="none of the 1 records can be asked, the first for: .*no file"):
         answer_records(None, RECORDS[3:], ("slow",), tmp_path / "answers.csv")
