@@ -55,6 +55,7 @@ ARM_NAMES = (
     *("sfcc_word", "sfcc_recall_only", "sfcc_reward_space", "sfcc_mixed", "sfcc_loss"),
 )
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
 SideRatio = Annotated[float, Number(1.0, MAX_ASPECT_RATIO)]
 
@@ -200,6 +201,13 @@ class RlConfig:
     delta: Weight = 0.0  # the unclipped ratio is cut at this, two-sided clipping; 0 = off (TRL: None)
     loss_type: Annotated[str, NameOrPath(LOSS_TYPES)] = "dapo"  # token averaging (verl: loss_agg_mode)
     importance_sampling_level: Literal["token", "sequence"] = "token"  # token | sequence (GSPO)
+    entropy_coef: Weight = 0.0  # weight of the policy's mean entropy, a bonus in the loss; 0 = off
+    top_entropy_quantile: Share = 1.0  # share of a micro-batch's tokens, those of highest entropy, in the loss; 1 = all
+    sampler_correction: SamplerCorrection = "none"  # weigh by trainer / sampler (TRL: vllm_importance_sampling_mode)
+    sampler_correction_max: Weight = (
+        3.0  # upper bound of that ratio, cut (truncate) or left out (mask) beyond it; 0 = none
+    )
+    sampler_correction_min: Weight = 0.0  # likewise its lower bound; 0 = none
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divisor of z: group | batch | none
     mask_truncated_completions: bool = False  # leave completions that hit the length cap out of the loss
     calibration_weight: Weight = 0.1  # lambda, weight of the slow-fast calibration

@@ -70,7 +70,7 @@ class Experience:
         prompts: encoded where the towers are frozen; with their clips where a tower is trained.
         completion: the sampled completions, as a set of a packed row.
         targets: advantages, masks and the log-probabilities that the policy's own are held against.
-        sampling_logprob_BGC: float32, under the distribution each token was drawn from; a metric's.
+        sampling_logprob_BGC: float32, under the distribution each token was drawn from; for a metric and a correction.
         anchors: answer words and fast contexts, for the arm with a calibration loss; None otherwise.
         candidate_ids_ZY: int32, the candidate sets of those anchors; None otherwise.
     """
@@ -386,8 +386,16 @@ def update(
         # One forward pass over prompt and completions, and over the fast contexts where the loss reads those too.
         fast_sets = () if micro_batch.anchors is None else (micro_batch.anchors.fast,)
         h_BGCD, *fast_BGCD = continuation_hidden(model, prompts, completion, *fast_sets, packed=backbone.packed_rows)
-        logprob_BGC, entropy_BGC = token_logprobs(model, h_BGCD, completion.id_BGC, temperature=config.temperature)
-        value, metrics = policy_loss(logprob_BGC, targets, beta, totals, config)
+        logprob_BGC, entropy_BGC = token_logprobs(
+            model,
+            h_BGCD,
+            completion.id_BGC,
+            temperature=config.temperature,
+            entropy_gradient=config.entropy_coef > 0,
+        )
+        if config.sampler_correction != "none":
+            targets = dataclasses.replace(targets, sampling_logprob_BGC=micro_batch.sampling_logprob_BGC)
+        value, metrics = policy_loss(logprob_BGC, targets, beta, totals, config, entropy_BGC)
         if micro_batch.anchors is not None:  # the arm `sfcc_loss`: calibration as a loss, beside the advantages
             candidate_ids_ZY = micro_batch.candidate_ids_ZY
             slow, fast = confidences(model, h_BGCD, fast_BGCD[0], micro_batch.anchors, candidate_ids_ZY)
