@@ -67,6 +67,11 @@ def _check_rewards(config: RunConfig) -> list[str]:
         problems.append(
             f"rl.delta: got {rl.delta}, expected 0 (off) or more than 1 + rl.epsilon_high = {1 + rl.epsilon_high:g}"
         )
+    if rl.sync_ref_model and not rl.beta:
+        problems.append(
+            "rl.sync_ref_model: got True with rl.beta=0, expected a weight above 0: without a KL term there is no "
+            "reference to mix the policy into; leave it out, or set rl.beta"
+        )
     low, high, mode = rl.sampler_correction_min, rl.sampler_correction_max, rl.sampler_correction
     if high and low >= high:
         problems.append(

@@ -44,6 +44,7 @@ class ConfigError(ValueError):
 
 Dtype = Literal["float32", "bfloat16"]
 GroupSize = Annotated[int, Number(2, 65_536, note="a group of one answer has no advantage")]
+MixingShare = Annotated[float, Number(0, 1, above=True)]
 Temperature = Annotated[float, Number(0, 100, above=True, note="a group must differ")]
 
 Grace = Annotated[float, Number(0, 86_400)]  # seconds; 0 = no limit
@@ -196,6 +197,9 @@ class RlConfig:
     decode_chunk: TokensOrZero = 0  # tokens decoded before completions that ended make room; 0 = all in one loop (ours)
     beta: Weight = 0.04  # KL weight at the start (verl: kl_loss_coef; TRL's default is 0)
     beta_decay: Share = 0.75  # beta(t) = beta * (1 - beta_decay * min(1, t / (0.5 * max_steps)))
+    sync_ref_model: bool = False  # mix the policy into the reference now and then; needs beta above 0 (TR-DPO)
+    ref_model_mixup_alpha: MixingShare = 0.6  # reference = alpha * policy + (1 - alpha) * reference
+    ref_model_sync_steps: Count = 512  # updates between two mixings
     epsilon: Share = 0.2  # lower clip (verl: clip_ratio_low)
     epsilon_high: Weight = 0.2  # upper clip (verl: clip_ratio_high)
     delta: Weight = 0.0  # the unclipped ratio is cut at this, two-sided clipping; 0 = off (TRL: None)
@@ -204,10 +208,8 @@ class RlConfig:
     entropy_coef: Weight = 0.0  # weight of the policy's mean entropy, a bonus in the loss; 0 = off
     top_entropy_quantile: Share = 1.0  # share of a micro-batch's tokens, those of highest entropy, in the loss; 1 = all
     sampler_correction: SamplerCorrection = "none"  # weigh by trainer / sampler (TRL: vllm_importance_sampling_mode)
-    sampler_correction_max: Weight = (
-        3.0  # upper bound of that ratio, cut (truncate) or left out (mask) beyond it; 0 = none
-    )
-    sampler_correction_min: Weight = 0.0  # likewise its lower bound; 0 = none
+    sampler_correction_max: Weight = 3.0  # the ratio is cut (truncate) or left out (mask) beyond this; 0 = no bound
+    sampler_correction_min: Weight = 0.0  # likewise below this
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divisor of z: group | batch | none
     mask_truncated_completions: bool = False  # leave completions that hit the length cap out of the loss
     calibration_weight: Weight = 0.1  # lambda, weight of the slow-fast calibration

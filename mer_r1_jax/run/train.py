@@ -59,6 +59,7 @@ from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.phase import Phase
 from mer_r1_jax.training.progress import Progress
+from mer_r1_jax.training.reference import Reference, synced_at
 from mer_r1_jax.training.rl_step import Rollout, beta_at
 from mer_r1_jax.training.sft_step import SftPhase
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
@@ -269,7 +270,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
     iterations = phase.config.num_iterations  # updates made from one rollout
     with run.prompts_of(phase) as data:
         state, done, num_tokens = _begin(phase, params, restored, data)
-        reference = _reference(run, phase, state, fresh=restored is None)
+        reference = _reference(run, phase, state, None if restored is None else done)
         # Compiled when they are first called, with the first prompts.
         rl_step, update = run.rl_step(phase.buckets), run.programs.make_update(phase.optimizer)
         with StepLog(run, phase, done, num_tokens) as steps:
@@ -286,18 +287,20 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                     try:
                         loaded = data.next(step, run.stop.asked)
                         # The reference has the policy's own frozen towers: only what is trained is held twice.
-                        held_against = None if reference is None else state.params | reference
+                        held_against = None if reference is None else state.params | reference.params
                         rollout_step = (step - 1) // iterations
                         rollout = rl_step.rollout(state.params, held_against, loaded, rollout_step, run.stop)
                     except StopRequested:
                         steps.note(f"the rollout of rl step {step} was left; the run that goes on samples it again")
                         if saved < step - 1:
-                            save(run, phase, step - 1, (state, position), steps)
+                            save(run, phase, step - 1, (state, position), steps, reference)
                         return None
                     faults.here("rl_update", step)
                 # A scalar of the program, not static: it falls with every step, and nothing compiles anew.
                 beta = beta_at(phase.config, step - 1, phase.total_steps)
                 state, metrics = update(state, rollout.experience, np.float32(beta))
+                if reference is not None:
+                    reference.follow(state, step)
                 metrics |= {"beta": beta, "learning_rate": float(np.asarray(phase.schedule(step - 1)))}
                 steps.add(step, metrics | rollout.metrics | data.metrics(), rollout.tokens if first_update else 0)
                 if first_update:
@@ -310,7 +313,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                 due = step % run.config.train.save_steps < iterations or step == phase.total_steps
                 stopping = run.stop.agreed()  # read once: a signal may come at any moment
                 if due or stopping:
-                    save(run, phase, step, (state, data.state()), steps)
+                    save(run, phase, step, (state, data.state()), steps, reference)
                     saved = step
                 if stopping:
                     return None
@@ -318,7 +321,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                     _evaluate_when_due(run, phase, state, step)
                 except StopRequested:
                     if not due:
-                        save(run, phase, step, (state, data.state()), steps)
+                        save(run, phase, step, (state, data.state()), steps, reference)
                     return None
                 steps.restart_clock()
     return state.params
@@ -421,12 +424,20 @@ def _begin(
     return from_stored(restored.arrays), restored.host["step"], restored.host["counters"]["num_tokens"]
 
 
-def save(run: Run, phase: Phase, step: int, at: tuple[TrainState, Any], steps: StepLog) -> None:
+def save(
+    run: Run,
+    phase: Phase,
+    step: int,
+    at: tuple[TrainState, Any],
+    steps: StepLog,
+    reference: Reference | None = None,
+) -> None:
     """Saves a checkpoint of `step` steps done in a phase.
 
     Args:
         at: the state, and where the phase's prompts stand, after those steps.
         steps: the log, whose last step is written first.
+        reference: of RL, kept before the checkpoint where it has changed.
     """
     state, position = at
     with run.stop.signals.saving() if run.stop.signals else contextlib.nullcontext():
@@ -434,6 +445,8 @@ def save(run: Run, phase: Phase, step: int, at: tuple[TrainState, Any], steps: S
         run.metrics.sync()  # a checkpoint must not outlive its metrics
         write_clips(run, run.folder)  # nor what its clips were
         run.folder.publish()
+        if reference is not None:
+            reference.keep()
         done_before = run.sft_steps if phase.name == "rl" else 0
         host = {"phase": phase.name, "step": step, "data": position, "counters": {"num_tokens": steps.num_tokens}}
         run.checkpoints.save(done_before + step, as_stored(state), host)
@@ -543,31 +556,52 @@ class StepLog:
 # ------------------------------------------------------------------------------------------------------- the reference
 
 
-def _reference(run: Run, phase: Phase[RlConfig], state: TrainState, fresh: bool) -> Params | None:
-    """The trained parameters as the phase started with them, kept on disk once for later attempts; None without KL."""
-    if not phase.config.beta:
+def _reference(run: Run, phase: Phase[RlConfig], state: TrainState, done: int | None) -> Reference | None:
+    """The trained parameters as the phase started with them, kept on disk once for later attempts; None without KL.
+
+    With `rl.sync_ref_model` each checkpoint has its own, and one more is being written.
+
+    Args:
+        done: updates of the checkpoint that the run goes on from; None where RL begins.
+
+    Raises:
+        ReferenceLostError: it is not there any more, and nothing is that it could be made from.
+    """
+    config = phase.config
+    if not config.beta:
         return None
-    kept = run.folder.open_checkpoints("reference", max_to_keep=1)
-    if fresh:
+    needed = 1 + run.config.train.save_total_limit if config.sync_ref_model else 1
+    kept = run.folder.open_checkpoints("reference", max_to_keep=needed)
+    if done is None:
         # A copy, because the state's own buffers are donated to the first update.
         reference = jax.tree.map(lambda array: array.copy(), state.split()[0])
         kept.save(0, reference, {})
-        return reference
+        return Reference(reference, config, kept)
     # Restored where each parameter lives in training, as the policy's own are.
     shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
     abstract = {
         name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in shapes.items()
     }
+    number = synced_at(config, done)
     try:
-        if (restored := kept.restore(abstract)) is not None:
-            return restored.arrays
+        # One that follows the policy is that of this very step; later and earlier ones may lie beside it.
+        if (restored := kept.restore(abstract, step=number if config.sync_ref_model else None)) is not None:
+            return Reference(restored.arrays, config, kept)
         lost = f"{kept.directory} holds nothing"
-    except AllDamagedError as error:
+    except CheckpointError as error:
+        if not (config.sync_ref_model or isinstance(error, AllDamagedError)):
+            raise
         lost = str(error)
+    if number:
+        raise ReferenceLostError(
+            f"the reference of update {number}, which checkpoint {run.sft_steps + done} needs to go on, is lost "
+            f"({lost}). Expected a copy: it was mixed from policies that are gone (rl.sync_ref_model). Put "
+            f"{kept.directory}/{number} back, or move that checkpoint away, so that the one before it is taken"
+        )
     reference, origin = _start_of_rl(run, phase, abstract, lost)
     log.warning("the reference was lost and is made again from %s. %s", origin, lost)
     kept.save(0, reference, {})
-    return reference
+    return Reference(reference, config, kept)
 
 
 def _start_of_rl(run: Run, phase: Phase, abstract: Params, lost: str) -> tuple[Params, str]:
