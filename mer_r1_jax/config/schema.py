@@ -57,6 +57,7 @@ ARM_NAMES = (
 )
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+ReportTo = Annotated[str, NameOrPath(("tensorboard", "wandb"))]
 MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
 SideRatio = Annotated[float, Number(1.0, MAX_ASPECT_RATIO)]
 
@@ -264,7 +265,7 @@ class TrainConfig:
     logging_steps: Count = 1  # steps between lines of metrics.jsonl
     log_completions: bool = True  # write sampled completions as a table
     num_completions_to_print: FewOrZero = 1  # completions shown on the console at a logging step
-    report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)  # where metrics go besides metrics.jsonl
+    report_to: tuple[ReportTo, ...] = ("tensorboard",)  # where metrics go besides metrics.jsonl; may be a function
     resume_from_checkpoint: Literal["auto", "never"] = "auto"  # auto (newest valid) | never
     max_nonfinite_steps: Count = 10  # updates skipped for a non-finite loss or gradient before the run stops
     export: bool = True  # write the final policy in Hugging Face format to export/hf
