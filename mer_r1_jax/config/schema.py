@@ -266,6 +266,7 @@ class TrainConfig:
     log_completions: bool = True  # write sampled completions as a table
     num_completions_to_print: FewOrZero = 1  # completions shown on the console at a logging step
     report_to: tuple[ReportTo, ...] = ("tensorboard",)  # where metrics go besides metrics.jsonl; may be a function
+    profile_steps: tuple[Count, ...] = ()  # steps of each phase that jax.profiler traces, into logs/attempt_<n>/profile
     resume_from_checkpoint: Literal["auto", "never"] = "auto"  # auto (newest valid) | never
     max_nonfinite_steps: Count = 10  # updates skipped for a non-finite loss or gradient before the run stops
     export: bool = True  # write the final policy in Hugging Face format to export/hf

@@ -56,8 +56,10 @@ from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Che
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.storage.step_store import DamagedStepError
 from mer_r1_jax.storage.stored_arrays import named_leaves
+from mer_r1_jax.training.device_metrics import Utilisation, memory_metrics
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.phase import Phase
+from mer_r1_jax.training.profiling import StepProfiler
 from mer_r1_jax.training.progress import Progress
 from mer_r1_jax.training.reference import Reference, synced_at
 from mer_r1_jax.training.rl_step import Rollout, beta_at
@@ -238,6 +240,7 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
         with StepLog(run, phase, done, num_tokens) as steps:
             saved = done
             for step in range(done + 1, phase.total_steps + 1):
+                steps.begin(step)
                 position = data.state()
                 try:
                     batch, tokens = phase.batch(data.next(step, run.stop.asked))
@@ -281,6 +284,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
             steps.restart_clock()
             saved = done
             for step in range(done + 1, phase.total_steps + 1):
+                steps.begin(step)
                 first_update = (step - 1) % iterations == 0
                 if first_update:
                     position = data.state()
@@ -490,6 +494,8 @@ class StepLog:
         self._nowhere = None if processes.is_first() else open(os.devnull, "w")
         self._progress = Progress(phase.name, phase.total_steps, done, self._nowhere)
         self._pending: tuple[int, dict[str, Any], int] | None = None
+        self._profiler = StepProfiler(run.folder.attempt_logs / "profile", phase.name, run.config.train.profile_steps)
+        self._utilisation = Utilisation(run.backbone.shapes, run.backbone.mesh.devices.flat, phase.config)
         self._last = time.perf_counter()
         self.num_tokens = num_tokens
 
@@ -497,9 +503,14 @@ class StepLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._profiler.end()
         self._progress.close()
         if self._nowhere is not None:
             self._nowhere.close()
+
+    def begin(self, step: int) -> None:
+        """A step is about to be made: it is traced where `train.profile_steps` asks for it."""
+        self._profiler.begin(step, self.flush)
 
     def add(self, step: int, metrics: Mapping[str, Any], tokens: int) -> None:
         """Takes the metrics of a step that was just dispatched and writes those of the step before.
@@ -536,6 +547,7 @@ class StepLog:
         now = time.perf_counter()  # a step's time ends when the device is done with it
         seconds, self._last = now - self._last, now
         metrics |= {"step_time": seconds, "perf/throughput": tokens / seconds}  # seconds; tokens a second
+        metrics |= memory_metrics() | self._utilisation.of_step(tokens, seconds)
         # Looked at every step, also where nothing is logged.
         skipped_in_a_row = int(metrics.pop("skipped_in_a_row"))
         if step % config.logging_steps == 0:

@@ -31,7 +31,7 @@ MAY_CHANGE = (
     "train.output_dir", "train.run_name", "train.save_steps", "train.save_total_limit", "train.logging_steps",
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
     "train.export", "train.local_dir", "data.cache_dir", "media.decode_workers", "rl.reward_timeout",
-    "rl.max_faulty_rollouts", "train.preemption_grace_seconds",
+    "rl.max_faulty_rollouts", "train.preemption_grace_seconds", "train.profile_steps",
     # What a worker may use: a clip that decodes within it is the same clip, and one that is quarantined stays so.
     "media.decode_timeout", "media.decode_memory_mb",
 )  # fmt: skip

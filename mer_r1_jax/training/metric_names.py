@@ -69,6 +69,11 @@ METRICS: dict[tuple[str, ...], str] = {
     ),
     ("data/decode_ms",): "milliseconds to decode a clip, mean",
     ("num_tokens", "perf/throughput"): "tokens so far; tokens per second",
+    ("perf/{memory,peak_memory}_gib",): "GiB of the fullest device in use, and at its highest; where devices tell it",
+    ("perf/mfu",): (
+        "share of the devices' bf16 speed that the step's passes through the decoder's layers used, sampling included; "
+        "for TPUs and GPUs of `training/device_metrics.py`"
+    ),
     ("step_time", "timing_s/{gen,reward,reward_funcs,score,reference}"): "seconds of the step, and of its parts",
     ("step", "phase", "time"): "optimizer steps done in the phase; `sft` or `rl`; seconds since 1970",
 }
