@@ -83,6 +83,11 @@ def _check_rewards(config: RunConfig) -> list[str]:
             f"rl.sampler_correction: got {mode!r} without a bound, expected rl.sampler_correction_max or _min above 0 "
             "(3 is TRL's upper one): a ratio without any can grow without limit"
         )
+    if mode != "none" and not rl.temper_logprobs:
+        problems.append(
+            f"rl.sampler_correction: got {mode!r} with rl.temper_logprobs=False, expected tempered log-probabilities: "
+            "the ratio would correct for the temperature; leave one of them out"
+        )
     for path in rl.reward_funcs:
         if path.count(".") < 1 or not all(part.isidentifier() for part in path.split(".")):
             problems.append(

@@ -192,6 +192,7 @@ class RlConfig:
     num_iterations: Annotated[int, Number(1, 1000)] = 1  # updates made from one rollout
     max_completion_length: Tokens = 1024  # tokens sampled at most (verl: max_response_length)
     temperature: Temperature = 0.9  # sampling temperature; policy log-probabilities use logits / temperature too
+    temper_logprobs: bool = True  # False: the loss takes log-probabilities of logits, whatever the temperature
     top_p: Annotated[float, Number(0, 1, above=True)] = 1.0  # nucleus; training wants 1
     top_k: CountOrZero = 0  # 0 = off
     min_p: ShareBelowOne = 0.0  # 0 = off
@@ -222,6 +223,9 @@ class RlConfig:
     max_faulty_rollouts: Count = 5  # rollouts in a row in which a function gave only faults before the run stops (ours)
     word_penalty: Weight = 0.0  # taken off both rewards per answer word beyond the truth's count (off)
     unscorable: Literal["drop", "format_only"] = "drop"  # prompts whose truth is on no wheel: drop | format_only (ours)
+    wheels_without_truth: Literal["left_out", "zero"] = "left_out"  # in a reward's mean over wheels: left_out | zero
+    untagged_answer: Literal["empty", "split"] = "empty"  # words of an answer without tags: none, or all text's
+    format_reward: Literal["strict", "lenient"] = "strict"  # lenient: trailing text, empty and repeated blocks pass
     permute_rewards: bool = False  # control: shuffle rewards within each group, so that nothing can be learnt
     max_fast_context: Tokens = 64  # tokens of a fast scoring context: the empty think block and the answer
     max_answer_words: Annotated[int, Number(1, 4096)] = 16  # emotion words given a confidence; further ones are counted

@@ -23,7 +23,8 @@ from mer_r1_jax.rl.own_function import check_result, own_function
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyTargets:
-    """What a rollout fixes about its completions, for the policy to learn from. Logits are divided by the temperature.
+    """What a rollout fixes about its completions, for the policy to learn from. Logits are divided by the temperature
+    (`loss_temperature`), but for the sampler's.
 
     Attributes:
         advantage_BG: float32, one value per completion, given to each of its tokens.
@@ -114,6 +115,15 @@ def token_logprobs(
         raise ValueError(f"temperature is {temperature}: log-probabilities need one above 0 (rl.temperature)")
     scores = model.gather_logprobs(h, ids, temperature=temperature, entropy_gradient=entropy_gradient, chunk=chunk)
     return scores.logprob, scores.entropy
+
+
+def loss_temperature(config: RlConfig) -> float:
+    """What logits are divided by in the loss: the sampling temperature, so that the policy is scored as it was sampled.
+
+    Without `temper_logprobs` it is 1: the policy is then trained under another distribution than it was drawn from, as
+    the authors' earlier code did.
+    """
+    return config.temperature if config.temper_logprobs else 1.0
 
 
 def kl_penalty(logprob: Array, reference_logprob: Array) -> Array:

@@ -108,7 +108,12 @@ class Setup:
     def eval_scorer(self) -> AnswerScorer:
         """Scores answers for evaluation."""
         # A score is that of the benchmark, whatever training takes off its rewards.
-        return self._scorer(dataclasses.replace(self.config.rl, word_penalty=0.0))
+        usual = RlConfig()
+        official = {
+            name: getattr(usual, name)
+            for name in ("word_penalty", "wheels_without_truth", "untagged_answer", "format_reward")
+        }
+        return self._scorer(dataclasses.replace(self.config.rl, **official))
 
     def _scorer(self, config: RlConfig) -> AnswerScorer:
         return AnswerScorer(self.tags, self.wheels, self.candidates, config)

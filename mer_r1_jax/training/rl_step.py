@@ -45,7 +45,14 @@ from mer_r1_jax.rl.confidence import (
     confidence_metrics,
     confidences,
 )
-from mer_r1_jax.rl.losses import PolicyTargets, loss_mask, policy_loss, step_totals, token_logprobs
+from mer_r1_jax.rl.losses import (
+    PolicyTargets,
+    loss_mask,
+    loss_temperature,
+    policy_loss,
+    step_totals,
+    token_logprobs,
+)
 from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.rl.reward_funcs import RewardFunctions, Sample, Scored
 from mer_r1_jax.rl.rollout import Completions, rollout
@@ -390,7 +397,7 @@ def update(
             model,
             h_BGCD,
             completion.id_BGC,
-            temperature=config.temperature,
+            temperature=loss_temperature(config),
             entropy_gradient=config.entropy_coef > 0,
         )
         if config.sampler_correction != "none":
@@ -441,7 +448,7 @@ class RlPrograms:
         self.rollout = self._jit(rollout, decode=True, static_argnums=3)  # sampling
         self.score = self._jit(functools.partial(score, packed=packed))
         self.advantages = jax.jit(group_advantages, static_argnames="config")
-        self.logprobs = self._jit(functools.partial(logprobs, temperature=config.temperature, packed=packed))
+        self.logprobs = self._jit(functools.partial(logprobs, temperature=loss_temperature(config), packed=packed))
         # A rollout in chunks (chunked.py). Its state stays where it is and is donated from chunk to chunk.
         self.chunks = chunked.Chunks.on(mesh, config.decode_chunk)
         formats, everywhere = chunked.state_formats(mesh), replicated(mesh)
