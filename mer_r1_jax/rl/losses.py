@@ -240,9 +240,13 @@ def policy_loss(
         metrics["kl"] = jnp.sum(token_kl * mask_BGC) / jnp.maximum(totals.tokens, 1)
     loss = _reduce(token_loss, mask_BGC, totals, config)
     if config.entropy_coef:
+        assert entropy_BGC is not None  # refused above
         # Of the same size for every loss type: the mean over the tokens that the policy's term acts on.
-        entropy_BGC = jnp.where(acting_BGC, entropy_BGC, 0.0)
-        bonus = jnp.sum(entropy_BGC) / jnp.maximum(jnp.sum(acting_BGC), 1) / totals.micro_batches
+        bonus = (
+            jnp.sum(jnp.where(acting_BGC, entropy_BGC, 0.0))
+            / jnp.maximum(jnp.sum(acting_BGC), 1)
+            / totals.micro_batches
+        )
         loss = loss - config.entropy_coef * bonus
         metrics["entropy_bonus"] = jax.lax.stop_gradient(config.entropy_coef * bonus)
     return loss, metrics
