@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -51,17 +50,17 @@ from mer_r1_jax.run.console import conclude, introduce, unscored
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.run.stored_reference import StoredRun, open_reference
 from mer_r1_jax.storage import bucket
-from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Checkpoints, Restored
+from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
-from mer_r1_jax.storage.step_store import DamagedStepError
 from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.device_metrics import Utilisation, memory_metrics
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.phase import Phase
 from mer_r1_jax.training.profiling import StepProfiler
 from mer_r1_jax.training.progress import Progress
-from mer_r1_jax.training.reference import Reference, synced_at
+from mer_r1_jax.training.reference import Reference
 from mer_r1_jax.training.rl_step import Rollout, beta_at
 from mer_r1_jax.training.sft_step import SftPhase
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
@@ -72,7 +71,6 @@ from mer_r1_jax.training.state import (
     check_host,
     check_numbers,
     from_stored,
-    partition,
     stored_params,
 )
 from mer_r1_jax.training.stopping import Stop
@@ -80,36 +78,24 @@ from mer_r1_jax.training.stopping import Stop
 BENCHMARK = "heldout"  # names the files of evaluations
 EVALUATED_MODES = ("slow", "fast")
 
-log = logging.getLogger(__name__)
-
 
 class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not finite."""
 
 
-class ReferenceLostError(RuntimeError):
-    """The reference that RL started from is not there any more."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Run(Setup):
-    """One attempt at a run: its parts (`Setup`), and where it writes.
+class Run(StoredRun):
+    """One attempt at a run: its parts (`Setup`), where it writes, and who may stop it.
 
     Attributes:
-        folder: the run's folder.
-        checkpoints: of training states, numbered by optimizer steps over both phases.
-        metrics: metrics.jsonl, TensorBoard, completion tables; written by the first process.
+        metrics: metrics.jsonl, reporters, completion tables; written by the first process.
         stop: asks for SIGTERM and SIGINT.
         console: of the first process.
-        sft_steps: steps of the whole SFT phase, which checkpoints of RL are numbered after.
     """
 
-    folder: RunDirectory
-    checkpoints: Checkpoints
     metrics: MetricsWriter | NoMetrics
     stop: Stop
     console: Console
-    sft_steps: int
 
 
 # ----------------------------------------------------------------------------------------------------------- the door
@@ -273,7 +259,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
     iterations = phase.config.num_iterations  # updates made from one rollout
     with run.prompts_of(phase) as data:
         state, done, num_tokens = _begin(phase, params, restored, data)
-        reference = _reference(run, phase, state, None if restored is None else done)
+        reference = open_reference(run, phase, state, None if restored is None else done)
         # Compiled when they are first called, with the first prompts.
         rl_step, update = run.rl_step(phase.buckets), run.programs.make_update(phase.optimizer)
         with StepLog(run, phase, done, num_tokens) as steps:
@@ -563,88 +549,3 @@ class StepLog:
     def note(self, text: str) -> None:
         """Prints text beside the progress line."""
         self._progress.note(text)
-
-
-# ------------------------------------------------------------------------------------------------------- the reference
-
-
-def _reference(run: Run, phase: Phase[RlConfig], state: TrainState, done: int | None) -> Reference | None:
-    """The trained parameters as the phase started with them, kept on disk once for later attempts; None without KL.
-
-    With `rl.sync_ref_model` each checkpoint has its own, and one more is being written.
-
-    Args:
-        done: updates of the checkpoint that the run goes on from; None where RL begins.
-
-    Raises:
-        ReferenceLostError: it is not there any more, and nothing is that it could be made from.
-    """
-    config = phase.config
-    if not config.beta:
-        return None
-    needed = 1 + run.config.train.save_total_limit if config.sync_ref_model else 1
-    kept = run.folder.open_checkpoints("reference", max_to_keep=needed)
-    if done is None:
-        # A copy, because the state's own buffers are donated to the first update.
-        reference = jax.tree.map(lambda array: array.copy(), state.split()[0])
-        kept.save(0, reference, {})
-        return Reference(reference, config, kept)
-    # Restored where each parameter lives in training, as the policy's own are.
-    shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
-    abstract = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in shapes.items()
-    }
-    number = synced_at(config, done)
-    try:
-        # One that follows the policy is that of this very step; later and earlier ones may lie beside it.
-        if (restored := kept.restore(abstract, step=number if config.sync_ref_model else None)) is not None:
-            return Reference(restored.arrays, config, kept)
-        lost = f"{kept.directory} holds nothing"
-    except CheckpointError as error:
-        if not (config.sync_ref_model or isinstance(error, AllDamagedError)):
-            raise
-        lost = str(error)
-    if number:
-        raise ReferenceLostError(
-            f"the reference of update {number}, which checkpoint {run.sft_steps + done} needs to go on, is lost "
-            f"({lost}). Expected a copy: it was mixed from policies that are gone (rl.sync_ref_model). Put "
-            f"{kept.directory}/{number} back, or move that checkpoint away, so that the one before it is taken"
-        )
-    reference, origin = _start_of_rl(run, phase, abstract, lost)
-    log.warning("the reference was lost and is made again from %s. %s", origin, lost)
-    kept.save(0, reference, {})
-    return Reference(reference, config, kept)
-
-
-def _start_of_rl(run: Run, phase: Phase, abstract: Params, lost: str) -> tuple[Params, str]:
-    """The trained parameters that RL started from, and where they were found.
-
-    Raises:
-        ReferenceLostError: they are nowhere any more.
-    """
-    if not run.sft_steps:
-        origin = run.config.model.path or f"random weights of seed {run.config.train.seed}"
-        return partition(run.initial_params(), phase.is_trainable)[0], origin
-
-    # Of the checkpoint only what RL trains is read, whichever kind SFT filed it under.
-    def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Params]:
-        if host.get("phase") != "sft":
-            raise DamagedStepError("it is no checkpoint of SFT")
-        stored = as_stored(run.abstract_state_of("sft"))  # which trains other towers than RL, perhaps
-        return {
-            kind: {name: abstract[name] for name in stored[kind] if name in abstract}
-            for kind in ("trainable", "frozen")
-        }
-
-    try:
-        end = run.checkpoints.restore(end_of_sft, step=run.sft_steps, part=True)
-        if end is None:
-            raise CheckpointError(f"{run.checkpoints.directory} holds nothing")
-        arrays = end.arrays
-    except CheckpointError as error:
-        raise ReferenceLostError(
-            f"the reference, which this run needs to go on, is lost ({lost}), and so is the end of SFT that it "
-            f"could be made from again ({error}). Expected one of them: put a copy of {run.folder.path}/"
-            f"reference/0 or of checkpoint {run.sft_steps} back, or begin again under another train.run_name"
-        ) from error
-    return stored_params(arrays), f"checkpoint {run.sft_steps}, the end of SFT"

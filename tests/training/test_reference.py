@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mer_r1_jax.config.schema import RlConfig
-from mer_r1_jax.run import train
+from mer_r1_jax.run.stored_reference import ReferenceLostError, open_reference
 from mer_r1_jax.storage.checkpoints import Checkpoints
 from mer_r1_jax.training.reference import Reference, mixed, synced_at
 
@@ -82,7 +82,7 @@ def attempt(tmp_path):
 
     def attempt(done, last):
         phase = types.SimpleNamespace(config=CONFIG, is_trainable=lambda name: True)
-        reference = train._reference(run, phase, state_of(0), done)
+        reference = open_reference(run, phase, state_of(0), done)
         seen = {}
         for step in range((done or 0) + 1, last + 1):
             seen[step] = np.asarray(reference.params["text/w"])  # what the step is held against
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_is_held_against_the_very_same_reference(attempt, tmp
 def test_one_that_is_lost_is_refused_by_its_number(attempt, tmp_path):
     attempt(None, 9)
     (tmp_path / "reference/6/manifest.json").write_bytes(b"[")
-    with pytest.raises(train.ReferenceLostError, match=r"of update 6, which checkpoint 8 .* Put .*reference/6 back"):
+    with pytest.raises(ReferenceLostError, match=r"of update 6, which checkpoint 8 .* Put .*reference/6 back"):
         attempt(8, 9)
     # That of the start is made again.
     (tmp_path / "reference/0/manifest.json").write_bytes(b"[")
