@@ -17,7 +17,7 @@ from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.config.settings import sections, settings
 from mer_r1_jax.rl import advantage, losses
 from mer_r1_jax.training import metric_names
-from mer_r1_jax.training.metrics import SHOWN
+from mer_r1_jax.training.progress import SHOWN
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

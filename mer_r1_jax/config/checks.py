@@ -67,6 +67,27 @@ def _check_rewards(config: RunConfig) -> list[str]:
         problems.append(
             f"rl.delta: got {rl.delta}, expected 0 (off) or more than 1 + rl.epsilon_high = {1 + rl.epsilon_high:g}"
         )
+    if rl.sync_ref_model and not rl.beta:
+        problems.append(
+            "rl.sync_ref_model: got True with rl.beta=0, expected a weight above 0: without a KL term there is no "
+            "reference to mix the policy into; leave it out, or set rl.beta"
+        )
+    low, high, mode = rl.sampler_correction_min, rl.sampler_correction_max, rl.sampler_correction
+    if high and low >= high:
+        problems.append(
+            f"rl.sampler_correction_min: got {low:g}, expected less than rl.sampler_correction_max={high:g}, or 0 for "
+            "no lower bound"
+        )
+    if mode != "none" and not (low or high):
+        problems.append(
+            f"rl.sampler_correction: got {mode!r} without a bound, expected rl.sampler_correction_max or _min above 0 "
+            "(3 is TRL's upper one): a ratio without any can grow without limit"
+        )
+    if mode != "none" and not rl.temper_logprobs:
+        problems.append(
+            f"rl.sampler_correction: got {mode!r} with rl.temper_logprobs=False, expected tempered log-probabilities: "
+            "the ratio would correct for the temperature; leave one of them out"
+        )
     for path in rl.reward_funcs:
         if path.count(".") < 1 or not all(part.isidentifier() for part in path.split(".")):
             problems.append(

@@ -31,6 +31,13 @@ KNOWN_ELSEWHERE = {
     "generation_batch_size": "rl.prompts_per_step (prompts, not completions)",
     "custom_reward_function": "rl.reward_funcs (package.module.function)",
     "external_plugins": "rl.reward_funcs (package.module.function)",
+    "vllm_importance_sampling_correction": "rl.sampler_correction (none: off)",
+    "vllm_importance_sampling_mode": "rl.sampler_correction",
+    "vllm_importance_sampling_clip_max": "rl.sampler_correction_max",
+    "vllm_importance_sampling_clip_min": "rl.sampler_correction_min",
+    "vllm_importance_sampling_cap": "rl.sampler_correction_max",
+    "tis_imp_ratio_cap": "rl.sampler_correction_max, with rl.sampler_correction=token_truncate",
+    "entropy_coeff": "rl.entropy_coef",
     "repetition_penalty": "not offered (the policy would be scored under another distribution than it was drawn from)",
 }
 

@@ -44,6 +44,7 @@ class ConfigError(ValueError):
 
 Dtype = Literal["float32", "bfloat16"]
 GroupSize = Annotated[int, Number(2, 65_536, note="a group of one answer has no advantage")]
+MixingShare = Annotated[float, Number(0, 1, above=True)]
 Temperature = Annotated[float, Number(0, 100, above=True, note="a group must differ")]
 
 Grace = Annotated[float, Number(0, 86_400)]  # seconds; 0 = no limit
@@ -55,6 +56,8 @@ ARM_NAMES = (
     *("sfcc_word", "sfcc_recall_only", "sfcc_reward_space", "sfcc_mixed", "sfcc_loss"),
 )
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+ReportTo = Annotated[str, NameOrPath(("tensorboard", "wandb"))]
 MAX_ASPECT_RATIO = 200.0  # of a picture's sides: transformers' processors take none beyond it
 SideRatio = Annotated[float, Number(1.0, MAX_ASPECT_RATIO)]
 
@@ -189,17 +192,26 @@ class RlConfig:
     num_iterations: Annotated[int, Number(1, 1000)] = 1  # updates made from one rollout
     max_completion_length: Tokens = 1024  # tokens sampled at most (verl: max_response_length)
     temperature: Temperature = 0.9  # sampling temperature; policy log-probabilities use logits / temperature too
+    temper_logprobs: bool = True  # False: the loss takes log-probabilities of logits, whatever the temperature
     top_p: Annotated[float, Number(0, 1, above=True)] = 1.0  # nucleus; training wants 1
     top_k: CountOrZero = 0  # 0 = off
     min_p: ShareBelowOne = 0.0  # 0 = off
     decode_chunk: TokensOrZero = 0  # tokens decoded before completions that ended make room; 0 = all in one loop (ours)
     beta: Weight = 0.04  # KL weight at the start (verl: kl_loss_coef; TRL's default is 0)
     beta_decay: Share = 0.75  # beta(t) = beta * (1 - beta_decay * min(1, t / (0.5 * max_steps)))
+    sync_ref_model: bool = False  # mix the policy into the reference now and then; needs beta above 0 (TR-DPO)
+    ref_model_mixup_alpha: MixingShare = 0.6  # reference = alpha * policy + (1 - alpha) * reference
+    ref_model_sync_steps: Count = 512  # updates between two mixings
     epsilon: Share = 0.2  # lower clip (verl: clip_ratio_low)
     epsilon_high: Weight = 0.2  # upper clip (verl: clip_ratio_high)
     delta: Weight = 0.0  # the unclipped ratio is cut at this, two-sided clipping; 0 = off (TRL: None)
     loss_type: Annotated[str, NameOrPath(LOSS_TYPES)] = "dapo"  # token averaging (verl: loss_agg_mode)
     importance_sampling_level: Literal["token", "sequence"] = "token"  # token | sequence (GSPO)
+    entropy_coef: Weight = 0.0  # weight of the policy's mean entropy, a bonus in the loss; 0 = off
+    top_entropy_quantile: Share = 1.0  # share of a micro-batch's tokens, those of highest entropy, in the loss; 1 = all
+    sampler_correction: SamplerCorrection = "none"  # weigh by trainer / sampler (TRL: vllm_importance_sampling_mode)
+    sampler_correction_max: Weight = 3.0  # the ratio is cut (truncate) or left out (mask) beyond this; 0 = no bound
+    sampler_correction_min: Weight = 0.0  # likewise below this
     scale_rewards: Literal["group", "batch", "none"] = "group"  # divisor of z: group | batch | none
     mask_truncated_completions: bool = False  # leave completions that hit the length cap out of the loss
     calibration_weight: Weight = 0.1  # lambda, weight of the slow-fast calibration
@@ -211,6 +223,9 @@ class RlConfig:
     max_faulty_rollouts: Count = 5  # rollouts in a row in which a function gave only faults before the run stops (ours)
     word_penalty: Weight = 0.0  # taken off both rewards per answer word beyond the truth's count (off)
     unscorable: Literal["drop", "format_only"] = "drop"  # prompts whose truth is on no wheel: drop | format_only (ours)
+    wheels_without_truth: Literal["left_out", "zero"] = "left_out"  # in a reward's mean over wheels: left_out | zero
+    untagged_answer: Literal["empty", "split"] = "empty"  # words of an answer without tags: none, or all text's
+    format_reward: Literal["strict", "lenient"] = "strict"  # lenient: trailing text, empty and repeated blocks pass
     permute_rewards: bool = False  # control: shuffle rewards within each group, so that nothing can be learnt
     max_fast_context: Tokens = 64  # tokens of a fast scoring context: the empty think block and the answer
     max_answer_words: Annotated[int, Number(1, 4096)] = 16  # emotion words given a confidence; further ones are counted
@@ -254,7 +269,8 @@ class TrainConfig:
     logging_steps: Count = 1  # steps between lines of metrics.jsonl
     log_completions: bool = True  # write sampled completions as a table
     num_completions_to_print: FewOrZero = 1  # completions shown on the console at a logging step
-    report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)  # where metrics go besides metrics.jsonl
+    report_to: tuple[ReportTo, ...] = ("tensorboard",)  # where metrics go besides metrics.jsonl; may be a function
+    profile_steps: tuple[Count, ...] = ()  # steps of each phase that jax.profiler traces, into logs/attempt_<n>/profile
     resume_from_checkpoint: Literal["auto", "never"] = "auto"  # auto (newest valid) | never
     max_nonfinite_steps: Count = 10  # updates skipped for a non-finite loss or gradient before the run stops
     export: bool = True  # write the final policy in Hugging Face format to export/hf

@@ -26,6 +26,7 @@ EMPTY_THINK = THINK_OPEN + BRIDGE  # what a fast answer is given
 WORD = re.compile("""[^,'"]+""")  # what `split_words` separates words by
 
 _BLOCKS = re.compile(rf"\s*{THINK_OPEN}(.*?){THINK_CLOSE}\s*{ANSWER_OPEN}(.*?){ANSWER_CLOSE}\s*", re.DOTALL)
+_BEGINNING = re.compile(rf"{THINK_OPEN}.*?{THINK_CLOSE}\s*{ANSWER_OPEN}.*?{ANSWER_CLOSE}", re.DOTALL)
 _ONLY_TAGS = re.compile(rf"\s*((?:{'|'.join(TAGS)})\s*)+")
 _THINK_BLOCK = re.compile(rf"{THINK_OPEN}.*?({THINK_CLOSE}|$)", re.DOTALL)
 _EXTRACTOR_PREFIXES = ("输入", "输出", "翻译", "让我们来翻译一下", "output", "Output", "input", "Input")
@@ -58,8 +59,8 @@ class ParsedAnswer:
         reasoning: the text of the first closed think block, trimmed; None when there is no such block.
         answer_text: the text of the first closed answer block as it stands; None when there is no such block.
         words: the distinct words of that block, lower-case and trimmed, in order; empty when there is no such block.
-        format_reward: 1.0 when the text is one think block that is not empty, then one answer block that is not empty,
-            and besides them only white space; else 0.0.
+        format_reward: 1.0 when the text is well formed (`is_well_formed`), or where that is enough, when it begins with
+            a think block and an answer block; else 0.0.
     """
 
     reasoning: str | None
@@ -116,16 +117,23 @@ def outside_think(text: str) -> str:
     return text
 
 
-def parse_answer(text: str) -> ParsedAnswer:
+def parse_answer(text: str, *, untagged: bool = False, lenient: bool = False) -> ParsedAnswer:
     """Reads the text of one completion, without the token that ends the turn.
 
     Words are read from the first closed answer block whatever the format. A fast answer, parsed together with the empty
     think block it was prefilled with, has format reward 0: its reasoning is empty.
+
+    Args:
+        text: of the completion.
+        untagged: where there is no closed answer block, the whole text is split into words, which are otherwise none.
+        lenient: the format asks only for a think block at the very beginning and an answer block after it: text behind
+            them, empty and repeated blocks pass.
     """
     reasoning = _first_block(text, THINK_OPEN, THINK_CLOSE)
     answer = _first_block(text, ANSWER_OPEN, ANSWER_CLOSE)
-    words = distinct_words(split_words(answer))
-    return ParsedAnswer(reasoning if reasoning is None else reasoning.strip(), answer, words, _format_reward(text))
+    words = distinct_words(split_words(text if answer is None and untagged else answer))
+    formed = _BEGINNING.match(text) is not None if lenient else is_well_formed(text)
+    return ParsedAnswer(reasoning if reasoning is None else reasoning.strip(), answer, words, float(formed))
 
 
 def _first_block(text: str, opening: str, closing: str) -> str | None:
@@ -134,10 +142,11 @@ def _first_block(text: str, opening: str, closing: str) -> str | None:
     return text[start + len(opening) : end] if end >= 0 else None
 
 
-def _format_reward(text: str) -> float:
+def is_well_formed(text: str) -> bool:
+    """Whether a text is one think block and one answer block, neither empty, with white space alone around them."""
     once = all(text.count(tag) == 1 for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE))
     blocks = blocks_of(text) if once else None
-    return float(blocks is not None and all(block.strip() for block in blocks))
+    return blocks is not None and all(block.strip() for block in blocks)
 
 
 def split_words(answer: str | Sequence[str] | None) -> list[str]:

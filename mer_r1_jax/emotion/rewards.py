@@ -53,7 +53,12 @@ def is_scorable(truth_words: Iterable[str], wheels: Wheels) -> bool:
 
 
 def answer_rewards(
-    words: Iterable[str], truth_words: Iterable[str], wheels: Wheels, *, word_penalty: float = 0.0
+    words: Iterable[str],
+    truth_words: Iterable[str],
+    wheels: Wheels,
+    *,
+    word_penalty: float = 0.0,
+    all_wheels: bool = False,
 ) -> Rewards:
     """Scores the words of one answer against the true words.
 
@@ -63,6 +68,8 @@ def answer_rewards(
         wheels: the wheels.
         word_penalty: taken off recall, precision and F1 for every distinct word beyond the number of distinct true
             words (off by default); the rewards may then be negative.
+        all_wheels: a wheel on which the truth has no category counts 0, rather than being left out of the mean. Within
+            a group that scales every reward alike, so its z stays (up to the constant beside the std).
 
     Returns:
         Rewards. An answer without a category on a wheel has precision, recall and F1 0 there. A truth without a
@@ -74,7 +81,8 @@ def answer_rewards(
     scored = set_rewards(predicted, true)
     if scored is None:
         return Rewards(0.0, 0.0, 0.0, len(words), unknown, 0.0, False)
-    recall, precision, f1 = (value - word_penalty * max(len(words) - len(truth_words), 0) for value in scored)
+    counted = sum(map(bool, true)) / len(true) if all_wheels else 1.0
+    recall, precision, f1 = (value * counted - word_penalty * max(len(words) - len(truth_words), 0) for value in scored)
     known = [q for q, categories in enumerate(true) if categories]
     n_categories = _mean(len(predicted[q]) for q in known)
     placed = _mean(sum(wheels.category(word, q) is not None for word in words) for q in known)

@@ -72,6 +72,12 @@ PURPOSES = {
     "concluding": "as default, but reasonings end with the answer; what `mer-r1 train --config=synthetic` draws",
 }
 
+# Switches of RL that the lab's own programs do not follow.
+_ONLY_IN_RUNS = (
+    *("entropy_coef", "top_entropy_quantile", "sampler_correction", "sync_ref_model"),
+    *("temper_logprobs", "wheels_without_truth", "untagged_answer", "format_reward"),
+)
+
 
 def with_settings(config: LabConfig, values: Mapping[str, Any]) -> LabConfig:
     """A configuration with some fields replaced.
@@ -96,4 +102,11 @@ def with_settings(config: LabConfig, values: Mapping[str, Any]) -> LabConfig:
     ):
         if value < least:
             raise ConfigError(f"the settings cannot be used: {name}: got {value}, expected at least {least} here")
+    for name in _ONLY_IN_RUNS:
+        value, usual = getattr(config.rl, name), getattr(RlConfig(), name)
+        if value != usual:
+            raise ConfigError(
+                f"the settings cannot be used: rl.{name}: got {value!r}, expected {usual!r}: the lab does not "
+                "have this switch; leave it out here, or try it in a run (mer-r1 train --config=synthetic)"
+            )
     return config

@@ -12,7 +12,7 @@ import numpy as np
 
 from mer_r1_jax import faults
 from mer_r1_jax.config.schema import RlConfig
-from mer_r1_jax.emotion.answer_form import ParsedAnswer, parse_answer
+from mer_r1_jax.emotion.answer_form import ParsedAnswer, is_well_formed, parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.rewards import Rewards as AnswerRewards
 from mer_r1_jax.emotion.rewards import answer_rewards
@@ -66,7 +66,8 @@ class AnswerScorer:
         tags: the answer tags under the tokenizer.
         wheels: the emotion wheels.
         candidates: first tokens of the categories' words.
-        config: how many words get a confidence, how long a fast scoring context is, what a surplus word costs.
+        config: how many words get a confidence, how long a fast scoring context is, and how answers are read and
+            rewarded.
     """
 
     def __init__(self, tags: AnswerTags, wheels: Wheels, candidates: CandidateTable | WordTable, config: RlConfig):
@@ -80,8 +81,17 @@ class AnswerScorer:
         """Reads one completion and scores it against the truth's words."""
         faults.here("answer_scored")
         text = self.tags.completion_text(ids_C, length)
-        parsed = parse_answer(text)
-        rewards = answer_rewards(parsed.words, truth, self.wheels, word_penalty=self._config.word_penalty)
+        config = self._config
+        parsed = parse_answer(
+            text, untagged=config.untagged_answer == "split", lenient=config.format_reward == "lenient"
+        )
+        rewards = answer_rewards(
+            parsed.words,
+            truth,
+            self.wheels,
+            word_penalty=config.word_penalty,
+            all_wheels=config.wheels_without_truth == "zero",
+        )
         return ScoredAnswer(text=text, parsed=parsed, rewards=rewards, length=length, truncated=truncated)
 
     def groups(
@@ -149,7 +159,8 @@ class AnswerScorer:
                     ids=completions.id_BGC[row, column],
                     length=answer.length,
                     words=answer.parsed.words,
-                    usable=answer.parsed.format_reward == 1 or not require_format,
+                    # However lenient the reward is: a fast context is cut out of one whole answer block.
+                    usable=not require_format or is_well_formed(answer.text),
                 )
                 for column, answer in enumerate(group)
             ]

@@ -31,6 +31,7 @@ from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
 from mer_r1_jax.training.phase import Phase, banned_ids_of, check_rows, phase_parts, sampling_config
 from mer_r1_jax.training.prompts import PromptSource
+from mer_r1_jax.training.reporters import check_report_to
 from mer_r1_jax.training.rl_step import RlPrograms, RlStep
 from mer_r1_jax.training.sft_step import SftPhase
 from mer_r1_jax.training.state import Params, TrainState, make_optimizer, tower_flags, trainable_names
@@ -107,7 +108,12 @@ class Setup:
     def eval_scorer(self) -> AnswerScorer:
         """Scores answers for evaluation."""
         # A score is that of the benchmark, whatever training takes off its rewards.
-        return self._scorer(dataclasses.replace(self.config.rl, word_penalty=0.0))
+        usual = RlConfig()
+        official = {
+            name: getattr(usual, name)
+            for name in ("word_penalty", "wheels_without_truth", "untagged_answer", "format_reward")
+        }
+        return self._scorer(dataclasses.replace(self.config.rl, **official))
 
     def _scorer(self, config: RlConfig) -> AnswerScorer:
         return AnswerScorer(self.tags, self.wheels, self.candidates, config)
@@ -179,6 +185,7 @@ def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequenc
     # The user's own functions first: trying them takes a moment, making or fetching data may take an hour.
     arm_of(config.rl.arm)
     check_loss_type(config.rl.loss_type)
+    check_report_to(config.train.report_to)
     config = resolve(config, say)
     # Data before the model: a file that cannot be used is found in seconds, weights load in minutes.
     wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)

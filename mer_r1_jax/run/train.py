@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -51,14 +50,17 @@ from mer_r1_jax.run.console import conclude, introduce, unscored
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.run.stored_reference import StoredRun, open_reference
 from mer_r1_jax.storage import bucket
-from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Checkpoints, Restored
+from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
-from mer_r1_jax.storage.step_store import DamagedStepError
 from mer_r1_jax.storage.stored_arrays import named_leaves
+from mer_r1_jax.training.device_metrics import Utilisation, memory_metrics
 from mer_r1_jax.training.metrics import MetricsWriter, NoMetrics
 from mer_r1_jax.training.phase import Phase
+from mer_r1_jax.training.profiling import StepProfiler
 from mer_r1_jax.training.progress import Progress
+from mer_r1_jax.training.reference import Reference
 from mer_r1_jax.training.rl_step import Rollout, beta_at
 from mer_r1_jax.training.sft_step import SftPhase
 from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
@@ -69,7 +71,6 @@ from mer_r1_jax.training.state import (
     check_host,
     check_numbers,
     from_stored,
-    partition,
     stored_params,
 )
 from mer_r1_jax.training.stopping import Stop
@@ -77,36 +78,24 @@ from mer_r1_jax.training.stopping import Stop
 BENCHMARK = "heldout"  # names the files of evaluations
 EVALUATED_MODES = ("slow", "fast")
 
-log = logging.getLogger(__name__)
-
 
 class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not finite."""
 
 
-class ReferenceLostError(RuntimeError):
-    """The reference that RL started from is not there any more."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Run(Setup):
-    """One attempt at a run: its parts (`Setup`), and where it writes.
+class Run(StoredRun):
+    """One attempt at a run: its parts (`Setup`), where it writes, and who may stop it.
 
     Attributes:
-        folder: the run's folder.
-        checkpoints: of training states, numbered by optimizer steps over both phases.
-        metrics: metrics.jsonl, TensorBoard, completion tables; written by the first process.
+        metrics: metrics.jsonl, reporters, completion tables; written by the first process.
         stop: asks for SIGTERM and SIGINT.
         console: of the first process.
-        sft_steps: steps of the whole SFT phase, which checkpoints of RL are numbered after.
     """
 
-    folder: RunDirectory
-    checkpoints: Checkpoints
     metrics: MetricsWriter | NoMetrics
     stop: Stop
     console: Console
-    sft_steps: int
 
 
 # ----------------------------------------------------------------------------------------------------------- the door
@@ -237,6 +226,7 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
         with StepLog(run, phase, done, num_tokens) as steps:
             saved = done
             for step in range(done + 1, phase.total_steps + 1):
+                steps.begin(step)
                 position = data.state()
                 try:
                     batch, tokens = phase.batch(data.next(step, run.stop.asked))
@@ -269,7 +259,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
     iterations = phase.config.num_iterations  # updates made from one rollout
     with run.prompts_of(phase) as data:
         state, done, num_tokens = _begin(phase, params, restored, data)
-        reference = _reference(run, phase, state, fresh=restored is None)
+        reference = open_reference(run, phase, state, None if restored is None else done)
         # Compiled when they are first called, with the first prompts.
         rl_step, update = run.rl_step(phase.buckets), run.programs.make_update(phase.optimizer)
         with StepLog(run, phase, done, num_tokens) as steps:
@@ -280,24 +270,27 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
             steps.restart_clock()
             saved = done
             for step in range(done + 1, phase.total_steps + 1):
+                steps.begin(step)
                 first_update = (step - 1) % iterations == 0
                 if first_update:
                     position = data.state()
                     try:
                         loaded = data.next(step, run.stop.asked)
                         # The reference has the policy's own frozen towers: only what is trained is held twice.
-                        held_against = None if reference is None else state.params | reference
+                        held_against = None if reference is None else state.params | reference.params
                         rollout_step = (step - 1) // iterations
                         rollout = rl_step.rollout(state.params, held_against, loaded, rollout_step, run.stop)
                     except StopRequested:
                         steps.note(f"the rollout of rl step {step} was left; the run that goes on samples it again")
                         if saved < step - 1:
-                            save(run, phase, step - 1, (state, position), steps)
+                            save(run, phase, step - 1, (state, position), steps, reference)
                         return None
                     faults.here("rl_update", step)
                 # A scalar of the program, not static: it falls with every step, and nothing compiles anew.
                 beta = beta_at(phase.config, step - 1, phase.total_steps)
                 state, metrics = update(state, rollout.experience, np.float32(beta))
+                if reference is not None:
+                    reference.follow(state, step)
                 metrics |= {"beta": beta, "learning_rate": float(np.asarray(phase.schedule(step - 1)))}
                 steps.add(step, metrics | rollout.metrics | data.metrics(), rollout.tokens if first_update else 0)
                 if first_update:
@@ -310,7 +303,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                 due = step % run.config.train.save_steps < iterations or step == phase.total_steps
                 stopping = run.stop.agreed()  # read once: a signal may come at any moment
                 if due or stopping:
-                    save(run, phase, step, (state, data.state()), steps)
+                    save(run, phase, step, (state, data.state()), steps, reference)
                     saved = step
                 if stopping:
                     return None
@@ -318,7 +311,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                     _evaluate_when_due(run, phase, state, step)
                 except StopRequested:
                     if not due:
-                        save(run, phase, step, (state, data.state()), steps)
+                        save(run, phase, step, (state, data.state()), steps, reference)
                     return None
                 steps.restart_clock()
     return state.params
@@ -421,12 +414,20 @@ def _begin(
     return from_stored(restored.arrays), restored.host["step"], restored.host["counters"]["num_tokens"]
 
 
-def save(run: Run, phase: Phase, step: int, at: tuple[TrainState, Any], steps: StepLog) -> None:
+def save(
+    run: Run,
+    phase: Phase,
+    step: int,
+    at: tuple[TrainState, Any],
+    steps: StepLog,
+    reference: Reference | None = None,
+) -> None:
     """Saves a checkpoint of `step` steps done in a phase.
 
     Args:
         at: the state, and where the phase's prompts stand, after those steps.
         steps: the log, whose last step is written first.
+        reference: of RL, kept before the checkpoint where it has changed.
     """
     state, position = at
     with run.stop.signals.saving() if run.stop.signals else contextlib.nullcontext():
@@ -434,6 +435,8 @@ def save(run: Run, phase: Phase, step: int, at: tuple[TrainState, Any], steps: S
         run.metrics.sync()  # a checkpoint must not outlive its metrics
         write_clips(run, run.folder)  # nor what its clips were
         run.folder.publish()
+        if reference is not None:
+            reference.keep()
         done_before = run.sft_steps if phase.name == "rl" else 0
         host = {"phase": phase.name, "step": step, "data": position, "counters": {"num_tokens": steps.num_tokens}}
         run.checkpoints.save(done_before + step, as_stored(state), host)
@@ -477,6 +480,8 @@ class StepLog:
         self._nowhere = None if processes.is_first() else open(os.devnull, "w")
         self._progress = Progress(phase.name, phase.total_steps, done, self._nowhere)
         self._pending: tuple[int, dict[str, Any], int] | None = None
+        self._profiler = StepProfiler(run.folder.attempt_logs / "profile", phase.name, run.config.train.profile_steps)
+        self._utilisation = Utilisation(run.backbone.shapes, run.backbone.mesh.devices.flat, phase.config)
         self._last = time.perf_counter()
         self.num_tokens = num_tokens
 
@@ -484,9 +489,14 @@ class StepLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._profiler.end()
         self._progress.close()
         if self._nowhere is not None:
             self._nowhere.close()
+
+    def begin(self, step: int) -> None:
+        """A step is about to be made: it is traced where `train.profile_steps` asks for it."""
+        self._profiler.begin(step, self.flush)
 
     def add(self, step: int, metrics: Mapping[str, Any], tokens: int) -> None:
         """Takes the metrics of a step that was just dispatched and writes those of the step before.
@@ -523,6 +533,7 @@ class StepLog:
         now = time.perf_counter()  # a step's time ends when the device is done with it
         seconds, self._last = now - self._last, now
         metrics |= {"step_time": seconds, "perf/throughput": tokens / seconds}  # seconds; tokens a second
+        metrics |= memory_metrics() | self._utilisation.of_step(tokens, seconds)
         # Looked at every step, also where nothing is logged.
         skipped_in_a_row = int(metrics.pop("skipped_in_a_row"))
         if step % config.logging_steps == 0:
@@ -538,67 +549,3 @@ class StepLog:
     def note(self, text: str) -> None:
         """Prints text beside the progress line."""
         self._progress.note(text)
-
-
-# ------------------------------------------------------------------------------------------------------- the reference
-
-
-def _reference(run: Run, phase: Phase[RlConfig], state: TrainState, fresh: bool) -> Params | None:
-    """The trained parameters as the phase started with them, kept on disk once for later attempts; None without KL."""
-    if not phase.config.beta:
-        return None
-    kept = run.folder.open_checkpoints("reference", max_to_keep=1)
-    if fresh:
-        # A copy, because the state's own buffers are donated to the first update.
-        reference = jax.tree.map(lambda array: array.copy(), state.split()[0])
-        kept.save(0, reference, {})
-        return reference
-    # Restored where each parameter lives in training, as the policy's own are.
-    shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
-    abstract = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in shapes.items()
-    }
-    try:
-        if (restored := kept.restore(abstract)) is not None:
-            return restored.arrays
-        lost = f"{kept.directory} holds nothing"
-    except AllDamagedError as error:
-        lost = str(error)
-    reference, origin = _start_of_rl(run, phase, abstract, lost)
-    log.warning("the reference was lost and is made again from %s. %s", origin, lost)
-    kept.save(0, reference, {})
-    return reference
-
-
-def _start_of_rl(run: Run, phase: Phase, abstract: Params, lost: str) -> tuple[Params, str]:
-    """The trained parameters that RL started from, and where they were found.
-
-    Raises:
-        ReferenceLostError: they are nowhere any more.
-    """
-    if not run.sft_steps:
-        origin = run.config.model.path or f"random weights of seed {run.config.train.seed}"
-        return partition(run.initial_params(), phase.is_trainable)[0], origin
-
-    # Of the checkpoint only what RL trains is read, whichever kind SFT filed it under.
-    def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Params]:
-        if host.get("phase") != "sft":
-            raise DamagedStepError("it is no checkpoint of SFT")
-        stored = as_stored(run.abstract_state_of("sft"))  # which trains other towers than RL, perhaps
-        return {
-            kind: {name: abstract[name] for name in stored[kind] if name in abstract}
-            for kind in ("trainable", "frozen")
-        }
-
-    try:
-        end = run.checkpoints.restore(end_of_sft, step=run.sft_steps, part=True)
-        if end is None:
-            raise CheckpointError(f"{run.checkpoints.directory} holds nothing")
-        arrays = end.arrays
-    except CheckpointError as error:
-        raise ReferenceLostError(
-            f"the reference, which this run needs to go on, is lost ({lost}), and so is the end of SFT that it "
-            f"could be made from again ({error}). Expected one of them: put a copy of {run.folder.path}/"
-            f"reference/0 or of checkpoint {run.sft_steps} back, or begin again under another train.run_name"
-        ) from error
-    return stored_params(arrays), f"checkpoint {run.sft_steps}, the end of SFT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -12,6 +13,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from mer_r1_jax.config.schema import RunConfig
 
 PROGRAM = "mer_r1_jax"
 LIBRARIES = (
@@ -28,7 +31,7 @@ MAY_CHANGE = (
     "train.output_dir", "train.run_name", "train.save_steps", "train.save_total_limit", "train.logging_steps",
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
     "train.export", "train.local_dir", "data.cache_dir", "media.decode_workers", "rl.reward_timeout",
-    "rl.max_faulty_rollouts", "train.preemption_grace_seconds",
+    "rl.max_faulty_rollouts", "train.preemption_grace_seconds", "train.profile_steps",
     # What a worker may use: a clip that decodes within it is the same clip, and one that is quarantined stays so.
     "media.decode_timeout", "media.decode_memory_mb",
 )  # fmt: skip
@@ -88,7 +91,10 @@ def refused_changes(
     # What lies somewhere else now has only moved where its fingerprint is known, and compared below.
     moved = [name for name, what in MAY_MOVE.items() if all(kept.get(one, _ABSENT) != _ABSENT for one in what)]
     known = {name: value for name, value in fingerprints.items() if name in kept}
-    differences = config_differences(was, now, (*may_change, *moved))
+    # A setting that the run's version did not have yet is at its default, which is how that version behaved.
+    before, after, defaults = _flat(plain(was)), _flat(plain(now)), _flat(plain(dataclasses.asdict(RunConfig())))
+    new = [name for name in after.keys() - before.keys() if name in defaults and after[name] == defaults[name]]
+    differences = config_differences(was, now, (*may_change, *moved, *new))
     return differences + config_differences({"fingerprint": kept}, {"fingerprint": known})
 
 

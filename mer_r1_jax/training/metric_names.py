@@ -39,6 +39,10 @@ METRICS: dict[tuple[str, ...], str] = {
         "the clipped policy loss without the KL term; the loss of the arm `sfcc_loss`, unweighted"
     ),
     ("entropy",): "of the policy, mean over tokens, in nats",
+    ("entropy_bonus",): "what the bonus `rl.entropy_coef` takes off the loss; only where it is on",
+    ("sampling/importance_sampling_ratio/{mean,beyond}",): (
+        "with `rl.sampler_correction`: weights of tokens, or of answers, and the share beyond a bound"
+    ),
     ("clip_ratio/{low,high,region}_mean",): "share of clipped tokens; 0 with one update a rollout",
     ("completions/{mean,min,max,mean_terminated}_length", "completions/count"): (
         "length of the sampled answers in tokens, `mean_terminated` without those that were cut; their number"
@@ -65,6 +69,11 @@ METRICS: dict[tuple[str, ...], str] = {
     ),
     ("data/decode_ms",): "milliseconds to decode a clip, mean",
     ("num_tokens", "perf/throughput"): "tokens so far; tokens per second",
+    ("perf/{memory,peak_memory}_gib",): "GiB of the fullest device in use, and at its highest; where devices tell it",
+    ("perf/mfu",): (
+        "share of the devices' bf16 speed that the step's passes through the decoder's layers used, sampling included; "
+        "for TPUs and GPUs of `training/device_metrics.py`"
+    ),
     ("step_time", "timing_s/{gen,reward,reward_funcs,score,reference}"): "seconds of the step, and of its parts",
     ("step", "phase", "time"): "optimizer steps done in the phase; `sft` or `rl`; seconds since 1970",
 }

@@ -1,6 +1,6 @@
-"""What a run measures, written where people look: metrics.jsonl, TensorBoard, completion tables.
+"""What a run measures, written where people look: metrics.jsonl, reporters, completion tables.
 
-metrics.jsonl is the truth and must succeed. TensorBoard and the tables are for looking at: when one of them fails, it
+metrics.jsonl is the truth and must succeed. Reporters and tables are for looking at: when one of them fails, it
 is named in one warning and left out from then on, and training goes on. A disk that takes no table any more stops the
 run all the same: the next checkpoint would not fit either, and the run that goes on would lack the table.
 """
@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
 
 from mer_r1_jax import faults
-from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.atomic_files import DISK_ERRORS, WriteError, writing
 from mer_r1_jax.storage.run_directory import RunDirectory
+from mer_r1_jax.training.reporters import open_reporters
 
 PHASES = ("sft", "rl")  # in the order a run goes through them
 
 log = logging.getLogger(__name__)
-
-# Protobuf makes their classes when they are imported, so no type checker knows them.
-_events: Any = event_pb2
-_summaries: Any = summary_pb2
 
 
 class MetricsWriter:
@@ -46,11 +40,11 @@ class MetricsWriter:
         run: the open run folder.
         resume_at: (phase, step) of the checkpoint the run goes on from; None when it starts from nothing. Later lines
             than that move to `logs/attempt_<n>/metrics_discarded.jsonl`: nothing is lost and no step is there twice.
-        report_to: backends besides metrics.jsonl; "tensorboard" is known.
+        report_to: places besides metrics.jsonl, as `train.report_to` names them.
     """
 
     def __init__(
-        self, run: RunDirectory, resume_at: tuple[str, int] | None = None, report_to: Iterable[str] = ("tensorboard",)
+        self, run: RunDirectory, resume_at: tuple[str, int] | None = None, report_to: Sequence[str] = ("tensorboard",)
     ):
         self._path = run.metrics_file
         self._completions = run.completions
@@ -59,9 +53,7 @@ class MetricsWriter:
             self._file = open(self._path, "ab", buffering=0)
         self._start = time.monotonic()
         self._broken: set[str] = set()
-        self._tensorboard = (
-            _TensorBoard(run.tensorboard, run.attempt, resume_at) if "tensorboard" in report_to else None
-        )
+        self._reporters = open_reporters(report_to, run, resume_at)
 
     def write(self, phase: str, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Writes one line.
@@ -82,8 +74,8 @@ class MetricsWriter:
         line |= {name: encode_number(value) for name, value in values.items()}
         with writing("metrics.jsonl", self._path):
             atomic_files.append(self._file, f"{json.dumps(line, allow_nan=False)}\n".encode())
-        if (tensorboard := self._tensorboard) is not None:
-            self._attempt("TensorBoard", lambda: tensorboard.write(phase, step, values))
+        for name, reporter in self._reporters.items():
+            self._attempt(name, lambda reporter=reporter: reporter.write(phase, step, values))
         return values
 
     def write_completions(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -109,8 +101,9 @@ class MetricsWriter:
                 self.sync()
             finally:
                 self._file.close()
-        if self._tensorboard is not None:
-            self._attempt("TensorBoard", self._tensorboard.close)
+        for name, reporter in self._reporters.items():
+            self._attempt(name, reporter.close)
+        self._reporters = {}
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -225,36 +218,3 @@ def encode_number(value: float) -> float | int | str:
 def decode_number(value: Any) -> Any:
     """Undoes `encode_number`; anything else comes back as it is."""
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
-
-
-class _TensorBoard:
-    """Scalars in one event file per phase and attempt.
-
-    Written in the calling thread through tensorboardX's record writer: its SummaryWriter hands events to a thread that
-    dies of a full disk, after which the caller hangs on a full queue.
-    """
-
-    def __init__(self, folder: Path, attempt: int, resume_at: tuple[str, int] | None):
-        self._folder, self._attempt, self._resume_at = folder, attempt, resume_at
-        self._files: dict[str, EventsWriter] = {}
-
-    def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        if phase not in self._files:
-            self._files[phase] = self._open(phase, step)
-        event = _events.Event(wall_time=time.time(), step=step)
-        for name, value in values.items():
-            event.summary.value.append(_summaries.Summary.Value(tag=printable(name), simple_value=value))
-        self._files[phase].write_event(event)
-        self._files[phase].flush()
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def _open(self, phase: str, step: int) -> EventsWriter:
-        (self._folder / phase).mkdir(parents=True, exist_ok=True)
-        file = EventsWriter(str(self._folder / phase / "events"), filename_suffix=f".attempt_{self._attempt}")
-        # Tells TensorBoard to forget what an earlier attempt wrote from this step on.
-        restart = _events.SessionLog(status=_events.SessionLog.START)
-        file.write_event(_events.Event(wall_time=time.time(), step=step, session_log=restart))
-        return file

@@ -45,7 +45,14 @@ from mer_r1_jax.rl.confidence import (
     confidence_metrics,
     confidences,
 )
-from mer_r1_jax.rl.losses import PolicyTargets, loss_mask, policy_loss, step_totals, token_logprobs
+from mer_r1_jax.rl.losses import (
+    PolicyTargets,
+    loss_mask,
+    loss_temperature,
+    policy_loss,
+    step_totals,
+    token_logprobs,
+)
 from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.rl.reward_funcs import RewardFunctions, Sample, Scored
 from mer_r1_jax.rl.rollout import Completions, rollout
@@ -70,7 +77,7 @@ class Experience:
         prompts: encoded where the towers are frozen; with their clips where a tower is trained.
         completion: the sampled completions, as a set of a packed row.
         targets: advantages, masks and the log-probabilities that the policy's own are held against.
-        sampling_logprob_BGC: float32, under the distribution each token was drawn from; a metric's.
+        sampling_logprob_BGC: float32, under the distribution each token was drawn from; for a metric and a correction.
         anchors: answer words and fast contexts, for the arm with a calibration loss; None otherwise.
         candidate_ids_ZY: int32, the candidate sets of those anchors; None otherwise.
     """
@@ -386,8 +393,16 @@ def update(
         # One forward pass over prompt and completions, and over the fast contexts where the loss reads those too.
         fast_sets = () if micro_batch.anchors is None else (micro_batch.anchors.fast,)
         h_BGCD, *fast_BGCD = continuation_hidden(model, prompts, completion, *fast_sets, packed=backbone.packed_rows)
-        logprob_BGC, entropy_BGC = token_logprobs(model, h_BGCD, completion.id_BGC, temperature=config.temperature)
-        value, metrics = policy_loss(logprob_BGC, targets, beta, totals, config)
+        logprob_BGC, entropy_BGC = token_logprobs(
+            model,
+            h_BGCD,
+            completion.id_BGC,
+            temperature=loss_temperature(config),
+            entropy_gradient=config.entropy_coef > 0,
+        )
+        if config.sampler_correction != "none":
+            targets = dataclasses.replace(targets, sampling_logprob_BGC=micro_batch.sampling_logprob_BGC)
+        value, metrics = policy_loss(logprob_BGC, targets, beta, totals, config, entropy_BGC)
         if micro_batch.anchors is not None:  # the arm `sfcc_loss`: calibration as a loss, beside the advantages
             candidate_ids_ZY = micro_batch.candidate_ids_ZY
             slow, fast = confidences(model, h_BGCD, fast_BGCD[0], micro_batch.anchors, candidate_ids_ZY)
@@ -433,7 +448,7 @@ class RlPrograms:
         self.rollout = self._jit(rollout, decode=True, static_argnums=3)  # sampling
         self.score = self._jit(functools.partial(score, packed=packed))
         self.advantages = jax.jit(group_advantages, static_argnames="config")
-        self.logprobs = self._jit(functools.partial(logprobs, temperature=config.temperature, packed=packed))
+        self.logprobs = self._jit(functools.partial(logprobs, temperature=loss_temperature(config), packed=packed))
         # A rollout in chunks (chunked.py). Its state stays where it is and is donated from chunk to chunk.
         self.chunks = chunked.Chunks.on(mesh, config.decode_chunk)
         formats, everywhere = chunked.state_formats(mesh), replicated(mesh)

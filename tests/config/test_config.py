@@ -10,6 +10,7 @@ import pytest
 
 from mer_r1_jax.config.build import config_dict, difference, from_mapping, load_config, to_json
 from mer_r1_jax.config.schema import ConfigError, RunConfig
+from mer_r1_jax.storage.run_settings import config_differences
 
 
 def test_schema_survives_the_round_trip_through_ml_collections_and_json(tmp_path):
@@ -117,3 +118,34 @@ def test_a_config_file_of_another_kind_is_refused(tmp_path):
     file.write_text("rl: {max_steps: 1}\n")
     with pytest.raises(ConfigError, match=r"ends in '\.yaml', expected a \.py file .*; rename it"):
         load_config(file)
+
+
+def test_the_authors_recipe_differs_from_the_paper_s_in_what_it_names():
+    paper, authors = (dataclasses.asdict(load_config(name)) for name in ("omni_7b", "authors_recipe"))
+    differences = {
+        line.partition(":")[0]: line.rpartition(" in the run, ")[2] for line in config_differences(paper, authors)
+    }
+    assert differences == {
+        "name": '"authors_recipe" now',
+        "mesh.tensor": "2 now",  # eight prompts, one for each two chips
+        "sft.prompts_per_step": "32 now",
+        "sft.optimizer.warmup_ratio": "0.0 now",
+        "rl.prompts_per_step": "8 now",
+        "rl.optimizer.warmup_ratio": "0.0 now",
+        "rl.loss_type": '"grpo" now',
+        "rl.top_k": "50 now",
+        "rl.unscorable": '"format_only" now',
+        "rl.temper_logprobs": "false now",
+        "rl.wheels_without_truth": '"zero" now',
+        "rl.untagged_answer": '"split" now',
+        "rl.format_reward": '"lenient" now',
+    }
+
+
+def test_switches_that_do_not_go_together_are_refused_by_name():
+    for rl, message in (
+        (dict(sampler_correction="token_mask", temper_logprobs=False), "rl.sampler_correction: got 'token_mask' with"),
+        (dict(sync_ref_model=True, beta=0.0), "rl.sync_ref_model: got True with rl.beta=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_mapping({"rl": rl})

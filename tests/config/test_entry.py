@@ -97,7 +97,7 @@ def test_every_configuration_of_the_package_is_found_by_its_name():
         (["trian"], "mer-r1 trian: no such command; did you mean train?"),
         (["evaluate_mmee"], "did you mean evaluate-mme?"),
         (["xyzzy"], "no such command; expected one of make-synthetic, convert, validate, train"),
-        (["train", "--config=nowhere"], "expected a .py file with get_config(), or one of omni_3b, omni_7b, synthetic"),
+        (["train", "--config=nowhere"], "expected a .py file with get_config(), or one of authors_recipe, omni_3b, "),
         (["train", "--config=nowhere.py"], "no configuration at nowhere.py"),
         (["train", "--print_config"], "--config is missing"),
     ],

@@ -1,5 +1,7 @@
 """Parsing answers: format reward, first closed block, the official splitter and clean-up."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +41,35 @@ def test_malformed_answers_lose_the_format_reward_only(text, words):
     parsed = answer_form.parse_answer(text)
     assert parsed.format_reward == 0.0
     assert parsed.words == words
+
+
+@pytest.mark.parametrize(
+    ("text", "lenient"),
+    [
+        ("<think>a</think>\n<answer>happy</answer>", True),
+        ("<think>a</think><answer>happy</answer> and more", True),
+        ("<think></think>\n<answer></answer>", True),
+        ("<think>a</think><think>b</think>\n<answer>sad</answer><answer>happy</answer>", True),
+        ("So: <think>a</think>\n<answer>happy</answer>", False),  # from the very beginning
+        ("<think>a</think> so <answer>happy</answer>", False),
+        ("<answer>happy</answer><think>a</think>", False),
+        ("<think>a</think>\n<answer>happy", False),
+    ],
+)
+def test_a_lenient_format_is_a_think_block_and_an_answer_block_at_the_beginning(text, lenient):
+    assert answer_form.parse_answer(text, lenient=True).format_reward == lenient
+    plain = answer_form.parse_answer(text)
+    assert plain == dataclasses.replace(
+        answer_form.parse_answer(text, lenient=True), format_reward=float(answer_form.is_well_formed(text))
+    )
+
+
+def test_an_answer_without_tags_is_split_where_that_is_asked_for():
+    for text, words in (("Happy, sad", ("happy", "sad")), ("<answer>happy, proud", ("<answer>happy", "proud"))):
+        assert answer_form.parse_answer(text).words == ()
+        assert answer_form.parse_answer(text, untagged=True).words == words
+    # An empty block is an answer, which says nothing.
+    assert answer_form.parse_answer("well, <answer></answer>", untagged=True).words == ()
 
 
 def test_think_blocks_of_malformed_answers():

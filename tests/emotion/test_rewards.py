@@ -56,6 +56,14 @@ def test_unscorable_truth(truth):
     assert (got.recall, got.precision, got.f1, got.scorable) == (0.0, 0.0, 0.0, False)
 
 
+def test_wheels_without_a_true_category_count_nothing_or_are_left_out():
+    """Three of five wheels have a category for serious, and on one of them sad is right."""
+    got = answer_rewards(["sad"], ["serious"], WHEELS, all_wheels=True)
+    assert (got.recall, got.precision, got.f1) == (pytest.approx(1 / 5),) * 3
+    assert answer_rewards(["sad"], ["sad"], WHEELS, all_wheels=True).f1 == 1.0  # all five have one
+    assert not answer_rewards(["sad"], ["neutral"], WHEELS, all_wheels=True).scorable
+
+
 def test_word_penalty_counts_words_beyond_the_truth():
     got = answer_rewards(["happy", "joyful", "glad"], ["happy"], WHEELS, word_penalty=0.1)
     assert (got.recall, got.precision, got.f1) == pytest.approx((0.8, 0.8, 0.8))

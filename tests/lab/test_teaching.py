@@ -182,6 +182,11 @@ def test_an_arm_that_cannot_be_is_refused_before_anything_is_drawn(few, name, sa
         named_arms([name], few.rl)
 
 
+def test_switches_that_the_lab_does_not_follow_are_refused(few):
+    with pytest.raises(ConfigError, match=r"rl.entropy_coef: got 0.1, expected 0.0: the lab does not have this switch"):
+        with_settings(few, {"rl.entropy_coef": 0.1})
+
+
 NAMES = ("baseline", "mer_r1", "sfcc_loss", "permuted")
 
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from support.rl_policy import bound, log_softmax, policy
 
 from mer_r1_jax.config.build import from_mapping
-from mer_r1_jax.config.schema import LOSS_TYPES, ConfigError, RlConfig
+from mer_r1_jax.config.schema import LOSS_TYPES, ConfigError, RlConfig, SamplerCorrection
 from mer_r1_jax.rl import losses
 from mer_r1_jax.rl.losses import PolicyTargets, kl_penalty, loss_mask, policy_loss, step_totals
 
 LENGTH = 7
+CORRECTIONS = typing.get_args(SamplerCorrection)
 LEVELS = typing.get_args(typing.get_type_hints(RlConfig)["importance_sampling_level"])
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")  # those that TRL has as well
 
@@ -36,6 +37,30 @@ def batch(seed, rows=6):
     )
 
 
+def entropies_and_sampler(seed, tensors):
+    """Entropies, some of them equal, and log-probabilities of a sampler that differs from the trainer now and then."""
+    rng = np.random.default_rng(seed)
+    shape = tensors["logprob"].shape
+    trained = tensors["logprob"] if tensors["old_logprob"] is None else tensors["old_logprob"]
+    return {
+        "entropy": rng.integers(0, 9, shape).astype(np.float32) / 4,
+        "sampling_logprob": (trained + rng.normal(size=shape) * rng.choice([0.01, 1.5], shape)).astype(np.float32),
+    }
+
+
+def trl_ratio(trained, sampling, mask, config):
+    """The weights that TRL gives the loss, for `vllm_importance_sampling_mode` and its two bounds (its own lines stand
+    inside a method that samples)."""
+    log_ratio = (trained - sampling) * mask
+    if config.sampler_correction in ("sequence_mask", "sequence_truncate"):
+        log_ratio = log_ratio.sum(-1, keepdims=True)
+    ratio = np.exp(log_ratio)
+    low, high = config.sampler_correction_min, config.sampler_correction_max or np.inf
+    if config.sampler_correction in ("token_truncate", "sequence_truncate"):
+        return np.clip(ratio, low, high)
+    return np.where((ratio < low) | (ratio > high), 0, ratio)
+
+
 def trl_loss(tensors, config, beta, num_items, accumulation=1):
     """TRL's `_compute_loss`, called unbound: the trainer's model is replaced by the log-probabilities themselves.
 
@@ -43,34 +68,44 @@ def trl_loss(tensors, config, beta, num_items, accumulation=1):
     for metrics, and an accelerator of one process.
 
     Returns:
-        loss, gradient with respect to the log-probabilities, TRL's metrics.
+        loss, gradient with respect to the log-probabilities (and to the entropies, where there are any), TRL's metrics.
     """
     import torch
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     logprob = torch.tensor(tensors["logprob"], requires_grad=True)
-    zeros = torch.zeros_like(logprob)
-    metrics = {name: [] for name in ("kl", "entropy")}
+    entropy = torch.tensor(tensors.get("entropy", np.zeros_like(tensors["logprob"])), requires_grad=True)
+    metrics = {name: [] for name in ("kl", "entropy", "entropy_coef", "policy_loss")}
     metrics |= {f"clip_ratio/{name}": [] for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")}
     trainer = types.SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logprob, zeros, None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprob, entropy, None),
+        get_high_entropy_mask=lambda *arguments: GRPOTrainer.get_high_entropy_mask(trainer, *arguments),
         loss_type=config.loss_type,
         importance_sampling_level=config.importance_sampling_level,
         epsilon_low=config.epsilon,
         epsilon_high=config.epsilon_high,
         beta=beta,
         max_completion_length=config.max_completion_length,
-        top_entropy_quantile=1.0,
+        top_entropy_quantile=config.top_entropy_quantile,
         off_policy_mask_threshold=None,
-        use_vllm=False,
+        use_vllm=config.sampler_correction != "none",
+        vllm_importance_sampling_correction=True,
         aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
+        entropy_coef=config.entropy_coef,
+        use_adaptive_entropy=False,
+        _entropy_bonus_enabled=config.entropy_coef != 0,
         current_gradient_accumulation_steps=accumulation,
         args=types.SimpleNamespace(
             delta=config.delta or None, use_bias_correction_kl=False, steps_per_generation=accumulation
         ),
         model=types.SimpleNamespace(training=True),
-        accelerator=types.SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
+        accelerator=types.SimpleNamespace(
+            num_processes=1,
+            reduce=lambda x, reduction: x,
+            gather=lambda x: x,
+            pad_across_processes=lambda x, **_: x,
+            sync_gradients=True,
+        ),
         _metrics={"train": metrics},
     )
     mask = torch.tensor(tensors["mask"]).int()
@@ -85,24 +120,37 @@ def trl_loss(tensors, config, beta, num_items, accumulation=1):
     )
     if tensors["old_logprob"] is not None:
         inputs["old_per_token_logps"] = torch.tensor(tensors["old_logprob"])
+    if trainer.use_vllm:
+        trained = tensors["logprob"] if tensors["old_logprob"] is None else tensors["old_logprob"]
+        inputs["importance_sampling_ratio"] = torch.tensor(
+            trl_ratio(trained, tensors["sampling_logprob"], tensors["mask"], config)
+        )
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
     loss.backward()
-    return loss.item(), logprob.grad.numpy(), {name: values[0] for name, values in metrics.items() if values}
+    gradients = logprob.grad.numpy()
+    if "entropy" in tensors:
+        gradients = (gradients, np.zeros_like(gradients) if entropy.grad is None else entropy.grad.numpy())
+    return loss.item(), gradients, {name: values[0] for name, values in metrics.items() if values}
 
 
 def own_loss(tensors, config, beta, totals):
     """Loss, gradient and metrics of this project on the same arrays."""
 
-    def loss(logprob):
+    def loss(logprob, entropy=None):
         targets = PolicyTargets(
             advantage_BG=tensors["advantage"],
             mask_BGC=tensors["mask"],
             present_BG=np.ones(len(tensors["mask"]), bool),
             old_logprob_BGC=tensors["old_logprob"],
             reference_logprob_BGC=tensors["reference_logprob"] if beta else None,
+            sampling_logprob_BGC=tensors["sampling_logprob"] if config.sampler_correction != "none" else None,
         )
-        return policy_loss(logprob, targets, beta, totals, config)
+        return policy_loss(logprob, targets, beta, totals, config, entropy)
 
+    if "entropy" in tensors:
+        at = jnp.asarray(tensors["logprob"]), jnp.asarray(tensors["entropy"])
+        (value, metrics), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(*at)
+        return float(value), tuple(map(np.asarray, gradients)), metrics
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(tensors["logprob"]))
     return float(value), np.asarray(gradient), metrics
 
@@ -137,6 +185,116 @@ def test_policy_loss_and_gradient_equal_trl(seed, loss_type, level, epsilons, de
     np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=1e-6)
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", *(["kl"] if beta else [])):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.torch
+@given(
+    seed=st.integers(0, 1000),
+    loss_type=st.sampled_from(TRL_LOSS_TYPES),
+    level=st.sampled_from(LEVELS),
+    coefficient=st.sampled_from([0.0, 0.3]),
+    quantile=st.sampled_from([1.0, 0.6, 0.2, 0.0]),
+    correction=st.sampled_from(CORRECTIONS),
+    bounds=st.sampled_from([(0.0, 3.0), (0.5, 2.0), (0.8, 0.0)]),
+    on_policy=st.booleans(),
+)
+@settings(max_examples=60)
+def test_entropy_switches_and_the_sampler_s_correction_equal_trl(
+    seed, loss_type, level, coefficient, quantile, correction, bounds, on_policy
+):
+    """Alone and together: loss, gradients by log-probabilities and entropies, and the mean weight."""
+    tensors = batch(seed)
+    if on_policy:
+        tensors["old_logprob"] = None
+    tensors |= entropies_and_sampler(seed + 1, tensors)
+    config = RlConfig(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        entropy_coef=coefficient,
+        top_entropy_quantile=quantile,
+        sampler_correction=correction,
+        sampler_correction_min=bounds[0],
+        sampler_correction_max=bounds[1],
+        max_completion_length=9,
+    )
+    mask = tensors["mask"]
+    value, gradients, metrics = own_loss(tensors, config, 0.04, step_totals(mask, np.ones(len(mask), bool)))
+    expected, expected_gradients, expected_metrics = trl_loss(tensors, config, 0.04, int(mask.sum()))
+    np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["kl"], expected_metrics["kl"], rtol=2e-5, atol=1e-6)
+    if correction != "none":
+        trained = tensors["logprob"] if on_policy else tensors["old_logprob"]
+        ratio = trl_ratio(trained, tensors["sampling_logprob"], mask, config)
+        of_tokens = ratio[mask] if correction.startswith("token") else ratio
+        name = "sampling/importance_sampling_ratio/mean"
+        np.testing.assert_allclose(metrics[name], of_tokens.mean(), rtol=2e-5)
+
+
+def test_the_share_of_highest_entropy_is_counted_among_tokens_of_the_loss():
+    entropy = np.array([[[0.1, 0.9, 0.5, 99.0], [0.7, 0.3, 0.5, np.nan]]], np.float32)
+    mask = np.array([[[1, 1, 1, 0], [1, 1, 1, 0]]], bool)
+
+    def kept(share):
+        return np.asarray(losses.highest_entropy(jnp.asarray(entropy), mask, share)).astype(int).tolist()
+
+    assert kept(0.0) == [[[0, 1, 0, 0], [0, 0, 0, 0]]]
+    assert kept(0.3) == [[[0, 1, 0, 0], [1, 0, 0, 0]]]
+    assert kept(0.5) == [[[0, 1, 1, 0], [1, 0, 1, 0]]]  # the two of 0.5 together
+    assert kept(1.0) == mask.astype(int).tolist()
+    assert not losses.highest_entropy(jnp.asarray(entropy), np.zeros_like(mask), 0.5).any()
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights", "beyond"),
+    [
+        ("token_truncate", [[2.0, 0.5, 1.0], [1.5, 1.0, 1.0]], 2 / 5),
+        ("token_mask", [[0.0, 0.0, 1.0], [1.5, 1.0, 1.0]], 2 / 5),
+        ("sequence_truncate", [[1.0], [1.5]], 0.0),  # 4 x 0.25, and 1.5
+        ("sequence_mask", [[1.0], [1.5]], 0.0),
+    ],
+)
+def test_the_sampler_is_corrected_for_by_hand(correction, weights, beyond):
+    """Ratios 4, 0.25, 1 and 1.5, 1 (then padding that must not count), within [0.5, 2]."""
+    trained = np.log([[[0.4, 0.1, 0.2], [0.3, 0.2, 0.2]]]).astype(np.float32)
+    sampled = np.log([[[0.1, 0.4, 0.2], [0.2, 0.2, 1e-9]]]).astype(np.float32)
+    mask = np.array([[[1, 1, 1], [1, 1, 0]]], bool)
+    config = RlConfig(sampler_correction=correction, sampler_correction_min=0.5, sampler_correction_max=2.0)
+    weight, found = losses.sampler_ratio(jnp.asarray(trained), jnp.asarray(sampled), mask, config)
+    np.testing.assert_allclose(weight[0], weights, rtol=1e-5)
+    share = float((found & mask).sum() / mask.sum()) if correction.startswith("token") else float(found.mean())
+    assert share == pytest.approx(beyond)
+
+
+def test_entropies_are_asked_for_where_a_switch_reads_them():
+    tensors = batch(1)
+    totals = step_totals(tensors["mask"], np.ones(6, bool))
+    for switch in (dict(entropy_coef=0.1), dict(top_entropy_quantile=0.5)):
+        with pytest.raises(ValueError, match="need entropies"):
+            own_loss(tensors, RlConfig(**switch), 0.0, totals)
+
+
+def test_switches_that_are_off_leave_the_program_as_it_was():
+    """The same jaxpr whether the entropies and bounds are given or not."""
+    tensors = batch(2)
+    totals = step_totals(tensors["mask"], np.ones(6, bool))
+
+    def traced(config, **given):
+        def loss(logprob, entropy):
+            targets = PolicyTargets(
+                advantage_BG=tensors["advantage"], mask_BGC=tensors["mask"], present_BG=np.ones(6, bool), **given
+            )
+            return policy_loss(logprob, targets, 0.0, totals, config, entropy)[0]
+
+        return str(jax.make_jaxpr(loss)(tensors["logprob"], tensors["logprob"]))
+
+    plain = traced(RlConfig())
+    assert traced(RlConfig(sampler_correction_max=2.0, sampler_correction_min=0.5)) == plain
+    assert traced(RlConfig(entropy_coef=0.1)) != plain
+    assert traced(RlConfig(top_entropy_quantile=0.5)) != plain
+    on = RlConfig(sampler_correction="token_mask")
+    assert traced(on, sampling_logprob_BGC=tensors["old_logprob"]) != plain
 
 
 @pytest.mark.torch
@@ -240,6 +398,11 @@ def test_token_logprobs_equal_the_whole_softmax_in_value_and_gradient(chunk):
         (dict(epsilon=1.1), "epsilon"),
         (dict(epsilon=-0.1), "epsilon"),
         (dict(delta=1.1), "delta"),
+        (dict(entropy_coef=-0.1), "entropy_coef"),
+        (dict(top_entropy_quantile=1.5), "top_entropy_quantile"),
+        (dict(sampler_correction="truncate"), "token_truncate, token_mask"),
+        (dict(sampler_correction_min=3.0), "less than rl.sampler_correction_max=3"),
+        (dict(sampler_correction="token_mask", sampler_correction_max=0.0), "without a bound"),
         (dict(max_completion_length=0), "max_completion_length"),
     ],
 )

@@ -1,5 +1,7 @@
 """Sampled token ids read, scored and given anchors: completions written by hand, a real tokenizer, real wheels."""
 
+import types
+
 import numpy as np
 import pytest
 from support.answers import completions_of, slow
@@ -11,6 +13,7 @@ from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
+from mer_r1_jax.run.setup import Setup
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,19 @@ def test_truth_on_no_wheel_cannot_be_scored(scorer_of):
     assert (scored.anchors.set_BGWQ == NO_SET).all()
 
 
+def test_the_authors_earlier_reading_is_three_switches(scorer_of):
+    rows = [[slow("sad") + " and more", "sad, serious", slow("", "x"), slow("sad")]]
+    usual = scorer_of().groups(completions_of(rows), [("serious",)])
+    earlier = scorer_of(wheels_without_truth="zero", untagged_answer="split", format_reward="lenient")
+    scored = earlier.groups(completions_of(rows), [("serious",)])
+    np.testing.assert_allclose(usual.rewards.recall_BG, [[1 / 3, 0, 0, 1 / 3]])
+    np.testing.assert_allclose(scored.rewards.recall_BG, [[1 / 5, 3 / 5, 0, 1 / 5]], rtol=1e-6)
+    np.testing.assert_array_equal(usual.rewards.format_BG, [[0, 0, 0, 1]])
+    np.testing.assert_array_equal(scored.rewards.format_BG, [[1, 0, 1, 1]])
+    # Confidences are of well-formed answers still.
+    assert usual.counts["bad_format"] == scored.counts["bad_format"] == 3
+
+
 def test_words_beyond_the_truths_count_cost_the_penalty(scorer_of):
     rows = [[slow("happy"), slow("happy, delighted, joyful")]]
     free = scorer_of().groups(completions_of(rows), [("happy",)]).rewards
@@ -120,3 +136,9 @@ def test_surplus_words_are_counted_and_get_no_confidence(scorer_of):
     assert scored.counts["surplus_words"] == 1
     assert scored.anchors.set_BGWQ.shape[2] == 2
     assert scored.answers[0][0].rewards.n_words == 3
+
+
+def test_evaluations_read_and_score_answers_as_they_always_do():
+    rl = RlConfig(word_penalty=0.5, wheels_without_truth="zero", untagged_answer="split", format_reward="lenient")
+    setup = types.SimpleNamespace(config=types.SimpleNamespace(rl=rl), _scorer=lambda config: config)
+    assert Setup.eval_scorer.fget(setup) == RlConfig()

@@ -1,5 +1,7 @@
 """The run folder, on a disk and in a bucket: made, taken up again, refused when it is not ours, locked, no secrets."""
 
+import copy
+import dataclasses
 import itertools
 import json
 import logging
@@ -11,8 +13,9 @@ import textwrap
 
 import pytest
 
+from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
-from mer_r1_jax.storage.run_settings import config_differences
+from mer_r1_jax.storage.run_settings import config_differences, refused_changes
 
 CONFIG = {
     "name": "tiny",
@@ -107,6 +110,15 @@ def test_resume_counts_attempts_and_keeps_each_ones_record(folder):
         assert json.loads(folder.get(f"logs/attempt_{attempt}/config.json"))["train"]["save_steps"] == attempt
         assert f"attempt {attempt} speaks" in folder.get(f"logs/attempt_{attempt}/log.txt")
     assert json.loads(folder.get("config.json"))["train"]["save_steps"] == 3
+
+
+def test_a_setting_that_a_run_s_version_did_not_have_is_at_its_default(tmp_path):
+    now = dataclasses.asdict(RunConfig())
+    was = copy.deepcopy(now)
+    del was["rl"]["entropy_coef"], was["rl"]["optimizer"]["weight_decay"]
+    assert refused_changes(was, now, {}, {}) == []
+    now["rl"]["entropy_coef"] = 0.1
+    assert refused_changes(was, now, {}, {}) == ["rl.entropy_coef: absent in the run, 0.1 now"]
 
 
 def test_resume_with_a_changed_config_is_refused_field_by_field(folder):

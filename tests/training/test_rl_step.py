@@ -106,7 +106,7 @@ def test_kl_is_seen_once_the_policy_moved(small, maker, trained, rollout, gradie
 def test_update_scores_tokens_as_the_rollout_sampled_them(small, trained, rollout, gradients_of):
     """Decoding with a cache and the update's forward pass agree on every token's log-probability."""
     experience = rollout.experience
-    config = dataclasses.replace(small.config.rl, temperature=1.0)
+    config = dataclasses.replace(small.config.rl, temper_logprobs=False)
     untempered = RlPrograms(small.backbone, config, small.programs.sampling)
     logprob_BGC = untempered.logprobs(trained, experience.prompts, experience.completion)
     mask_BGC = np.asarray(experience.targets.mask_BGC)
@@ -130,6 +130,36 @@ def test_rl_micro_batches_add_up_to_the_step_whatever_their_masks(rollout, gradi
     assert_same_gradients(whole, parts)
     for name in ("loss", "policy_loss", "entropy", "grad_norm", "sampling/sampling_logp_difference/mean"):
         np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=2e-5, atol=1e-7, err_msg=name)
+
+
+def test_switches_reach_the_update(small, trained, rollout):
+    """Of an answer that has no advantage only the entropy bonus is left: all of the gradient is its."""
+    config = dataclasses.replace(
+        small.programs.config,
+        temper_logprobs=False,
+        sampler_correction="token_truncate",
+        sampler_correction_max=1.02,
+        entropy_coef=0.5,
+        top_entropy_quantile=0.3,
+    )
+    programs = RlPrograms(small.backbone, config, small.programs.sampling)
+    experience = rollout.experience
+    logprob_BGC = np.asarray(programs.logprobs(trained, experience.prompts, experience.completion))
+    targets = dataclasses.replace(
+        experience.targets,
+        advantage_BG=jnp.zeros_like(experience.targets.advantage_BG),
+        reference_logprob_BGC=jnp.asarray(logprob_BGC),
+    )
+    state = init_state(jax.tree.map(jnp.array, trained), TEXT_ONLY, optax.sgd(1.0), "float32")
+    update = programs.make_update(optax.sgd(1.0))
+    _, metrics = update(state, dataclasses.replace(experience, targets=targets), np.float32(0))
+    ratio = np.exp(logprob_BGC - np.asarray(experience.sampling_logprob_BGC))[np.asarray(targets.mask_BGC)]
+    name = "sampling/importance_sampling_ratio"
+    np.testing.assert_allclose(metrics[f"{name}/mean"], np.minimum(ratio, 1.02).mean(), rtol=1e-4)
+    assert metrics[f"{name}/beyond"] == pytest.approx((ratio > 1.02).mean(), abs=0.02) and (ratio > 1.02).any()
+    assert metrics["kl"] < 1e-10  # both log-probabilities are of logits that no temperature divided
+    assert metrics["entropy_bonus"] > 0.5 * metrics["entropy"] > 0  # the widest tokens' mean is above all tokens'
+    assert metrics["loss"] == pytest.approx(-float(metrics["entropy_bonus"]), rel=1e-5) and metrics["grad_norm"] > 1e-4
 
 
 def test_rl_leaves_the_towers_as_they_are(trained, rollout, gradients_of):

@@ -1,0 +1,76 @@
+"""The reference that RL is held near by the KL term: the policy RL started from, or one that follows it slowly.
+
+With `rl.sync_ref_model` the reference is mixed with the policy every `rl.ref_model_sync_steps` updates (TR-DPO, arXiv
+2404.09656; names and meaning are TRL's). It is then part of what a run has to take up again, so each checkpoint has the
+reference of its step beside it: a mix cannot be made again from anything else.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.storage.checkpoints import Checkpoints
+from mer_r1_jax.training.state import Params, TrainState
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def mixed(reference: Params, policy: Params, alpha: jax.Array) -> Params:
+    """alpha x policy + (1 - alpha) x reference, each parameter in its own dtype and place.
+
+    Args:
+        reference: donated.
+        policy: trained parameters, of the same names and shapes.
+        alpha: float32 scalar in [0, 1].
+    """
+
+    def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+        # In float32: a small share of a bfloat16 difference would be rounded away.
+        return (alpha * new.astype(jnp.float32) + (1 - alpha) * old.astype(jnp.float32)).astype(old.dtype)
+
+    return jax.tree.map(mix, reference, policy)
+
+
+def synced_at(config: RlConfig, step: int) -> int:
+    """The update after which the reference of `step` updates was last mixed; 0 while it is the start of RL."""
+    return step - step % config.ref_model_sync_steps if config.sync_ref_model else 0
+
+
+class Reference:
+    """The reference of one run, and what is kept of it on disk.
+
+    Attributes:
+        params: the trained parameters only; frozen ones are the policy's own.
+
+    Args:
+        params: as they are kept already.
+        config: of RL.
+        kept: where references are kept, numbered as `synced_at` says.
+    """
+
+    def __init__(self, params: Params, config: RlConfig, kept: Checkpoints):
+        self.params = params
+        self._config, self._kept = config, kept
+        self._unsaved: int | None = None  # its number, where it was mixed since it was last kept
+
+    def follow(self, state: TrainState, step: int) -> None:
+        """Mixes in the policy after `step` updates, where that is due."""
+        if self._config.sync_ref_model and step % self._config.ref_model_sync_steps == 0:
+            trained, _ = state.split()
+            self.params = mixed(self.params, trained, np.float32(self._config.ref_model_mixup_alpha))
+            self._unsaved = step
+
+    def keep(self) -> None:
+        """Keeps the reference as it is; to be called before a checkpoint, which must never lack its own.
+
+        Raises:
+            CheckpointError: nothing was saved.
+        """
+        if self._unsaved is not None:
+            # One that stands there under this number belongs to a future that was given up; it is replaced.
+            self._kept.save(self._unsaved, self.params, {})
+            self._unsaved = None

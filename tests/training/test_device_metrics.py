@@ -1,0 +1,80 @@
+"""Memory, utilisation and traces of steps: counted by hand, on devices that tell and on those that do not."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mer_r1_jax.config.schema import RlConfig, SftConfig
+from mer_r1_jax.training.device_metrics import Utilisation, memory_metrics
+from mer_r1_jax.training.profiling import StepProfiler
+
+GIB = 2**30
+SHAPES = {
+    "text/layers/attn/q/kernel": jax.ShapeDtypeStruct((4, 10, 25), jnp.float32),  # 1,000 parameters in layers
+    "text/embed/kernel": jax.ShapeDtypeStruct((500, 10), jnp.float32),
+    "audio/layers/q": jax.ShapeDtypeStruct((99,), jnp.float32),
+}
+
+
+def device(kind="NVIDIA L4", **stats):
+    return types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats or None)
+
+
+def test_memory_is_that_of_the_fullest_device_that_tells():
+    devices = [
+        device(bytes_in_use=1 * GIB, peak_bytes_in_use=7 * GIB),
+        device(),
+        device(bytes_in_use=3 * GIB, peak_bytes_in_use=4 * GIB),
+    ]
+    assert memory_metrics(devices) == {"perf/memory_gib": 3.0, "perf/peak_memory_gib": 7.0}
+    assert memory_metrics([device()]) == {} and memory_metrics() == {}  # CPUs tell nothing
+
+
+@pytest.mark.parametrize(
+    ("config", "passes"),
+    [
+        (SftConfig(), 3),
+        (RlConfig(), 6),  # update, sampling, scoring, reference
+        (RlConfig(beta=0.0), 5),
+        (RlConfig(num_iterations=2), 7),
+    ],
+)
+def test_utilisation_counts_two_operations_a_parameter_token_and_pass(config, passes):
+    told = Utilisation(SHAPES, [device(), device()], config)
+    expected = passes * 2 * 1000 * 50 / (2.0 * 2 * 121e12)
+    assert told.of_step(50, 2.0)["perf/mfu"] == pytest.approx(expected)
+    if config == RlConfig(num_iterations=2):  # the second update of a rollout samples and scores nothing
+        assert told.of_step(0, 2.0)["perf/mfu"] == pytest.approx(expected * 3 / passes)
+
+
+def test_a_device_nobody_has_a_data_sheet_of_gives_no_utilisation():
+    assert Utilisation(SHAPES, jax.devices(), SftConfig()).of_step(50, 2.0) == {}
+
+
+def test_the_steps_asked_for_are_traced_and_no_others(tmp_path):
+    profiler, waited = StepProfiler(tmp_path, "rl", (2,)), []
+    for step in (1, 2, 3, 4):
+        profiler.begin(step, lambda: waited.append(step))  # noqa: B023
+        jnp.ones(3).block_until_ready()
+    profiler.end()
+    assert waited == [3]  # before the trace of step 2 was written
+    assert [path.name for path in tmp_path.iterdir()] == ["rl_00002"]
+    assert any(path.name.endswith(".xplane.pb") and path.stat().st_size for path in tmp_path.rglob("*"))
+
+
+def test_a_trace_that_cannot_be_made_is_a_warning(tmp_path, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("no room")
+
+    profiler = StepProfiler(tmp_path, "sft", (1, 2))
+    monkeypatch.setattr(jax.profiler, "start_trace", broken)
+    profiler.begin(1)
+    assert "sft step 1 cannot be profiled: no room" in caplog.text
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", broken)
+    profiler.begin(2)
+    profiler.end()
+    profiler.end()
+    assert caplog.text.count("the profile of sft step 2 cannot be written: no room") == 1

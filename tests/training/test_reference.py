@@ -1,0 +1,116 @@
+"""The reference that follows the policy: mixed as TRL mixes it, and the same one again in a run that goes on."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.run.stored_reference import ReferenceLostError, open_reference
+from mer_r1_jax.storage.checkpoints import Checkpoints
+from mer_r1_jax.training.reference import Reference, mixed, synced_at
+
+CONFIG = RlConfig(sync_ref_model=True, ref_model_mixup_alpha=0.25, ref_model_sync_steps=3)
+SAVED = (2, 4, 5, 8)  # steps with a checkpoint
+
+
+def policy(step):
+    return {"text/w": jnp.full((2, 3), float(step * step)), "text/b": jnp.arange(3.0) + step}
+
+
+def state_of(step):
+    return types.SimpleNamespace(split=lambda: (policy(step), {}))
+
+
+@pytest.mark.torch
+def test_it_is_mixed_as_trl_does():
+    import torch
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    policy_, reference = [
+        {name: jnp.asarray(value.detach().numpy()) for name, value in model.named_parameters()} for model in models
+    ]
+    made = mixed(reference, policy_, np.float32(0.6))
+    SyncRefModelCallback._sync_target_model(*models, 0.6)
+    for name, value in models[1].named_parameters():
+        np.testing.assert_allclose(made[name], value.detach().numpy(), rtol=1e-6)
+
+
+def test_a_small_share_of_a_bfloat16_difference_is_not_rounded_away():
+    old, new = jnp.full(2, 1.0, jnp.bfloat16), jnp.full(2, 1.5, jnp.bfloat16)
+    made = mixed({"w": old}, {"w": new}, np.float32(0.25))["w"]
+    assert made.dtype == jnp.bfloat16 and float(made[0]) == 1.125
+
+
+def test_only_the_steps_that_are_due_change_it():
+    assert [synced_at(CONFIG, step) for step in range(7)] == [0, 0, 0, 3, 3, 3, 6]
+    assert synced_at(RlConfig(), 999) == 0
+    fixed = Reference(policy(0), RlConfig(), None)
+    for step in range(1, 9):
+        fixed.follow(state_of(step), step)
+    fixed.keep()
+    np.testing.assert_array_equal(fixed.params["text/w"], policy(0)["text/w"])
+
+
+class Folder:
+    """A run's folder, as far as the reference sees it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def open_checkpoints(self, name, max_to_keep):
+        return Checkpoints(self.path / name, max_to_keep=max_to_keep)
+
+
+@pytest.fixture
+def attempt(tmp_path):
+    """Starts a run of steps first + 1..last as `train_rl` does; what its steps' references were."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), policy(0))
+    run = types.SimpleNamespace(
+        config=types.SimpleNamespace(
+            train=types.SimpleNamespace(save_total_limit=2, seed=0), model=types.SimpleNamespace(path="")
+        ),
+        folder=Folder(tmp_path),
+        sft_steps=0,
+        backbone=types.SimpleNamespace(shapes=shapes, shardings=dict.fromkeys(shapes, place)),
+        initial_params=lambda: policy(0),
+    )
+
+    def attempt(done, last):
+        phase = types.SimpleNamespace(config=CONFIG, is_trainable=lambda name: True)
+        reference = open_reference(run, phase, state_of(0), done)
+        seen = {}
+        for step in range((done or 0) + 1, last + 1):
+            seen[step] = np.asarray(reference.params["text/w"])  # what the step is held against
+            reference.follow(state_of(step), step)
+            if step in SAVED:
+                reference.keep()
+        return seen
+
+    return attempt
+
+
+def test_a_run_that_goes_on_is_held_against_the_very_same_reference(attempt, tmp_path):
+    whole = attempt(None, 9)
+    assert sorted({float(value[0, 0]) for value in whole.values()}) == [0.0, 0.25 * 9, 0.75 * 2.25 + 0.25 * 36]
+    # From the newest checkpoint, from the one before it (the newest was damaged), and what comes after both.
+    for done in (8, 5):
+        again = attempt(done, 9)
+        assert again.keys() == set(range(done + 1, 10))
+        for step, value in again.items():
+            np.testing.assert_array_equal(value, whole[step], err_msg=f"{done}: {step}")
+    assert {step.name for step in (tmp_path / "reference").iterdir()} >= {"3", "6"}
+
+
+def test_one_that_is_lost_is_refused_by_its_number(attempt, tmp_path):
+    attempt(None, 9)
+    (tmp_path / "reference/6/manifest.json").write_bytes(b"[")
+    with pytest.raises(ReferenceLostError, match=r"of update 6, which checkpoint 8 .* Put .*reference/6 back"):
+        attempt(8, 9)
+    # That of the start is made again.
+    (tmp_path / "reference/0/manifest.json").write_bytes(b"[")
+    assert (attempt(2, 3)[3] == 0).all()
