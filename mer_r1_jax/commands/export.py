@@ -1,8 +1,8 @@
-"""Exports a model to Hugging Face format: mer-r1 export --run=RUN_DIR --out=DIR [--base=FULL_OMNI_DIR]
+"""Exports a model to Hugging Face format: mer-r1 export --run=RUN_DIR --out=DIR [--layout=omni | --base=FULL_OMNI_DIR]
 
 --run takes the newest valid checkpoint of a run and puts its settings beside it, --model an existing Hugging Face
 directory (to change its dtype, shards or naming, or to put its Thinker into a full Omni directory with --base).
-transformers 4.57 and 5.x load the result.
+transformers 4.57 and 5.x load the result; --layout=omni makes the directory that vLLM serves, without a voice.
 """
 
 from absl import app, flags
@@ -13,6 +13,13 @@ from mer_r1_jax.cli import explained
 _RUN = flags.DEFINE_string("run", None, "Folder of a run, <output_dir>/<run_name>; may be gs://.")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory of a Thinker or of a full Omni model.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
+_LAYOUT = flags.DEFINE_enum(
+    "layout",
+    "thinker",
+    ("thinker", "omni"),
+    "thinker: for transformers' Thinker class; omni: as a full Omni model without a voice, for vLLM and transformers' "
+    "Omni class.",
+)
 _BASE = flags.DEFINE_string(
     "base", None, "Full Omni directory whose talker, vocoder and other files are copied verbatim."
 )
@@ -38,6 +45,7 @@ def main(argv: list[str]) -> None:
             config,
             params,
             ExportSettings(
+                layout=_LAYOUT.value,
                 source=source,
                 base=_BASE.value,
                 dtype=_DTYPE.value,
@@ -60,10 +68,10 @@ def main(argv: list[str]) -> None:
 def _model_parameters(model: str):
     """(config, parameters, where the tokenizer lies) of a Hugging Face directory."""
     from mer_r1_jax.omni.hf.config_json import load_config
-    from mer_r1_jax.omni.hf.load import load_params
+    from mer_r1_jax.omni.hf.load import left_in_files
 
     config = load_config(model)
-    return config, load_params(model, config), model
+    return config, left_in_files(model, config), model
 
 
 def _run_parameters(run: str):

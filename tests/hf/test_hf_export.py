@@ -17,12 +17,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from support import tiny_hf
 from support.omni_dir import EXTRA_TENSORS, make_omni_directory
-from support.thinker_logits import logits_of, logits_of_directory, mixed_inputs
+from support.thinker_logits import logits_of, mixed_inputs, outputs_of_directory
 from support.transformers4 import VERSION, transformers4_path
 
 from mer_r1_jax import faults
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf import table
+from mer_r1_jax.omni.hf.companion_files import LAYOUTS
 from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import load_params
@@ -37,9 +38,9 @@ INPUTS = mixed_inputs(
 )
 
 
-def export(source, out, **options):
-    config = load_config(source)
-    return export_model(out, config, load_params(source, config), ExportSettings(**options))
+def export(model, out, **options):
+    config = load_config(model)
+    return export_model(out, config, load_params(model, config), ExportSettings(**options))
 
 
 def stored_bytes(directory):
@@ -50,9 +51,14 @@ def stored_bytes(directory):
     }
 
 
+def forget_ends(directory):
+    """Rewrites a directory's generation settings without end tokens, as sampling settings are shared."""
+    (directory / "generation_config.json").write_text('{"top_k": 7}')
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Exports of several models with the logits transformers 5 gives for the originals and for the exports.
+    """Exports of several models with what transformers 5 gives for the originals and for the exports.
 
     One process with transformers 4 evaluates all exports.
     """
@@ -69,7 +75,14 @@ def exports(tmp_path_factory):
     other = dict(text=dict(rope_parameters={"rope_type": "default", "rope_theta": 5e3, "mrope_section": [4, 2, 2]}))
     add("other_rope", tiny_hf.make_tiny_thinker(root / "other_rope", seed=1, **other), root / "other_rope")
     full = make_omni_directory(root / "full", seed=2, dtype=torch.float32)
+    forget_ends(root / "full")
     add("full", full, root / "full", base=root / "full")
+    for name in ("untied", "tied"):
+        forget_ends(root / name)
+        for layout in LAYOUTS:
+            expected[f"{name}_{layout}"] = expected[name]
+            directories[f"{name}_{layout}"] = root / f"{name}_{layout}"
+            export(root / name, root / f"{name}_{layout}", layout=layout, source=root / name)
 
     np.savez(root / "inputs.npz", **INPUTS)
     environment = os.environ | {"PYTHONPATH": transformers4_path()}
@@ -78,18 +91,39 @@ def exports(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     v4 = np.load(root / "v4.npz")
     assert str(v4["version"]) == VERSION
-    by_v4 = {name: v4[f"logits_{i}"] for i, name in enumerate(directories)}
-    by_v5 = {name: logits_of_directory(directory, INPUTS) for name, directory in directories.items()}
+    by_v4 = {
+        name: {part: v4[f"{part}_{i}"] for part in ("logits", "ends", "answer")} for i, name in enumerate(directories)
+    }
+    by_v5 = {name: outputs_of_directory(directory, INPUTS) for name, directory in directories.items()}
     return directories, expected, by_v4, by_v5
 
 
-@pytest.mark.parametrize("model", ["untied", "tied", "other_rope", "full"])
+MODELS = (
+    "untied",
+    "tied",
+    "other_rope",
+    "full",
+    *(f"{one}_{layout}" for one in ("untied", "tied") for layout in LAYOUTS),
+)
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_both_transformers_compute_the_original_logits_from_an_export(exports, model):
     directories, expected, by_v4, by_v5 = exports
-    assert transformers.__version__.startswith("5.")
+    assert transformers.__version__.startswith("5.") and len(directories) == len(MODELS)
     assert expected[model].std() > 1  # weights wide enough to show a misplaced one
-    np.testing.assert_array_equal(by_v5[model], expected[model])
-    np.testing.assert_array_equal(by_v4[model], expected[model])
+    np.testing.assert_array_equal(by_v5[model]["logits"], expected[model])
+    np.testing.assert_array_equal(by_v4[model]["logits"], expected[model])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_both_transformers_know_where_to_stop(exports, model):
+    """Though the source's generation_config.json says nothing of it, in every layout, and in the Omni class too."""
+    *_, by_v4, by_v5 = exports
+    for found in (by_v4[model], by_v5[model]):
+        assert found["ends"].tolist() == [tiny_hf.IM_END]
+        assert 0 < len(found["answer"]) <= 12
+    np.testing.assert_array_equal(by_v4[model]["answer"], by_v5[model]["answer"])
 
 
 def test_exported_files_and_config(exports):
@@ -217,12 +251,13 @@ def test_tokenizer_and_processor_files_are_copied(small, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
-    for name in (*names, "generation_config.json", "preprocessor_config.json", "README.md", "training_args.bin"):
+    for name in (*names, "preprocessor_config.json", "README.md", "training_args.bin"):
         (source / name).write_text(f"content of {name}")
+    (source / "generation_config.json").write_text('{"eos_token_id": [7, 504], "pad_token_id": 3}')
     report = export_model(tmp_path / "out", *small, ExportSettings(source=source))
     assert set(report.copied_files) == {*names, "generation_config.json", "preprocessor_config.json"}
     for name in report.copied_files:
-        assert (tmp_path / "out" / name).read_text() == f"content of {name}"
+        assert filecmp.cmp(source / name, tmp_path / "out" / name, shallow=False), name
     assert not (tmp_path / "out" / "README.md").exists()
 
 

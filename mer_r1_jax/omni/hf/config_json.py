@@ -183,7 +183,7 @@ def config_to_hf(config: ThinkerConfig, *, style: str = "v4", dtype: str | None 
         "model_type": MODEL_TYPE,
         **{name: getattr(config, name) for name in _THINKER_FIELDS},
         **{spellings[0]: getattr(config, field) for field, spellings in _SPECIAL_IDS.items()},
-        "eos_token_id": _plain_ids(config.eos_token_ids),
+        "eos_token_id": plain_ids(config.eos_token_ids),
         "audio_config": {
             "model_type": "qwen2_5_omni_audio_encoder",
             **{name: getattr(config.audio, name) for name in _AUDIO_FIELDS},
@@ -207,10 +207,11 @@ def config_to_hf(config: ThinkerConfig, *, style: str = "v4", dtype: str | None 
 
 def generation_to_hf(config: ThinkerConfig) -> dict[str, Any]:
     """A minimal `generation_config.json`: the ids that end and pad a completion."""
-    return {"eos_token_id": _plain_ids(config.eos_token_ids), "pad_token_id": config.pad_token_id}
+    return {"eos_token_id": plain_ids(config.eos_token_ids), "pad_token_id": config.pad_token_id}
 
 
-def _plain_ids(ids: tuple[int, ...]) -> int | list[int]:
+def plain_ids(ids: tuple[int, ...]) -> int | list[int]:
+    """Token ids as configuration files spell them: one of them is a number, several are a list."""
     return ids[0] if len(ids) == 1 else list(ids)
 
 

@@ -1,17 +1,15 @@
 """Parameters out to Hugging Face directories that transformers 4 and 5 both load.
 
-A Thinker alone, or a full Omni directory with its Thinker replaced. Tensors are fetched from the devices, cast and
-written one at a time. Everything goes to a directory beside the target, which is renamed when it is whole: an
-interrupted export never looks finished.
+A Thinker alone, the same Thinker as an Omni model without a voice, or a full Omni directory with its Thinker replaced.
+Tensors are fetched from the devices or from files, cast and written one at a time. Everything goes to a directory
+beside the target, which is renamed when it is whole: an interrupted export never looks finished.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,19 @@ from mer_r1_jax import faults
 from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.omni.config import DTYPES, ThinkerConfig
 from mer_r1_jax.omni.hf import table
-from mer_r1_jax.omni.hf.config_json import CONFIG_FILE, GENERATION_FILE, config_to_hf, generation_to_hf, load_config
+from mer_r1_jax.omni.hf.companion_files import (
+    COPIED_FILES,
+    LAYOUTS,
+    copy_files,
+    copy_rest,
+    write_config,
+    write_end_tokens,
+)
+from mer_r1_jax.omni.hf.config_json import load_config
+from mer_r1_jax.omni.hf.load import FileLeaf
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
 from mer_r1_jax.omni.hf.staging import ExportError, staged
-from mer_r1_jax.omni.hf.sums import SUMS_FILE, VOCABULARY_FILES, check_weights, write_sums
+from mer_r1_jax.omni.hf.sums import VOCABULARY_FILES, check_weights, write_sums
 from mer_r1_jax.omni.hf.tensor_files import (
     INDEX_FILE,
     NUMPY_DTYPES,
@@ -42,19 +49,6 @@ from mer_r1_jax.omni.hf.tensor_files import (
 from mer_r1_jax.omni.thinker import abstract_thinker
 from mer_r1_jax.storage import atomic_files
 
-# Tokenizer, processor and generation files, of which a source directory has some.
-COPIED_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
-    *(
-        "added_tokens.json",
-        "tokenizer.model",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-    ),
-    *("chat_template.json", "chat_template.jinja", GENERATION_FILE),
-)
-_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 _NOT_ARCHITECTURE = ("param_dtype", "compute_dtype", "remat", "initializer_range", "pad_token_id", "eos_token_ids")
 _CHUNK_BYTES = 1 << 26  # host bytes cast at once
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -97,16 +91,20 @@ class ExportSettings:
     """How a model is written.
 
     Attributes:
-        source: directory whose tokenizer, processor and generation files are copied.
+        layout: "thinker" writes the Thinker alone, for transformers' class of that name; "omni" writes it under
+            `thinker.` names as a full Omni model without a voice, which vLLM and transformers' Omni class load.
+        source: directory whose tokenizer, processor and generation files are copied; the policy's end tokens are put
+            among the latter's.
         base: full Omni directory (`thinker.`, `talker.` and `token2wav.` tensors). The export is then a copy of it,
-            file by file and tensor by tensor, in which only the Thinker's weights are new; `source` and
-            `max_shard_size` do not apply.
+            file by file and tensor by tensor, in which only the Thinker's weights, and end tokens that are missing,
+            are new; `layout`, `source` and `max_shard_size` do not apply.
         dtype: float32 | bfloat16 | float16; None keeps the dtype of each parameter, or with `base` that of the tensor
             it replaces.
         max_shard_size: bytes, or text like "5GB" (10^9); more than fits goes to further files with an index.
         overwrite: replace a directory that holds an earlier export.
     """
 
+    layout: str = "thinker"
     source: str | os.PathLike | None = None
     base: str | Path | None = None
     dtype: str | None = None
@@ -114,7 +112,14 @@ class ExportSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ExportError for an impossible dtype or shard size."""
+        """Raises ExportError for an impossible layout, dtype or shard size."""
+        if self.layout not in LAYOUTS:
+            raise ExportError(f"layout is {self.layout!r}: expected one of {', '.join(LAYOUTS)}")
+        if self.base is not None and self.layout != "thinker":
+            raise ExportError(
+                f"layout is {self.layout!r} beside the base {self.base}: expected one of the two, as a base makes a "
+                "full Omni directory by itself; leave layout out, or base for a model without a voice"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ExportError(f"dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         _parse_size(self.max_shard_size)
@@ -137,8 +142,8 @@ def export_model(
     Args:
         directory: where it goes; must not exist, or be empty, unless the settings say `overwrite`.
         config: the architecture of `params`.
-        params: nested dict of numpy or jax arrays in the shapes of `abstract_thinker(config)`, all of them held by this
-            process.
+        params: nested dict of numpy or jax arrays, or of leaves that are still in their files, in the shapes of
+            `abstract_thinker(config)`, all of them held by this process.
         settings: dtype, files beside the weights, shards.
         asked: whether the program is to stop; looked at before every tensor.
 
@@ -184,7 +189,9 @@ def _write_thinker(
     settings: ExportSettings,
     asked: Callable[[], bool],
 ) -> ExportReport:
-    """Writes the Thinker alone, with what `settings.source` has beside its weights."""
+    """Writes the Thinker in a layout without a voice, with what `settings.source` has beside its weights."""
+    prefix = "thinker." if settings.layout == "omni" else ""
+    sources = {prefix + name: source for name, source in sources.items()}
     specs = [spec(name, entry.stored_shape, settings.dtype_over(leaf.dtype)) for name, (entry, leaf) in sources.items()]
     shards = _split(specs, _parse_size(settings.max_shard_size))
     sums = {
@@ -196,10 +203,9 @@ def _write_thinker(
     if len(shards) > 1:
         write_index(staging, shards)
     written = {NUMPY_DTYPES[tensor.dtype].name for tensor in specs}
-    _write_json(staging / CONFIG_FILE, config_to_hf(config, dtype=written.pop() if len(written) == 1 else None))
-    copied = _copy_files(Path(settings.source), staging, COPIED_FILES) if settings.source else ()
-    if GENERATION_FILE not in copied:
-        _write_json(staging / GENERATION_FILE, generation_to_hf(config))
+    write_config(staging, config, settings.layout, written.pop() if len(written) == 1 else None)
+    copied = copy_files(Path(settings.source), staging, COPIED_FILES) if settings.source else ()
+    write_end_tokens(staging, config)
     _write_sums(staging, sums)
     return _report(staging, specs, sources, tuple(shards), 0, copied)
 
@@ -240,7 +246,8 @@ def _write_omni(
     }
     if (base / INDEX_FILE).is_file() and SINGLE_FILE not in shards:
         write_index(staging, shards)
-    copied, left_out = _copy_rest(base, staging)
+    copied, left_out = copy_rest(base, staging)
+    write_end_tokens(staging, config)
     _write_sums(staging, sums)
     verbatim = sum(matched.skipped.values())
     report = _report(staging, replaced, sources, tuple(shards), verbatim, copied)
@@ -307,6 +314,8 @@ def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
 
     A jax.Array keeps the host copy made of it for as long as it lives, so what is fetched is a temporary one.
     """
+    if isinstance(leaf, FileLeaf):
+        return leaf.read(layer)
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf if layer is None else leaf[layer])
     return np.asarray(jnp.copy(leaf) if layer is None else _layer_of(leaf, layer))
@@ -338,31 +347,6 @@ def _write_sums(staging: Path, weights: dict[str, str]) -> None:
     write_sums(staging, weights | {name: atomic_files.sha256_of(staging / name) for name in others})
 
 
-def _copy_files(source: Path, staging: Path, names: Iterable[str]) -> tuple[str, ...]:
-    present = [name for name in names if (source / name).is_file()]
-    for name in present:
-        shutil.copyfile(source / name, staging / name)
-    return tuple(present)
-
-
-def _copy_rest(base: Path, staging: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copies whatever is not a weight file and not hidden; returns the names copied and those left out."""
-    copied, left_out = [], []
-    for path in sorted(base.iterdir()):
-        if path.name.startswith(".") or path.name == SUMS_FILE:  # the base's own sums, of other weights
-            continue
-        if any(path.match(pattern) for pattern in _WEIGHT_PATTERNS):
-            if not (staging / path.name).exists():
-                left_out.append(path.name)
-        elif path.is_dir():
-            shutil.copytree(path, staging / path.name)
-            copied.append(path.name)
-        else:
-            shutil.copyfile(path, staging / path.name)
-            copied.append(path.name)
-    return tuple(copied), tuple(left_out)
-
-
 def _report(
     staging: Path,
     specs: Sequence[TensorSpec],
@@ -374,7 +358,3 @@ def _report(
     parameters = sum(int(np.prod(tensor.shape)) for tensor in specs)
     nbytes = sum(tensor.nbytes for tensor in specs)
     return ExportReport(staging, len(specs), parameters, nbytes, files, verbatim, copied)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

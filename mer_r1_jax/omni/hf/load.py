@@ -6,6 +6,7 @@ allocated on the devices first, then each layer is written into its slot with th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -22,7 +23,7 @@ from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
 from mer_r1_jax.omni.hf.sums import check_weights
-from mer_r1_jax.omni.hf.tensor_files import StoredTensor, list_tensors
+from mer_r1_jax.omni.hf.tensor_files import NUMPY_DTYPES, StoredTensor, list_tensors
 from mer_r1_jax.omni.thinker import abstract_thinker
 
 _log = logging.getLogger(__name__)
@@ -37,6 +38,46 @@ def find_weights(directory: str | Path, config: ThinkerConfig) -> Matched:
     directory = Path(directory)
     entries = table.entries(abstract_thinker(config)[1], config)
     return match_tensors(list_tensors(directory), entries, directory, tied=config.tie_word_embeddings)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileLeaf:
+    """A parameter that stays in its files: a tensor of it is read when it is asked for, and kept nowhere.
+
+    Attributes:
+        shape, dtype: of the whole leaf, layers stacked; the dtype holds that of each of its tensors.
+        tensors: one for each layer, or a single one, with its entry of the weight table.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tensors: tuple[tuple[table.Entry, StoredTensor], ...]
+
+    def read(self, layer: int | None) -> np.ndarray:
+        """One layer in our shape, or the leaf where it has none. Raises WeightError as StoredTensor.read."""
+        entry, stored = self.tensors[layer or 0]
+        return entry.to_ours(stored.read())
+
+
+def left_in_files(directory: str | os.PathLike, config: ThinkerConfig) -> dict[str, Any]:
+    """The parameters of a Thinker for an export: nested dict of FileLeaf, in the shapes of `abstract_thinker(config)`.
+
+    Nothing but headers is read, and sums compared, before a leaf is asked for. Names are understood as by load_params.
+
+    Raises:
+        WeightError: as load_params, but for values, which are looked at when they are read.
+    """
+    directory = Path(directory)
+    check_weights(directory)
+    matched = find_weights(directory, config)
+    _, abstract, _ = abstract_thinker(config)
+    shapes = table.leaves(abstract)
+    params: dict[str, Any] = {}
+    for path, group in table.by_leaf(table.entries(abstract, config)).items():
+        tensors = tuple((entry, matched.tensors[entry.name]) for entry in group)
+        dtypes = [NUMPY_DTYPES[stored.dtype] for _, stored in tensors]
+        _set(params, path, FileLeaf(tuple(shapes[path].shape), functools.reduce(jnp.promote_types, dtypes), tensors))
+    return params
 
 
 def load_params(
@@ -78,13 +119,16 @@ def load_params(
             leaf = _fill(stacks.pop(path), group, matched.tensors, placed[path], dtype)
         else:
             leaf = _put(group[0], matched.tensors[group[0].name], placed[path], dtype)
-        node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
+        _set(params, path, leaf)
     skipped = ", ".join(f"{count} of {part}" for part, count in matched.skipped.items()) or "none"
     _log.info("%s: %d tensors loaded, tensors left aside: %s", directory, len(entries), skipped)
     return params
+
+
+def _set(params: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    for key in path[:-1]:
+        params = params.setdefault(key, {})
+    params[path[-1]] = leaf
 
 
 def _placements(shapes: Mapping[tuple[str, ...], Any], shardings: Mapping | None) -> dict[tuple[str, ...], Sharding]:
