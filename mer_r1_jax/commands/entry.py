@@ -29,6 +29,7 @@ COMMANDS = {
     "lab": "tries arms on a tiny policy, in two minutes",
     "ablate": "compares arms over seeds, in one table",
     "export": "writes a checkpoint as a Hugging Face model",
+    "certify": "looks at a model before it is trusted: files, tokenizer, numbers, answers",
     "export-check": "checks that transformers computes what an export computes here",
     "check-in-transformers": "the half of export-check that needs nothing of this project",
     "parity": "runs this port on the tensors of a transformers processor",

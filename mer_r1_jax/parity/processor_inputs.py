@@ -147,6 +147,18 @@ def to_batch(
     return batch, next_position_B, _packing(batch, config)
 
 
+def shape_of(inputs: ProcessorInputs, config: ThinkerConfig) -> BatchShape:
+    """The smallest shape that holds the inputs.
+
+    Raises:
+        InputError, PositionError: the media do not match the placeholders.
+    """
+    real_BT = np.asarray(inputs.attention_mask) == 1
+    prompts = _prompts(inputs, config, [ids[real] for ids, real in zip(inputs.input_ids, real_BT, strict=True)])
+    rows, length = real_BT.shape
+    return largest_of([BatchShape(rows=rows, tokens=length), *map(prompt_shape, prompts)])
+
+
 def _prompts(inputs: ProcessorInputs, config: ThinkerConfig, ids_of_rows: list[np.ndarray]) -> list[Prompt]:
     """A prompt a row, without its padding, with the clips that its placeholders stand for."""
 

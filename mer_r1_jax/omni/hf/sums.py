@@ -39,7 +39,7 @@ def check_sums(files: Sequence[Path], error: type[Exception]) -> int:
         Number of files that were compared.
     """
     files = list(files)
-    wanted = _read_sums(files[0].parent / SUMS_FILE, error) if files else {}
+    wanted = read_sums(files[0].parent / SUMS_FILE, error) if files else {}
     listed = [file for file in files if file.name in wanted]
     for file in listed:
         if not file.is_file():  # a named pipe or a device would be read for ever
@@ -62,7 +62,8 @@ def check_weights(directory: Path) -> None:
     check_sums([*weight_files(directory), *([index] if index.is_file() else [])], WeightError)
 
 
-def _read_sums(path: Path, error: type[Exception]) -> dict[str, str]:
+def read_sums(path: Path, error: type[Exception]) -> dict[str, str]:
+    """File name -> hexadecimal SHA-256 of a list of sums; empty where there is no list. Raises `error`."""
     if not path.is_file():
         return {}
     mend = "copy it again from the export, or delete it to load the folder unchecked"
