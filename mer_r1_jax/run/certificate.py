@@ -52,6 +52,7 @@ WRITTEN = "The files are as they were written"
 WEIGHTS = "Every weight has its place"
 TOKENS = "Words and special tokens"
 ENDS = "Answers end"
+LOADED = "The weights can be loaded"
 AGAINST_TRANSFORMERS = "The numbers are transformers' own"
 CACHE = "The cache changes nothing"
 BATCH = "A batch changes nothing"
@@ -139,6 +140,7 @@ def certify(asked: Asked) -> Certificate:
 
     Raises:
         PolicyError: there is no Hugging Face directory to certify.
+        RecordError: the records cannot be used.
     """
     if (asked.model / "checkpoints").is_dir():
         raise PolicyError(
@@ -147,12 +149,14 @@ def certify(asked: Asked) -> Certificate:
         )
     if problem := path_problem(asked.model):
         raise PolicyError(problem)
+    if asked.data:  # a mistake in them shows before hours have gone into the numbers
+        read_records(asked.data, asked.media_root, question=_QUESTION, require=("solution",))
     begun = time.monotonic()
     certificate = Certificate(printable(asked.model))
     if _certify_folder(certificate, asked.model):
         _certify_numbers(certificate, asked)
     else:
-        certificate.leave(RESTS_ON_A_FAILURE, AGAINST_TRANSFORMERS, CACHE, BATCH, SAMPLER, GAP)
+        certificate.leave(RESTS_ON_A_FAILURE, LOADED, AGAINST_TRANSFORMERS, CACHE, BATCH, SAMPLER, GAP)
     certificate.seconds = time.monotonic() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     certificate.figures["most memory of this process"] = f"{peak / 1e9:.2f} GB"
@@ -182,13 +186,22 @@ def _certify_folder(certificate: Certificate, model: Path) -> bool:
 
 def _certify_numbers(certificate: Certificate, asked: Asked) -> None:
     """Opens the model and holds it against transformers, against itself, and its answers against the records'."""
-    setup: Setup | None = None
-    try:
-        # Untempered, as the sampler reports its probabilities.
-        overrides = {"rl.temperature": 1.0, "data.media_root": asked.media_root, "media.missing_audio": "skip"}
+    # Untempered, as the sampler reports its probabilities.
+    overrides = {"rl.temperature": 1.0, "data.media_root": asked.media_root, "media.missing_audio": "skip"}
+    opened: list[tuple[Setup, Params]] = []
+
+    def load() -> str:
         begun = time.monotonic()
-        setup, params = open_model(asked.model, overrides | asked.overrides)
-        certificate.figures["loading"] = f"{time.monotonic() - begun:.1f} s"
+        opened.append(open_model(asked.model, overrides | asked.overrides))
+        config: Any = opened[0][0].backbone.config
+        taken = f"{time.monotonic() - begun:.1f} s"
+        return f"as {config.param_dtype}, every number finite, to compute in {config.compute_dtype}; it took {taken}"
+
+    if not certificate.attempt(LOADED, load):
+        certificate.leave(RESTS_ON_A_FAILURE, AGAINST_TRANSFORMERS, CACHE, BATCH, SAMPLER, GAP)
+        return
+    setup, params = opened[0]
+    try:
         config: Any = setup.backbone.config
         nested, where = nest(params), f"in {config.compute_dtype}"
         _certify_against_transformers(certificate, asked, nested, config)
@@ -198,8 +211,7 @@ def _certify_numbers(certificate: Certificate, asked: Asked) -> None:
         certificate.attempt(BATCH, lambda: _agreed(where, self_checks.batch_against_single(nested, config), "padding"))
         _certify_answers(certificate, asked, setup, params)
     finally:
-        if setup is not None:
-            setup.close()
+        setup.close()
 
 
 def _certify_against_transformers(certificate: Certificate, asked: Asked, params: Any, config: ThinkerConfig) -> None:

@@ -13,7 +13,9 @@ from support.commands import run_command
 from support.subtitle_world import run_config, write_world
 
 from mer_r1_jax.media.tokenizer import load_tokenizer
+from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
+from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.thinker import abstract_thinker
 from mer_r1_jax.parity import self_checks
 from mer_r1_jax.parity.self_checks import Agreement
@@ -23,6 +25,7 @@ from mer_r1_jax.run.policy import PolicyError, write_settings
 from mer_r1_jax.training.omni_backbone import thinker_config
 
 NUMBERS = [
+    certificate.LOADED,
     certificate.AGAINST_TRANSFORMERS,
     certificate.CACHE,
     certificate.BATCH,
@@ -101,6 +104,18 @@ def test_a_file_that_is_gone_or_a_description_of_something_else_turns_it_red(fol
     failed = failed_of(folder)
     assert list(failed) == [certificate.DESCRIPTION, certificate.WRITTEN]
     assert "tokenizer.json is not there" in failed[certificate.WRITTEN]
+
+
+def test_a_number_that_is_none_turns_it_red(folder, monkeypatch):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = np.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "mer_r1.sha256").unlink()
+    monkeypatch.setattr(certificate, "open_model", lambda path, *_: load_params(path, load_config(path)))
+    found = certify(Asked(model=folder))
+    (failed,) = found.of(FAILED)
+    assert failed.name == certificate.LOADED and "model.norm.weight" in failed.found
+    assert {check.name for check in found.of(NOT_CERTIFIED)} == {certificate.WRITTEN, *NUMBERS} - {certificate.LOADED}
 
 
 def test_without_a_list_of_sums_the_files_are_not_certified(folder, monkeypatch):

@@ -128,7 +128,7 @@ def _with_ids(given: Any, config: ThinkerConfig, where: str) -> int | list[int]:
             "the file in the source directory"
         )
     missing = [one for one in config.eos_token_ids if one not in theirs]
-    return given if theirs and not missing else plain_ids((*theirs, *missing))
+    return given if given is not None and theirs and not missing else plain_ids((*theirs, *missing))
 
 
 def copy_files(source: Path, staging: Path, names: Iterable[str]) -> tuple[str, ...]:
