@@ -67,7 +67,7 @@ class Model:
         if (video if show == "video" else video or audio) is None:
             raise ArgumentError("video: got None, expected the clip, or a sound file as audio; name one of them")
         asked = question or self._setup.config.data.question
-        clip, voice = video and os.fspath(video), audio and os.fspath(audio)
+        clip, voice = (None if place is None else os.fspath(place) for place in (video, audio))
         record = clip_record(clip, asked, subtitle, frames=show != "audio", audio=show != "video", voice=voice)
         _, (answered,) = answer(self._setup, self._params, record, (mode,))
         return dataclasses.replace(answered, reasoning=answered.reasoning or None)

@@ -135,10 +135,11 @@ def fixed_confidences(
             found.append(None)
             continue
         kinds = (held_WQ & correct_WQ, held_WQ & ~correct_WQ)
-        found.append({})
+        by_mode = {}
         for mode, log_BGWQ in own_rows.items():
             probability_WQ = np.exp(log_BGWQ[row, 0])
-            found[-1][mode] = FixedConfidence(*(_mean(probability_WQ[kind_WQ]) for kind_WQ in kinds))
+            by_mode[mode] = FixedConfidence(*(_mean(probability_WQ[kind_WQ]) for kind_WQ in kinds))
+        found.append(by_mode)
     return found
 
 

@@ -50,8 +50,8 @@ def expected_scores(evaluation: Evaluation, oracle: Oracle | None) -> Expected |
     Returns:
         None where there is no oracle, or a clip without cues.
     """
-    cues = [record.extra.get(CUES_COLUMN) for record in evaluation.records]
-    if oracle is None or any(cue is None for cue in cues):
+    cues = [record.extra[CUES_COLUMN] for record in evaluation.records if CUES_COLUMN in record.extra]
+    if oracle is None or len(cues) < len(evaluation.records):
         return None
 
     def of(cue: Sequence[int], answers: Sequence[ScoredAnswer]) -> Scores:

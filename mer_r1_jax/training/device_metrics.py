@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +58,7 @@ class Utilisation:
         config: of the phase.
     """
 
-    def __init__(self, shapes: Params, devices: Sequence[Any], config: SftConfig | RlConfig):
+    def __init__(self, shapes: Params, devices: Iterable[Any], config: SftConfig | RlConfig):
         layers = sum(math.prod(shape.shape) for name, shape in shapes.items() if name.startswith("text/layers/"))
         self._operations = 2.0 * layers  # a token and pass
         self._peak = sum(PEAK_FLOPS.get(device.device_kind, math.nan) for device in devices)

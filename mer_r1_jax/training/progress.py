@@ -42,11 +42,11 @@ class Compiling:
         self._covered: list[tuple[float, float]] = []  # from, to; apart from each other, in order
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **_: object) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: object) -> None:
         if not event.startswith("/jax/core/compile/"):
             return
         end = time.monotonic()
-        begin = end - seconds
+        begin = end - duration_secs
         while self._covered and self._covered[-1][1] > begin:  # what it was told of before ended inside it
             begin = min(begin, self._covered.pop()[0])
         self._covered.append((begin, end))

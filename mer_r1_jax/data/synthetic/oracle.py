@@ -14,6 +14,7 @@ import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +170,7 @@ def oracle_of(folder: str | Path, wheels) -> Oracle | None:
     try:
         settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
         # Lists of a JSON file are tuples of the configuration.
-        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in settings["world"].items()}
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings["world"].items()}
         return Oracle(WorldConfig(**fields), load_lexicon(), wheels)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # records of one's own, beside which there is no world, or another file of that name
