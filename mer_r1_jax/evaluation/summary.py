@@ -50,7 +50,7 @@ def expected_scores(evaluation: Evaluation, oracle: Oracle | None) -> Expected |
     Returns:
         None where there is no oracle, or a clip without cues.
     """
-    cues = [record.extra[CUES_COLUMN] for record in evaluation.records if CUES_COLUMN in record.extra]
+    cues = [cues for record in evaluation.records if (cues := record.extra.get(CUES_COLUMN)) is not None]
     if oracle is None or len(cues) < len(evaluation.records):
         return None
 
