@@ -223,7 +223,13 @@ def _certify_against_transformers(certificate: Certificate, asked: Asked, params
     def compare() -> str:
         exact = dataclasses.replace(config, param_dtype="float32", compute_dtype="float32")
         whole = params if config.param_dtype == "float32" else load_params(asked.model, exact)
-        return _agreed("in float32", self_checks.against_transformers(str(asked.model), whole, exact), "this port")
+        try:
+            found = self_checks.against_transformers(str(asked.model), whole, exact)
+        except ImportError as error:  # a transformers from before this model
+            raise NothingToCompareError(
+                f"got {printable(error, 200)} from transformers; expected 4.57 or later: install it"
+            ) from error
+        return _agreed("in float32", found, "this port")
 
     certificate.attempt(AGAINST_TRANSFORMERS, compare)
 

@@ -13,6 +13,7 @@ from support.commands import run_command
 from support.subtitle_world import run_config, write_world
 
 from mer_r1_jax.media.tokenizer import load_tokenizer
+from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import load_params
@@ -125,6 +126,18 @@ def test_without_a_list_of_sums_the_files_are_not_certified(folder, monkeypatch)
     assert [check.name for check in found.of(NOT_CERTIFIED)] == [certificate.WRITTEN] and not found.of(FAILED)
     assert {file["name"] for file in found.files} == {path.name for path in folder.iterdir()}
     assert all(len(file["sha256"]) == 64 and file["bytes"] for file in found.files)
+
+
+def test_without_a_transformers_that_knows_the_model_its_numbers_are_not_certified(monkeypatch):
+    def too_old(*_):
+        raise ImportError("cannot import name 'Qwen2_5OmniThinkerForConditionalGeneration'")
+
+    monkeypatch.setattr(self_checks, "against_transformers", too_old)
+    monkeypatch.setattr(certificate.importlib.util, "find_spec", lambda name: name)
+    found = Certificate("model")
+    certificate._certify_against_transformers(found, Asked(model="model"), {}, ThinkerConfig.tiny())
+    assert [(check.name, check.state) for check in found.checks] == [(certificate.AGAINST_TRANSFORMERS, NOT_CERTIFIED)]
+    assert "4.57 or later" in found.checks[0].found
 
 
 def test_a_runs_folder_or_none_is_refused(tmp_path):
