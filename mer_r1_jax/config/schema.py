@@ -119,10 +119,10 @@ class MediaConfig:
 class DataConfig:
     """Where the records are and how prompts are built from them."""
 
-    sft_path: Place = ""  # JSON lines with assistant turns (or a `reasoning` column) for SFT
-    rl_path: Place = ""  # JSON lines with a `solution` for RL
-    eval_path: Place = ""  # JSON lines held out for evaluation
-    media_root: Place = ""  # folder the media paths are relative to and may not leave; "" = the JSON file's folder
+    sft_path: Place = ""  # records with assistant turns (or a `reasoning` column) for SFT; JSON lines, CSV, Parquet, ...
+    rl_path: Place = ""  # records with a `solution` for RL
+    eval_path: Place = ""  # records held out for evaluation
+    media_root: Place = ""  # folder the media paths are relative to and may not leave; "" = the data file's folder
     system_prompt: Words = "You are a helpful assistant."  # system turn when a record brings none
     question: Words = (  # asked when a record brings neither `messages` nor `question` (ours)
         "Look at the face and body, listen to the voice and read the subtitle. What does the person feel? "
