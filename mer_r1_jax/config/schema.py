@@ -119,7 +119,7 @@ class MediaConfig:
 class DataConfig:
     """Where the records are and how prompts are built from them."""
 
-    sft_path: Place = ""  # records with assistant turns (or a `reasoning` column) for SFT; JSON lines, CSV, Parquet, ...
+    sft_path: Place = ""  # records with assistant turns (or a `reasoning` column) for SFT (JSON lines, CSV, Parquet)
     rl_path: Place = ""  # records with a `solution` for RL
     eval_path: Place = ""  # records held out for evaluation
     media_root: Place = ""  # folder the media paths are relative to and may not leave; "" = the data file's folder
