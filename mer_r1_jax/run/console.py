@@ -130,7 +130,8 @@ def conclude(folder: RunDirectory, benchmark: str) -> None:
             "" if end.scores["oracle_f1"] is None else f"; one who knows the cues: F1 {end.scores['oracle_f1']:.3f}"
         )
         output.print(f"always the same answer: F1 {end.scores['majority_f1']:.3f}{ceiling}{unscored(end.scores)}")
-        output.print(verdict(stages), highlight=False)
+        if said := verdict(stages):
+            output.print(said, highlight=False)
     for name, path in (
         ("report", folder.report_file),
         ("model in Hugging Face format", folder.export),
