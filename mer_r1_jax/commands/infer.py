@@ -117,8 +117,7 @@ def _to_file() -> int:
         try:
             counts = answer_records(
                 policy,
-                records,
-                _modes(),
+                [(record, mode) for record in records for mode in _modes()],
                 _OUT.value,
                 media_root=_MEDIA_ROOT.value if _DATA.value else "",
                 stop=Stop(stop),

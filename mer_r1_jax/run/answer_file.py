@@ -79,8 +79,7 @@ def check_out(out: str | pathlib.Path, modes: Sequence[str]) -> None:
 
 def answer_records(
     policy: Policy,
-    records: Sequence[Record],
-    modes: Sequence[str],
+    wanted: Sequence[tuple[Record, str]],
     out: str | pathlib.Path,
     *,
     media_root: str = "",
@@ -91,8 +90,7 @@ def answer_records(
 
     Args:
         policy: the model.
-        records: what is asked.
-        modes: slow, fast or both.
+        wanted: records, each with slow or fast; one that is asked both ways comes twice.
         out: the file, which `check_out` has let pass.
         media_root: folder the records' paths are relative to; "" means each record's own file's folder.
         stop: asked between batches and inside them; raises StopRequested, and the log keeps every answer so far.
@@ -102,9 +100,9 @@ def answer_records(
         AnswerFileError: the log is another model's, of other settings or of other records; no record can be asked.
     """
     out = pathlib.Path(out)
+    records = list({record.id: record for record, _ in wanted}.values())
     if out.suffix == ".csv":
         _check_names(records)
-    wanted = [(record, mode) for record in records for mode in modes]
     with ResultLog(log_of(out), FORM, answer_fingerprint(policy, "infer")) as log:
         digests = {record.id: dataset_hash([record]) for record in records}
         _check_records(log, digests)

@@ -23,6 +23,10 @@ RECORDS = [
 ]
 
 
+def pairs(records, *modes):
+    return [(record, mode) for record in records for mode in modes]
+
+
 def said(record, mode):
     """The answer to a record; that to `c` has no words, and that to `d` cannot be given."""
     if record.id == "d":
@@ -59,25 +63,25 @@ def test_a_killed_run_goes_on_with_the_rest(tmp_path, asked):
     out = tmp_path / "answers.jsonl"
     asked.kill = 3
     with pytest.raises(KeyboardInterrupt):
-        answer_records(None, RECORDS, ("slow", "fast"), out)
+        answer_records(None, pairs(RECORDS, "slow", "fast"), out)
     assert not out.exists() and len(log_of(out).read_text().splitlines()) == 1 + 3
     asked.kill = None
     check_out(out, ("slow", "fast"))
-    counts = answer_records(None, RECORDS, ("slow", "fast"), out)
+    counts = answer_records(None, pairs(RECORDS, "slow", "fast"), out)
     assert len(asked) == len(set(asked)) == 2 * len(RECORDS)
     assert (counts.answered, counts.wordless, list(counts.failed)) == (6, 2, ["d"])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["id"], line["mode"]) for line in lines] == [(r.id, m) for r in RECORDS for m in ("slow", "fast")]
     assert lines[0]["confidences"] == {"happy": 0.5, "can't a": None} and lines[0]["truth"] == ["sad"]
     assert "no file" in lines[-1]["failed"] and not any("record" in line for line in lines)
-    answer_records(None, RECORDS, ("slow", "fast"), out)
+    answer_records(None, pairs(RECORDS, "slow", "fast"), out)
     assert asked[2 * len(RECORDS) :] == [("d", "slow"), ("d", "fast")], "only what failed is tried again"
 
 
 def test_the_table_is_the_challenges_and_the_lines_can_be_scored(tmp_path, asked):
     out = tmp_path / "answers.csv"
-    answer_records(None, RECORDS, ("slow",), out)
-    answer_records(None, RECORDS[:3], ("slow",), tmp_path / "answers.jsonl")
+    answer_records(None, pairs(RECORDS, "slow"), out)
+    answer_records(None, pairs(RECORDS[:3], "slow"), tmp_path / "answers.jsonl")
     assert [key for key in asked if key[0] != "d"] == [("a", "slow"), ("b", "slow"), ("c", "slow")], "one log for both"
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -89,13 +93,13 @@ def test_the_table_is_the_challenges_and_the_lines_can_be_scored(tmp_path, asked
 
 def test_another_models_answers_are_refused_by_name(tmp_path, asked):
     out = tmp_path / "answers.jsonl"
-    answer_records(None, RECORDS, ("slow",), out)
+    answer_records(None, pairs(RECORDS, "slow"), out)
     changed = [dataclasses.replace(RECORDS[0], subtitle="Oh."), *RECORDS[1:]]
     with pytest.raises(AnswerFileError, match=r"answers.answers.jsonl: got 1 answers to other .* of 'a'; expected"):
-        answer_records(None, changed, ("slow",), out)
+        answer_records(None, pairs(changed, "slow"), out)
     asked.settings = "others"
     with pytest.raises(AnswerFileError, match=r"(?s)answers.answers.jsonl .*settings: there 'these', now 'others'"):
-        answer_records(None, RECORDS, ("slow",), out)
+        answer_records(None, pairs(RECORDS, "slow"), out)
     log_of(out).unlink()
     with pytest.raises(AnswerFileError, match=r"answers.jsonl', which is there without answers.answers.jsonl"):
         check_out(out, ("slow",))
@@ -103,13 +107,13 @@ def test_another_models_answers_are_refused_by_name(tmp_path, asked):
 
 def test_a_name_that_a_spreadsheet_would_run_is_refused_before_anything_is_asked(tmp_path, asked):
     with pytest.raises(AnswerFileError, match="id: got =cmd.*rename it"):
-        answer_records(None, [dataclasses.replace(RECORDS[0], id="=cmd|x")], ("slow",), tmp_path / "answers.csv")
+        answer_records(None, pairs([dataclasses.replace(RECORDS[0], id="=cmd|x")], "slow"), tmp_path / "answers.csv")
     assert not asked
 
 
 def test_a_file_without_any_answer_is_refused(tmp_path, asked):
     with pytest.raises(AnswerFileError, match="none of the 1 records can be asked, the first for: .*no file"):
-        answer_records(None, RECORDS[3:], ("slow",), tmp_path / "answers.csv")
+        answer_records(None, pairs(RECORDS[3:], "slow"), tmp_path / "answers.csv")
     assert not (tmp_path / "answers.csv").exists()
 
 

@@ -78,7 +78,7 @@ def test_a_file_of_records_gets_the_answers_of_its_clips(model, export, small_fo
     records = read_records(small_folder / "eval.jsonl")[:3]
     opened = asking.open_policy(export, devices=jax.devices()[:1], changes={"media.decode_workers": 0})
     try:
-        counts = answer_records(opened, records, ("fast",), tmp_path / "answers.jsonl")
+        counts = answer_records(opened, [(record, "fast") for record in records], tmp_path / "answers.jsonl")
     finally:
         opened.setup.source.close()
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
