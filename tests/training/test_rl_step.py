@@ -198,7 +198,7 @@ def test_row_of_a_broken_clip_stays_empty_and_changes_no_other(small, maker, tra
     broken = rollout_of(small, maker, trained, [0, None, 2, 3])
     kept = np.array([0, 2, 3])
     here, there = (
-        {"sampling_logprob_BGC": one.experience.sampling_logprob_BGC, **vars(one.experience.targets)}
+        {**vars(one.experience.targets), "sampling_logprob_BGC": one.experience.sampling_logprob_BGC}
         for one in (broken, rollout)
     )
     for name in ("advantage_BG", "sampling_logprob_BGC", "mask_BGC", "reference_logprob_BGC"):
