@@ -122,7 +122,7 @@ def score(
         variant: word forms and the treatment of an undefined F, as the two releases of the benchmark have them.
 
     Returns:
-        score, precision, recall, per_wheel, n, n_scored, n_unknown_words, unknown_words, and accuracy for waf.
+        score, precision, recall, per_wheel, n, n_scored, n_failed, n_unknown_words, unknown_words; accuracy for waf.
 
     Raises:
         ArgumentError: a mapping of predictions without truths, or truths beside a file that has its own.

@@ -30,6 +30,7 @@ class Fault:
         line: 1-based line, 0 for the whole file.
         got, expected, mend: the three parts of the message.
         field: the line's key that is at fault, "" for the whole line.
+        is_end: nothing behind it could be read.
     """
 
     line: int
@@ -37,6 +38,7 @@ class Fault:
     expected: str
     mend: str
     field: str = ""
+    is_end: bool = False
 
     def __str__(self) -> str:
         place = f"{self.field}: " if self.field else ""
@@ -49,6 +51,15 @@ class JsonLineError(ValueError):
     def __init__(self, fault: Fault):
         super().__init__(str(fault))
         self.fault = fault
+
+
+def json_texts(text: str) -> list[str]:
+    """The lines of JSON lines that are not blank.
+
+    A line ends at a line feed alone: `str.splitlines` also takes U+2028 and its like for an end, which JSON allows
+    inside a text.
+    """
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def numbered_lines(stream: Iterable[bytes], path: str | os.PathLike, faults: list[Fault]) -> Iterator[tuple[int, str]]:

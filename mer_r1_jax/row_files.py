@@ -126,7 +126,7 @@ def _malformed(text: str, number: int, error: Exception) -> Fault:
         got, mend = f"malformed JSON at {where} ({error.msg})", "correct it; what follows it cannot be told apart"
     else:
         got, mend = "brackets nested beyond the recursion limit", "flatten the value"
-    return Fault(number, got, "one JSON object for each record", mend)
+    return Fault(number, got, "one JSON object for each record", mend, is_end=True)
 
 
 def _csv_rows(stream: BinaryIO, path: Path, kind: OtherKind, faults: list[Fault]) -> Iterator[tuple[int, str]]:
@@ -166,7 +166,7 @@ def _csv_rows(stream: BinaryIO, path: Path, kind: OtherKind, faults: list[Fault]
                 yield number, json.dumps(row, ensure_ascii=False)
     except csv.Error as error:
         got, mend = f"no CSV ({printable(error)})", "check the quotes from this row on; they are doubled inside a cell"
-        faults.append(Fault(consumed[0] if consumed else 0, got, "rows of a CSV file", mend))
+        faults.append(Fault(consumed[0] if consumed else 0, got, "rows of a CSV file", mend, is_end=True))
 
 
 def _cell(text: str) -> Any:

@@ -4,7 +4,7 @@
 
 Writes sft.jsonl, rl.jsonl and eval.jsonl (of MER2025 also test.jsonl and candidates.jsonl), divided by a seed, and
 counts.json: what was left out and why. Paths are relative to --root, which is the data.media_root of a run.
-docs/data.md says which layouts are read.
+docs/converting.md says which layouts are read.
 """
 
 from __future__ import annotations

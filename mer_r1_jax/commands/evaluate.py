@@ -96,10 +96,12 @@ def _evaluate() -> int:
         try:
             if _RESCORE.value:
                 # Seconds a benchmark, and one that cannot be scored ends the command: the page comes once, at the end.
-                for name in request.benchmarks:
-                    score(name)
-                if scored:
-                    write_report()
+                try:
+                    for name in request.benchmarks:
+                        score(name)
+                finally:
+                    if scored:
+                        write_report()
                 if _asks_mme():
                     rated = mme.rescore(request.out / MME_EMOTION, _EXAMPLES.value)
             else:

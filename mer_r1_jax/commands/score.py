@@ -38,8 +38,9 @@ def main(argv: list[str]) -> int:
             out.parent.mkdir(parents=True, exist_ok=True)
             atomic_files.write_json(out, result)
     shown = "undefined" if result["score"] is None else f"{result['score']:.4f}"
+    failed = f" ({result['n_failed']} more could not be asked)" if result["n_failed"] else ""
     screen.say(
-        f"{result['metric']} {shown} over {result['n_scored']} of {result['n']} samples, "
+        f"{result['metric']} {shown} over {result['n_scored']} of {result['n']} samples{failed}, "
         f"{result['n_unknown_words']} unknown words, {result['wheels']} wheels ({result['variant']}): {out}"
     )
     return 0

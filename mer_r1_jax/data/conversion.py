@@ -197,7 +197,7 @@ def read_table(
         account: is given the rows that are left out.
 
     Raises:
-        ConversionError: the file cannot be read, or has no such column.
+        ConversionError: the file cannot be read to its end, or has no such column.
     """
     path, faults = Path(path), list[Fault]()
     for number, text in numbered_rows(path, faults, one_column=path.suffix.lower() == ".csv"):
@@ -213,8 +213,8 @@ def read_table(
             raise ConversionError(f"{path}:{number}: got {found}; expected {expected}; correct the name")
         yield number, row
     for fault in faults:
-        if not fault.line:
-            raise ConversionError(f"{path}: {fault}")
+        if not fault.line or fault.is_end:  # how many rows are lost behind it, nobody knows
+            raise ConversionError(f"{path}{f':{fault.line}' if fault.line else ''}: {fault}")
         account.leave_out(f"a row of {path.name} that cannot be read: {fault.got}", f"{path.name}:{fault.line}")
 
 

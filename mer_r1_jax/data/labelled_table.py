@@ -68,8 +68,13 @@ def read_label_map(path: str | os.PathLike, account: Account) -> dict[str, list[
     path = Path(path)
     if path.suffix.lower() != ".json":
         found: dict[str, list[str]] = {}
-        for _, row in read_table(path, ("label", "word"), account):
-            found.setdefault(str(row["label"]).strip(), []).extend(words_of(row["word"]))
+        for number, row in read_table(path, ("label", "word"), account):
+            try:
+                found.setdefault(_key(row["label"]), []).extend(words_of(row["word"]))
+            except LabelError as error:
+                raise ConversionError(
+                    f"--label_map: {path}:{number}: got {error}; expected a label and an emotion word; correct the row"
+                ) from error
         return found
     try:
         given = parse_value(path.read_text(encoding="utf-8"))
@@ -197,14 +202,21 @@ def _words(label: Any, label_map: dict[str, list[str]] | None) -> list[str]:
     if label is None:
         return []
     if label_map is not None:
-        # 3.0 is how a table with empty cells writes 3
-        key = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()
+        key = _key(label)
         if key not in label_map:
             raise LabelError(f"a label that is not in --label_map: {key[:40]}")
         return label_map[key]
     if isinstance(label, int | float) or _is_number(str(label)):
         raise LabelError("a number for a label, and no --label_map")
     return words_of(label)
+
+
+def _key(label: Any) -> str:
+    """A label as both tables have it. Raises LabelError where there is none."""
+    if label is None:
+        raise LabelError("no label")
+    # 3.0 is how a table with empty cells writes 3
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()
 
 
 def _is_number(text: str) -> bool:

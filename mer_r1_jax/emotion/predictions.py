@@ -25,35 +25,43 @@ class PredictionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """The columns of a predictions file. Words are as the official splitter gives them; waf has a word and a number."""
+    """The columns of a predictions file. Words are as the official splitter gives them; waf has a word and a number.
+
+    Rows that failed are in no column and no score.
+    """
 
     ids: list[str]
     predictions: list[Any]
     truths: list[Any]
+    n_failed: int = 0  # rows that say why a clip could not be asked (`mer-r1 infer`)
 
 
 def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = False) -> Predictions:
     """Reads a predictions file.
 
     Args:
-        path: JSON lines; `prediction` and `truth` are text or a list of words for set_f1; for hit `truth` is one word;
-            for waf `truth` is a number and `prediction` a sentiment word. null stands for no words.
+        path: records, one a line or row; `prediction` and `truth` are text or a list of words for set_f1; for hit
+            `truth` is one word; for waf `truth` is a number and `prediction` a sentiment word. null stands for no
+            words.
         metric: set_f1 | hit | waf.
         clean_up: predictions are an extractor LLM's raw text, to be cleaned as the official pipeline does.
 
     Raises:
-        PredictionError: unknown metric, missing or empty file, one that is no JSON lines in UTF-8, lines that are not
+        PredictionError: unknown metric, missing or empty file, one that cannot be read, lines that are not
             as described, an id twice.
     """
     _require_metric(metric)
     path = pathlib.Path(path)
     if not path.is_file():
-        raise PredictionError(f"{path}: no such file; expected JSON lines with id, prediction and truth")
+        raise PredictionError(f"{path}: no such file; expected records with id, prediction and truth")
     read_prediction, read_truth = _READERS[metric]
-    columns, mistakes, seen = Predictions([], [], []), [], {}
+    columns, mistakes, seen, failed = Predictions([], [], []), [], {}, 0
     faults: list[Fault] = []
     for number, line in numbered_rows(path, faults):
         try:
+            if _could_not_be_asked(line):
+                failed += 1
+                continue
             record = _record(line)
             name = str(record["id"])
             if name in seen:
@@ -73,8 +81,8 @@ def read_predictions(path: str | pathlib.Path, metric: str, *, clean_up: bool = 
     if mistakes:
         raise PredictionError(_listed(mistakes))
     if not columns.ids:
-        raise PredictionError(f"{path}: no predictions; expected JSON lines with id, prediction and truth")
-    return columns
+        raise PredictionError(f"{path}: no predictions; expected records with id, prediction and truth")
+    return dataclasses.replace(columns, n_failed=failed)
 
 
 def paired(predictions: Mapping[str, Any], truths: Mapping[str, Any], metric: str) -> Predictions:
@@ -133,6 +141,7 @@ def score_predictions(columns: Predictions, metric: str, wheels: Wheels) -> dict
         ],
         "n": score.n,
         "n_scored": score.n_scored,
+        "n_failed": columns.n_failed,
         "n_unknown_words": sum(unknown.values()),
         "unknown_words": dict(unknown.most_common()),
     }
@@ -150,6 +159,15 @@ def _listed(mistakes: list[str]) -> str:
     """The first mistakes, one a line, and how many more there are."""
     more = len(mistakes) - _MOST_SHOWN
     return "\n".join(mistakes[:_MOST_SHOWN] + [f"... and {more} more"] * (more > 0))
+
+
+def _could_not_be_asked(line: str) -> bool:
+    """Whether a row is one of `mer-r1 infer` that says why there is no answer."""
+    try:
+        row = parse_value(line, nan=True)
+    except JsonLineError:
+        return False
+    return isinstance(row, dict) and "failed" in row and "prediction" not in row
 
 
 def _record(line: str) -> dict:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mer_r1_jax.evaluation.bootstrap import Difference, mean_interval
+from mer_r1_jax.json_lines import json_texts
 from mer_r1_jax.training.metrics import PHASES, read_metrics
 
 
@@ -225,7 +226,7 @@ def _read_samples(path: Path, missing: list[str]) -> dict[str, dict[str, Any]]:
         missing.append(f"answers clip by clip: there is no {path.name}")
         return {}
     rows, broken = {}, 0
-    for line in path.read_text(errors="replace").splitlines():
+    for line in json_texts(path.read_text(encoding="utf-8", errors="replace")):
         try:
             row = json.loads(line)
             rows[str(row["id"])] = row

@@ -16,6 +16,7 @@ import numpy as np
 
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.bootstrap import POINTS, Difference, paired_difference
+from mer_r1_jax.json_lines import json_texts
 
 SCORES = ("f1", "precision", "recall")
 GAP = "slow minus fast f1"
@@ -173,8 +174,7 @@ def compare_samples(
 def _read(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Rows of a samples file by clip."""
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = [json.loads(line) for line in json_texts(pathlib.Path(path).read_text(encoding="utf-8"))]
     except (OSError, ValueError, RecursionError) as error:
         raise CompareError(f"{path}: cannot be read as a samples file, one JSON object a line ({error})") from error
     for number, row in enumerate(rows, 1):

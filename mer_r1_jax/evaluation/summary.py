@@ -153,6 +153,7 @@ def _second_looks(answers: Sequence[AnswerOf], mean: Callable[[list[float | None
     if fixed:
         found["fixed_confidence_correct"] = mean([confidence.correct for confidence in fixed])
         found["fixed_confidence_wrong"] = mean([confidence.wrong for confidence in fixed])
+        found["fixed_confidence_clips"] = len(fixed)  # those whose slow answer has a reasoning to put the words behind
     return found
 
 

@@ -253,14 +253,16 @@ def _agreed(where: str, found: Agreement | list[Agreement] | None, doubtful: str
 def _certify_answers(certificate: Certificate, asked: Asked, setup: Setup, params: Params) -> None:
     """The sampler beside the trainer, and where there are records slow beside fast on them."""
     if not asked.data:
-        record = Record(id="probe", messages=({"role": "user", "content": _QUESTION},), subtitle=_SUBTITLE)
-        prompt = setup.source.load(record).prompt
-        shape, cut = prompt_shape(prompt), row_cut(setup.backbone.mesh)
-        bucket = dataclasses.replace(shape, rows=cut, tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP)
-        answerer = make_answerer(setup, eval_length(setup.config))
-        certificate.attempt(
-            SAMPLER, lambda: _compare_sampler(certificate, Evaluator(answerer, [bucket]), params, [prompt])
-        )
+
+        def compare_on_a_probe() -> str:
+            record = Record(id="probe", messages=({"role": "user", "content": _QUESTION},), subtitle=_SUBTITLE)
+            prompt = setup.source.load(record).prompt
+            shape, cut = prompt_shape(prompt), row_cut(setup.backbone.mesh)
+            bucket = dataclasses.replace(shape, rows=cut, tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP)
+            answerer = make_answerer(setup, eval_length(setup.config))
+            return _compare_sampler(certificate, Evaluator(answerer, [bucket]), params, [prompt])
+
+        certificate.attempt(SAMPLER, compare_on_a_probe)
         certificate.leave("no records were given: --data=FILE, with a solution in each", GAP)
         return
     question = setup.config.data.question

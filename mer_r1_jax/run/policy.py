@@ -222,6 +222,7 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
     if mesh_sizes(config.mesh, jax.device_count()) is None:
         values["mesh"] = dataclasses.asdict(MeshConfig())  # trained on another number of devices
     values["sft"]["max_steps"] = values["rl"]["max_steps"] = 0
+    values["train"]["report_to"] = ()  # what training told of itself may not be installed where a policy is asked
     for dotted, value in (overrides or {}).items():
         section, _, field = dotted.partition(".")
         values.setdefault(section, {})[field] = value

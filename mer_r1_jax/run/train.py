@@ -40,6 +40,7 @@ from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.evaluation.second_looks import SecondLooks
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.json_lines import json_texts
 from mer_r1_jax.media.seen_clips import ClipFingerprints
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import put
@@ -362,7 +363,7 @@ def _fixed_words(run: Run) -> dict[str, list[str]] | None:
         path = run.folder.eval / f"{BENCHMARK}_{run.sft_steps:05d}.samples.jsonl"
         if not path.exists():
             return None
-        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        rows = [json.loads(line) for line in json_texts(path.read_text(encoding="utf-8"))]
         return {row["id"]: row["fast"]["words"] for row in rows}
 
     return processes.from_first("the words of the first evaluation", read)

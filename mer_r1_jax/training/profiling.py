@@ -1,5 +1,7 @@
 """Traces of single steps by jax.profiler (`train.profile_steps`): what ran when, on each device and on the host.
 
+A trace goes on until the next step begins, so a checkpoint and an evaluation in between are in it.
+
 A trace lies in `logs/attempt_<n>/profile/<phase>_<step>/` and is opened with xprof, TensorBoard's profile page or, as
 `*.trace.json.gz`, Perfetto. It is for looking at: one that cannot be made is named in a warning, and training goes on.
 """
@@ -27,17 +29,20 @@ class StepProfiler:
     def __init__(self, folder: Path, phase: str, steps: Collection[int]):
         self._folder, self._phase, self._steps = folder, phase, frozenset(steps)
         self._open: int | None = None
+        self._last: int | None = None  # the step before
 
     def begin(self, step: int, wait: Callable[[], None] = lambda: None) -> None:
         """Ends the trace of the step before, and begins one where this step is asked for.
 
         Args:
             step: that is about to be made.
-            wait: comes back when the device is done with the step before; called where that one was traced.
+            wait: comes back when the device is done with the step before, and in a run of several processes when all
+                have come; called where that one was to be traced, whether or not its trace could be begun here.
         """
-        if self._open is not None:
+        if self._last in self._steps:
             wait()  # a step is dispatched long before it has run
             self.end()
+        self._last = step
         if step not in self._steps:
             return
         place = self._folder / f"{self._phase}_{step:05d}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,31 @@ def test_a_set_without_its_files_is_refused(mer2025, tmp_path, capsys):
     (tmp_path / "set/track2_train_mercaptionplus.csv").write_text("name,openset\na,['sad']\n")
     assert run_command("convert", f"--root={tmp_path / 'set'}", f"--out={tmp_path / 'data'}") == 2
     assert "expected the subtitles; put it there, or say --language=none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["b,\"['sad']\nc,['sad']\n", 'b,["sad"]x"y\nc,"[\'sad\']"z\n'])
+def test_a_table_that_cannot_be_read_to_its_end_is_refused(mer2025, tmp_path, broken, capsys):
+    """Nobody knows how many clips stand behind a quote that does not close."""
+    root = tmp_path / "set"
+    shutil.copytree(mer2025, root)
+    with open(root / "track2_train_mercaptionplus.csv", "a") as file:
+        file.write(broken)
+    assert run_command("convert", f"--root={root}", f"--out={tmp_path / 'data'}") == 2
+    told = capsys.readouterr().err
+    assert "track2_train_mercaptionplus.csv:" in told and "check the quotes" in told
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_map_of_labels_may_be_a_table_with_empty_cells(tmp_path, capsys):
+    path = table(tmp_path, [{"clip": "clips/a.mp4", "label": 3.0}, {"clip": "clips/b.mp4", "label": 1}])
+    labels = tmp_path / "map.jsonl"
+    labels.write_text('{"label": 3.0, "word": "sad"}\n{"label": 1.0, "word": "happy"}\n')
+    records = converted(tmp_path, path, "--video=clip", "--label=label", f"--label_map={labels}")
+    assert sorted(record.solution for record in records) == [("happy",), ("sad",)]
+    labels.write_text('{"label": null, "word": "sad"}\n')
+    arguments = [f"--data={path}", f"--root={tmp_path}", f"--out={tmp_path / 'other'}", "--video=clip"]
+    assert run_command("convert", "--from=table", *arguments, "--label=label", f"--label_map={labels}") == 2
+    assert f"{labels}:1: got no label" in capsys.readouterr().err
 
 
 def table(root: Path, rows, name="labels.jsonl"):

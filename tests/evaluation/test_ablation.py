@@ -17,6 +17,7 @@ from mer_r1_jax.evaluation.ablation.arm_comparison import PAPER_ORDER, as_json, 
 from mer_r1_jax.evaluation.ablation.results import AblationError, SeedResult, read_result
 from mer_r1_jax.evaluation.narrative import tell_ablation
 from mer_r1_jax.evaluation.run_record import KeptEvaluation
+from mer_r1_jax.evaluation.sample_comparison import compare_samples
 from mer_r1_jax.training.metrics import read_metrics
 
 
@@ -322,6 +323,17 @@ def test_few_seeds_are_never_called_clear():
     ablation = compare([*SFT, *BASELINE], ROWS)
     told = " ".join(tell_ablation(ablation))
     assert "gain clearly" not in told
+
+
+def test_texts_may_hold_what_python_takes_for_an_end_of_a_line(tmp_path):
+    folder = write_run(tmp_path / "run", clips=4)
+    last = sorted((folder / "eval").glob("*.samples.jsonl"))[-1]
+    rows = [json.loads(line) for line in last.read_text().split("\n") if line]
+    rows[0]["subtitle"] = "Oh.\u2028Really?\x85"
+    last.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    found = read_result(folder, "mer_r1", 0)
+    assert found.end.samples[rows[0]["id"]]["subtitle"] == rows[0]["subtitle"] and len(found.end.samples) == len(rows)
+    assert compare_samples([last], [last]).unscorable == 0
 
 
 def with_expected(result, by):

@@ -111,6 +111,13 @@ def test_a_name_that_a_spreadsheet_would_run_is_refused_before_anything_is_asked
     assert not asked
 
 
+def test_records_that_could_not_be_asked_are_counted_where_answers_are_scored(tmp_path, asked):
+    out = tmp_path / "answers.jsonl"
+    answer_records(None, pairs(RECORDS, "slow"), out)
+    found = read_predictions(out, "set_f1")
+    assert found.ids == ["a", "b", "c"] and found.n_failed == 1
+
+
 def test_a_file_without_any_answer_is_refused(tmp_path, asked):
     with pytest.raises(AnswerFileError, match="none of the 1 records can be asked, the first for: .*no file"):
         answer_records(None, pairs(RECORDS[3:], "slow"), tmp_path / "answers.csv")

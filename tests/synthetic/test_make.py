@@ -161,6 +161,19 @@ def test_a_finished_data_set_is_reused_and_repaired(world):
     assert _hashes(world.root) == finished
 
 
+def test_a_data_set_of_before_worlds_had_names_is_taken_as_it_is(world):
+    """Its settings do not say that reasonings conclude, as they all did."""
+    file = world.root / "settings.json"
+    now = file.read_text()
+    settings = json.loads(now)
+    assert settings["world"].pop("concludes") is True
+    file.write_text(json.dumps(settings))
+    before = {path: path.stat().st_mtime_ns for path in (world.sft, world.eval, world.manifest, file)}
+    make_world(world.root, WORLD, workers=0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    file.write_text(now)
+
+
 def test_a_folder_of_another_world_is_refused(world):
     with pytest.raises(WorldError, match=r"other settings \(seed differ\): choose another folder"):
         make_world(world.root, dataclasses.replace(WORLD, seed=1), workers=0)

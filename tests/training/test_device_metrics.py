@@ -1,10 +1,13 @@
 """Memory, utilisation and traces of steps: counted by hand, on devices that tell and on those that do not."""
 
+import subprocess
+import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from support.small_run import environment
 
 from mer_r1_jax.config.schema import RlConfig, SftConfig
 from mer_r1_jax.training.device_metrics import Utilisation, memory_metrics
@@ -53,15 +56,38 @@ def test_a_device_nobody_has_a_data_sheet_of_gives_no_utilisation():
     assert Utilisation(SHAPES, jax.devices(), SftConfig()).of_step(50, 2.0) == {}
 
 
+TRACED = """
+import pathlib, sys
+import jax.numpy as jnp
+from mer_r1_jax.training.profiling import StepProfiler
+
+profiler, waited = StepProfiler(pathlib.Path(sys.argv[1]), "rl", (2,)), []
+for step in (1, 2, 3, 4):
+    profiler.begin(step, lambda: waited.append(step))
+    jnp.ones(3).block_until_ready()
+profiler.end()
+assert waited == [3], waited  # before the trace of step 2 was written
+"""
+
+
 def test_the_steps_asked_for_are_traced_and_no_others(tmp_path):
+    # In a process of its own: jax.profiler can end one that has compiled for TPUs without having any.
+    subprocess.run([sys.executable, "-c", TRACED, str(tmp_path)], env=environment(), check=True, timeout=600)
+    assert [path.name for path in tmp_path.iterdir()] == ["rl_00002"]
+    assert any(path.name.endswith(".xplane.pb") and path.stat().st_size for path in tmp_path.rglob("*"))
+
+
+def test_processes_wait_for_each_other_wherever_a_trace_was_asked_for(tmp_path, monkeypatch):
+    """Also where it could not be begun: another process may have begun its own, and all have to come."""
+
+    def broken(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", broken)
     profiler, waited = StepProfiler(tmp_path, "rl", (2,)), []
     for step in (1, 2, 3, 4):
         profiler.begin(step, lambda: waited.append(step))  # noqa: B023
-        jnp.ones(3).block_until_ready()
-    profiler.end()
-    assert waited == [3]  # before the trace of step 2 was written
-    assert [path.name for path in tmp_path.iterdir()] == ["rl_00002"]
-    assert any(path.name.endswith(".xplane.pb") and path.stat().st_size for path in tmp_path.rglob("*"))
+    assert waited == [3]
 
 
 def test_a_trace_that_cannot_be_made_is_a_warning(tmp_path, monkeypatch, caplog):

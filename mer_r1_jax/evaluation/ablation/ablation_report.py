@@ -271,7 +271,8 @@ def _scores(axes: Axes, rows: list[RowResult], ablation: Ablation) -> None:
                 markersize=9, capsize=0, elinewidth=2, label=mode if place == 0 else None,
             )  # fmt: skip
     levels = [(ablation.sft.means["slow", ablation.score].mean, "slow after SFT")]
-    if ablation.ceiling is not None and not _far_away(ablation.ceiling, rows, ablation.score):
+    # The ceiling is one of F1, the luck of each truth included.
+    if ablation.ceiling is not None and ablation.score == "f1" and not _far_away(ablation.ceiling, rows):
         levels.append((ablation.ceiling, "ceiling"))
     for value, _ in levels:
         axes.axvline(POINTS * value, color=MUTED, linestyle=_CONTROL, linewidth=1, zorder=0)
@@ -291,9 +292,9 @@ def _title(ablation: Ablation) -> str:
     return words[0].upper() + words[1:]
 
 
-def _far_away(value: float, rows: list[RowResult], score: str) -> bool:
+def _far_away(value: float, rows: list[RowResult]) -> bool:
     """Whether a level would squeeze the rows into a corner."""
-    means = [row.means[mode, score].mean for row in rows for mode in ("slow", "fast")]
+    means = [row.means[mode, "f1"].mean for row in rows for mode in ("slow", "fast")]
     return value - max(means) > 2 * (max(means) - min(means) + 0.02)
 
 
