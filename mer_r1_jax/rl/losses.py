@@ -149,6 +149,9 @@ def highest_entropy(entropy_BGC: Array, mask_BGC: Array, share: float) -> Array:
     return mask_BGC & (entropy_BGC >= jnp.nanquantile(held_BGC, 1 - share, method="higher"))
 
 
+_LARGEST_LOG_RATIO = 80.0  # nats; e^88 is infinite in float32, and infinity times an advantage of 0 is no number
+
+
 def sampler_ratio(old_BGC: Array, sampling_BGC: Array, mask_BGC: Array, config: RlConfig) -> tuple[Array, Array]:
     """How much likelier the sampled tokens are to the trainer than they were to the sampler, within bounds.
 
@@ -169,7 +172,7 @@ def sampler_ratio(old_BGC: Array, sampling_BGC: Array, mask_BGC: Array, config: 
     log_ratio = jnp.where(mask_BGC, old_BGC - sampling_BGC, 0.0)
     if config.sampler_correction.startswith("sequence"):
         log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True)
-    ratio = jnp.exp(log_ratio)
+    ratio = jnp.exp(jnp.minimum(log_ratio, _LARGEST_LOG_RATIO))
     high = config.sampler_correction_max or jnp.inf  # 0 is no bound
     beyond = (ratio < config.sampler_correction_min) | (ratio > high)
     if config.sampler_correction.endswith("mask"):

@@ -56,4 +56,4 @@ def test_cache_and_batch_change_nothing_and_it_shows_when_they_do(model, monkeyp
     monkeypatch.setattr(self_checks, "run_port", broken)
     assert not self_checks.batch_against_single(params, config).agrees
     again = self_checks.cached_against_uncached(params, config)
-    assert again is None or not again.agrees
+    assert again is not None and not again.agrees
