@@ -17,9 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
-
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.rl.own_function import own_function
 from mer_r1_jax.storage import atomic_files
@@ -28,10 +25,6 @@ from mer_r1_jax.storage.run_directory import RunDirectory
 CLOSE_SECONDS = 30.0  # given to what is still on its way at a run's end
 QUEUED = 10_000  # lines on their way at most, some 100 MB
 _LOGIN_SECONDS = 30.0  # that Weights & Biases may wait for a key on a terminal
-
-# Protobuf makes their classes when they are imported, so no type checker knows them.
-_events: Any = event_pb2
-_summaries: Any = summary_pb2
 
 
 class ReporterError(ValueError):
@@ -93,16 +86,24 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, attempt: int, resume_at: tuple[str, int] | None):
+        # Here, as tensorboardX imports torch where that is installed, and commands that only look at settings come by.
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        # Protobuf makes their classes when they are imported, so no type checker knows them.
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
+        self._writer = event_file_writer.EventsWriter
         self._folder, self._attempt, self._resume_at = folder, attempt, resume_at
-        self._files: dict[str, EventsWriter] = {}
+        self._files: dict[str, Any] = {}
 
     def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Appends one event."""
         if phase not in self._files:
             self._files[phase] = self._open(phase, step)
-        event = _events.Event(wall_time=time.time(), step=step)
+        event = self._events.Event(wall_time=time.time(), step=step)
         for name, value in values.items():
-            event.summary.value.append(_summaries.Summary.Value(tag=printable(name), simple_value=value))
+            event.summary.value.append(self._summaries.Summary.Value(tag=printable(name), simple_value=value))
         self._files[phase].write_event(event)
         self._files[phase].flush()
 
@@ -111,12 +112,12 @@ class TensorBoard:
         for file in self._files.values():
             file.close()
 
-    def _open(self, phase: str, step: int) -> EventsWriter:
+    def _open(self, phase: str, step: int) -> Any:
         (self._folder / phase).mkdir(parents=True, exist_ok=True)
-        file = EventsWriter(str(self._folder / phase / "events"), filename_suffix=f".attempt_{self._attempt}")
+        file = self._writer(str(self._folder / phase / "events"), filename_suffix=f".attempt_{self._attempt}")
         # Tells TensorBoard to forget what an earlier attempt wrote from this step on.
-        restart = _events.SessionLog(status=_events.SessionLog.START)
-        file.write_event(_events.Event(wall_time=time.time(), step=step, session_log=restart))
+        restart = self._events.SessionLog(status=self._events.SessionLog.START)
+        file.write_event(self._events.Event(wall_time=time.time(), step=step, session_log=restart))
         return file
 
 
