@@ -50,7 +50,8 @@ def expected_scores(evaluation: Evaluation, oracle: Oracle | None) -> Expected |
     Returns:
         None where there is no oracle, or a clip without cues.
     """
-    cues = [cues for record in evaluation.records if (cues := record.extra.get(CUES_COLUMN)) is not None]
+    given = (record.extra.get(CUES_COLUMN) for record in evaluation.records)
+    cues = [cue for cue in given if cue is not None]
     if oracle is None or len(cues) < len(evaluation.records):
         return None
 
