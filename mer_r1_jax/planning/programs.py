@@ -39,7 +39,7 @@ from mer_r1_jax.training.phase import banned_ids_of, check_rows, sampling_config
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
-from mer_r1_jax.training.state import Params, TrainState, make_optimizer, tower_flags, trainable_names
+from mer_r1_jax.training.state import Params, TrainState, make_optimizer, param_dtypes, tower_flags, trained_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +101,7 @@ class RunPrograms:
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
         thinker = thinker_config(config.model, tokenizer)
         self._thinker = thinker
-        self.backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows)
+        self.backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, param_dtypes(config))
         wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
         table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
         self.candidates = table(tokenizer or PrefixTokens(thinker.text.vocab_size), wheels)
@@ -139,7 +139,7 @@ class RunPrograms:
     def sft_step(self, bucket: BatchShape) -> PlannedProgram:
         """The SFT step."""
         towers = tower_flags(self.config, "sft")
-        state, optimizer = self._state("sft", towers)
+        state, optimizer = self._state("sft")
         rows = self._prompts(bucket)
         slow, fast = self.workload.target_lengths(self.config)
         batch = SftBatch(
@@ -167,7 +167,7 @@ class RunPrograms:
         config, programs = self.config.rl, self.programs
         towers = tower_flags(self.config, "rl")
         towers_trained = any(towers.values())
-        state, optimizer = self._state("rl", towers)
+        state, optimizer = self._state("rl")
         with_clips = self._prompts(bucket)
         reference = state.split()[0] if config.beta else {}
         held = _held(state) | {"reference": reference, "batch": with_clips}
@@ -277,10 +277,10 @@ class RunPrograms:
         place = Placement(self.backbone.mesh)
         return visited_share(segment_T, shared_segment=PROMPT, vmem_mib=vmem_mib(place))
 
-    def _state(self, phase: str, towers: dict[str, bool]) -> tuple[TrainState, Any]:
+    def _state(self, phase: str) -> tuple[TrainState, Any]:
         settings = getattr(self.config, phase).optimizer
         optimizer = make_optimizer(settings, self.steps(phase))
-        return self.backbone.abstract_state(trainable_names(**towers), optimizer, settings.dtype), optimizer
+        return self.backbone.abstract_state(trained_in(self.config, phase), optimizer, settings.dtype), optimizer
 
     def _rollout_weights(self, recast: Params) -> Params:
         shardings, dtype = self.backbone.decode_shardings, jnp.dtype(self.backbone.config.compute_dtype)

@@ -19,14 +19,33 @@ from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.run.stored_base import BASE_FOLDER, restore_base
 from mer_r1_jax.storage import atomic_files, bucket, run_lock
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.training.state import Params, as_stored, check_host, check_numbers, nest, stored_params
+from mer_r1_jax.training.state import (
+    Params,
+    as_stored,
+    check_host,
+    check_numbers,
+    left_out_of_checkpoints,
+    nest,
+    stored_params,
+)
 
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
 RUN_MARKER = "checkpoints"  # folder that a run has and an export has not
 # What a run writes in its folder, or takes for its own when it goes on.
-RUN_PLACES = (RUN_MARKER, "reference", "export", "eval", "completions", "tensorboard", "logs", "report.html")
+RUN_PLACES = (
+    RUN_MARKER,
+    BASE_FOLDER,
+    "reference",
+    "export",
+    "eval",
+    "completions",
+    "tensorboard",
+    "logs",
+    "report.html",
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +103,7 @@ def checkpoint_params(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Params
 
     def parameters(step: int, host: dict[str, Any]) -> dict[str, Params]:
         check_host(host)
-        stored = as_stored(setup.abstract_state_of(host["phase"]))
+        stored = as_stored(setup.abstract_state_of(host["phase"]), left_out_of_checkpoints(setup.config))
         return {kind: stored[kind] for kind in ("trainable", "frozen")}  # nobody asks for the optimizer's moments
 
     where = _join(run_dir, RUN_MARKER)
@@ -93,6 +112,7 @@ def checkpoint_params(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Params
         raise CheckpointError(f"{where} holds no valid checkpoint: let the run save one first")
     params = stored_params(restored.arrays)
     check_numbers(params, _join(where, str(restored.step)))
+    params |= restore_base(setup, lambda: Checkpoints(_join(run_dir, BASE_FOLDER)))
     if live := run_lock.liveness(run_dir):
         log.warning("%s %s; what is read is its checkpoint %d", printable(run_dir), live, restored.step)
     return params, ReadStep(restored.step, restored.manifest_sha256)

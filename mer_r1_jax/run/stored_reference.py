@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Checkpoints
 from mer_r1_jax.storage.run_directory import RunDirectory
@@ -57,14 +58,20 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
     kept = run.folder.open_checkpoints("reference", max_to_keep=needed)
     if done is None:
         # A copy, because the state's own buffers are donated to the first update.
-        reference = jax.tree.map(lambda array: array.copy(), state.split()[0])
-        kept.save(0, reference, {})
+        trained, _ = state.split()
+        reference = {name: array.copy() for name, array in trained.items() if not _switched_off(run, name)}
+        if reference:
+            kept.save(0, reference, {})
         return Reference(reference, config, kept)
     # Restored where each parameter lives in training, as the policy's own are.
     shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
     abstract = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in shapes.items()
+        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
+        for name, shape in shapes.items()
+        if not _switched_off(run, name)
     }
+    if not abstract:
+        return Reference({}, config, kept)
     number = synced_at(config, done)
     try:
         # One that follows the policy is that of this very step; later and earlier ones may lie beside it.
@@ -87,6 +94,11 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
     return Reference(reference, config, kept)
 
 
+def _switched_off(run: StoredRun, name: str) -> bool:
+    """Whether a parameter is one of adapters that were new when RL began, so that the reference does without them."""
+    return is_adapter(name) and not run.sft_steps and not run.config.model.adapter_path
+
+
 def _start_of_rl(run: StoredRun, phase: Phase, abstract: Params, lost: str) -> tuple[Params, str]:
     """The trained parameters that RL started from, and where they were found.
 
@@ -95,7 +107,8 @@ def _start_of_rl(run: StoredRun, phase: Phase, abstract: Params, lost: str) -> t
     """
     if not run.sft_steps:
         origin = run.config.model.path or f"random weights of seed {run.config.train.seed}"
-        return partition(run.initial_params(), phase.is_trainable)[0], origin
+        params = run.initial_params()
+        return {name: params[name] for name in abstract}, origin
 
     # Of the checkpoint only what RL trains is read, whichever kind SFT filed it under.
     def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Params]:

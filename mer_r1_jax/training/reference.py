@@ -44,7 +44,8 @@ class Reference:
     """The reference of one run, and what is kept of it on disk.
 
     Attributes:
-        params: the trained parameters only; frozen ones are the policy's own.
+        params: the trained parameters only, without adapters where RL began with new ones: these are switched off in
+            the reference. Frozen parameters are the policy's own.
 
     Args:
         params: as they are kept already.
@@ -56,6 +57,10 @@ class Reference:
         self.params = params
         self._config, self._kept = config, kept
         self._unsaved: int | None = None  # its number, where it was mixed since it was last kept
+
+    def over(self, state: TrainState) -> Params:
+        """All parameters of the reference, over a policy's frozen ones: only what is trained is held twice."""
+        return state.split()[1] | self.params
 
     def follow(self, state: TrainState, step: int) -> None:
         """Mixes in the policy after `step` updates, where that is due."""
