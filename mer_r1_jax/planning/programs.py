@@ -37,9 +37,18 @@ from mer_r1_jax.training.chunked import state_shardings
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
 from mer_r1_jax.training.phase import banned_ids_of, check_rows, sampling_config
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
+from mer_r1_jax.training.reference import switched_off
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
-from mer_r1_jax.training.state import Params, TrainState, make_optimizer, param_dtypes, tower_flags, trained_in
+from mer_r1_jax.training.state import (
+    Params,
+    TrainState,
+    make_optimizer,
+    param_dtypes,
+    partition,
+    tower_flags,
+    trained_in,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,7 +178,9 @@ class RunPrograms:
         towers_trained = any(towers.values())
         state, optimizer = self._state("rl")
         with_clips = self._prompts(bucket)
-        reference = state.split()[0] if config.beta else {}
+        is_off = switched_off(self.config)
+        reference = {name: leaf for name, leaf in state.split()[0].items() if config.beta and not is_off(name)}
+        compared = {name: leaf for name, leaf in state.params.items() if not (config.beta and is_off(name))}
         held = _held(state) | {"reference": reference, "batch": with_clips}
         per_rollout = 1 / config.num_iterations
 
@@ -211,7 +222,7 @@ class RunPrograms:
         reference = planned(
             "reference",
             programs.logprobs,
-            (state.params, prompts, completion),
+            (compared, prompts, completion),
             cache_bytes=self._cache_bytes(bucket, 0),
             calls=per_rollout * (bool(config.beta) + (config.num_iterations > 1)),
             useful=self._text_flops(bucket, (slow,), scored=math.prod(slow)),
@@ -339,7 +350,10 @@ class RunPrograms:
 
 def _held(state: TrainState) -> dict[str, Any]:
     trained, frozen = state.split()
-    return {"parameters": trained, "towers": frozen, "optimizer": state.opt_state}
+    towers, base = partition(frozen, lambda name: not name.startswith("text/"))
+    parts = {"parameters": trained, "towers": towers, "optimizer": state.opt_state}
+    # Only under adapters is the language model frozen.
+    return parts | {"base": base} if base else parts
 
 
 def bytes_per_chip(tree: Any) -> int:

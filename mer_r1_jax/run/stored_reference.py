@@ -9,13 +9,12 @@ from typing import Any
 import jax
 
 from mer_r1_jax.config.schema import RlConfig
-from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Checkpoints
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.storage.step_store import DamagedStepError
 from mer_r1_jax.training.phase import Phase
-from mer_r1_jax.training.reference import Reference, synced_at
+from mer_r1_jax.training.reference import Reference, switched_off, synced_at
 from mer_r1_jax.training.state import Params, TrainState, as_stored, partition, stored_params
 
 log = logging.getLogger(__name__)
@@ -54,12 +53,13 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
     config = phase.config
     if not config.beta:
         return None
+    is_off = switched_off(run.config)
     needed = 1 + run.config.train.save_total_limit if config.sync_ref_model else 1
     kept = run.folder.open_checkpoints("reference", max_to_keep=needed)
     if done is None:
         # A copy, because the state's own buffers are donated to the first update.
         trained, _ = state.split()
-        reference = {name: array.copy() for name, array in trained.items() if not _switched_off(run, name)}
+        reference = {name: array.copy() for name, array in trained.items() if not is_off(name)}
         if reference:
             kept.save(0, reference, {})
         return Reference(reference, config, kept)
@@ -68,7 +68,7 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
     abstract = {
         name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
         for name, shape in shapes.items()
-        if not _switched_off(run, name)
+        if not is_off(name)
     }
     if not abstract:
         return Reference({}, config, kept)
@@ -92,11 +92,6 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
     log.warning("the reference was lost and is made again from %s. %s", origin, lost)
     kept.save(0, reference, {})
     return Reference(reference, config, kept)
-
-
-def _switched_off(run: StoredRun, name: str) -> bool:
-    """Whether a parameter is one of adapters that were new when RL began, so that the reference does without them."""
-    return is_adapter(name) and not run.sft_steps and not run.config.model.adapter_path
 
 
 def _start_of_rl(run: StoredRun, phase: Phase, abstract: Params, lost: str) -> tuple[Params, str]:

@@ -8,12 +8,14 @@ reference of its step beside it: a mix cannot be made again from anything else.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.config.schema import RlConfig, RunConfig
+from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.storage.checkpoints import Checkpoints
 from mer_r1_jax.training.state import Params, TrainState
 
@@ -33,6 +35,11 @@ def mixed(reference: Params, policy: Params, alpha: jax.Array) -> Params:
         return (alpha * new.astype(jnp.float32) + (1 - alpha) * old.astype(jnp.float32)).astype(old.dtype)
 
     return jax.tree.map(mix, reference, policy)
+
+
+def switched_off(config: RunConfig) -> Callable[[str], bool]:
+    """The predicate of the parameters that the reference does without: adapters that are new when RL begins."""
+    return lambda name: is_adapter(name) and not config.model.adapter_path and config.sft.max_steps == 0
 
 
 def synced_at(config: RlConfig, step: int) -> int:
