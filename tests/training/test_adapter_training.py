@@ -14,10 +14,13 @@ from mer_r1_jax.config.build import from_mapping
 from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.planning.programs import RunPrograms, bytes_per_chip
+from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.run.stored_reference import open_reference
 from mer_r1_jax.storage.checkpoints import Checkpoints
 from mer_r1_jax.training.prompts import loaded_rows
 from mer_r1_jax.training.reference import switched_off
+from mer_r1_jax.training.sft_step import make_sft_step
 from mer_r1_jax.training.state import as_stored, from_stored, left_out_of_checkpoints, param_dtypes, trained_in
 
 TOWERS_FROZEN = {"train_vision_tower": False, "train_audio_tower": False}
@@ -103,8 +106,6 @@ def test_the_reference_pass_has_no_second_copy_and_is_bit_equal_while_adapters_a
 
 
 def completions(rows, rl):
-    from mer_r1_jax.rl.packing import Continuations
-
     shape = (rows, rl.num_generations, rl.max_completion_length)
     return Continuations(id_BGC=np.full(shape, 7, np.int32), exists_BGC=np.ones(shape, bool))
 
@@ -116,6 +117,23 @@ def test_adapters_that_have_learnt_are_copied_for_the_reference(adapted):
         changed = dataclasses.replace(getattr(adapted.config, section), **changes)
         config = dataclasses.replace(adapted.config, **{section: changed})
         assert not switched_off(config)("text/layers/attn/q/lora_a")
+
+
+def test_a_plan_counts_adapters_and_traces_every_program_of_rl(adapted, state):
+    run = RunPrograms(adapted.config, jax.devices()[:1])
+    programs = {program.name: program for program in run.rl(run.buckets("rl")[-1])}
+    for program in programs.values():
+        assert program.trace().jaxpr is not None, program.name
+    trained, frozen = state.split()
+    size = sum(leaf.nbytes for leaf in trained.values())
+    held = {part: bytes_per_chip(tree) for part, tree in programs["update"].held.items()}
+    assert held["parameters"] == size and held["reference"] == 0
+    assert held["base"] == sum(leaf.nbytes for name, leaf in frozen.items() if name.startswith("text/"))
+    assert held["base"] + held["towers"] == sum(leaf.nbytes for leaf in frozen.values())
+    assert 2 * size <= held["optimizer"] < 2 * size + 64  # two moments, and counters
+    # As `train_rl` calls it: the reference without adapters, sampling with them.
+    assert not any(map(is_adapter, programs["reference"].args[0]))
+    assert any(map(is_adapter, programs["sample"].args[0]))
 
 
 def test_settings_that_do_not_go_with_adapters_are_refused():
@@ -132,8 +150,6 @@ def test_settings_that_do_not_go_with_adapters_are_refused():
 
 def test_dropout_follows_from_the_step_and_is_in_the_update_alone(small_folder, adapted):
     """The gradient of one SFT step: other bits at another step, the same ones again."""
-    from mer_r1_jax.training.sft_step import make_sft_step
-
     sft = dataclasses.replace(adapted.config.sft, max_steps=2, fast_fraction=0.0)
     setup = small_setup(
         small_folder,
