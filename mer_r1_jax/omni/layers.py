@@ -207,12 +207,13 @@ class Linear(nnx.Module):
             named = dict(zip(letters, axes, strict=True)) | {"r": "rank"}
             sizes = {**sizes, "r": self.adapters.rank}
             inputs, outputs = [a for a in letters if a not in result], [a for a in letters if a in result]
+
             # No random bits are drawn here: the base is the same with and without adapters (`lora.fresh_adapters`).
-            zeros = jax.nn.initializers.zeros
-            for leaf, kept in (("lora_a", [*inputs, "r"]), ("lora_b", ["r", *outputs])):
-                made = nnx.Param(zeros(None, [sizes[a] for a in kept], jnp.dtype(settings.param_dtype)))
-                made.set_metadata(axes=tuple(named[a] for a in kept))
-                setattr(self, leaf, made)
+            def zeros_of(kept: Sequence[str]) -> nnx.Param:
+                value = jnp.zeros([sizes[a] for a in kept], jnp.dtype(settings.param_dtype))
+                return nnx.Param(value, axes=tuple(named[a] for a in kept))
+
+            self.lora_a, self.lora_b = zeros_of([*inputs, "r"]), zeros_of(["r", *outputs])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = checkpoint_name(_project(self.equation, x, self.kernel[...].astype(self.dtype)), DOTS)
@@ -226,7 +227,7 @@ class Linear(nnx.Module):
         outputs = "".join(a for a in letters if a in after)
         seen = _dropped(x, adapters.dropout)
         low = _project(f"{before},{inputs}r->...r", seen, self.lora_a[...].astype(self.dtype))
-        added = _project(f"...r,r{outputs}->{after}", low, self.lora_b[...].astype(self.dtype))
+        added: Any = _project(f"...r,r{outputs}->{after}", low, self.lora_b[...].astype(self.dtype))
         return added * jnp.asarray(adapters.scale, self.dtype)
 
 
