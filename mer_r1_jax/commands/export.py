@@ -1,6 +1,7 @@
 """Exports a model to Hugging Face format: mer-r1 export --run=RUN_DIR --out=DIR [--layout=omni | --base=FULL_OMNI_DIR]
 
 A run with adapters (model.lora.rank) is exported with them merged; --adapter writes them alone, as a PEFT folder.
+--model=BASE --merge=PEFT_DIR merges such a folder into its base.
 
 --run takes the newest valid checkpoint of a run and puts its settings beside it, --model an existing Hugging Face
 directory (to change its dtype, shards or naming, or to put its Thinker into a full Omni directory with --base).
@@ -26,6 +27,7 @@ _BASE = flags.DEFINE_string(
     "base", None, "Full Omni directory whose talker, vocoder and other files are copied verbatim."
 )
 _ADAPTER = flags.DEFINE_bool("adapter", False, "Write the adapters of a --run alone, as a folder that peft loads.")
+_MERGE = flags.DEFINE_string("merge", None, "PEFT folder of adapters that are merged into --model.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16", "float16"), "Dtype of the written weights.")
 _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of one file; more makes shards with an index.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export at --out.")
@@ -42,6 +44,10 @@ def main(argv: list[str]) -> None:
     with explained():
         # Not where a run that goes on would take it for its own last export.
         refuse_in_run(_OUT.value)
+        if _MERGE.value and _RUN.value:
+            raise app.UsageError(
+                "--merge: got it beside --run, expected --model: a run's own adapters are merged by themselves"
+            )
         if _ADAPTER.value:
             _export_adapters()
             return
@@ -92,12 +98,14 @@ def _export_adapters() -> None:
 
 
 def _model_parameters(model: str):
-    """(config, parameters, where the tokenizer lies) of a Hugging Face directory."""
+    """(config, parameters, where the tokenizer lies) of a Hugging Face directory, with --merge's adapters."""
     from mer_r1_jax.omni.hf.config_json import load_config
     from mer_r1_jax.omni.hf.load import left_in_files
+    from mer_r1_jax.omni.hf.peft_folder import with_adapters
 
     config = load_config(model)
-    return config, left_in_files(model, config), model
+    params = left_in_files(model, config)
+    return (*(with_adapters(config, params, _MERGE.value) if _MERGE.value else (config, params)), model)
 
 
 def _run_parameters(run: str):

@@ -13,7 +13,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 from mer_r1_jax.omni.hf import peft_folder
 from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
-from mer_r1_jax.omni.hf.load import load_params
+from mer_r1_jax.omni.hf.load import left_in_files, load_params
 from mer_r1_jax.omni.hf.staging import ExportError
 from mer_r1_jax.omni.hf.tensor_files import WeightError
 from mer_r1_jax.omni.lora import AdapterConfig
@@ -141,6 +141,16 @@ def test_a_merged_export_is_the_base_plus_the_scaled_product(config, adapters, t
     after = logits_of(model, INPUTS)
     assert np.abs(after - before).max() > 1
     np.testing.assert_allclose(merged_logits, after, atol=1e-3)
+
+
+def test_a_folder_is_merged_into_a_base_that_stays_in_its_files(folder, tiny, merged_logits, tmp_path):
+    config = load_config(tiny)
+    assert peft_folder.adapters_of(folder) == ADAPTERS
+    config, params = peft_folder.with_adapters(config, left_in_files(tiny, config), folder)
+    export_model(tmp_path / "hf", config, params, ExportSettings())
+    np.testing.assert_array_equal(
+        logits_of(Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "hf"), INPUTS), merged_logits
+    )
 
 
 def test_peft_loads_the_folder_as_the_merged_model(folder, tiny, merged_logits):

@@ -7,6 +7,7 @@ transformers 4, whose spelling peft turns into that of transformers 5 by itself;
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.omni.architecture_checks import is_int
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf import table
 from mer_r1_jax.omni.hf.export import stored_chunks
@@ -37,6 +40,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LISTED = 10  # names that an error shows
+_SETTINGS = "peft's settings of an adapter"
 
 # Our leaf -> peft's name for it.
 _LEAVES = {"lora_a": "lora_A", "lora_b": "lora_B"}
@@ -134,6 +138,25 @@ def peft_config(adapters: AdapterConfig, base: str) -> dict[str, Any]:
     }
 
 
+def adapters_of(directory: str | os.PathLike) -> AdapterConfig:
+    """The size and place of the adapters in a PEFT folder, as its settings and the names of its tensors tell them.
+
+    Raises:
+        WeightError: settings without a rank or alpha.
+    """
+    folder = Path(directory)
+    described = read_json_object(folder / CONFIG_FILE, WeightError, _SETTINGS)
+    rank, alpha = described.get("r"), described.get("lora_alpha")
+    if not is_int(rank) or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: got r={printable(repr(rank), 100)}, lora_alpha={printable(repr(alpha), 100)}, "
+            "expected a whole number and a number above 0; copy the folder again from where it is from"
+        )
+    names = list(read_header(folder / WEIGHTS_FILE))
+    attention, mlp = (any(f".{part}." in name for name in names) for part in ("self_attn", "mlp"))
+    return AdapterConfig(rank=rank, alpha=float(alpha), attention=attention, mlp=mlp)
+
+
 def load_adapters(
     directory: str | os.PathLike, config: ThinkerConfig, place: Callable[[str, np.ndarray], Any]
 ) -> dict[str, Any]:
@@ -153,7 +176,7 @@ def load_adapters(
     """
     assert config.adapters is not None
     folder, problems = Path(directory), []
-    described = read_json_object(folder / CONFIG_FILE, WeightError, "peft's settings of an adapter")
+    described = read_json_object(folder / CONFIG_FILE, WeightError, _SETTINGS)
     for name, mine in (("r", config.adapters.rank), ("lora_alpha", config.adapters.alpha)):
         if described.get(name) != mine:
             setting = {"r": "rank", "lora_alpha": "alpha"}[name]
@@ -170,7 +193,7 @@ def load_adapters(
         raise WeightError(
             f"{folder}: its adapters are not those that model.lora asks for:\n  "
             + "\n  ".join(problems)
-            + "\nSet model.lora as the folder has it, or name another folder in model.lora.path"
+            + "\nSet model.lora as the folder has it, or name another folder"
         )
     loaded = {}
     for path, group in table.by_leaf(wanted).items():
@@ -180,9 +203,23 @@ def load_adapters(
     return loaded
 
 
-def is_peft_folder(directory: str | os.PathLike) -> bool:
-    """Whether a folder holds adapters as peft writes them."""
-    return (Path(directory) / CONFIG_FILE).is_file()
+def with_adapters(
+    config: ThinkerConfig, params: Mapping[str, Any], directory: str | os.PathLike
+) -> tuple[ThinkerConfig, dict[str, Any]]:
+    """The architecture and nested parameters of a base with the adapters of a PEFT folder beside its kernels.
+
+    Args:
+        config: of the base.
+        params: of the base; they may still be in their files.
+        directory: the PEFT folder.
+
+    Raises:
+        WeightError: as `load_adapters`.
+    """
+    config = dataclasses.replace(config, adapters=adapters_of(directory))
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    flat |= load_adapters(directory, config, lambda name, stack: stack)
+    return config, traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _plain_name(name: str) -> str:
