@@ -48,7 +48,7 @@ def page() -> str:
     for setting in settings():
         groups.setdefault(setting.name.rpartition(".")[0], []).append(setting)
     for section, group in groups.items():
-        what = about.get(section, "AdamW and its schedule, of this phase alone.")
+        what = about[section]
         parts.append(f"### {section or 'The run'}\n\n{' '.join(what.split())}\n\n{_table(group)}")
     rows = [f"| {'<br>'.join(f'`{name}`' for name in names)} | {_cell(what)} |" for names, what in METRICS.items()]
     parts.append(

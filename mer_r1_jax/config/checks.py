@@ -30,6 +30,7 @@ def check_values(config: RunConfig) -> list[str]:
     # Fields are held against each other only where each of them makes sense by itself.
     return out_of_bounds(config, RunConfig()) or [
         *_check_batches(config),
+        *_check_adapters(config),
         *_check_rewards(config),
         *_check_media(config),
     ]
@@ -58,6 +59,21 @@ def _check_batches(config: RunConfig) -> list[str]:
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if sum(size == -1 for size in axes) > 1:
         problems.append(f"mesh: got data, fsdp, tensor = {axes}, expected positive sizes with at most one -1")
+    return problems
+
+
+def _check_adapters(config: RunConfig) -> list[str]:
+    lora, problems = config.model.lora, []
+    if config.model.adapter_path and not lora.rank:
+        problems.append(
+            f"model.adapter_path: got {config.model.adapter_path!r} with model.lora.rank=0, expected the rank of that "
+            "folder (r in its adapter_config.json); set model.lora.rank, or leave the path out"
+        )
+    if lora.rank and config.rl.sync_ref_model:
+        problems.append(
+            "rl.sync_ref_model: got True with model.lora.rank above 0, expected False: a mix of two adapters' matrices "
+            "is not the mix of the two models; leave one of them out"
+        )
     return problems
 
 

@@ -38,6 +38,11 @@ KNOWN_ELSEWHERE = {
     "vllm_importance_sampling_cap": "rl.sampler_correction_max",
     "tis_imp_ratio_cap": "rl.sampler_correction_max, with rl.sampler_correction=token_truncate",
     "entropy_coeff": "rl.entropy_coef",
+    "lora_r": "model.lora.rank",
+    "lora_rank": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "target_modules": "model.lora.targets (attention, mlp or both)",
     "repetition_penalty": "not offered (the policy would be scored under another distribution than it was drawn from)",
 }
 

@@ -63,6 +63,16 @@ SideRatio = Annotated[float, Number(1.0, MAX_ASPECT_RATIO)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of the language model, trained in its place by SFT and RL (names are peft's, without lora_)."""
+
+    rank: Annotated[int, Number(0, 4096)] = 0  # peft's r; 0 = off, all weights of the language model are trained
+    alpha: Annotated[float, Number(0, 1_000_000, above=True)] = 32.0  # adapters are multiplied by alpha / rank
+    targets: Literal["attention", "mlp", "both"] = "both"  # projections with adapters: q k v o, gate up down, or both
+    dropout: ShareBelowOne = 0.0  # share of its inputs that an adapter does not see in an update
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which backbone, and in which precision."""
 
@@ -85,11 +95,14 @@ class ModelConfig:
     audio_mlp_size: Size = 0  # likewise the width of its feed-forward layers
     initializer_range: Annotated[float, Number(0, 10, above=True)] = 0.02  # standard deviation of random weights
     param_dtype: Dtype = "float32"  # dtype the parameters are kept in
+    frozen_dtype: Literal["param_dtype", "float32", "bfloat16"] = "param_dtype"  # of those that no phase trains
     compute_dtype: Dtype = "bfloat16"  # dtype of activations and matrix products
     remat: Literal["nothing", "attention", "dots", "everything"] = "nothing"  # what the backward pass keeps of a layer
     packed_rows: bool = False  # score a prompt's completions in one row with it (for block-sparse attention kernels)
     train_vision_tower: bool = False  # RL and SFT update the vision tower (frozen)
     train_audio_tower: bool = False  # RL and SFT update the audio tower (frozen)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    adapter_path: Place = ""  # PEFT folder of adapters to begin with, of model.lora's size; "" = new ones, at zero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +164,7 @@ class EmotionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """AdamW and its schedule, of this phase alone."""
 
     learning_rate: Annotated[float, Number(0, 10, above=True)] = 2e-6  # peak
     adam_beta1: ShareBelowOne = 0.9  # decay of the first moment, the mean of gradients

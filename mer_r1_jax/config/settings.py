@@ -45,6 +45,9 @@ def sections() -> dict[str, str]:
     for name, hint in field_types(schema.RunConfig).items():
         if dataclasses.is_dataclass(hint):
             parts[name] = inspect.getdoc(hint) or ""
+            for inner, kind in field_types(hint).items():
+                if dataclasses.is_dataclass(kind):
+                    parts[f"{name}.{inner}"] = inspect.getdoc(kind) or ""
     return parts
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mer_r1_jax.omni.architecture_checks import ints, is_int, require, require_positive, require_real
 from mer_r1_jax.omni.batch import MEL_FRAMES_PER_UNIT
+from mer_r1_jax.omni.lora import AdapterConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("nothing", "attention", "dots", "everything")
@@ -224,6 +225,7 @@ class ThinkerConfig:
         initializer_range: standard deviation of random weights.
         param_dtype, compute_dtype: dtype the parameters are kept in, and of activations and matrix products.
         remat: what the backward pass keeps of a layer: nothing | attention | dots | everything.
+        adapters: of the text decoder (`omni/lora.py`); None has none.
     """
 
     audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
@@ -246,6 +248,7 @@ class ThinkerConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: str = "nothing"
+    adapters: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eos_token_ids", ints(self, "eos_token_ids"))
@@ -280,6 +283,11 @@ class ThinkerConfig:
                 f"one of {', '.join(DTYPES)}",
             )
         require(self.remat in REMAT, "ThinkerConfig.remat", self.remat, f"one of {', '.join(REMAT)}")
+
+    @property
+    def base(self) -> ThinkerConfig:
+        """The architecture without adapters, which is what a Hugging Face directory holds."""
+        return dataclasses.replace(self, adapters=None) if self.adapters else self
 
     @property
     def special_token_ids(self) -> dict[str, int]:

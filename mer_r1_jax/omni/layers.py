@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mer_r1_jax.kernels.attention.reference import INPUTS, RESIDUALS
 from mer_r1_jax.kernels.placement import Placement
+from mer_r1_jax.omni.lora import AdapterConfig
 
 # Name under which the results of products with weights can be kept by a remat policy.
 DOTS = "dots"
@@ -32,6 +33,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 class _Active(threading.local):
     rules: Rules | None = None
     mesh: Mesh | None = None
+    dropout_key: jax.Array | None = None
+    dropouts: int = 0  # drawn since the key became active
 
 
 _active = _Active()
@@ -62,6 +65,23 @@ def axis_rules(rules: Rules, mesh: Mesh):
         yield
     finally:
         _active.rules, _active.mesh = before
+
+
+@contextlib.contextmanager
+def adapter_dropout(key: jax.Array | None):
+    """While it lasts, adapters of a dropout above 0 drop some of their inputs; without a key, nothing changes.
+
+    As with `axis_rules`, what counts is whether it lasts when a function is traced.
+
+    Args:
+        key: random bits of this pass; those of a layer follow from it and the layer's number.
+    """
+    before = _active.dropout_key, _active.dropouts
+    _active.dropout_key, _active.dropouts = key, 0
+    try:
+        yield
+    finally:
+        _active.dropout_key, _active.dropouts = before
 
 
 def _mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -124,11 +144,22 @@ def placement(rows: str, heads: str) -> Placement | None:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How parameters are made and products computed: dtypes and the spread of random weights."""
+    """How parameters are made and products computed: dtypes, the spread of random weights, adapters.
+
+    Attributes:
+        adapters: those asked of the model; only modules that were given `adapted` settings have some.
+        in_adapted_part: whether these settings are `adapted`.
+    """
 
     param_dtype: str
     compute_dtype: str
     initializer_range: float
+    adapters: AdapterConfig | None = None
+    in_adapted_part: bool = False
+
+    def adapted(self, group: str) -> Settings:
+        """These settings for a part of a layer, which has adapters where they are asked of it."""
+        return dataclasses.replace(self, in_adapted_part=bool(self.adapters and group in self.adapters.groups))
 
 
 def parameter(
@@ -171,10 +202,44 @@ class Linear(nnx.Module):
             self.bias = parameter(zeros, [size for size, _ in kept], [name for _, name in kept], settings, rngs)
         else:
             self.bias = None
+        self.adapters = settings.adapters if settings.in_adapted_part else None
+        if self.adapters is not None:
+            named = dict(zip(letters, axes, strict=True)) | {"r": "rank"}
+            sizes = {**sizes, "r": self.adapters.rank}
+            inputs, outputs = [a for a in letters if a not in result], [a for a in letters if a in result]
+
+            # No random bits are drawn here: the base is the same with and without adapters (`lora.fresh_adapters`).
+            def zeros_of(kept: Sequence[str]) -> nnx.Param:
+                value = jnp.zeros([sizes[a] for a in kept], jnp.dtype(settings.param_dtype))
+                return nnx.Param(value, axes=tuple(named[a] for a in kept))
+
+            self.lora_a, self.lora_b = zeros_of([*inputs, "r"]), zeros_of(["r", *outputs])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = checkpoint_name(_project(self.equation, x, self.kernel[...].astype(self.dtype)), DOTS)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.adapters is None else y + self._adapter(x, self.adapters)
+
+    def _adapter(self, x: jax.Array, adapters: AdapterConfig) -> jax.Array:
+        """What the adapter adds to the projection of x: scale x B (A x)."""
+        before, letters, after = self.equation.replace("->", ",").split(",")
+        inputs = "".join(a for a in letters if a not in after)
+        outputs = "".join(a for a in letters if a in after)
+        seen = _dropped(x, adapters.dropout)
+        low = _project(f"{before},{inputs}r->...r", seen, self.lora_a[...].astype(self.dtype))
+        added: Any = _project(f"...r,r{outputs}->{after}", low, self.lora_b[...].astype(self.dtype))
+        return added * jnp.asarray(adapters.scale, self.dtype)
+
+
+def _dropped(x: jax.Array, share: float) -> jax.Array:
+    """x with a share of it set to 0 and the rest scaled up, inside an `adapter_dropout`; x itself elsewhere."""
+    if not share or _active.dropout_key is None:
+        return x
+    # Each projection of a layer has its own bits: they are numbered in the order in which they are traced.
+    _active.dropouts += 1
+    key = jax.random.fold_in(_active.dropout_key, _active.dropouts)
+    kept = jax.random.bernoulli(key, 1 - share, x.shape)
+    return jnp.where(kept, x / jnp.asarray(1 - share, x.dtype), jnp.zeros((), x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -304,9 +369,19 @@ def scan_layers(
         layer_params, extra = xs
         return step(nnx.merge(graphdef, layer_params), carry, extra)
 
+    def body_with_dropout(carry, xs):
+        xs, key = xs
+        with adapter_dropout(key):
+            return body(carry, xs)
+
+    run, xs = body, (params, per_layer)
+    if _active.dropout_key is not None:
+        count = jax.tree.leaves(params)[0].shape[0]
+        # A key a layer, handed in with its parameters: what is traced once must not draw the same bits for all.
+        run, xs = body_with_dropout, (xs, jax.random.split(_active.dropout_key, count))
     if remat != "everything":
-        body = jax.checkpoint(body, prevent_cse=False, policy=_kept(remat))
-    return jax.lax.scan(body, carry, (params, per_layer))
+        run = jax.checkpoint(run, prevent_cse=False, policy=_kept(remat))
+    return jax.lax.scan(run, carry, xs)
 
 
 def _kept(remat: str) -> Callable:

@@ -108,9 +108,9 @@ class TextLayer(nnx.Module):
     def __init__(self, config: TextConfig, *, settings: Settings, rngs: nnx.Rngs) -> None:
         norm: dict[str, Any] = dict(eps=config.rms_norm_eps, settings=settings, rngs=rngs)
         self.attn_norm = RMSNorm(config.hidden_size, "embed", **norm)
-        self.attn = Attention(config, settings=settings, rngs=rngs)
+        self.attn = Attention(config, settings=settings.adapted("attn"), rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, "embed", **norm)
-        self.mlp = MLP(config, settings=settings, rngs=rngs)
+        self.mlp = MLP(config, settings=settings.adapted("mlp"), rngs=rngs)
 
     def rows(self, x_BTD, cos_BTY, sin_BTY, segment_BT) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Whole rows: (x_BTD, (k_BTKh, v_BTKh))."""

@@ -34,7 +34,7 @@ class Thinker(nnx.Module):
 
     def __init__(self, config: ThinkerConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        settings = Settings(config.param_dtype, config.compute_dtype, config.initializer_range)
+        settings = Settings(config.param_dtype, config.compute_dtype, config.initializer_range, config.adapters)
         common: dict[str, Any] = dict(settings=settings, remat=config.remat, rngs=rngs)
         self.audio = AudioTower(config.audio, **common)
         self.vision = VisionTower(config.vision, **common)

@@ -22,7 +22,8 @@ from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from mer_r1_jax.planning.hlo import Computation, Instruction
 
-FORWARD, TRAINED = 1, 3  # passes' worth of operations
+# Passes' worth of operations; of a layer whose adapters alone are trained no gradient of its weights is made.
+FORWARD, ADAPTED, TRAINED = 1, 2, 3
 _AUDIO_FRAMES_PER_UNIT = 100  # of a unit of two seconds, after the second convolution
 
 

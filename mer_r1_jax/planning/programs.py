@@ -26,7 +26,7 @@ from mer_r1_jax.omni.batch import PROMPT, BatchShape, Prompts
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
-from mer_r1_jax.planning.flops import FORWARD, TRAINED, text_flops, tower_flops
+from mer_r1_jax.planning.flops import ADAPTED, FORWARD, TRAINED, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import arm_of
 from mer_r1_jax.rl.confidence import Anchors
@@ -37,9 +37,18 @@ from mer_r1_jax.training.chunked import state_shardings
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
 from mer_r1_jax.training.phase import banned_ids_of, check_rows, sampling_config
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
+from mer_r1_jax.training.reference import switched_off
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
-from mer_r1_jax.training.state import Params, TrainState, make_optimizer, tower_flags, trainable_names
+from mer_r1_jax.training.state import (
+    Params,
+    TrainState,
+    make_optimizer,
+    param_dtypes,
+    partition,
+    tower_flags,
+    trained_in,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,11 +110,12 @@ class RunPrograms:
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
         thinker = thinker_config(config.model, tokenizer)
         self._thinker = thinker
-        self.backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows)
+        self.backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, param_dtypes(config))
         wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
         table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
         self.candidates = table(tokenizer or PrefixTokens(thinker.text.vocab_size), wheels)
         self._wheels = len(wheels)
+        self._text_passes = ADAPTED if config.model.lora.rank else TRAINED
         banned = thinker.media_token_ids if tokenizer is None else banned_ids_of(AnswerTags(tokenizer), thinker)
         self.programs = RlPrograms(self.backbone, config.rl, sampling_config(config.rl, thinker, banned))
 
@@ -139,7 +149,7 @@ class RunPrograms:
     def sft_step(self, bucket: BatchShape) -> PlannedProgram:
         """The SFT step."""
         towers = tower_flags(self.config, "sft")
-        state, optimizer = self._state("sft", towers)
+        state, optimizer = self._state("sft")
         rows = self._prompts(bucket)
         slow, fast = self.workload.target_lengths(self.config)
         batch = SftBatch(
@@ -150,7 +160,7 @@ class RunPrograms:
         function = make_sft_step(self.backbone, optimizer, self.config.sft, any(towers.values()))
         held = _held(state) | {"batch": batch}
         sets = ((1, slow), (1, fast)) if fast else ((1, slow),)
-        useful = TRAINED * self._text_flops(bucket, sets, scored=slow + fast)
+        useful = self._text_passes * self._text_flops(bucket, sets, scored=slow + fast)
         useful += (TRAINED if any(towers.values()) else FORWARD) * bucket.rows * tower_flops(self._thinker, bucket)
         return PlannedProgram(
             name="sft_step",
@@ -167,9 +177,11 @@ class RunPrograms:
         config, programs = self.config.rl, self.programs
         towers = tower_flags(self.config, "rl")
         towers_trained = any(towers.values())
-        state, optimizer = self._state("rl", towers)
+        state, optimizer = self._state("rl")
         with_clips = self._prompts(bucket)
-        reference = state.split()[0] if config.beta else {}
+        is_off = switched_off(self.config)
+        reference = {name: leaf for name, leaf in state.split()[0].items() if config.beta and not is_off(name)}
+        compared = {name: leaf for name, leaf in state.params.items() if not (config.beta and is_off(name))}
         held = _held(state) | {"reference": reference, "batch": with_clips}
         per_rollout = 1 / config.num_iterations
 
@@ -211,7 +223,7 @@ class RunPrograms:
         reference = planned(
             "reference",
             programs.logprobs,
-            (state.params, prompts, completion),
+            (compared, prompts, completion),
             cache_bytes=self._cache_bytes(bucket, 0),
             calls=per_rollout * (bool(config.beta) + (config.num_iterations > 1)),
             useful=self._text_flops(bucket, (slow,), scored=math.prod(slow)),
@@ -239,7 +251,8 @@ class RunPrograms:
             programs.make_update(optimizer),
             (state, experience, self._scalar(np.float32(0))),
             calls=1.0,
-            useful=TRAINED * (self._text_flops(bucket, learnt, scored=scored) + (media if towers_trained else 0)),
+            useful=self._text_passes * self._text_flops(bucket, learnt, scored=scored)
+            + (TRAINED * media if towers_trained else 0),
             visited=self._visited(bucket, learnt),
         )
         return [program for program in (encode, cast, *rollout, score, reference, update) if program.calls]
@@ -277,10 +290,10 @@ class RunPrograms:
         place = Placement(self.backbone.mesh)
         return visited_share(segment_T, shared_segment=PROMPT, vmem_mib=vmem_mib(place))
 
-    def _state(self, phase: str, towers: dict[str, bool]) -> tuple[TrainState, Any]:
+    def _state(self, phase: str) -> tuple[TrainState, Any]:
         settings = getattr(self.config, phase).optimizer
         optimizer = make_optimizer(settings, self.steps(phase))
-        return self.backbone.abstract_state(trainable_names(**towers), optimizer, settings.dtype), optimizer
+        return self.backbone.abstract_state(trained_in(self.config, phase), optimizer, settings.dtype), optimizer
 
     def _rollout_weights(self, recast: Params) -> Params:
         shardings, dtype = self.backbone.decode_shardings, jnp.dtype(self.backbone.config.compute_dtype)
@@ -339,7 +352,10 @@ class RunPrograms:
 
 def _held(state: TrainState) -> dict[str, Any]:
     trained, frozen = state.split()
-    return {"parameters": trained, "towers": frozen, "optimizer": state.opt_state}
+    towers, base = partition(frozen, lambda name: not name.startswith("text/"))
+    parts = {"parameters": trained, "towers": towers, "optimizer": state.opt_state}
+    # Only under adapters is the language model frozen.
+    return parts | {"base": base} if base else parts
 
 
 def bytes_per_chip(tree: Any) -> int:

@@ -15,7 +15,7 @@ from mer_r1_jax.planning.compilation import Compiled
 from mer_r1_jax.planning.programs import PlannedProgram, bytes_per_chip
 from mer_r1_jax.planning.work import Work
 
-PARTS = ("parameters", "towers", "optimizer", "reference", "rollout", "batch", "features", "experience")
+PARTS = ("parameters", "base", "towers", "optimizer", "reference", "rollout", "batch", "features", "experience")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

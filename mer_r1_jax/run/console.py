@@ -17,6 +17,7 @@ from mer_r1_jax.evaluation.run_record import EXPECTED_F1, KeptEvaluation, read_r
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.asking import eval_buckets, eval_length, load_prompts
 from mer_r1_jax.run.setup import Setup
@@ -46,6 +47,9 @@ def introduce(
             log.warning("mesh changed: %s; from here on the run need not be equal bit for bit", changes)
     count = sum(shape.size for shape in setup.backbone.shapes.values())
     say(f"{count / 1e6:.2f} M parameters on mesh {dict(setup.backbone.mesh.shape)}")
+    if rank := setup.config.model.lora.rank:
+        size = sum(shape.size for name, shape in setup.backbone.shapes.items() if is_adapter(name))
+        say(f"{size / 1e6:.2f} M of them are adapters of rank {rank}; the rest of the language model is frozen")
     kept = "left out" if setup.config.rl.unscorable == "drop" else "kept for their format"
     say(
         f"{len(data.sft)} SFT, {len(data.rl)} RL ({data.unscorable} unscorable {kept}), "

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
     "tokenizer_config.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
 )  # fmt: skip
-MODEL_FILES = ("config.json", "generation_config.json")  # and the weights
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")  # and the weights
 
 
 def of_inputs(setup: Setup) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def of_inputs(setup: Setup) -> dict[str, Any]:
         "tokenizer": _of_files(setup.tokenizer_path, TOKENIZER_FILES),
         "wheels": _of_content(dataclasses.asdict(setup.wheels)),
         "model": _of_model(Path(config.model.path)) if config.model.path else "random weights",
+        **({"adapters": _of_model(Path(config.model.adapter_path))} if config.model.adapter_path else {}),
         "reward_funcs": {path: of_source(path) for path in config.rl.reward_funcs},
         "clips": CLIPS_RULE,
         # An arm and a loss type of the user's; those with a name belong to this program.

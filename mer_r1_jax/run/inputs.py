@@ -21,7 +21,7 @@ from mer_r1_jax.data.synthetic.world import WORLDS
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.storage import bucket
 
-FOLDERS = ("model.path", "model.tokenizer_path", "emotion.wheel_dir")
+FOLDERS = ("model.path", "model.tokenizer_path", "model.adapter_path", "emotion.wheel_dir")
 FILES = ("data.sft_path", "data.rl_path", "data.eval_path")
 MEDIA = "data.media_root"  # of which only the clips that records name are fetched
 _KIND = "files"

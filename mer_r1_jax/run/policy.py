@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +17,36 @@ from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.schema import ConfigError, MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
+from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.run.stored_base import BASE_FOLDER, restore_base
 from mer_r1_jax.storage import atomic_files, bucket, run_lock
 from mer_r1_jax.storage.checkpoints import CheckpointError, Checkpoints
-from mer_r1_jax.training.state import Params, as_stored, check_host, check_numbers, nest, stored_params
+from mer_r1_jax.training.state import (
+    Params,
+    as_stored,
+    check_host,
+    check_numbers,
+    left_out_of_checkpoints,
+    nest,
+    stored_params,
+)
 
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
 RUN_MARKER = "checkpoints"  # folder that a run has and an export has not
 # What a run writes in its folder, or takes for its own when it goes on.
-RUN_PLACES = (RUN_MARKER, "reference", "export", "eval", "completions", "tensorboard", "logs", "report.html")
+RUN_PLACES = (
+    RUN_MARKER,
+    BASE_FOLDER,
+    "reference",
+    "export",
+    "eval",
+    "completions",
+    "tensorboard",
+    "logs",
+    "report.html",
+)
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +81,30 @@ def load_policy(run_dir: str | pathlib.Path) -> tuple[Any, dict[str, Any], pathl
     return setup.backbone.config, nest(params), setup.tokenizer_path
 
 
+def load_run_adapters(run_dir: str | pathlib.Path) -> tuple[Any, Params, str]:
+    """The adapters of a run's newest valid checkpoint; the base is not read.
+
+    Returns:
+        (architecture, flat adapters, what the run's configuration calls the base: `model.path`, or "").
+
+    Raises:
+        PolicyError: a run without adapters.
+        CheckpointError: nothing there to load.
+    """
+    config = _run_config(run_dir)
+    if not config.model.lora.rank:
+        raise PolicyError(
+            f"{printable(run_dir)}: got a run with model.lora.rank=0, expected one that trained adapters: leave the "
+            "flag out, and the whole model is exported"
+        )
+    setup = make_setup(_without_data(config, None))
+    try:
+        params, _ = _restored(setup, run_dir, is_adapter)
+    finally:
+        setup.source.close()
+    return setup.backbone.config, params, config.model.path
+
+
 class ReadStep(NamedTuple):
     """Which checkpoint of a run was read.
 
@@ -79,13 +123,23 @@ def checkpoint_params(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Params
     The run may be going on: nothing is changed in its folder, and it is said that it is live.
 
     Raises:
-        CheckpointError: there is none, or its parameters are not finite.
+        CheckpointError: there is none, or its parameters are not finite; or the base of its adapters is gone.
     """
+    params, read = _restored(setup, run_dir, lambda name: True)
+    return params | restore_base(setup, lambda: Checkpoints(_join(run_dir, BASE_FOLDER))), read
+
+
+def _restored(setup: Setup, run_dir: str | pathlib.Path, wanted: Callable[[str], bool]) -> tuple[Params, ReadStep]:
+    """Those parameters of the newest valid checkpoint whose names are wanted; raises as `checkpoint_params`."""
 
     def parameters(step: int, host: dict[str, Any]) -> dict[str, Params]:
         check_host(host)
-        stored = as_stored(setup.abstract_state_of(host["phase"]))
-        return {kind: stored[kind] for kind in ("trainable", "frozen")}  # nobody asks for the optimizer's moments
+        stored = as_stored(setup.abstract_state_of(host["phase"]), left_out_of_checkpoints(setup.config))
+        # Nobody asks for the optimizer's moments.
+        return {
+            kind: {name: leaf for name, leaf in stored[kind].items() if wanted(name)}
+            for kind in ("trainable", "frozen")
+        }
 
     where = _join(run_dir, RUN_MARKER)
     restored = Checkpoints(where).restore(parameters, part=True)

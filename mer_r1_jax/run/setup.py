@@ -34,7 +34,7 @@ from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.reporters import check_report_to
 from mer_r1_jax.training.rl_step import RlPrograms, RlStep
 from mer_r1_jax.training.sft_step import SftPhase
-from mer_r1_jax.training.state import Params, TrainState, make_optimizer, tower_flags, trainable_names
+from mer_r1_jax.training.state import Params, TrainState, make_optimizer, param_dtypes, tower_flags, trained_in
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +119,10 @@ class Setup:
         return AnswerScorer(self.tags, self.wheels, self.candidates, config)
 
     def initial_params(self) -> Params:
-        """Parameters the run starts from: a checkpoint's, or random ones."""
-        model = self.config.model
-        return self.backbone.load(model.path) if model.path else self.backbone.init(self.config.train.seed)
+        """Parameters the run starts from: a checkpoint's, or random ones; with adapters, new or of a PEFT folder."""
+        model, seed = self.config.model, self.config.train.seed
+        params = self.backbone.load(model.path) if model.path else self.backbone.init(seed)
+        return params | self.backbone.adapters(seed, model.adapter_path) if model.lora.rank else params
 
     def sft_phase(self) -> SftPhase:
         """The SFT phase, its targets checked."""
@@ -167,7 +168,7 @@ class Setup:
     def abstract_state_of(self, phase: str) -> TrainState:
         """Shapes and shardings of the state that phase `sft` or `rl` keeps, whatever its data."""
         optimizer = getattr(self.config, phase).optimizer
-        is_trainable = trainable_names(**tower_flags(self.config, phase))
+        is_trainable = trained_in(self.config, phase)
         return self.backbone.abstract_state(is_trainable, make_optimizer(optimizer, total_steps=1), optimizer.dtype)
 
 
@@ -196,7 +197,8 @@ def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequenc
     # Nothing is allocated here: shapes and shardings alone say whether the mesh can hold model and batches.
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
-    backbone = OmniBackbone.create(thinker_config(config.model, tokenizer), mesh, config.model.packed_rows)
+    thinker, dtypes = thinker_config(config.model, tokenizer), param_dtypes(config)
+    backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, dtypes)
     tags = AnswerTags(tokenizer)
     # What a word's confidence sums over: the first tokens of its category, or (arm sfcc_word) its own.
     table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable

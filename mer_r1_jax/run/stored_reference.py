@@ -14,7 +14,7 @@ from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Che
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.storage.step_store import DamagedStepError
 from mer_r1_jax.training.phase import Phase
-from mer_r1_jax.training.reference import Reference, synced_at
+from mer_r1_jax.training.reference import Reference, switched_off, synced_at
 from mer_r1_jax.training.state import Params, TrainState, as_stored, partition, stored_params
 
 log = logging.getLogger(__name__)
@@ -53,18 +53,25 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
     config = phase.config
     if not config.beta:
         return None
+    is_off = switched_off(run.config)
     needed = 1 + run.config.train.save_total_limit if config.sync_ref_model else 1
     kept = run.folder.open_checkpoints("reference", max_to_keep=needed)
     if done is None:
         # A copy, because the state's own buffers are donated to the first update.
-        reference = jax.tree.map(lambda array: array.copy(), state.split()[0])
-        kept.save(0, reference, {})
+        trained, _ = state.split()
+        reference = {name: array.copy() for name, array in trained.items() if not is_off(name)}
+        if reference:
+            kept.save(0, reference, {})
         return Reference(reference, config, kept)
     # Restored where each parameter lives in training, as the policy's own are.
     shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
     abstract = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name]) for name, shape in shapes.items()
+        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
+        for name, shape in shapes.items()
+        if not is_off(name)
     }
+    if not abstract:
+        return Reference({}, config, kept)
     number = synced_at(config, done)
     try:
         # One that follows the policy is that of this very step; later and earlier ones may lie beside it.
@@ -95,7 +102,8 @@ def _start_of_rl(run: StoredRun, phase: Phase, abstract: Params, lost: str) -> t
     """
     if not run.sft_steps:
         origin = run.config.model.path or f"random weights of seed {run.config.train.seed}"
-        return partition(run.initial_params(), phase.is_trainable)[0], origin
+        params = run.initial_params()
+        return {name: params[name] for name in abstract}, origin
 
     # Of the checkpoint only what RL trains is read, whichever kind SFT filed it under.
     def end_of_sft(step: int, host: dict[str, Any]) -> dict[str, Params]:

@@ -51,6 +51,7 @@ from mer_r1_jax.run.console import conclude, introduce, unscored
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
+from mer_r1_jax.run.stored_base import BASE_FOLDER, begin, restore_base
 from mer_r1_jax.run.stored_reference import StoredRun, open_reference
 from mer_r1_jax.storage import bucket
 from mer_r1_jax.storage.checkpoints import Restored
@@ -72,6 +73,7 @@ from mer_r1_jax.training.state import (
     check_host,
     check_numbers,
     from_stored,
+    left_out_of_checkpoints,
     stored_params,
 )
 from mer_r1_jax.training.stopping import Stop
@@ -160,15 +162,18 @@ def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) ->
     section = setup.config.train
     checkpoints = folder.open_checkpoints(RUN_MARKER, section.save_total_limit)
 
+    leave_out = left_out_of_checkpoints(setup.config)
+
     def abstract(step: int, host: dict[str, Any]) -> dict[str, Any]:
         check_host(host)
-        return as_stored(setup.abstract_state_of(host["phase"]))
+        return as_stored(setup.abstract_state_of(host["phase"]), leave_out)
 
     restored = checkpoints.restore(abstract)
     if restored:
         # The optimizer's moments too: broken ones break the next update.
         numbers = stored_params(restored.arrays) | named_leaves({"optimizer": restored.arrays["opt_state"]})
         check_numbers(numbers, f"{checkpoints.directory}/{restored.step}")
+        restored.arrays["frozen"] |= restore_base(setup, functools.partial(folder.open_checkpoints, BASE_FOLDER, 1))
     if processes.is_first():
         introduce(console, setup, folder, (sft, rl), restored)
     resume_at = (restored.host["phase"], restored.host["step"]) if restored else None
@@ -203,7 +208,7 @@ def _train_phases(
         assert rl is not None  # or the run's folder would have refused the configuration
         return train_rl(run, rl, None, restored)
     if sft is None:
-        params = run.initial_params()
+        params = begin(run, run.folder)
     elif restored is not None and restored.host["step"] == sft.total_steps:
         params = stored_params(restored.arrays)  # SFT is done, RL has no checkpoint yet
     else:
@@ -222,7 +227,7 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
     config = run.config.train
     with run.prompts_of(phase) as data:
         # Random or loaded weights are made only where no checkpoint has them.
-        state, done, num_tokens = _begin(phase, None if restored else run.initial_params(), restored, data)
+        state, done, num_tokens = _begin(phase, None if restored else begin(run, run.folder), restored, data)
         sft_step = phase.make_step()
         with StepLog(run, phase, done, num_tokens) as steps:
             saved = done
@@ -278,7 +283,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                     try:
                         loaded = data.next(step, run.stop.asked)
                         # The reference has the policy's own frozen towers: only what is trained is held twice.
-                        held_against = None if reference is None else state.params | reference.params
+                        held_against = None if reference is None else reference.over(state)
                         rollout_step = (step - 1) // iterations
                         rollout = rl_step.rollout(state.params, held_against, loaded, rollout_step, run.stop)
                     except StopRequested:
@@ -440,7 +445,7 @@ def save(
             reference.keep()
         done_before = run.sft_steps if phase.name == "rl" else 0
         host = {"phase": phase.name, "step": step, "data": position, "counters": {"num_tokens": steps.num_tokens}}
-        run.checkpoints.save(done_before + step, as_stored(state), host)
+        run.checkpoints.save(done_before + step, as_stored(state, left_out_of_checkpoints(run.config)), host)
 
 
 def _evaluate_when_due(run: Run, phase: Phase, state: TrainState, step: int) -> None:

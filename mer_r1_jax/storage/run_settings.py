@@ -39,6 +39,7 @@ MAY_CHANGE = (
 MAY_MOVE = {
     "model.path": ("model",),
     "model.tokenizer_path": ("tokenizer",),
+    "model.adapter_path": ("adapters",),
     "emotion.wheel_dir": ("wheels",),
     "data.sft_path": ("sft", "clips"),
     "data.rl_path": ("rl", "clips"),

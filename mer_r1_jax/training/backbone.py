@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.sharding import Mesh
 
+from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl.bound_model import BoundModel
@@ -48,11 +49,11 @@ class Backbone(Protocol):
     packed_rows: bool
 
     def bind(self, params: Params) -> BoundModel:
-        """The model around parameters, all of them; for use inside `jit`."""
+        """The model around parameters, all of them, or all but its adapters; for use inside `jit`."""
         ...
 
     def init(self, seed: int) -> Params:
-        """Random parameters, each made where it will live."""
+        """Random parameters, each made where it will live; adapters are made apart."""
         ...
 
     def load(self, path: str | os.PathLike) -> Params:
@@ -74,6 +75,17 @@ class Backbone(Protocol):
             StopRequested: one does; nothing was changed.
         """
         ...
+
+    def adapters(self, seed: int, path: str | os.PathLike = "") -> Params:
+        """Adapters of a PEFT folder or, without a path, new ones at zero; asked only where `model.lora` has a rank.
+
+        Raises:
+            ConfigError: a backbone that has none.
+        """
+        raise ConfigError(
+            f"model.lora.rank: got a rank above 0 for {type(self).__name__}, which has no adapters; expected 0, or a "
+            "backbone with a method `adapters`"
+        )
 
     def rules(self, *, decode: bool = False) -> contextlib.AbstractContextManager[None]:
         """Context in which activations are constrained to the mesh, as training or as decoding has them."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mer_r1_jax.config.schema import RlConfig, SftConfig
+from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.training.state import Params
 
 # Dense bf16 operations a second of one device, by jax's name for it; from its maker's data sheet.
@@ -30,7 +31,8 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 4090": 165e12,
 }
 _GIB = 2**30
-_UPDATE = 3  # passes' worth of operations: forward, and twice as much backward
+# Passes' worth of operations: forward, and twice as much backward; half of that where weights get no gradient.
+_UPDATE, _UPDATE_OF_FROZEN = 3, 2
 
 
 def memory_metrics(devices: Sequence[Any] | None = None) -> dict[str, float]:
@@ -48,9 +50,10 @@ class Utilisation:
     """Model-FLOP utilisation of whole steps, by the rule of 2 operations a parameter, token and pass.
 
     Counted are the decoder's layers alone, without attention between tokens, towers and the vocabulary, so the figure
-    is a little low. The passes of an RL step are its update (3), sampling, scoring, and log-probabilities of the
-    reference and of the old policy where they are computed; recomputation in the backward pass does not count. The time
-    is that of the whole step: most of an RL step is decoding, which is bound by memory and uses little of the speed.
+    is a little low. The passes of an RL step are its update (3; about 2 where adapters alone are trained), sampling,
+    scoring, and log-probabilities of the reference and of the old policy where they are computed; recomputation in the
+    backward pass does not count. The time is that of the whole step: most of an RL step is decoding, which is bound by
+    memory and uses little of the speed.
 
     Args:
         shapes: of all parameters.
@@ -59,8 +62,12 @@ class Utilisation:
     """
 
     def __init__(self, shapes: Params, devices: Iterable[Any], config: SftConfig | RlConfig):
-        layers = sum(math.prod(shape.shape) for name, shape in shapes.items() if name.startswith("text/layers/"))
+        sizes = {name: math.prod(shape.shape) for name, shape in shapes.items() if name.startswith("text/layers/")}
+        adapters = sum(size for name, size in sizes.items() if is_adapter(name))
+        layers = sum(sizes.values())
         self._operations = 2.0 * layers  # a token and pass
+        # Under adapters the rest is frozen. In passes over all layers.
+        self._update = _UPDATE - (_UPDATE - _UPDATE_OF_FROZEN) * (layers - adapters) / layers if adapters else _UPDATE
         self._peak = sum(PEAK_FLOPS.get(device.device_kind, math.nan) for device in devices)
         self._rollout = 0
         if isinstance(config, RlConfig):
@@ -77,5 +84,5 @@ class Utilisation:
         if math.isnan(self._peak):
             return {}
         self._tokens = tokens or self._tokens
-        passes = _UPDATE + (self._rollout if tokens else 0)
+        passes = self._update + (self._rollout if tokens else 0)
         return {"perf/mfu": passes * self._operations * self._tokens / (seconds * self._peak)}

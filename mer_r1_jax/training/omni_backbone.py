@@ -10,15 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from mer_r1_jax.config.schema import ConfigError, ModelConfig
+from mer_r1_jax.config.schema import ConfigError, LoraConfig, ModelConfig
 from mer_r1_jax.media.tokenizer import PAD_TOKEN, SPECIAL_TOKENS, TURN_END
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.omni.hf.load import load_params
+from mer_r1_jax.omni.hf.peft_folder import load_adapters
 from mer_r1_jax.omni.layers import axis_rules
+from mer_r1_jax.omni.lora import AdapterConfig, fresh_adapters, is_adapter, without_adapters
 from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, param_shardings
 from mer_r1_jax.training.backbone import Backbone
@@ -49,6 +52,7 @@ _PRESETS = {
 }
 
 _VOCAB_MULTIPLE = 64
+_ADAPTER_STREAM = 1  # folded into a run's seed for the random half of new adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ class OmniBackbone(Backbone):
 
     Attributes:
         config, mesh, shapes, shardings, decode_shardings, packed_rows: as of `Backbone`.
-        graphdef: the NNX structure, hashable.
+        graphdef: the NNX structure, hashable, with adapters where the architecture has them.
     """
 
     config: ThinkerConfig
@@ -69,8 +73,20 @@ class OmniBackbone(Backbone):
     graphdef: Any
 
     @classmethod
-    def create(cls, config: ThinkerConfig, mesh: Mesh, packed_rows: bool = False) -> OmniBackbone:
+    def create(
+        cls,
+        config: ThinkerConfig,
+        mesh: Mesh,
+        packed_rows: bool = False,
+        dtypes: Callable[[str], Any] | None = None,
+    ) -> OmniBackbone:
         """Lays the architecture out on a mesh without allocating anything.
+
+        Args:
+            config: the architecture.
+            mesh: where it will live.
+            packed_rows: as of `Backbone`.
+            dtypes: the dtype of each parameter by its name; None keeps all in the architecture's `param_dtype`.
 
         Raises:
             ShardingError: a parameter that the mesh cannot cut as training, or as decoding, wants it.
@@ -79,17 +95,49 @@ class OmniBackbone(Backbone):
         shardings = param_shardings(shapes, axes, mesh)
         # Completions are sampled by the text decoder alone, from features that are there already.
         decoded = param_shardings({"text": shapes["text"]}, {"text": axes["text"]}, mesh, DECODE_RULES)
-        return cls(config, mesh, flatten(shapes), flatten(shardings), flatten(decoded), packed_rows, graphdef)
+        flat = flatten(shapes)
+        if dtypes is not None:
+            flat = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes(name)) for name, leaf in flat.items()}
+        return cls(config, mesh, flat, flatten(shardings), flatten(decoded), packed_rows, graphdef)
 
     def bind(self, params: Params) -> Thinker:
-        return bind(self.graphdef, nest(params))
+        """As of `Backbone`; parameters without adapters give the model with its adapters switched off."""
+        off = self.config.adapters is not None and not any(map(is_adapter, params))
+        return bind(abstract_thinker(self.config.base)[0] if off else self.graphdef, nest(params))
 
     def init(self, seed: int) -> Params:
-        make = functools.partial(init_params, self.config)
-        return jax.jit(lambda key: flatten(make(key)), out_shardings=self.shardings)(jax.random.key(seed))
+        """As of `Backbone`, without adapters."""
+        shardings = without_adapters(self.shardings)
+
+        def make(key: jax.Array) -> Params:
+            params = flatten(init_params(self.config.base, key))
+            return {name: leaf.astype(self.shapes[name].dtype) for name, leaf in params.items()}
+
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
 
     def load(self, path: str | os.PathLike) -> Params:
-        return flatten(load_params(path, self.config, shardings=nest(self.shardings)))
+        """As of `Backbone`, without adapters."""
+        shardings = without_adapters(self.shardings)
+        dtypes = {name: self.shapes[name].dtype for name in shardings}
+        return flatten(load_params(path, self.config.base, shardings=nest(shardings), dtypes=nest(dtypes)))
+
+    def adapters(self, seed: int, path: str | os.PathLike = "") -> Params:
+        """Adapters of a PEFT folder, or, without a path, new ones that change nothing yet.
+
+        Raises:
+            WeightError: a folder of other adapters.
+        """
+        shapes = {name: shape for name, shape in self.shapes.items() if is_adapter(name)}
+        if path:
+
+            def place(name: str, stack: np.ndarray) -> jax.Array:
+                return jax.device_put(stack.astype(shapes[name].dtype), self.shardings[name])
+
+            return load_adapters(path, self.config, place)
+        make = functools.partial(fresh_adapters, shapes)
+        # Bits of their own: those of the base follow from the seed alone, with and without adapters.
+        key = jax.random.fold_in(jax.random.key(seed), _ADAPTER_STREAM)
+        return jax.jit(make, out_shardings={name: self.shardings[name] for name in shapes})(key)
 
     def save(
         self, path: str | os.PathLike, params: Params, source: str | os.PathLike, asked: Callable[[], bool]
@@ -111,7 +159,12 @@ def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:
         ConfigError: when sizes are given beside a checkpoint, which has its own.
     """
     sizes = {name: getattr(model, name) for name in _SIZES if getattr(model, name)}
-    common = {"param_dtype": model.param_dtype, "compute_dtype": model.compute_dtype, "remat": model.remat}
+    common = {
+        "param_dtype": model.param_dtype,
+        "compute_dtype": model.compute_dtype,
+        "remat": model.remat,
+        "adapters": _adapters(model.lora),
+    }
     if model.path:
         if sizes:
             raise ConfigError(f"model.path is {model.path!r}, whose sizes are its own: leave {', '.join(sizes)} at 0")
@@ -123,6 +176,19 @@ def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:
         preset = _PRESETS[model.preset]()
     ids = {} if tokenizer is None else special_ids(tokenizer)
     return dataclasses.replace(_resized(preset, sizes), initializer_range=model.initializer_range, **ids, **common)
+
+
+def _adapters(lora: LoraConfig) -> AdapterConfig | None:
+    """The adapters that a configuration asks for."""
+    if not lora.rank:
+        return None
+    return AdapterConfig(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        attention=lora.targets != "mlp",
+        mlp=lora.targets != "attention",
+        dropout=lora.dropout,
+    )
 
 
 def special_ids(tokenizer: Any) -> dict[str, Any]:

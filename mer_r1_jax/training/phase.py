@@ -26,7 +26,7 @@ from mer_r1_jax.training.state import (
     learning_rate_schedule,
     make_optimizer,
     tower_flags,
-    trainable_names,
+    trained_in,
 )
 
 Section = TypeVar("Section", SftConfig, RlConfig)
@@ -85,7 +85,7 @@ def phase_parts(config: RunConfig, name: str, records: tuple[Record, ...], backb
         "total_steps": steps,
         "buckets": plan_buckets(config, backbone.config, records, rows),
         "towers_trained": any(towers.values()),
-        "is_trainable": trainable_names(**towers),
+        "is_trainable": trained_in(config, name),
         "optimizer": make_optimizer(section.optimizer, steps),
         "schedule": learning_rate_schedule(section.optimizer, steps),
     }

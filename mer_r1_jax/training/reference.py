@@ -8,12 +8,14 @@ reference of its step beside it: a mix cannot be made again from anything else.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.config.schema import RlConfig, RunConfig
+from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.storage.checkpoints import Checkpoints
 from mer_r1_jax.training.state import Params, TrainState
 
@@ -35,6 +37,11 @@ def mixed(reference: Params, policy: Params, alpha: jax.Array) -> Params:
     return jax.tree.map(mix, reference, policy)
 
 
+def switched_off(config: RunConfig) -> Callable[[str], bool]:
+    """The predicate of the parameters that the reference does without: adapters that are new when RL begins."""
+    return lambda name: is_adapter(name) and not config.model.adapter_path and config.sft.max_steps == 0
+
+
 def synced_at(config: RlConfig, step: int) -> int:
     """The update after which the reference of `step` updates was last mixed; 0 while it is the start of RL."""
     return step - step % config.ref_model_sync_steps if config.sync_ref_model else 0
@@ -44,7 +51,8 @@ class Reference:
     """The reference of one run, and what is kept of it on disk.
 
     Attributes:
-        params: the trained parameters only; frozen ones are the policy's own.
+        params: the trained parameters only, without adapters where RL began with new ones: these are switched off in
+            the reference. Frozen parameters are the policy's own.
 
     Args:
         params: as they are kept already.
@@ -56,6 +64,10 @@ class Reference:
         self.params = params
         self._config, self._kept = config, kept
         self._unsaved: int | None = None  # its number, where it was mixed since it was last kept
+
+    def over(self, state: TrainState) -> Params:
+        """All parameters of the reference, over a policy's frozen ones: only what is trained is held twice."""
+        return state.split()[1] | self.params
 
     def follow(self, state: TrainState, step: int) -> None:
         """Mixes in the policy after `step` updates, where that is due."""

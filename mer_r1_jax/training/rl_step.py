@@ -60,6 +60,7 @@ from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer, ScoredGroups
 from mer_r1_jax.training import chunked
 from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.dropout import dropout_of
 from mer_r1_jax.training.prompts import loaded_rows
 from mer_r1_jax.training.rollout_log import RolloutLog, advantage_metrics, completions_table, mean_of, reward_metrics
 from mer_r1_jax.training.state import Params, TrainState, accumulate, apply_gradients
@@ -146,7 +147,8 @@ class RlStep:
 
         Args:
             params: of the policy.
-            reference: parameters of the reference; None when there is no KL term.
+            reference: parameters of the reference, without adapters where they are switched off; None when there is
+                no KL term.
             loaded: the step's prompts; a broken clip's row stays, empty.
             rollout_step: how many rollouts came before.
             stop: asked between the parts, and while the device or a reward function is waited for.
@@ -392,7 +394,10 @@ def update(
 
         # One forward pass over prompt and completions, and over the fast contexts where the loss reads those too.
         fast_sets = () if micro_batch.anchors is None else (micro_batch.anchors.fast,)
-        h_BGCD, *fast_BGCD = continuation_hidden(model, prompts, completion, *fast_sets, packed=backbone.packed_rows)
+        with dropout_of(backbone, state.step, prompts):
+            h_BGCD, *fast_BGCD = continuation_hidden(
+                model, prompts, completion, *fast_sets, packed=backbone.packed_rows
+            )
         logprob_BGC, entropy_BGC = token_logprobs(
             model,
             h_BGCD,

@@ -22,6 +22,7 @@ from mer_r1_jax.rl.losses import token_logprobs
 from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.rl.tags import AnswerTags, TagError
 from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.dropout import dropout_of
 from mer_r1_jax.training.phase import Phase, phase_parts
 from mer_r1_jax.training.prompts import loaded_rows
 from mer_r1_jax.training.state import Params, TrainState, accumulate, apply_gradients
@@ -105,7 +106,8 @@ def make_sft_step(
         trained, frozen = state.split()
 
         def loss(trained: Params, micro_batch: SftBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return sft_loss(backbone, trained | frozen, micro_batch, counts, config.fast_fraction, towers_trained)
+            with dropout_of(backbone, state.step, micro_batch.prompts):
+                return sft_loss(backbone, trained | frozen, micro_batch, counts, config.fast_fraction, towers_trained)
 
         with backbone.rules():
             value, metrics, gradients = accumulate(loss, trained, batch, config.gradient_accumulation_steps)

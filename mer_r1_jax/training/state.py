@@ -16,6 +16,7 @@ import optax
 from flax import traverse_util
 
 from mer_r1_jax.config.schema import OptimizerConfig, RunConfig
+from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.parallel.rows import split_rows
 from mer_r1_jax.parallel.whole import not_finite
 from mer_r1_jax.storage.step_store import DamagedStepError, is_count
@@ -70,13 +71,44 @@ def tower_flags(config: RunConfig, phase: str) -> dict[str, bool]:
     }
 
 
-def trainable_names(train_audio: bool, train_vision: bool) -> Callable[[str], bool]:
+def trainable_names(train_audio: bool, train_vision: bool, adapters: bool = False) -> Callable[[str], bool]:
     """The predicate that says whether a parameter is trained: the language model always, a tower on demand.
 
-    The audio tower's `bos_eos` embedding never enters the forward pass and is kept for export alone.
+    The audio tower's `bos_eos` embedding never enters the forward pass and is kept for export alone. With `adapters`
+    those are trained in place of the language model.
     """
     trained = {"text": True, "audio": train_audio, "vision": train_vision}
-    return lambda name: trained[name.split("/", 1)[0]] and not name.startswith("audio/bos_eos")
+
+    def is_trained(name: str) -> bool:
+        part = name.split("/", 1)[0]
+        if adapters and part == "text":
+            return is_adapter(name)
+        return trained[part] and not name.startswith("audio/bos_eos")
+
+    return is_trained
+
+
+def trained_in(config: RunConfig, phase: str) -> Callable[[str], bool]:
+    """The predicate that says whether a phase of this run trains a parameter."""
+    return trainable_names(**tower_flags(config, phase), adapters=bool(config.model.lora.rank))
+
+
+def never_trained(config: RunConfig) -> Callable[[str], bool]:
+    """The predicate of the parameters that no phase of this run trains."""
+    in_sft, in_rl = trained_in(config, "sft"), trained_in(config, "rl")
+    return lambda name: not (in_sft(name) or in_rl(name))
+
+
+def left_out_of_checkpoints(config: RunConfig) -> Callable[[str], bool]:
+    """The predicate of the parameters that checkpoints of this run leave out: the base that adapters belong to."""
+    return never_trained(config) if config.model.lora.rank else lambda name: False
+
+
+def param_dtypes(config: RunConfig) -> Callable[[str], str]:
+    """The dtype that each parameter of this run is kept in."""
+    model, is_frozen = config.model, never_trained(config)
+    frozen = model.param_dtype if model.frozen_dtype == "param_dtype" else model.frozen_dtype
+    return lambda name: frozen if is_frozen(name) else model.param_dtype
 
 
 def partition(params: Params, is_trainable: Callable[[str], bool]) -> tuple[Params, Params]:
@@ -85,9 +117,15 @@ def partition(params: Params, is_trainable: Callable[[str], bool]) -> tuple[Para
     return trained, {name: value for name, value in params.items() if name not in trained}
 
 
-def as_stored(state: TrainState) -> dict[str, Any]:
-    """A state as checkpoints hold it: trained and frozen parameters apart, as "trainable" and "frozen"."""
+def as_stored(state: TrainState, leave_out: Callable[[str], bool] = lambda name: False) -> dict[str, Any]:
+    """A state as checkpoints hold it: trained and frozen parameters apart, as "trainable" and "frozen".
+
+    Args:
+        state: the state.
+        leave_out: says of a frozen parameter's name whether it is kept elsewhere.
+    """
     trained, frozen = state.split()
+    frozen = {name: value for name, value in frozen.items() if not leave_out(name)}
     return {
         "step": state.step,
         "trainable": trained,
@@ -99,7 +137,7 @@ def as_stored(state: TrainState) -> dict[str, Any]:
 
 
 def from_stored(stored: Mapping[str, Any]) -> TrainState:
-    """The state that `as_stored` was given."""
+    """The state that `as_stored` was given; what it left out has to be among the frozen parameters again."""
     rest = {name: stored[name] for name in ("step", "opt_state", "skipped", "skipped_in_a_row")}
     return TrainState(params=stored_params(stored), trained=frozenset(stored["trainable"]), **rest)
 

@@ -52,6 +52,12 @@ def test_utilisation_counts_two_operations_a_parameter_token_and_pass(config, pa
         assert told.of_step(0, 2.0)["perf/mfu"] == pytest.approx(expected * 3 / passes)
 
 
+def test_frozen_layers_under_adapters_count_one_pass_less():
+    shapes = SHAPES | {"text/layers/attn/q/lora_a": jax.ShapeDtypeStruct((4, 10, 2), jnp.float32)}
+    told = Utilisation(shapes, [device()], SftConfig()).of_step(50, 2.0)
+    assert told["perf/mfu"] == pytest.approx((2 * 1000 + 3 * 80) * 2 * 50 / (2.0 * 121e12))
+
+
 def test_a_device_nobody_has_a_data_sheet_of_gives_no_utilisation():
     assert Utilisation(SHAPES, jax.devices(), SftConfig()).of_step(50, 2.0) == {}
 

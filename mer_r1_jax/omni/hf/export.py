@@ -31,8 +31,8 @@ from mer_r1_jax.omni.hf.companion_files import (
     write_end_tokens,
 )
 from mer_r1_jax.omni.hf.config_json import load_config
-from mer_r1_jax.omni.hf.load import FileLeaf
 from mer_r1_jax.omni.hf.matching import Matched, match_tensors
+from mer_r1_jax.omni.hf.merging import fetch, merged
 from mer_r1_jax.omni.hf.staging import ExportError, staged
 from mer_r1_jax.omni.hf.sums import VOCABULARY_FILES, check_weights, write_sums
 from mer_r1_jax.omni.hf.tensor_files import (
@@ -141,7 +141,7 @@ def export_model(
 
     Args:
         directory: where it goes; must not exist, or be empty, unless the settings say `overwrite`.
-        config: the architecture of `params`.
+        config: the architecture of `params`; adapters are merged into their kernels.
         params: nested dict of numpy or jax arrays, or of leaves that are still in their files, in the shapes of
             `abstract_thinker(config)`, all of them held by this process.
         settings: dtype, files beside the weights, shards.
@@ -153,6 +153,8 @@ def export_model(
             another model or none; a target that exists.
         WeightError: the base's tensors are not those of its config.
     """
+    # Neither architecture nor table knows adapters beyond this point.
+    config, params = config.base, merged(params, config.adapters)
     sources = _sources(config, params)
     inputs = [Path(path) for path in (settings.source, settings.base) if path is not None]
     for path in inputs:
@@ -196,7 +198,7 @@ def _write_thinker(
     shards = _split(specs, _parse_size(settings.max_shard_size))
     sums = {
         file: write_tensor_file(
-            staging / file, tensors, lambda tensor: _unless(asked, _chunks(tensor, sources[tensor.name]))
+            staging / file, tensors, lambda tensor: _unless(asked, stored_chunks(tensor, sources[tensor.name]))
         )
         for file, tensors in shards.items()
     }
@@ -239,7 +241,8 @@ def _write_omni(
             staging / file,
             tensors,
             lambda t: _unless(
-                asked, t.chunks() if isinstance(t, StoredTensor) else _chunks(t, sources[table.plain_name(t.name)])
+                asked,
+                t.chunks() if isinstance(t, StoredTensor) else stored_chunks(t, sources[table.plain_name(t.name)]),
             ),
         )
         for file, tensors in shards.items()
@@ -291,12 +294,12 @@ def _unless(asked: Callable[[], bool], chunks: Iterable[bytes | memoryview]) -> 
     return chunks
 
 
-def _chunks(tensor: TensorSpec, source: Source) -> Iterable[memoryview]:
+def stored_chunks(tensor: TensorSpec, source: Source) -> Iterable[memoryview]:
     """The bytes of one stored tensor, cast to the spec's dtype a bounded number of rows at a time."""
     faults.here("export_tensor", tensor.name)
     entry, leaf = source
     dtype = NUMPY_DTYPES[tensor.dtype]
-    rows = entry.to_stored(_fetch(leaf, entry.layer))
+    rows = entry.to_stored(fetch(leaf, entry.layer))
     step = max(1, _CHUNK_BYTES * len(rows) // max(1, tensor.nbytes))
     for start in range(0, len(rows), step):
         with np.errstate(over="ignore"):  # an overflow is reported below
@@ -307,23 +310,6 @@ def _chunks(tensor: TensorSpec, source: Source) -> Iterable[memoryview]:
                 "earlier checkpoint, or use a wider dtype"
             )
         yield piece.reshape(-1).view(np.uint8).data
-
-
-def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
-    """A leaf, or one layer of it, on the host.
-
-    A jax.Array keeps the host copy made of it for as long as it lives, so what is fetched is a temporary one.
-    """
-    if isinstance(leaf, FileLeaf):
-        return leaf.read(layer)
-    if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf if layer is None else leaf[layer])
-    return np.asarray(jnp.copy(leaf) if layer is None else _layer_of(leaf, layer))
-
-
-@jax.jit
-def _layer_of(leaf: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
 
 
 def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:

@@ -168,7 +168,8 @@ def _folder_problem(path: Path, shown: str) -> str | None:
         base = _base_of_adapter(path)
         return (
             f"{shown}: an adapter (LoRA or another of PEFT's), which only works on top of its base {base}; expected a "
-            "whole model: merge the two first (PEFT's merge_and_unload, then save_pretrained) and give that folder"
+            "whole model: merge the two first (PEFT's merge_and_unload, then save_pretrained; or mer-r1 export "
+            "--model=BASE --merge=ADAPTER) and give that folder. To train it on, name it in model.adapter_path"
         )
     if any((path / name).is_file() for name in _QUANTISED_FILES):
         return f"{shown}: {quantisation_problem({'quantization_config': True})}"

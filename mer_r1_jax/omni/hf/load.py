@@ -81,7 +81,11 @@ def left_in_files(directory: str | os.PathLike, config: ThinkerConfig) -> dict[s
 
 
 def load_params(
-    directory: str | os.PathLike, config: ThinkerConfig, *, shardings: Mapping | None = None
+    directory: str | os.PathLike,
+    config: ThinkerConfig,
+    *,
+    shardings: Mapping | None = None,
+    dtypes: Mapping | None = None,
 ) -> dict[str, Any]:
     """Loads the parameters of a Thinker.
 
@@ -94,6 +98,7 @@ def load_params(
         config: the architecture, as `load_config(directory)` gives it; its `param_dtype` is what leaves are cast to.
         shardings: tree of `NamedSharding` or `SingleDeviceSharding` like the parameters; None puts everything on the
             first device.
+        dtypes: tree of dtypes like the parameters, in place of the config's for all.
 
     Returns:
         Nested dict of jax.Arrays in the shapes of `abstract_thinker(config)`.
@@ -109,6 +114,9 @@ def load_params(
     _, abstract, _ = abstract_thinker(config)
     entries = table.entries(abstract, config)
     shapes = table.leaves(abstract)
+    if dtypes is not None:
+        given = table.leaves(dtypes)
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, given[path]) for path, leaf in shapes.items()}
     placed = _placements(shapes, shardings)
     groups = table.by_leaf(entries)
     stacks = _allocate({path: shapes[path] for path, group in groups.items() if group[0].layer is not None}, placed)

@@ -17,7 +17,9 @@ class ExportError(ValueError):
 
 
 @contextlib.contextmanager
-def staged(directory: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+def staged(
+    directory: Path, *, overwrite: bool, inputs: Sequence[Path] = (), marker: str = CONFIG_FILE
+) -> Iterator[Path]:
     """Gives an empty directory `<name>.partial` beside the target and renames it to the target at the end.
 
     When the block fails the partial directory is removed; when the process is killed it stays until the next export to
@@ -25,8 +27,9 @@ def staged(directory: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> 
 
     Args:
         directory: the target.
-        overwrite: whether an earlier export (a directory with a `config.json`) may be replaced.
+        overwrite: whether an earlier export (a directory with the file `marker`) may be replaced.
         inputs: directories that are being read and must not be touched.
+        marker: a file that every such export has.
 
     Raises:
         WriteError: there is no room, or no permission.
@@ -35,20 +38,22 @@ def staged(directory: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> 
     partial = directory.with_name(f"{directory.name}.partial")
     replaced = directory.with_name(f"{directory.name}.replaced")
     with writing("the export", directory):
-        yield from _staged(directory, partial, replaced, overwrite=overwrite, inputs=inputs)
+        _check_inputs(directory, (partial, replaced), inputs)
+        if replaced.exists() and not directory.exists():
+            os.rename(replaced, directory)  # a kill between the two renames below
+        _check_target(directory, overwrite, marker)
+        yield from _staged(directory, partial, replaced)
 
 
-def _staged(
-    directory: Path, partial: Path, replaced: Path, *, overwrite: bool, inputs: Sequence[Path]
-) -> Iterator[Path]:
+def _check_inputs(directory: Path, beside: Sequence[Path], inputs: Sequence[Path]) -> None:
     for path in inputs:
-        if path.resolve() in {target.resolve() for target in (directory, partial, replaced)}:
+        if path.resolve() in {target.resolve() for target in (directory, *beside)}:
             raise ExportError(f"{directory}: is also read from; choose another output directory")
         if directory.resolve() in path.resolve().parents:
             raise ExportError(f"{directory}: contains {path}, which is read from; choose another output directory")
-    if replaced.exists() and not directory.exists():
-        os.rename(replaced, directory)  # a kill between the two renames below
-    _check_target(directory, overwrite)
+
+
+def _staged(directory: Path, partial: Path, replaced: Path) -> Iterator[Path]:
     for leftover in (partial, replaced):
         if leftover.exists():
             shutil.rmtree(leftover)
@@ -69,7 +74,7 @@ def _staged(
         shutil.rmtree(replaced)
 
 
-def _check_target(directory: Path, overwrite: bool) -> None:
+def _check_target(directory: Path, overwrite: bool, marker: str) -> None:
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -78,8 +83,8 @@ def _check_target(directory: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ExportError(f"{directory}: exists and is not empty; choose another directory or ask to overwrite it")
-    if not (directory / CONFIG_FILE).is_file():
-        raise ExportError(f"{directory}: holds no {CONFIG_FILE}, so it is no earlier export and will not be replaced")
+    if not (directory / marker).is_file():
+        raise ExportError(f"{directory}: holds no {marker}, so it is no earlier export and will not be replaced")
 
 
 def _flush(path: Path) -> None:

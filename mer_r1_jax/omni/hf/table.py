@@ -236,12 +236,15 @@ def entries(abstract_params: Mapping, config: Any) -> list[Entry]:
     Raises:
         ValueError: the tree and the table disagree; the table then needs a row.
     """
-    tree = leaves(abstract_params)
-    found: list[Entry] = []
-    for row in ROWS:
+    table = [row for row in ROWS if not (row.name == HEAD_NAME and config.tie_word_embeddings)]
+    return entries_of(table, leaves(abstract_params), config)
+
+
+def entries_of(table: Iterable[Row], tree: Mapping[tuple[str, ...], Any], config: Any) -> list[Entry]:
+    """The same of any rows, for the leaves of `tree` by their path; raises as `entries`."""
+    tree, found = dict(tree), []
+    for row in table:
         path = tuple(row.path.split("/"))
-        if row.name == HEAD_NAME and config.tie_word_embeddings:
-            continue
         if path not in tree:
             raise ValueError(f"the weight table has a row for {row.path}, which the parameter tree lacks")
         shape = tuple(tree.pop(path).shape)
