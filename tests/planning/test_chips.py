@@ -1,11 +1,14 @@
 """Slices and cards by name, the table of their figures, and what XLA is told of a GPU."""
 
+from pathlib import Path
+
 import pytest
 
 from mer_r1_jax.parallel import GPU_MEMORY_SHARE
-from mer_r1_jax.planning.chips import CHIPS, TopologyError, chip_of, gpu_count
+from mer_r1_jax.planning.chips import CHIPS, GB, GIB, TopologyError, chip_of, gpu_count
 from mer_r1_jax.training.device_metrics import PEAK_FLOPS
 
+PAGE = Path(__file__).parents[2] / "docs/plans/README.md"
 GPUS = [name for name, chip in CHIPS.items() if chip.cuda]
 TPU_KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}
 
@@ -83,3 +86,18 @@ def test_xla_is_told_what_it_says_of_the_card_itself(name):
     assert {f"{field}: {value}" for field, value in KNOWN[name].items()} <= set(lines)
     assert f"memory_bandwidth: {int(chip.hbm_bandwidth)}" in lines
     assert f"cuda_compute_capability {{ major: {chip.cuda.capability[0]} minor: 0 }}" in lines
+
+
+def test_the_page_of_plans_has_the_same_figures():
+    rows = [line.split("|")[1:-1] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    told = {
+        cells[0].strip(" `").partition(":")[0]: [cell.strip() for cell in cells[1:]]
+        for cells in rows
+        if ":" in cells[0]
+    }
+    assert list(told) == list(CHIPS)
+    for name, chip in CHIPS.items():
+        memory = chip.hbm_bytes / GIB
+        sizes = [f"{chip.flops / 1e12:.0f}", f"{memory:.1f}" if chip.cuda else f"{memory:.0f}"]
+        rates = [f"{chip.hbm_bandwidth / GB:.0f}", f"{chip.link_bandwidth / GB:.0f}"]
+        assert told[name] == [*sizes, *rates, chip.source], name
