@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from jax.experimental import topologies
 
 from mer_r1_jax.parallel import GPU_MEMORY_SHARE
-from mer_r1_jax.planning.chips import CHIPS, GB, GIB, TopologyError, chip_of, gpu_count
+from mer_r1_jax.planning.chips import CHIPS, GB, GIB, TopologyError, chip_of, gpu_count, topology_devices
 from mer_r1_jax.training.device_metrics import PEAK_FLOPS
 
 PAGE = Path(__file__).parents[2] / "docs/plans/README.md"
@@ -33,6 +34,15 @@ def test_a_number_of_cards_no_host_has_is_refused(topology):
 def test_an_unknown_chip_is_refused_with_those_there_are():
     with pytest.raises(TopologyError, match="v100:1.*expected a chip of v4, .*rtx4090; name one"):
         chip_of("v100:1")
+
+
+def test_a_machine_without_the_gpu_compiler_is_told_what_to_install(monkeypatch):
+    def missing(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")  # as jax says it
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(TopologyError, match=r"h100:1.*not implemented for cuda.*expected jax's CUDA plugin.*plan-gpu"):
+        topology_devices("h100:1")
 
 
 def test_every_chip_has_its_figures_and_says_where_they_stand():
