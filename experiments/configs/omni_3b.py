@@ -11,8 +11,8 @@ SLICES = {
     "v5e:4x4": (16, 1, "attention"),
     "v5p:2x2x4": (16, 1, "dots"),
 }
-# Cards of 80 GB -> prompts of a step, and parts the update is cut into. One card has room for 2 prompts: 4 in 4 parts take
-# 78.1 of 72.8 GiB, as parts need a second buffer of gradients. Eight cards have not been planned.
+# Cards of 80 GB -> prompts of a step, and parts the update is cut into. One card has room for 2 prompts: 4 of them in 4
+# parts take 78.1 of 72.8 GiB, as parts need a second buffer of gradients. Eight cards have not been planned.
 CARDS = {
     "h100:1": (2, 1),
     "h100:8": (16, 2),
