@@ -37,7 +37,7 @@ def _verdict(sheet: Sheet) -> str:
         fullest = max(sheet.programs, key=lambda program: program.total)
         return (
             f"**It fits**: the fullest program, `{fullest.name}`, takes {fullest.total / GIB:.2f} of "
-            f"{fullest.hbm / GIB:.0f} GiB."
+            f"{fullest.hbm / GIB:.4g} GiB."
         )
     return "**It does not fit.**\n\n" + "\n".join(f"- {line}" for line in sheet.advice)
 
