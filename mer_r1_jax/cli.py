@@ -14,7 +14,7 @@ from absl import flags, logging
 from mer_r1_jax import screen
 from mer_r1_jax.config import command_line
 from mer_r1_jax.config.build import from_mapping, to_json
-from mer_r1_jax.parallel import set_tpu_flags
+from mer_r1_jax.parallel import set_gpu_memory, set_tpu_flags
 from mer_r1_jax.storage.atomic_files import DISK_ERRORS, WriteError, explanation
 from mer_r1_jax.training.signals import EXIT_SAVED
 
@@ -77,11 +77,12 @@ def as_typed(command: str) -> str:
 def parse_flags(arguments: Sequence[str]) -> list[str]:
     """For `app.run(main, flags_parser=parse_flags)`: a mistake on the command line ends like every other.
 
-    Every command begins here, before it touches a device or says a word, so the TPU compiler's flags are set and the
+    Every command begins here, before it touches a device or says a word, so what XLA has to know is set and the
     terminal is guarded here too. `--print_config` is answered here: the process ends with status 0.
     """
     screen.guard_terminal()
     set_tpu_flags()
+    set_gpu_memory()
     with explained():
         asked = PRINT_CONFIG in arguments and "config" in flags.FLAGS
         rest = command_line.parse_flags([word for word in arguments if not (asked and word == PRINT_CONFIG)])

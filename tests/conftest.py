@@ -16,6 +16,8 @@ EMULATED_DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Every test compiles for itself, and none writes to the home of whoever runs it; tests/storage has the cache's own.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # libtpu, installed for ahead-of-time compiles, looks for a TPU host when jax is imported; these keep it quiet.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

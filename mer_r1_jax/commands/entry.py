@@ -34,7 +34,7 @@ COMMANDS = {
     "export-check": "checks that transformers computes what an export computes here",
     "check-in-transformers": "the half of export-check that needs nothing of this project",
     "parity": "runs this port on the tensors of a transformers processor",
-    "plan": "compiles a run's programs for a TPU slice and says what they take",
+    "plan": "compiles a run's programs for a TPU slice or GPUs and says what they take",
     "bench": "measures our speed beside PyTorch's",
     "convert-labels": "turns pickled label files into CSV without running them",
 }

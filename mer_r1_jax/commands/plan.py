@@ -1,8 +1,11 @@
-"""Plans a run on TPUs nobody has yet: mer-r1 plan --config=omni_7b --topology=v5p:2x2x4[,v5e:16x16]
+"""Plans a run on hardware nobody has yet: mer-r1 plan --config=omni_7b --topology=v5p:2x2x4[,v5e:16x16]
 
-Compiles every program of the run with the real TPU compiler, on this machine, and prints and saves what each takes:
-memory by part, operations, traffic, collectives, a lower bound of its time, and the hours of an epoch. Ends with
-status 0 when the run fits every slice, 1 when it does not (the sheet says what would mend it), 2 when nothing could be
+    mer-r1 plan --config=omni_3b --topology=h100:1[,h100:8,a100:1,l4:1,rtx4090:1]
+
+Compiles every program of the run with the real compiler for that TPU slice, or for so many cards of a GPU, on this
+machine, and prints and saves what each takes: memory by part, operations, traffic, collectives, a lower bound of its
+time, and the hours of an epoch. GPUs need jax's CUDA plugin (pip install 'mer-r1-jax[plan-gpu]') and no GPU. Ends with
+status 0 when the run fits everywhere, 1 when it does not (the sheet says what would mend it), 2 when nothing could be
 planned.
 """
 
@@ -21,7 +24,9 @@ from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.atomic_files import writing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", lock_config=True)
-_TOPOLOGY = flags.DEFINE_list("topology", None, "Slices as Cloud TPU spells them, such as v5p:2x2x4.", required=True)
+_TOPOLOGY = flags.DEFINE_list(
+    "topology", None, "TPU slices as Cloud TPU spells them, such as v5p:2x2x4; GPUs with their number.", required=True
+)
 _OUT = flags.DEFINE_string("out", "docs/plans", "Folder the sheets are written to, as Markdown and JSON.")
 _CACHE = flags.DEFINE_string("cache_dir", "plan_cache", "Folder compiled answers are kept in.")
 _PROGRAMS = flags.DEFINE_list("programs", [], "Programs to compile, such as encode,update; empty = all of them.")

@@ -274,6 +274,7 @@ class TrainConfig:
 
     output_dir: Place = "runs"  # runs are written to <output_dir>/<run_name>; may be gs://
     local_dir: DiskPlace = ""  # copies of what lies at gs:// are kept here, on each host; "" = ~/.cache/mer-r1-jax
+    compilation_cache_dir: DiskPlace = ""  # of compiled programs; "" = ~/.cache/mer-r1-jax/compiled, none = not kept
     run_name: Annotated[str, NameText(empty=True)] = ""  # "" = the config's name
     seed: Seed = 0  # every random choice of the run follows from it
     save_steps: Count = 100  # steps between checkpoints

@@ -1,6 +1,6 @@
-"""What a run will take of TPU chips nobody has yet: its programs compiled by the real compiler, and their sheet.
+"""What a run will take of TPUs or GPUs nobody has yet: its programs compiled by the real compiler, and their sheet.
 
-The settings under which that compiler works on a machine without a TPU come first: jax looks for a TPU host the moment
+The settings under which that compiler works on a machine without one come first: jax looks for a TPU host the moment
 it is imported.
 """
 

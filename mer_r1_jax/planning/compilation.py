@@ -12,15 +12,19 @@ import pathlib
 import re
 import tempfile
 import time
+from typing import Any
 
 import jax
 
 from mer_r1_jax.parallel import VARIABLE
+from mer_r1_jax.planning.chips import Chip, chip_of
 from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.atomic_files import writing
 
+_CUDA_PLUGIN = "jax-cuda13-plugin"
+_WITHOUT_TRITON = "every product by cuBLAS (xla_gpu_enable_triton_gemm=false), as Triton's tiles were refused"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 _OVER = re.compile(
     r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm\. Exceeded hbm capacity by ([\d.]+)([KMG]?)", re.IGNORECASE
@@ -35,6 +39,7 @@ class Compiled:
         seconds: the compile took, when it was made.
         argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: its memory; aliased outputs reuse arguments.
         error: why there is no program; empty when there is one.
+        note: how it was compiled other than a run would; empty when it was not.
         over_bytes: by how much its memory exceeds the chip's, where that is the error.
         traced_flops: matrix products the program asks for, of all chips.
         text: the optimised program; empty where there is none, or the compiler wrote none down.
@@ -47,6 +52,7 @@ class Compiled:
     temp_bytes: int = 0
     code_bytes: int = 0
     error: str = ""
+    note: str = ""
     over_bytes: int = 0
     traced_flops: float = 0.0
     text: str = ""
@@ -60,15 +66,17 @@ def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.P
         topology: the slice its mesh belongs to.
         cache_dir: where answers are kept; one file of facts and one of text each.
     """
+    chip = chip_of(topology)
     traced = program.trace()
-    lowered = traced.lower(lowering_platforms=("tpu",))
-    key = _fingerprint(lowered.as_text(), topology)
+    lowered = traced.lower(lowering_platforms=(chip.platform,))
+    key = _fingerprint(lowered.as_text(), topology, chip)
     facts, text = cache_dir / f"{key}.json", cache_dir / f"{key}.hlo.gz"
     if facts.is_file():
         kept = json.loads(facts.read_text())
         return Compiled(**kept, text=gzip.decompress(text.read_bytes()).decode() if text.is_file() else "")
     asked = traced_flops(traced.jaxpr, program.longest_loop)
-    compiled = dataclasses.replace(_compile(lowered), traced_flops=asked)
+    compiled = _compile_for_gpu(lowered) if chip.cuda else _compile(lowered)
+    compiled = dataclasses.replace(compiled, traced_flops=asked)
     with writing("a compiled answer", cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
     if compiled.text:
@@ -79,28 +87,51 @@ def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.P
     return compiled
 
 
-def versions() -> dict[str, str]:
+def versions(chip: Chip) -> dict[str, str]:
     """Versions the numbers of a plan depend on."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    compiler = _CUDA_PLUGIN if chip.cuda else "libtpu"
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", compiler)}
 
 
-def _fingerprint(module: str, topology: str) -> str:
-    parts = [topology, json.dumps(versions()), os.environ.get(VARIABLE, ""), module]
+def _fingerprint(module: str, topology: str, chip: Chip) -> str:
+    flags = os.environ.get("XLA_FLAGS" if chip.cuda else VARIABLE, "")
+    parts = [topology, json.dumps(versions(chip)), flags, module]
+    if chip.cuda:
+        parts.append(chip.cuda.text(chip.hbm_bandwidth))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
+def _compile_for_gpu(lowered: jax.stages.Lowered) -> Compiled:
+    """The program compiled for a card that is not there, where no kernel can be tried for speed.
+
+    On the card the compiler times several ways of each product and takes the fastest. Without it, it takes the tiles of
+    Triton's kernels unseen, and refuses a product that they do not fit; all products then go to cuBLAS, which a run
+    would do with that one alone.
+    """
+    first = _compiled(lowered, {})
+    if not first.error:
+        return first
+    again = _compiled(lowered, {"xla_gpu_enable_triton_gemm": False})
+    return first if again.error else dataclasses.replace(again, note=_WITHOUT_TRITON)
+
+
 def _compile(lowered: jax.stages.Lowered) -> Compiled:
-    start = time.perf_counter()
+    """The program compiled for TPUs."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        except jax.errors.JaxRuntimeError as error:
-            seconds = time.perf_counter() - start
-            return Compiled(seconds=seconds, error=_first_lines(str(error)), over_bytes=_over_bytes(str(error)))
-        text = _dumped(pathlib.Path(folder))
+        compiled = _compiled(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        return compiled if compiled.error else dataclasses.replace(compiled, text=_dumped(pathlib.Path(folder)))
+
+
+def _compiled(lowered: jax.stages.Lowered, options: dict[str, Any]) -> Compiled:
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        seconds = time.perf_counter() - start
+        return Compiled(seconds=seconds, error=_first_lines(str(error)), over_bytes=_over_bytes(str(error)))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    assert memory is not None  # the TPU compiler gives one
+    assert memory is not None  # the compilers of TPUs and GPUs give one
     return Compiled(
         seconds=seconds,
         argument_bytes=memory.argument_size_in_bytes,
@@ -108,7 +139,7 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        text=text,
+        text="" if "xla_dump_to" in options else compiled.as_text() or "",
     )
 
 

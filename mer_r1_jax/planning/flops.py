@@ -7,7 +7,8 @@ attention only the pairs that a mask lets see each other. Padding counts as toke
 From the trace: what a program asks for before any compiler has seen it. Beside what the compiled program does, summed
 over chips, this shows work that several chips do in common.
 
-From an instruction of the compiled program: what one chip does, padding and the holes of dilations left out.
+From an instruction of the compiled program, or a call of a GPU's library: what one chip does, padding and the holes of
+dilations left out.
 """
 
 from __future__ import annotations
@@ -141,6 +142,24 @@ def product_flops(instruction: Instruction, computation: Computation) -> float:
         size_in, size_out = left[lhs.index(str(number))], result[out.index(str(number))]
         pairs *= _valid_pairs(size_in, right[rhs.index(str(number))], size_out, window)
     return 2.0 * outputs * inputs * pairs
+
+
+_GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+
+
+def library_flops(call: Instruction, computation: Computation) -> float | None:
+    """Multiplications and additions of a product that a GPU's library makes; None for a call that is no such product.
+
+    cuBLAS names the contracted axes in its own way. A convolution of cuDNN has the attributes of an ordinary one; its
+    gradients, in which input and output change places, are not counted.
+    """
+    if match := _GEMM.search(call.attributes):
+        left = computation[call.operands[0]].arrays[0].sizes
+        axes = [int(axis.strip('" ')) for axis in match.group(1).split(",") if axis]
+        return 2.0 * math.prod(call.arrays[0].sizes) * math.prod(left[axis] for axis in axes)
+    if "__cudnn$convForward" in call.attributes or "__cudnn$convBiasActivationForward" in call.attributes:
+        return product_flops(call, computation)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mer_r1_jax.parallel import GPU_MEMORY_SHARE, GPU_MEMORY_VARIABLE
 from mer_r1_jax.planning.chips import GB, GIB
 from mer_r1_jax.planning.sheet import PARTS, ProgramSheet, Sheet
 
@@ -12,19 +13,21 @@ def markdown(sheet: Sheet) -> str:
     """The whole page."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in sheet.mesh.items())
     versions = ", ".join(f"{name} {version}" for name, version in sheet.versions.items())
+    chips = f"{sheet.chips} chips" if not sheet.chip.cuda else f"{sheet.chips} x {sheet.chip.cuda.name}"
+    device = "GPU" if sheet.chip.cuda else "TPU"
     parts = [
         f"# {sheet.config.name} on {sheet.topology}",
-        f"{sheet.chips} chips, mesh {mesh}. Compiled by {versions}, without a TPU: **every figure is static, none is "
+        f"{chips}, mesh {mesh}. Compiled by {versions}, without a {device}: **every figure is static, none is "
         "measured.**",
         f"Made by `{sheet.command}`.",
         _verdict(sheet),
-        "## Memory of a chip, GiB\n\n" + _memory(sheet),
+        "## Memory of a chip, GiB\n\n" + _memory(sheet) + _compiled_otherwise(sheet),
         "## Work of a chip and the least time it takes, one call\n\n" + _work(sheet),
         _epochs(sheet),
         *(["## Which remat and batch fit\n\n" + _alternatives(sheet)] if sheet.alternatives else []),
         "## Collectives\n\n" + _collectives(sheet),
         "## Shapes\n\n" + _shapes(sheet),
-        _notes(),
+        _notes(sheet),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -34,7 +37,7 @@ def _verdict(sheet: Sheet) -> str:
         fullest = max(sheet.programs, key=lambda program: program.total)
         return (
             f"**It fits**: the fullest program, `{fullest.name}`, takes {fullest.total / GIB:.2f} of "
-            f"{fullest.hbm / GIB:.0f} GiB."
+            f"{fullest.hbm / GIB:.4g} GiB."
         )
     return "**It does not fit.**\n\n" + "\n".join(f"- {line}" for line in sheet.advice)
 
@@ -52,13 +55,18 @@ def _memory(sheet: Sheet) -> str:
         if program.error:
             sizes = dict(program.held)
             over = f"over by {program.over / GIB:.2f}" if program.over else "no program"
-            end = [over, f"{program.hbm / GIB:.0f}"]
+            end = [over, f"{program.hbm / GIB:.4g}"]
         else:
-            end = [f"{program.total / GIB:.2f}", f"{program.hbm / GIB:.0f}"]
+            end = [f"{program.total / GIB:.2f}", f"{program.hbm / GIB:.4g}"]
         middle = [f"{sizes[name] / GIB:.2f}" if name in sizes else "" for name in columns[:-2]]
         return [f"`{program.name}`", *middle, *end]
 
     return _table(["program", *columns], [row(program) for program in sheet.programs])
+
+
+def _compiled_otherwise(sheet: Sheet) -> str:
+    lines = [f"- `{program.name}`: {program.note}." for program in sheet.programs if program.note]
+    return "\n\nCompiled other than a run would:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _work(sheet: Sheet) -> str:
@@ -79,7 +87,7 @@ def _work(sheet: Sheet) -> str:
                 *(f"{seconds[name]:.3f}" for name in ("compute", "memory", "interconnect")),
                 f"**{program.bound:.3f}**",
                 max(seconds, key=lambda name: seconds[name]),
-                f"{program.estimate:.3f}",
+                f"{program.estimate:.3f}" if program.estimate else "",
                 f"{program.utilisation:.0%}" if program.utilisation else "",
             ]
         )
@@ -110,9 +118,10 @@ def _alternatives(sheet: Sheet) -> str:
             rows.append([one.remat, str(one.prompts), f"no, over by {update.over / GIB:.2f}", *[""] * 3])
             continue
         verdict = "yes" if update.fits else f"no, over by {update.over / GIB:.2f}"
-        static = [f"{one.prompt_seconds * 1e3:.0f}", f"{update.utilisation:.0%}"]
+        static = [f"{one.prompt_seconds * 1e3:.0f}", f"{update.utilisation:.0%}" if update.utilisation else ""]
         rows.append([one.remat, str(one.prompts), verdict, f"{update.total / GIB:.2f}", *static])
-    header = ["model.remat", "prompts a step", "fits", "GiB a chip", "compiler ms a prompt", "static MFU"]
+    milliseconds = "at least ms a prompt" if sheet.chip.cuda else "compiler ms a prompt"
+    header = ["model.remat", "prompts a step", "fits", "GiB a chip", milliseconds, "static MFU"]
     return "Of the RL update; larger batches are not tried where one does not fit.\n\n" + _table(header, rows)
 
 
@@ -150,21 +159,42 @@ def _shapes(sheet: Sheet) -> str:
     return "\n".join(lines)
 
 
-def _notes() -> str:
-    return (
-        "## How to read it\n\n"
-        "- A time is a lower bound: the busiest of matrix units at their peak, memory at its bandwidth and links at "
-        "theirs, as if the other two cost nothing. Loops count by their trips; sampling is taken to run to the cap. "
-        "Host work (decoding clips, reading answers) is left out.\n"
-        "- *asked for* is the share of all chips' operations that the traced program asks for; the rest is work that "
-        "several chips do in common (or padding). Kernels that state no operations are left out of both.\n"
-        "- *compiler s* is the compiler's own estimate without collectives and kernels. It ranks programs of one "
-        "slice; it is no time either.\n"
-        "- *static MFU* is the operations the program is there for (forward, and twice that for what is trained; "
-        "nothing computed again, of attention only pairs that see each other) over what the chips could do in the "
-        "compiler's time and the kernels' at their peak. Collectives are taken to be hidden, and memory is slow in "
-        "the compiler's model: neither a bound nor a measurement.\n"
-        "- *batch* holds prompts with their clips, *experience* completions and anchors, *cache* the keys and values "
-        "within the temporary memory, *other* new outputs, code and loose arguments.\n"
-        "- Advantages (arrays of one number a completion) and evaluation are not compiled."
+def _notes(sheet: Sheet) -> str:
+    own = _GPU_NOTES if sheet.chip.cuda else _TPU_NOTES
+    chip = sheet.chip
+    figures = (
+        f"- Peaks of a chip: {chip.flops / 1e12:.0f} TFLOP/s in bf16, {chip.hbm_bandwidth / GB:.0f} GB/s of memory, "
+        f"{chip.link_bandwidth / GB:.0f} GB/s sent over links ({chip.source})."
     )
+    return "\n".join(["## How to read it\n", *_NOTES, *own, figures, _LEFT_OUT])
+
+
+_NOTES = (
+    "- A time is a lower bound: the busiest of matrix units at their peak, memory at its bandwidth and links at "
+    "theirs, as if the other two cost nothing. Loops count by their trips; sampling is taken to run to the cap. "
+    "Host work (decoding clips, reading answers) is left out.",
+    "- *asked for* is the share of all chips' operations that the traced program asks for; the rest is work that "
+    "several chips do in common (or padding). Kernels that state no operations are left out of both.",
+)
+_TPU_NOTES = (
+    "- *compiler s* is the compiler's own estimate without collectives and kernels. It ranks programs of one "
+    "slice; it is no time either.",
+    "- *static MFU* is the operations the program is there for (forward, and twice that for what is trained; "
+    "nothing computed again, of attention only pairs that see each other) over what the chips could do in the "
+    "compiler's time and the kernels' at their peak. Collectives are taken to be hidden, and memory is slow in "
+    "the compiler's model: neither a bound nor a measurement.",
+)
+_GPU_NOTES = (
+    f"- *of* is {GPU_MEMORY_SHARE:.0%} of what the driver gives, which every command has jax reserve "
+    f"({GPU_MEMORY_VARIABLE} changes it). What cuDNN and NCCL take at run time is not counted.",
+    "- On the card the compiler times several kernels for each product and takes the fastest, which may need some per "
+    "cent more of temporary memory; here it cannot. It makes no estimate of time, so *compiler s* and *static MFU* "
+    "are empty.",
+    "- *HBM* counts what passes from one kernel to the next, though arrays that fit the second-level cache may stay in "
+    "it: in a program of many small kernels that bound is a little high.",
+)
+_LEFT_OUT = (
+    "- *batch* holds prompts with their clips, *experience* completions and anchors, *cache* the keys and values "
+    "within the temporary memory, *other* new outputs, code and loose arguments.\n"
+    "- Advantages (arrays of one number a completion) and evaluation are not compiled."
+)

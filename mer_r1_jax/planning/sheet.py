@@ -30,14 +30,17 @@ class ProgramSheet:
         other: outputs that are new, arguments that are in no part, and code.
         hbm: of the chip.
         error: the compiler's, where it gave no program; its memory is then unknown but for `over`.
+        note: how it was compiled other than a run would; empty when it was not.
         over: bytes beyond the chip's memory, 0 when the program fits.
         compile_seconds: of the compile, when it was done.
         work: what one chip does in one call; None without a program.
         seconds: lower bound of the time of one call, by resource: compute, memory, interconnect.
         asked: share of the work of all chips that the program asks for; the rest is done on several chips in common.
-        estimate: seconds of one call by the compiler's own cycle model, without collectives and kernels.
+        estimate: seconds of one call by the compiler's own cycle model, without collectives and kernels; 0 on GPUs,
+            whose compiler makes none.
         utilisation: static MFU, the useful operations over what the chips could do in `estimate` and, at their peak,
-            in the kernels' time; collectives are taken to be hidden. 0 where useful operations are not stated.
+            in the kernels' time; collectives are taken to be hidden. 0 where useful operations are not stated, or no
+            estimate is made.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ProgramSheet:
     other: int
     hbm: int
     error: str
+    note: str
     over: int
     compile_seconds: float
     work: Work | None
@@ -95,17 +99,20 @@ def program_sheet(
         other=other,
         hbm=chip.hbm_bytes,
         error=compiled.error,
+        note=compiled.note,
         over=max(compiled.over_bytes, total - chip.hbm_bytes, 0),
         compile_seconds=compiled.seconds,
         work=work,
         seconds=lower_bounds(work, chip) if work else {},
         asked=compiled.traced_flops / (work.flops * chips) if work and work.flops else 0.0,
-        estimate=work.cycles / chip.clock if work else 0.0,
+        estimate=work.cycles / chip.clock if work and chip.clock else 0.0,
         utilisation=_utilisation(program.useful, work, chip, chips) if work else 0.0,
     )
 
 
 def _utilisation(useful: float, work: Work, chip: Chip, chips: int) -> float:
+    if not chip.clock:
+        return 0.0
     seconds = work.cycles / chip.clock + work.kernel_flops / chip.flops
     return useful / (seconds * chip.flops * chips) if seconds else 0.0
 
@@ -115,7 +122,7 @@ def lower_bounds(work: Work, chip: Chip) -> dict[str, float]:
     return {
         "compute": work.flops / chip.flops,
         "memory": work.hbm_bytes / chip.hbm_bandwidth,
-        "interconnect": work.sent / chip.ici_bandwidth,
+        "interconnect": work.sent / chip.link_bandwidth,
     }
 
 
@@ -125,7 +132,7 @@ class Sheet:
 
     Attributes:
         config: the configuration.
-        topology, chips, mesh: the slice and how it is laid out.
+        topology, chip, chips, mesh: the slice, its chip, how many, and how they are laid out.
         versions: of the compiler.
         buckets: the prompt shape of each phase.
         programs: one sheet each.
@@ -138,6 +145,7 @@ class Sheet:
 
     config: RunConfig
     topology: str
+    chip: Chip
     chips: int
     mesh: dict[str, int]
     versions: dict[str, str]
@@ -213,6 +221,7 @@ def _program_json(program: ProgramSheet) -> dict[str, Any]:
         },
         "compile_seconds": round(program.compile_seconds, 1),
         "error": program.error,
+        "note": program.note,
         "seconds_lower_bound": program.seconds,
         "share_of_work_asked_for": program.asked,
         "seconds_compiler_estimate": program.estimate,

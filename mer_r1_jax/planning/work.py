@@ -12,8 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from mer_r1_jax.planning.flops import product_flops
-from mer_r1_jax.planning.hlo import COLLECTIVES, Computation, Instruction, parse
+from mer_r1_jax.planning.flops import library_flops, product_flops
+from mer_r1_jax.planning.hlo import COLLECTIVES, Array, Computation, Instruction, parse
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
@@ -30,6 +30,9 @@ _MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "add-dependency", "domain"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
+# A GPU's libraries, and kernels that XLA neither made nor can look into: Triton's, cuDNN's attention.
+_LIBRARIES = ("__cublas$", "__cudnn$")
+_OPAQUE = ("tpu_custom_call", "__gpu$xla.gpu.triton", "__cudnn$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,7 @@ class _Reader:
             if opcode in ("convolution", "dot"):
                 self.flops += times * product_flops(instruction, computation)
             elif opcode == "custom-call":
-                self._kernel(instruction, times)
+                self._kernel(instruction, computation, times)
             if in_hbm and (estimate := _CYCLES.search(instruction.attributes)):
                 self.cycles += times * (int(estimate.group(1)) if int(estimate.group(1)) < _UNKNOWN_CYCLES else 0)
             if in_hbm and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
@@ -151,7 +154,7 @@ class _Reader:
             if self._collective(instruction, computation, times):
                 continue
             inside = in_hbm and opcode in ("call", "conditional")
-            if opcode in ("fusion", "call", "conditional", "async-start"):
+            if opcode in ("fusion", "call", "conditional", "async-start", "fusion-start"):
                 for called in instruction.called:
                     if called in self.computations:
                         self._visit(called, times, inside, channels)
@@ -172,8 +175,11 @@ class _Reader:
             return limits[0], True
         return self.longest_loop, False
 
-    def _kernel(self, call: Instruction, times: int) -> None:
-        if "tpu_custom_call" not in call.attributes:
+    def _kernel(self, call: Instruction, computation: Computation, times: int) -> None:
+        if (flops := library_flops(call, computation)) is not None:
+            self.flops += times * flops
+            return
+        if not any(target in call.attributes for target in _OPAQUE):
             return
         estimate = _ESTIMATE.search(call.attributes)
         if estimate and int(estimate.group(1)):
@@ -209,18 +215,14 @@ class _Reader:
 
     def _traffic(self, instruction: Instruction, computation: Computation) -> float:
         """HBM bytes one instruction reads and writes."""
-        result = [array.bytes for array in instruction.arrays if array.in_hbm]
+        result = [array.bytes for array in self._results(instruction, computation) if array.in_hbm]
         if instruction.opcode in _SLICES:
             return 2 * sum(result)
         if instruction.opcode == "custom-call" and (stated := _STATED_BYTES.search(instruction.attributes)):
             return float(stated.group(1))  # a kernel may read a part of an operand, or read it again and again
         if instruction.opcode == "dynamic-update-slice":
             return 2 * sum(array.bytes for array in computation[instruction.operands[1]].arrays)
-        if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
-            # The tuple names the operand too: behind the result of a copy, before that of a collective.
-            place = 0 if instruction.opcode == "copy-start" else 1
-            result = [array.bytes for array in instruction.arrays[place : place + 1] if array.in_hbm]
-        if instruction.opcode in ("fusion", "async-start") and instruction.called:
+        if instruction.opcode in ("fusion", "async-start", "fusion-start") and instruction.called:
             inner = self.computations[instruction.called[0]]
             parameters = [one for one in inner.values() if one.opcode == "parameter"]
             parameters.sort(key=_parameter_number)
@@ -229,13 +231,26 @@ class _Reader:
                 for parameter, name in zip(parameters, instruction.operands, strict=False)
                 if _in_hbm(computation, name)
             )
-            return read + self._written(inner, instruction)
+            return read + self._written(inner, self._results(instruction, computation))
         read = sum(
             sum(array.bytes for array in computation[name].arrays if array.in_hbm)
             for name in instruction.operands
             if name in computation
         )
         return read + sum(result)
+
+    def _results(self, instruction: Instruction, computation: Computation) -> list[Array]:
+        """The arrays an instruction makes, without those that its tuple names besides."""
+        arrays = instruction.arrays
+        if instruction.opcode == "custom-call" and any(name in instruction.attributes for name in _LIBRARIES):
+            return arrays[:-1] if len(arrays) > 1 else arrays  # the last one is scratch memory
+        if not instruction.opcode.endswith("-start") or instruction.opcode == "async-start":
+            return arrays
+        if instruction.opcode == "copy-start":  # result, operand, context
+            return arrays[:1]
+        # Operands, results, context; an all-reduce of a GPU names its results alone.
+        given = sum(len(computation[name].arrays) for name in instruction.operands if name in computation)
+        return arrays[given : 2 * given] or arrays[:given]
 
     def _read(self, computation: Computation, value: Instruction) -> float:
         """Bytes a fused computation takes of one of its arguments: all of it, or what its slices take."""
@@ -266,12 +281,12 @@ class _Reader:
         inner = self.computations[instruction.called[0]].values()
         return all(one.opcode in ("parameter", "bitcast") for one in inner)
 
-    def _written(self, inner: Computation, fusion: Instruction) -> float:
+    def _written(self, inner: Computation, results: list[Array]) -> float:
         """Bytes a fusion writes: its results, of an updated slice only the update."""
         root = next(one for one in inner.values() if one.is_root)
         roots = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
         written = 0.0
-        for value, array in zip(roots, fusion.arrays, strict=False):
+        for value, array in zip(roots, results, strict=False):
             while value.opcode == "bitcast" and value.operands[0] in inner:
                 value = inner[value.operands[0]]
             if not array.in_hbm:

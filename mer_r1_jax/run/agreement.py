@@ -17,7 +17,8 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.run.setup import DataSets
 
-MAY_DIFFER = ("data.cache_dir", "media.decode_workers", "train.local_dir")  # what a host may have of its own
+# What a host may have of its own.
+MAY_DIFFER = ("data.cache_dir", "media.decode_workers", "train.local_dir", "train.compilation_cache_dir")
 MAX_LISTED = 12
 SOURCES = Path(__file__).parents[1]  # this package, as this process runs it
 KERNELS = Path(kernels.__path__[0])  # which lie elsewhere in a checkout

@@ -27,6 +27,7 @@ from mer_r1_jax.rl.reward_funcs import RewardFunctions, extra_columns
 from mer_r1_jax.rl.scoring import AnswerScorer
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.run.inputs import Say, fetch_clips, resolve
+from mer_r1_jax.storage import compilation_cache
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
 from mer_r1_jax.training.phase import Phase, banned_ids_of, check_rows, phase_parts, sampling_config
@@ -182,6 +183,8 @@ def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequenc
 
     Raises:
         ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
+
+    jax is told here where compiled programs are kept: every command that runs a model comes by.
     """
     # The user's own functions first: trying them takes a moment, making or fetching data may take an hour.
     arm_of(config.rl.arm)
@@ -197,6 +200,7 @@ def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequenc
     # Nothing is allocated here: shapes and shardings alone say whether the mesh can hold model and batches.
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
+    compilation_cache.use(config.train.compilation_cache_dir, list(mesh.devices.flat))
     thinker, dtypes = thinker_config(config.model, tokenizer), param_dtypes(config)
     backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, dtypes)
     tags = AnswerTags(tokenizer)

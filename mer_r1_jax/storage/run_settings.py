@@ -18,8 +18,8 @@ from mer_r1_jax.config.schema import RunConfig
 
 PROGRAM = "mer_r1_jax"
 LIBRARIES = (
-    "mer-r1-jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers",
-    "tokenizers", "safetensors", "av", "soxr", "ml-collections", "pyarrow",
+    "mer-r1-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
+    "transformers", "tokenizers", "safetensors", "av", "soxr", "ml-collections", "pyarrow",
 )  # fmt: skip
 # Settings that may change between two attempts of one run: none of them touches what is learnt.
 LAYOUT = (  # of these, how the work is laid out over devices and batches: sums are rounded otherwise, no more
@@ -30,8 +30,8 @@ MAY_CHANGE = (
     *LAYOUT,
     "train.output_dir", "train.run_name", "train.save_steps", "train.save_total_limit", "train.logging_steps",
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
-    "train.export", "train.local_dir", "data.cache_dir", "media.decode_workers", "rl.reward_timeout",
-    "rl.max_faulty_rollouts", "train.preemption_grace_seconds", "train.profile_steps",
+    "train.export", "train.local_dir", "train.compilation_cache_dir", "data.cache_dir", "media.decode_workers",
+    "rl.reward_timeout", "rl.max_faulty_rollouts", "train.preemption_grace_seconds", "train.profile_steps",
     # What a worker may use: a clip that decodes within it is the same clip, and one that is quarantined stays so.
     "media.decode_timeout", "media.decode_memory_mb",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The TPU compiler's flags: ours are added, the user's stay."""
+"""What every command says to XLA: ours is added, the user's stays."""
 
 import os
 
@@ -6,7 +6,14 @@ import pytest
 
 import mer_r1_jax.planning  # noqa: F401 - importing it sets them
 from mer_r1_jax.cli import parse_flags
-from mer_r1_jax.parallel import FLAGS, VARIABLE, set_tpu_flags
+from mer_r1_jax.parallel import (
+    FLAGS,
+    GPU_MEMORY_SHARE,
+    GPU_MEMORY_VARIABLE,
+    VARIABLE,
+    set_gpu_memory,
+    set_tpu_flags,
+)
 
 OURS = [f"--{name}={value}" for name, value in FLAGS.items()]
 
@@ -31,6 +38,16 @@ def test_commands_and_plans_set_them(monkeypatch):
     """Before anything can load the compiler: a plan when it is imported, a command before it reads its own flags."""
     assert set(OURS) <= set(os.environ[VARIABLE].split())
     monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(GPU_MEMORY_VARIABLE, raising=False)
     with pytest.raises(SystemExit):
         parse_flags(["train.py", "--no_such_flag"])
     assert os.environ[VARIABLE].split() == OURS
+    assert float(os.environ[GPU_MEMORY_VARIABLE]) == GPU_MEMORY_SHARE
+
+
+@pytest.mark.parametrize("name", [GPU_MEMORY_VARIABLE, "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_a_share_of_a_gpu_s_memory_that_the_user_set_stays(name):
+    """By jax's new name or its old one: it refuses both at once."""
+    environment = {name: "0.3"}
+    set_gpu_memory(environment)
+    assert environment == {name: "0.3"}

@@ -223,3 +223,72 @@ def test_padding_of_a_convolution_is_no_work():
     )
     text = ENTRY.format(line="LINES").replace("ROOT LINES", "\n  ".join(lines))
     assert work_of(text).flops == 2 * 4 * 64 * 16 * (3 * 10 - 2)
+
+
+GPU = """HloModule jit_h, is_scheduled=true
+
+%layer_of_stack (p0: bf16[36,64,128], p1: s32[]) -> bf16[1,64,128] {
+  %p0 = bf16[36,64,128]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %cut = bf16[1,64,128]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+}
+
+ENTRY %main (a: bf16[36,64,128], i: s32[], x: bf16[8,32,64], y: bf16[8,64,128]) -> bf16[] {
+  %a = bf16[36,64,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = bf16[8,32,64]{2,1,0} parameter(2)
+  %y = bf16[8,64,128]{2,1,0} parameter(3)
+"""
+A, X_GPU, Y = 2 * 36 * 64 * 128, 2 * 8 * 32 * 64, 2 * 8 * 64 * 128
+
+
+def gpu_work(line):
+    return work_of(f"{GPU}  {line}\n}}\n")
+
+
+def test_a_product_of_a_gpu_s_library_counts_without_its_scratch_memory():
+    work = gpu_work(
+        '%z = (bf16[8,32,128]{2,1,0}, s8[4194304]{0}) custom-call(%x, %y), custom_call_target="__cublas$lt$matmul", '
+        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],'
+        '"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}'
+    )
+    assert (work.flops, work.kernel_flops, work.silent_kernels) == (2 * 8 * 32 * 64 * 128, 0, 0)
+    assert work.hbm_bytes == X_GPU + Y + 2 * 8 * 32 * 128
+
+
+def test_a_convolution_of_cudnn_counts_like_any_other():
+    plain = "%z = bf16[8,32,128]{2,1,0} convolution(%x, %w), window={size=1}, dim_labels=b0f_0io->b0f"
+    ours = GPU + "  %w = bf16[1,64,128]{2,1,0} constant({...})\n"
+    call = plain.replace("bf16[8,32,128]{2,1,0} convolution", "(bf16[8,32,128]{2,1,0}, u8[0]{0}) custom-call")
+    call += ', custom_call_target="__cudnn$convForward"'
+    found = [work_of(f"{ours}  {line}\n}}\n") for line in (plain, call)]
+    assert found[0].flops == found[1].flops == 2 * 8 * 32 * 64 * 128
+    assert found[0].hbm_bytes == found[1].hbm_bytes
+
+
+def test_attention_of_cudnn_is_a_kernel_that_states_nothing():
+    line = '%z = (bf16[8,32,64]{2,1,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"'
+    assert gpu_work(line).silent_kernels == 1
+
+
+def test_a_layer_sliced_beside_other_work_moves_the_layer():
+    """A fusion that runs asynchronously names its operands in its type."""
+    work = gpu_work(
+        "%s = ((bf16[36,64,128]{2,1,0}, s32[]), bf16[1,64,128]{2,1,0}, u32[]) fusion-start(%a, %i), kind=kLoop, "
+        "calls=%layer_of_stack"
+    )
+    layer, index = 2 * 64 * 128, 4
+    assert work.hbm_bytes == 2 * layer + index
+
+
+def test_several_arrays_gathered_together_are_all_moved():
+    """GPUs combine collectives; an all-reduce names its results alone."""
+    gathered = "((bf16[8,32,64]{2,1,0}, bf16[8,64,128]{2,1,0}), (bf16[32,32,64]{2,1,0}, bf16[32,64,128]{2,1,0}))"
+    groups = "channel_id=1, replica_groups=mesh['axis_0'=4] {'axis_0'}"
+    work = gpu_work(f"%s = {gathered} all-gather-start(%x, %y), {groups}, dimensions={{0}}")
+    (collective,) = work.collectives
+    assert (collective.kind, collective.bytes, collective.chips) == ("all-gather", 4 * (X_GPU + Y), 4)
+    assert work.hbm_bytes == 5 * (X_GPU + Y)
+    reduced = gpu_work(f"%s = bf16[8,32,64]{{2,1,0}} all-reduce-start(%x), {groups}, to_apply=%add")
+    assert reduced.hbm_bytes == 2 * X_GPU

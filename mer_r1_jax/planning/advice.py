@@ -1,0 +1,163 @@
+"""What a plan advises where a program does not fit, and where the compiler refuses it.
+
+Of the one it says what is too big, by how much, and which settings make it smaller; of the other what the compiler's
+message means, and what gets around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from mer_r1_jax.config.schema import RunConfig
+from mer_r1_jax.planning.chips import GIB, MOST_GPUS, Chip
+from mer_r1_jax.planning.sheet import ProgramSheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A kind of message with which a compiler refuses a program.
+
+    Attributes:
+        pattern: of its text, upper and lower case alike.
+        reason: what it means.
+        cures: what to try, the likeliest first; () where the settings that save memory are the cure.
+    """
+
+    pattern: str
+    reason: str
+    cures: tuple[str, ...] = ()
+
+
+# The first one that matches counts: what is special comes before what is general.
+REFUSALS = (
+    Refusal(
+        r"scoped vmem|memory space vmem",
+        "a kernel or fusion needs more vector memory than it is given",
+        (
+            "LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768, which gives each twice the usual",
+            "a shorter data.max_prompt_length or a smaller rl.num_generations, which make a chip's rows shorter",
+        ),
+    ),
+    Refusal(
+        r"mosaic",
+        "a Pallas kernel cannot be built for this chip at these shapes",
+        (
+            "data.prompt_buckets and rl.max_completion_length that are multiples of 128",
+            "another mesh.tensor, which cuts its heads otherwise",
+        ),
+    ),
+    Refusal(
+        r"ptxas|nvlink|libdevice|ptx compilation",
+        "a tool of CUDA that the compiler calls is missing or too old on this machine",
+        ("pip install 'nvidia-cuda-nvcc>=13'", "the versions of jax and its CUDA plugin that setup.cfg names"),
+    ),
+    Refusal(
+        r"cudnn",
+        "cuDNN is not on this machine, or not in a version that this jax takes",
+        ("pip install 'nvidia-cudnn-cu13>=9.12'", "model.compute_dtype=float32, which does not use its attention"),
+    ),
+    Refusal(
+        r"output tile sizes|shared memory size limit|triton",
+        "no kernel of Triton's fits one of its products or fusions, and cuBLAS in their place did not help",
+        (
+            "an even rl.prompts_per_step and a data.max_prompt_length that is a multiple of 128",
+            "another model.remat, which fuses other operations",
+        ),
+    ),
+    Refusal(
+        r"resource_exhausted|out of memory|exceeded hbm|larger than the available memory",
+        "it takes more memory than the chip has",
+    ),
+    Refusal(
+        r"shard|partition|replica",
+        "its arrays cannot be cut over the mesh like this",
+        ("mesh.tensor=1 and mesh.fsdp=-1, which cut parameters alone", "mesh.data=-1 and mesh.fsdp=1"),
+    ),
+)
+UNKNOWN = Refusal(
+    "",
+    "in words this package does not know, so the fault may be the compiler's or ours",
+    (
+        "another model.remat or mesh.tensor, which make another program",
+        "the versions that requirements.txt names",
+        "XLA_FLAGS=--xla_dump_to=DIR, whose files belong to a report of the fault",
+    ),
+)
+
+
+def refusal_of(message: str) -> Refusal:
+    """What a compiler's message means; UNKNOWN where nothing is like it."""
+    return next((one for one in REFUSALS if re.search(one.pattern, message, re.IGNORECASE)), UNKNOWN)
+
+
+def advise(config: RunConfig, programs: Sequence[ProgramSheet], chip: Chip, chips: int) -> tuple[str, ...]:
+    """One line for each program that does not fit: what is wrong, by how much, and what would mend it."""
+    return tuple(_line(config, program, chip, chips) for program in programs if not program.fits)
+
+
+def _line(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> str:
+    if program.error and not program.over:
+        refusal = refusal_of(program.error)
+        cures = list(refusal.cures) or _cures(config, program, chip, chips)
+        said = program.error.rstrip(".")
+        return f"{program.name}: the compiler refuses it: {refusal.reason}. {_tried(cures)}. It says: {said}"
+    held = sum(program.held.values())
+    over, hbm = program.over / GIB, program.hbm / GIB
+    if program.error:
+        # The compiler counts the program's own arguments; what is held besides them comes on top.
+        size = f"{program.name}: more than {hbm:.1f} GiB, {over:.2f} GiB or more too many"
+        cause = f"{held / GIB:.2f} GiB are held ({_largest(program.held)}), the rest is temporary"
+    else:
+        size = f"{program.name}: {program.total / GIB:.2f} GiB of {hbm:.1f} GiB, {over:.2f} GiB too many"
+        cause = f"largest: {_largest({**program.held, 'cache': program.cache, 'temp': program.temp})}"
+    return f"{size}; {cause}. {_tried(_cures(config, program, chip, chips))}"
+
+
+def _tried(cures: Sequence[str]) -> str:
+    return "Try " + "; or ".join(cures)
+
+
+def _largest(parts: dict[str, int], count: int = 3) -> str:
+    ordered = sorted(parts.items(), key=lambda item: -item[1])[:count]
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in ordered)
+
+
+def _cures(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> list[str]:
+    """Settings that would make up for what is too much, those that change nothing else first."""
+    phase, section = program.phase, getattr(config, program.phase)
+    cures = []
+    if config.mesh.data > 1:
+        cures.append(f"mesh.fsdp={config.mesh.data * max(config.mesh.fsdp, 1)} and mesh.data=1, which cut what is held")
+    if chip.cuda and config.model.packed_rows and program.name in ("sft_step", "score", "reference", "update"):
+        cures.append("model.packed_rows=False, as without a TPU's kernel a packed row scores every token against all")
+    rows = section.prompts_per_step // section.gradient_accumulation_steps
+    cut = chips // config.mesh.tensor
+    trains = program.name in ("sft_step", "update")
+    if trains and rows > cut and rows % (2 * cut) == 0:
+        more = 2 * section.gradient_accumulation_steps
+        cures.append(f"{phase}.gradient_accumulation_steps={more}, which about halves the temporary memory")
+    if trains and config.model.remat != "nothing":
+        cures.append("model.remat=nothing, which keeps nothing of a layer")
+    if not trains and section.prompts_per_step > cut and section.prompts_per_step % (2 * cut) == 0:
+        cures.append(f"{phase}.prompts_per_step={section.prompts_per_step // 2}, which halves the rows of a chip")
+    tensor = 2 * config.mesh.tensor
+    if rows <= cut and tensor <= chips:
+        cures.append(f"mesh.tensor={tensor}, as one row a chip cannot be cut further otherwise")
+    if section.optimizer.dtype == "float32":
+        saved = program.held.get("optimizer", 0) / 2 / GIB
+        cures.append(f"{phase}.optimizer.dtype=bfloat16, which saves {saved:.2f} GiB")
+    if config.model.param_dtype == "float32":
+        saved = sum(program.held.get(part, 0) for part in ("parameters", "towers", "reference")) / 2 / GIB
+        cures.append(f"model.param_dtype=bfloat16, which saves {saved:.2f} GiB and rounds every update")
+    cures.append(_more(chip, chips))
+    return cures
+
+
+def _more(chip: Chip, chips: int) -> str:
+    if not chip.cuda:
+        return f"a larger slice: {2 * chips} chips halve what is held"
+    if 2 * chips <= MOST_GPUS:
+        return f"more cards: {2 * chips} halve what is held"
+    return "cards with more memory"

@@ -1,0 +1,114 @@
+"""What a plan advises where a program does not fit, and where a compiler refuses it."""
+
+import dataclasses
+
+import pytest
+
+from mer_r1_jax.config.schema import ModelConfig, RlConfig, RunConfig
+from mer_r1_jax.planning.advice import REFUSALS, UNKNOWN, advise, refusal_of
+from mer_r1_jax.planning.chips import CHIPS, GIB
+from mer_r1_jax.planning.markdown import markdown
+from mer_r1_jax.planning.sheet import ProgramSheet, Sheet
+
+PROGRAM = ProgramSheet(
+    name="update",
+    phase="rl",
+    calls=1.0,
+    held={"parameters": 8 * GIB, "optimizer": 16 * GIB},
+    cache=0,
+    temp=50 * GIB,
+    other=0,
+    hbm=72 * GIB,
+    error="",
+    note="",
+    over=2 * GIB,
+    compile_seconds=1.0,
+    work=None,
+    seconds={},
+    asked=0.0,
+    estimate=0.0,
+    utilisation=0.0,
+)
+CONFIG = RunConfig(model=ModelConfig(packed_rows=True), rl=RlConfig(prompts_per_step=4))
+
+# Heads of messages as the compilers write them, and a word of what they mean.
+MESSAGES = {
+    "INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.52 = bf16[400,64]{1,0} dot(%a, %b)": "Triton",
+    "INTERNAL: Shared memory size limit exceeded: requested 311296, available: 101376": "Triton",
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for %fusion": "vector memory",
+    "INTERNAL: Mosaic failed to compile TPU kernel: failed to legalize operation": "Pallas",
+    "INTERNAL: ptxas too old. Falling back to the driver to compile": "tool of CUDA",
+    "UNIMPLEMENTED: cuDNN 9.1 does not support this graph": "cuDNN",
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes": "more memory than the chip",
+    "INVALID_ARGUMENT: Sharding does not divide the array": "mesh",
+}
+
+
+@pytest.mark.parametrize(("message", "meaning"), MESSAGES.items())
+def test_what_a_compiler_says_is_put_in_our_words(message, meaning):
+    assert meaning in refusal_of(message).reason
+
+
+def test_every_kind_of_refusal_is_met_by_a_message():
+    assert {id(refusal_of(message)) for message in MESSAGES} == {id(one) for one in REFUSALS}
+    assert refusal_of("INTERNAL: something new") is UNKNOWN
+
+
+@pytest.mark.parametrize("message", [*MESSAGES, "INTERNAL: something new"])
+def test_a_refused_program_is_advised_on(message):
+    """Why, what to try, and what the compiler said."""
+    refused = dataclasses.replace(PROGRAM, error=message, over=0)
+    (line,) = advise(CONFIG, [refused], CHIPS["h100"], 1)
+    refusal = refusal_of(message)
+    assert line.startswith(f"update: the compiler refuses it: {refusal.reason}. Try ")
+    assert f"Try {refusal.cures[0] if refusal.cures else 'model.packed_rows=False'}" in line
+    assert line.endswith(f"It says: {message}")
+
+
+def test_a_program_that_does_not_fit_one_card():
+    (line,) = advise(CONFIG, [PROGRAM], CHIPS["h100"], 1)
+    assert line.startswith("update: 74.00 GiB of 72.0 GiB, 2.00 GiB too many; largest: temp 50.00, optimizer 16.00")
+    assert "Try model.packed_rows=False" in line
+    assert "rl.gradient_accumulation_steps=2" in line
+    assert "rl.optimizer.dtype=bfloat16, which saves 8.00 GiB" in line
+    assert line.endswith("more cards: 2 halve what is held")
+    assert "mesh.tensor" not in line  # one card cannot be cut
+
+
+def test_cures_are_those_of_the_chip():
+    (line,) = advise(CONFIG, [PROGRAM], CHIPS["h100"], 8)
+    assert line.endswith("cards with more memory")  # nobody's host has sixteen
+    assert "mesh.tensor=2" in line  # of half a prompt a card
+    (line,) = advise(CONFIG, [PROGRAM], CHIPS["v5p"], 4)
+    assert "packed_rows" not in line  # the kernel of a TPU skips what a packed row's mask forbids
+    assert line.endswith("a larger slice: 8 chips halve what is held")
+
+
+def test_what_fits_needs_no_advice():
+    assert advise(CONFIG, [dataclasses.replace(PROGRAM, over=0)], CHIPS["h100"], 1) == ()
+
+
+def test_a_page_of_cards_says_what_is_theirs():
+    """Which card, why it does not fit, what was compiled otherwise, and nothing of estimates nobody makes."""
+    noted = dataclasses.replace(PROGRAM, note="every product by cuBLAS")
+    sheet = Sheet(
+        config=CONFIG,
+        topology="h100:2",
+        chip=CHIPS["h100"],
+        chips=2,
+        mesh={"data": 1, "fsdp": 2, "tensor": 1},
+        versions={"jax": "1"},
+        buckets={},
+        programs=(noted,),
+        epoch_steps={},
+        missing=(),
+        advice=advise(CONFIG, [noted], CHIPS["h100"], 2),
+        alternatives=(),
+    )
+    page = markdown(sheet)
+    assert "2 x NVIDIA H100 80GB HBM3, mesh data 1, fsdp 2, tensor 1. Compiled by jax 1, without a GPU" in page
+    assert f"**It does not fit.**\n\n- {sheet.advice[0]}" in page
+    assert "- `update`: every product by cuBLAS." in page
+    assert "989 TFLOP/s" in page and "cuDNN" in page
+    assert "own estimate" not in page  # that is a TPU page's
+    assert sheet.to_json()["programs"][0]["note"] == noted.note
