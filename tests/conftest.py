@@ -1,7 +1,10 @@
 """Every test runs on the CPU with eight emulated devices, so that sharded programs are really sharded."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,14 @@ EMULATED_DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Every test compiles for itself, and none writes to the home of whoever runs it; tests/storage has the cache's own.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# What one test compiles the next one loads, also in commands of their own; none writes to the home of whoever runs it.
+# Workers of pytest-xdist, whose parent came by here, have its folder.
+COMPILED = "MER_R1_TESTS_COMPILED"
+if COMPILED not in os.environ:
+    os.environ[COMPILED] = tempfile.mkdtemp(prefix="mer-r1-tests-compiled-")
+    atexit.register(shutil.rmtree, os.environ[COMPILED], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[COMPILED]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # libtpu, installed for ahead-of-time compiles, looks for a TPU host when jax is imported; these keep it quiet.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

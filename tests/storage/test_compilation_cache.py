@@ -15,7 +15,7 @@ from mer_r1_jax.storage.compilation_cache import use
 
 @pytest.fixture(autouse=True)
 def cache_as_users_have_it(monkeypatch):
-    """On, for programs of any size; the tests' own environment has it off."""
+    """For programs of any size, and without the folder that the other tests share."""
     names = ("jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_dir")
     before = {name: jax.config.values[name] for name in names}
     for name, value in zip(names, (True, 0.0, None), strict=True):

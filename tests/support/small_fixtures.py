@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from support.small_run import TRAINED, make_data, small_setup, visits_of
@@ -40,15 +41,9 @@ def _trained(setup):
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Folder of compiled programs, for this process and for the commands it runs."""
-    base = tmp_path_factory.getbasetemp()
-    # Workers of pytest-xdist have folders of their own in a common one.
-    folder = (base.parent if base.name.startswith("popen-") else base) / "compiled"
-    folder.mkdir(exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return folder
+def compiled():
+    """Folder of compiled programs, for all processes of these tests and for the commands they run."""
+    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture(scope="session")

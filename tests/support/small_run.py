@@ -113,7 +113,7 @@ def visits_of(setup: Setup, records, numbers) -> list[LoadedItem]:
 
 
 def environment(cache: Path | None = None) -> dict[str, str]:
-    """The environment of a command: one CPU device, compiled programs shared through a folder."""
+    """The environment of a command: one CPU device, compiled programs shared through a folder (None: the tests')."""
     # Commands run as where torch is not installed, which the package must not need.
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent / "no_torch"), os.environ.get("PYTHONPATH")]))
     values = os.environ | {
@@ -124,12 +124,12 @@ def environment(cache: Path | None = None) -> dict[str, str]:
         "COLUMNS": "200",
     }
     if cache is not None:
-        values |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-    return values
+        values["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    # Also small programs: a command has hundreds, and each of them has its own.
+    return values | {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def command(script: str, *arguments: str) -> list[str]:
