@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -154,7 +155,6 @@ def test_a_folder_is_merged_into_a_base_that_stays_in_its_files(folder, tiny, me
 
 
 def test_peft_loads_the_folder_as_the_merged_model(folder, tiny, merged_logits):
-    peft = pytest.importorskip("peft")
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tiny)
     model = peft.PeftModel.from_pretrained(model, folder)
     # One module each, all of them in the text decoder.
@@ -163,7 +163,6 @@ def test_peft_loads_the_folder_as_the_merged_model(folder, tiny, merged_logits):
 
 
 def test_a_folder_that_peft_writes_is_read(folder, config, adapters, tiny, tmp_path):
-    peft = pytest.importorskip("peft")
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tiny)
     peft.PeftModel.from_pretrained(model, folder).save_pretrained(tmp_path)
     back = loaded(tmp_path, config)
