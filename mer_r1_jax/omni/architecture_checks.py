@@ -43,7 +43,7 @@ def require_real(config: object, *names: str) -> None:
         require(real and 0 < value <= MOST_OF_A_NUMBER, f"{type(config).__name__}.{name}", value, _REAL)
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether a value is an integer; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 

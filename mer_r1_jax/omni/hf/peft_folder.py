@@ -147,7 +147,7 @@ def adapters_of(directory: str | os.PathLike) -> AdapterConfig:
     folder = Path(directory)
     described = read_json_object(folder / CONFIG_FILE, WeightError, _SETTINGS)
     rank, alpha = described.get("r"), described.get("lora_alpha")
-    if not is_int(rank) or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
+    if not is_int(rank) or rank < 1 or not (is_int(alpha) or isinstance(alpha, float)) or not alpha > 0:
         raise WeightError(
             f"{folder / CONFIG_FILE}: got r={printable(repr(rank), 100)}, lora_alpha={printable(repr(alpha), 100)}, "
             "expected a whole number and a number above 0; copy the folder again from where it is from"
