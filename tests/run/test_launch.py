@@ -91,6 +91,8 @@ def config_with(field, value):
     config = config_dict()
     section, _, name = field.partition(".")
     config[section][name] = value
+    if field == "model.adapter_path":
+        config.model.lora.rank = 8  # adapters need a size
     return from_mapping(config)
 
 

@@ -193,6 +193,7 @@ BY_HAND = {
     "mer_r1_jax/run/train.py": "nowhere",
     "mer_r1_jax/media/cache.py": "beside its place, then renamed",
     "mer_r1_jax/omni/hf/companion_files.py": "in a folder that is renamed when it is whole",
+    "mer_r1_jax/omni/hf/peft_folder.py": "in a folder that is renamed when it is whole",
     "mer_r1_jax/omni/hf/sums.py": "in a folder that is renamed when it is whole",
     "mer_r1_jax/omni/hf/tensor_files.py": "in a folder that is renamed when it is whole",
     "mer_r1_jax/data/synthetic/make.py": "beside its place, then renamed",
