@@ -16,8 +16,8 @@ def get_config(setting: str = "full"):
     config.data.prompt_buckets = (144, 192)
     config.data.synthetic_dir = "synthetic_data" if setting == "full" else f"synthetic_data_{setting}"
     config.data.synthetic_sft_clips = 4000
-    config.data.synthetic_rl_clips = 2000
-    config.data.synthetic_eval_clips = 320
+    config.data.synthetic_rl_clips = 1200
+    config.data.synthetic_eval_clips = 1000
     config.data.cache_dir = f"{config.data.synthetic_dir}/cache"
     _sft(config.sft)
     _rl(config.rl)
@@ -59,7 +59,7 @@ def _media(media):
 
 
 def _sft(sft):
-    sft.max_steps = 2000
+    sft.max_steps = 1500
     sft.prompts_per_step = 16
     sft.max_completion_length = 64
     sft.train_vision_tower = True
@@ -68,7 +68,7 @@ def _sft(sft):
 
 
 def _rl(rl):
-    rl.max_steps = 200
+    rl.max_steps = 100
     rl.prompts_per_step = 12
     rl.num_generations = 8
     rl.max_completion_length = 64

@@ -147,7 +147,7 @@ class DataConfig:
     cache_dir: DiskPlace = ""  # decoded clips are kept here, keyed by file content and media settings; "" = no cache
     max_quarantined_fraction: Share = 0.02  # share of an epoch's clips that may break before the run stops
     synthetic_dir: DiskPlace = ""  # folder the synthetic world is made in, or found; "" = no synthetic world
-    synthetic_world: Literal["U", "O", "even", "concluding"] = "concluding"  # which; its page: docs/lab.md
+    synthetic_world: Literal["U", "O", "even", "concluding"] = "U"  # which; its page: docs/lab.md
     synthetic_sft_clips: CountOrZero = 0  # clips of the synthetic world for SFT
     synthetic_rl_clips: CountOrZero = 0  # likewise for RL
     synthetic_eval_clips: CountOrZero = 0  # likewise held out

@@ -90,7 +90,7 @@ WORLDS = {
     "even": _EVEN,  # plain cues
     "concluding": dataclasses.replace(_EVEN, concludes=True),
 }
-DEFAULT = "concluding"
+DEFAULT = "U"
 CUE_STREAM, ANNOTATION_STREAM = 0, 5  # random streams of what is shown, and of what an annotator makes of it
 
 
