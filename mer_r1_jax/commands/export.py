@@ -88,6 +88,12 @@ def _export_adapters() -> None:
             f"--adapter: got {' and '.join(named) or 'no run'} beside it, expected --run=RUN_DIR and --out=DIR; leave "
             "--adapter out to export a whole model"
         )
+    shaped = [f"--{flag.name}" for flag in (_DTYPE, _LAYOUT, _SHARD, _MERGE) if flag.present]
+    if shaped:
+        raise app.UsageError(
+            f"--adapter: got {' and '.join(shaped)} beside it, which say how a whole model is written; expected none "
+            "of them: adapters are written in one file, as they were trained"
+        )
     config, adapters, base = load_run_adapters(_RUN.value)
     tensors = save_adapters(_OUT.value, config, adapters, base=base, overwrite=_OVERWRITE.value)
     parameters = sum(int(leaf.size) for leaf in adapters.values())

@@ -66,10 +66,11 @@ WORLDS: dict[str, LabConfig] = {
 }
 PURPOSES = {
     "default": "one to four emotions, plain cues, labels with slips",
-    "U": "slow answers name too few (one to five emotions, weak cues), so that F1 wants recall",
+    "U": "slow answers name too few (one to five emotions, weak cues), so that F1 wants recall; what "
+    "`mer-r1 train --config=synthetic` draws",
     "O": "slow answers name too many (labels always add a wrong emotion), so that F1 wants precision",
     "T": "as default, but slow answers see nothing but their reasoning, which skips a third of the cues",
-    "concluding": "as default, but reasonings end with the answer; what `mer-r1 train --config=synthetic` draws",
+    "concluding": "as default, but reasonings end with the answer",
 }
 
 # Switches of RL that the lab's own programs do not follow.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from mer_r1_jax.foreign_text import printable
 
 

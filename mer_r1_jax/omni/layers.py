@@ -228,7 +228,8 @@ class Linear(nnx.Module):
         seen = _dropped(x, adapters.dropout)
         low = _project(f"{before},{inputs}r->...r", seen, self.lora_a[...].astype(self.dtype))
         added: Any = _project(f"...r,r{outputs}->{after}", low, self.lora_b[...].astype(self.dtype))
-        return added * jnp.asarray(adapters.scale, self.dtype)
+        # In float32: bfloat16 has no 32 / 12, and a merge or peft takes it exactly.
+        return (added.astype(jnp.float32) * adapters.scale).astype(self.dtype)
 
 
 def _dropped(x: jax.Array, share: float) -> jax.Array:
@@ -377,8 +378,11 @@ def scan_layers(
     run, xs = body, (params, per_layer)
     if _active.dropout_key is not None:
         count = jax.tree.leaves(params)[0].shape[0]
+        # Passes are numbered as they are traced: one over prompts and one over what continues them draw other bits.
+        _active.dropouts += 1
+        key = jax.random.fold_in(_active.dropout_key, _active.dropouts)
         # A key a layer, handed in with its parameters: what is traced once must not draw the same bits for all.
-        run, xs = body_with_dropout, (xs, jax.random.split(_active.dropout_key, count))
+        run, xs = body_with_dropout, (xs, jax.random.split(key, count))
     if remat != "everything":
         run = jax.checkpoint(run, prevent_cse=False, policy=_kept(remat))
     return jax.lax.scan(run, carry, xs)

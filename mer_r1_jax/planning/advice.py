@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.planning.chips import GIB, MOST_GPUS, Chip
+from mer_r1_jax.planning.compilation import TRITON
 from mer_r1_jax.planning.sheet import ProgramSheet
 
 
@@ -59,7 +60,7 @@ REFUSALS = (
         ("pip install 'nvidia-cudnn-cu13>=9.12'", "model.compute_dtype=float32, which does not use its attention"),
     ),
     Refusal(
-        r"output tile sizes|shared memory size limit|triton",
+        TRITON,
         "no kernel of Triton's fits one of its products or fusions, and cuBLAS in their place did not help",
         (
             "an even rl.prompts_per_step and a data.max_prompt_length that is a multiple of 128",
@@ -148,8 +149,15 @@ def _cures(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> 
     if section.optimizer.dtype == "float32":
         saved = program.held.get("optimizer", 0) / 2 / GIB
         cures.append(f"{phase}.optimizer.dtype=bfloat16, which saves {saved:.2f} GiB")
+    own = config.model.frozen_dtype == "param_dtype"  # what is not trained is held as the rest is
+    frozen = ("base", "towers")
+    if (config.model.param_dtype if own else config.model.frozen_dtype) == "float32":
+        saved = sum(program.held.get(part, 0) for part in frozen) / 2 / GIB
+        if saved:
+            cures.append(f"model.frozen_dtype=bfloat16, which saves {saved:.2f} GiB and rounds no update")
     if config.model.param_dtype == "float32":
-        saved = sum(program.held.get(part, 0) for part in ("parameters", "towers", "reference")) / 2 / GIB
+        parts = ("parameters", "reference", *(frozen if own else ()))
+        saved = sum(program.held.get(part, 0) for part in parts) / 2 / GIB
         cures.append(f"model.param_dtype=bfloat16, which saves {saved:.2f} GiB and rounds every update")
     cures.append(_more(chip, chips))
     return cures

@@ -23,6 +23,8 @@ from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.atomic_files import writing
 
+# What a message says in which the compiler refuses tiles of Triton's.
+TRITON = r"output tile sizes|shared memory size limit|triton"
 _CUDA_PLUGIN = "jax-cuda13-plugin"
 _WITHOUT_TRITON = "every product by cuBLAS (xla_gpu_enable_triton_gemm=false), as Triton's tiles were refused"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
@@ -109,7 +111,7 @@ def _compile_for_gpu(lowered: jax.stages.Lowered) -> Compiled:
     would do with that one alone.
     """
     first = _compiled(lowered, {})
-    if not first.error:
+    if not re.search(TRITON, first.error or "", re.IGNORECASE):
         return first
     again = _compiled(lowered, {"xla_gpu_enable_triton_gemm": False})
     return first if again.error else dataclasses.replace(again, note=_WITHOUT_TRITON)

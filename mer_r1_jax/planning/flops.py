@@ -23,7 +23,8 @@ from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from mer_r1_jax.planning.hlo import Computation, Instruction
 
-# Passes' worth of operations; of a layer whose adapters alone are trained no gradient of its weights is made.
+# Passes' worth of operations; of a layer whose adapters alone are trained no gradient of its weights is made. The
+# adapters' own products, below a hundredth at usual ranks, are not counted.
 FORWARD, ADAPTED, TRAINED = 1, 2, 3
 _AUDIO_FRAMES_PER_UNIT = 100  # of a unit of two seconds, after the second convolution
 
@@ -41,11 +42,16 @@ def text_flops(text: TextConfig, *, prompt: int, sets: tuple[tuple[int, int], ..
     H, K = text.num_attention_heads, text.num_key_value_heads
     weights = 2 * D * h * (H + K) + 3 * D * text.intermediate_size
     tokens = prompt + sum(count * length for count, length in sets)
+    products = text.num_hidden_layers * 2 * weights * tokens + 2 * D * text.vocab_size * scored
+    return products + pair_flops(text, prompt=prompt, sets=sets)
+
+
+def pair_flops(text: TextConfig, *, prompt: int, sets: tuple[tuple[int, int], ...]) -> float:
+    """Of these, what attention does between tokens. It has no weights: adapters save nothing of its backward pass."""
     pairs = prompt * (prompt + 1) // 2 + sum(
         count * (length * prompt + length * (length + 1) // 2) for count, length in sets
     )
-    layer = 2 * weights * tokens + 4 * H * h * pairs
-    return float(text.num_hidden_layers * layer + 2 * D * text.vocab_size * scored)
+    return float(text.num_hidden_layers * 4 * text.num_attention_heads * text.head_dim * pairs)
 
 
 def tower_flops(thinker: ThinkerConfig, shape: BatchShape) -> float:

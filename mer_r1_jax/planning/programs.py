@@ -26,7 +26,7 @@ from mer_r1_jax.omni.batch import PROMPT, BatchShape, Prompts
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
-from mer_r1_jax.planning.flops import ADAPTED, FORWARD, TRAINED, text_flops, tower_flops
+from mer_r1_jax.planning.flops import ADAPTED, FORWARD, TRAINED, pair_flops, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import arm_of
 from mer_r1_jax.rl.confidence import Anchors
@@ -115,7 +115,6 @@ class RunPrograms:
         table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
         self.candidates = table(tokenizer or PrefixTokens(thinker.text.vocab_size), wheels)
         self._wheels = len(wheels)
-        self._text_passes = ADAPTED if config.model.lora.rank else TRAINED
         banned = thinker.media_token_ids if tokenizer is None else banned_ids_of(AnswerTags(tokenizer), thinker)
         self.programs = RlPrograms(self.backbone, config.rl, sampling_config(config.rl, thinker, banned))
 
@@ -160,7 +159,7 @@ class RunPrograms:
         function = make_sft_step(self.backbone, optimizer, self.config.sft, any(towers.values()))
         held = _held(state) | {"batch": batch}
         sets = ((1, slow), (1, fast)) if fast else ((1, slow),)
-        useful = self._text_passes * self._text_flops(bucket, sets, scored=slow + fast)
+        useful = self._text_update_flops(bucket, sets, scored=slow + fast)
         useful += (TRAINED if any(towers.values()) else FORWARD) * bucket.rows * tower_flops(self._thinker, bucket)
         return PlannedProgram(
             name="sft_step",
@@ -251,8 +250,7 @@ class RunPrograms:
             programs.make_update(optimizer),
             (state, experience, self._scalar(np.float32(0))),
             calls=1.0,
-            useful=self._text_passes * self._text_flops(bucket, learnt, scored=scored)
-            + (TRAINED * media if towers_trained else 0),
+            useful=self._text_update_flops(bucket, learnt, scored=scored) + (TRAINED * media if towers_trained else 0),
             visited=self._visited(bucket, learnt),
         )
         return [program for program in (encode, cast, *rollout, score, reference, update) if program.calls]
@@ -281,6 +279,14 @@ class RunPrograms:
     def _text_flops(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...], scored: int) -> float:
         """Forward pass of all rows, each a prompt with these sets of (continuations, tokens)."""
         return bucket.rows * text_flops(self._thinker.text, prompt=bucket.tokens, sets=sets, scored=scored)
+
+    def _text_update_flops(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...], scored: int) -> float:
+        """The same with the backward pass, through adapters alone where there are some."""
+        forward = self._text_flops(bucket, sets, scored)
+        if not self.config.model.lora.rank:
+            return TRAINED * forward
+        pairs = bucket.rows * pair_flops(self._thinker.text, prompt=bucket.tokens, sets=sets)
+        return ADAPTED * (forward - pairs) + TRAINED * pairs
 
     def _visited(self, bucket: BatchShape, sets: tuple[tuple[int, int], ...]) -> float:
         if not self.backbone.packed_rows:

@@ -39,8 +39,8 @@ def of_inputs(setup: Setup) -> dict[str, Any]:
     return setup.data.fingerprints() | {
         "tokenizer": _of_files(setup.tokenizer_path, TOKENIZER_FILES),
         "wheels": _of_content(dataclasses.asdict(setup.wheels)),
-        "model": _of_model(Path(config.model.path)) if config.model.path else "random weights",
-        **({"adapters": _of_model(Path(config.model.adapter_path))} if config.model.adapter_path else {}),
+        "model": of_model(Path(config.model.path)) if config.model.path else "random weights",
+        **({"adapters": of_model(Path(config.model.adapter_path))} if config.model.adapter_path else {}),
         "reward_funcs": {path: of_source(path) for path in config.rl.reward_funcs},
         "clips": CLIPS_RULE,
         # An arm and a loss type of the user's; those with a name belong to this program.
@@ -127,7 +127,7 @@ def _read(path: Path) -> dict[str, str]:
     )
 
 
-def _of_model(folder: Path) -> str:
+def of_model(folder: Path) -> str:
     # By size and both ends: reading every byte of a 7B model would take a minute at each start.
     weights = {file.name: of_ends(file) for file in sorted(folder.glob("*.safetensors"))}
     return _of_content([_of_files(folder, MODEL_FILES), weights])

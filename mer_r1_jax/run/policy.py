@@ -19,6 +19,7 @@ from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.parallel.mesh import mesh_sizes
+from mer_r1_jax.run.fingerprints import of_model
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.stored_base import BASE_FOLDER, restore_base
 from mer_r1_jax.storage import atomic_files, bucket, run_lock
@@ -31,6 +32,7 @@ from mer_r1_jax.training.state import (
     left_out_of_checkpoints,
     nest,
     stored_params,
+    tower_flags,
 )
 
 SETTINGS_FILE = "mer_r1.json"  # the run's configuration, beside an export: how its prompts and clips were made
@@ -97,6 +99,13 @@ def load_run_adapters(run_dir: str | pathlib.Path) -> tuple[Any, Params, str]:
             f"{printable(run_dir)}: got a run with model.lora.rank=0, expected one that trained adapters: leave the "
             "flag out, and the whole model is exported"
         )
+    phases = [phase for phase in ("sft", "rl") if getattr(config, phase).max_steps]
+    if trained := sorted({name for phase in phases for name, on in tower_flags(config, phase).items() if on}):
+        raise PolicyError(
+            f"{printable(run_dir)}: got a run that trained media towers too ({', '.join(trained)}), expected one that "
+            "trained adapters alone, as a PEFT folder holds nothing else: leave the flag out, and the whole model is "
+            "exported"
+        )
     setup = make_setup(_without_data(config, None))
     try:
         params, _ = _restored(setup, run_dir, is_adapter)
@@ -123,10 +132,29 @@ def checkpoint_params(setup: Setup, run_dir: str | pathlib.Path) -> tuple[Params
     The run may be going on: nothing is changed in its folder, and it is said that it is live.
 
     Raises:
-        CheckpointError: there is none, or its parameters are not finite; or the base of its adapters is gone.
+        CheckpointError: there is none, or its parameters are not finite; or the base of its adapters is gone, or
+            another one lies in its place.
     """
     params, read = _restored(setup, run_dir, lambda name: True)
+    if (path := setup.config.model.path) and setup.config.model.lora.rank:
+        _check_base(run_dir, path)
     return params | restore_base(setup, lambda: Checkpoints(_join(run_dir, BASE_FOLDER))), read
+
+
+def _check_base(run_dir: str | pathlib.Path, path: str) -> None:
+    """Refuses a base that is another one than the run's adapters were trained on: its shapes would fit all the same."""
+    file = _join(run_dir, "env.json")
+    try:
+        content = bucket.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
+        kept = json.loads(content or b"")["fingerprints"]["model"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        log.warning("%s: it cannot be told whether %s is the base of this run (%s)", printable(file), path, error)
+        return
+    if kept != of_model(pathlib.Path(path)):
+        raise CheckpointError(
+            f"{printable(path)}: got another model than {printable(run_dir)} began with, expected the base that its "
+            "adapters belong to; put that one back at model.path"
+        )
 
 
 def _restored(setup: Setup, run_dir: str | pathlib.Path, wanted: Callable[[str], bool]) -> tuple[Params, ReadStep]:
@@ -276,6 +304,7 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
     if mesh_sizes(config.mesh, jax.device_count()) is None:
         values["mesh"] = dataclasses.asdict(MeshConfig())  # trained on another number of devices
     values["sft"]["max_steps"] = values["rl"]["max_steps"] = 0
+    values["model"]["adapter_path"] = ""  # where training began; the checkpoint has what became of it
     values["train"]["report_to"] = ()  # what training told of itself may not be installed where a policy is asked
     for dotted, value in (overrides or {}).items():
         section, _, field = dotted.partition(".")

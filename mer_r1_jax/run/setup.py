@@ -19,6 +19,7 @@ from mer_r1_jax.emotion.wheels import Wheels, load_wheels
 from mer_r1_jax.media.opening import FileKey, file_key
 from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.batch import BatchShape
+from mer_r1_jax.omni.hf.peft_folder import check_adapters
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import RowShare, row_share
 from mer_r1_jax.rl.advantage import arm_of
@@ -202,6 +203,8 @@ def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequenc
     check_rows(config, mesh)
     compilation_cache.use(config.train.compilation_cache_dir, list(mesh.devices.flat))
     thinker, dtypes = thinker_config(config.model, tokenizer), param_dtypes(config)
+    if config.model.adapter_path:
+        check_adapters(config.model.adapter_path, thinker)
     backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, dtypes)
     tags = AnswerTags(tokenizer)
     # What a word's confidence sums over: the first tokens of its category, or (arm sfcc_word) its own.

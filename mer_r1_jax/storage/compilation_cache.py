@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.foreign_text import printable
+from mer_r1_jax.parallel import processes
 
 DEFAULT_DIR = "~/.cache/mer-r1-jax/compiled"
 OFF = "none"
@@ -52,6 +53,15 @@ def use(setting: str, devices: Sequence[Any]) -> Path | None:
             _tell(None)
         return None
     if not setting and users_own:
+        return None
+    if not setting and processes.count() > 1:
+        # jax has the first process alone write: in the homes of the others nothing would ever be found.
+        log.warning(
+            "compiled programs are not kept, as only the first of %d processes writes them; name a folder that all "
+            "hosts share in train.compilation_cache_dir",
+            processes.count(),
+        )
+        _tell(None)
         return None
     try:
         folder = Path(setting or DEFAULT_DIR).expanduser().absolute() / _kind(devices)

@@ -26,7 +26,7 @@ from mer_r1_jax.storage import atomic_files, bucket
 from mer_r1_jax.storage.bucket import BucketError
 
 OWNER = "owner.json"
-IN_BUCKET = ("checkpoints", "reference")  # folders of checkpoints
+IN_BUCKET = ("checkpoints", "reference", "base")  # folders of checkpoints
 _UNFINISHED = (".partial", ".replaced")  # folders that an export is made in
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ def dropout_of(backbone: Backbone, step: jax.Array, prompts: Prompts) -> context
         backbone: its architecture says which share is dropped.
         step: int32, of the train state: updates from one rollout draw different bits.
         prompts: of the micro-batch. The bits follow from its first visit, so micro-batches of a step differ, and a
-            resumed run draws the same ones.
+            resumed run draws the same ones; which visit that is follows from the run's seed.
     """
     adapters = backbone.config.adapters
     if adapters is None or not adapters.dropout:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import peft
@@ -168,3 +170,43 @@ def test_a_folder_that_peft_writes_is_read(folder, config, adapters, tiny, tmp_p
     back = loaded(tmp_path, config)
     for name, array in adapters.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("alora_invocation_tokens", [3, 4])]
+    + [("layer_replication", [[0, 2], [1, 3]]), ("lora_bias", True), ("use_rslora", True), ("rank_pattern", {"q": 2})],
+)
+def test_a_setting_that_changes_what_is_computed_is_refused(folder, config, tmp_path, name, value):
+    other = shutil.copytree(folder, tmp_path / "other")
+    described = json.loads((other / "adapter_config.json").read_text()) | {name: value}
+    (other / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(WeightError, match=f"{name}: got .*expected"):
+        loaded(other, config)
+
+
+def test_a_folder_of_some_projections_is_merged_but_not_trained_on(folder, config, adapters, tiny, tmp_path, caplog):
+    """Most folders of others adapt q_proj and v_proj alone."""
+    some = shutil.copytree(folder, tmp_path / "some")
+    kept = {n: a for n, a in load_file(folder / "adapter_model.safetensors").items() if "q_proj" in n or "v_proj" in n}
+    save_file(kept, some / "adapter_model.safetensors")
+    with pytest.raises(WeightError, match=r"k_proj, o_proj: got no adapter, expected one for each .*can be merged"):
+        loaded(some, dataclasses.replace(config, adapters=dataclasses.replace(ADAPTERS, mlp=False)))
+    base = load_config(tiny)
+    merged, params = peft_folder.with_adapters(base, left_in_files(tiny, base), some)
+    assert merged.adapters == dataclasses.replace(ADAPTERS, mlp=False)
+    assert "k_proj, o_proj have no adapter there" in caplog.text
+    flat = flatten(params)
+    for name, array in adapters.items():
+        if "/mlp/" not in name:
+            expected = array if "/q/" in name or "/v/" in name else np.zeros_like(array)
+            np.testing.assert_array_equal(flat[name], expected, err_msg=name)
+
+
+def test_peft_says_where_a_folder_has_no_place(folder):
+    """In an Omni model, where a tensor without a place would be a warning and the answers the base's."""
+    described = json.loads((folder / "adapter_config.json").read_text())
+    pattern = re.compile(described["target_modules"])
+    assert pattern.fullmatch("model.language_model.layers.1.self_attn.q_proj")
+    assert pattern.fullmatch("model.layers.0.mlp.up_proj")
+    assert not pattern.fullmatch("thinker.model.layers.0.self_attn.q_proj")

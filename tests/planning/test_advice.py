@@ -112,3 +112,14 @@ def test_a_page_of_cards_says_what_is_theirs():
     assert "989 TFLOP/s" in page and "cuDNN" in page
     assert "own estimate" not in page  # that is a TPU page's
     assert sheet.to_json()["programs"][0]["note"] == noted.note
+
+
+def test_what_is_not_trained_is_made_small_before_what_is():
+    adapted = dataclasses.replace(PROGRAM, held={"parameters": GIB, "base": 28 * GIB, "towers": 4 * GIB})
+    (line,) = advise(CONFIG, [adapted], CHIPS["h100"], 1)
+    assert "model.frozen_dtype=bfloat16, which saves 16.00 GiB and rounds no update" in line
+    assert "model.param_dtype=bfloat16, which saves 16.50 GiB" in line  # the base goes along
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, frozen_dtype="bfloat16"))
+    (line,) = advise(config, [adapted], CHIPS["h100"], 1)
+    assert "frozen_dtype" not in line
+    assert "model.param_dtype=bfloat16, which saves 0.50 GiB" in line

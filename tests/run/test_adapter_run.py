@@ -1,5 +1,6 @@
 """A whole run with adapters: what lies in its folder, going on from it, and what is exported of it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,8 +13,13 @@ from mer_r1_jax.omni.hf.config_json import load_config
 from mer_r1_jax.omni.hf.load import load_params
 from mer_r1_jax.omni.hf.peft_folder import load_adapters
 from mer_r1_jax.omni.lora import is_adapter, without_adapters
-from mer_r1_jax.run.policy import load_policy, open_model
+from mer_r1_jax.run import policy
+from mer_r1_jax.run.fingerprints import of_model
+from mer_r1_jax.run.policy import PolicyError, load_policy, load_run_adapters, open_model
+from mer_r1_jax.run.stored_base import BASE_FOLDER
 from mer_r1_jax.run.train import train
+from mer_r1_jax.storage.checkpoints import CheckpointError
+from mer_r1_jax.storage.working_copy import IN_BUCKET
 from mer_r1_jax.training.metrics import read_metrics
 from mer_r1_jax.training.state import flatten
 
@@ -98,3 +104,30 @@ def test_a_run_is_answered_with_its_adapters(finished):
         assert np.any(np.asarray(params["text/layers/attn/q/lora_b"]))
     finally:
         setup.close()
+
+
+def test_a_run_that_trained_towers_too_is_not_exported_as_adapters_alone(small_folder, tmp_path):
+    config = config_of(small_folder, tmp_path)
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, train_vision_tower=True))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(PolicyError, match=r"got a run that trained media towers too \(train_vision\), expected"):
+        load_run_adapters(tmp_path)
+
+
+def test_adapters_are_not_put_on_another_base(tmp_path, caplog):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"0123456789")
+    (tmp_path / "env.json").write_text(json.dumps({"fingerprints": {"model": of_model(base)}}))
+    policy._check_base(tmp_path, str(base))
+    (base / "model.safetensors").write_bytes(b"0123456788")  # as long as before
+    with pytest.raises(CheckpointError, match="base: got another model than .* began with, expected the base that its"):
+        policy._check_base(tmp_path, str(base))
+    (tmp_path / "env.json").unlink()
+    policy._check_base(tmp_path, str(base))
+    assert "it cannot be told whether" in caplog.text
+
+
+def test_a_run_in_a_bucket_keeps_its_base_there_alone():
+    assert BASE_FOLDER in IN_BUCKET

@@ -115,3 +115,12 @@ def test_machines_with_other_processors_share_nothing(tmp_path, monkeypatch):
         info.write_text(f"model name\t: A\nflags\t\t: {flags}\ncpu MHz\t\t: {clock}\n" * 2)
         folders.append(use(str(tmp_path / "kept"), jax.devices()))
     assert folders[0] == folders[2] != folders[1]  # the clock of the moment says nothing
+
+
+def test_hosts_of_one_run_keep_nothing_unless_they_share_a_folder(tmp_path, monkeypatch, caplog):
+    """jax has the first process alone write, so the others would never find anything in homes of their own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(compilation_cache.processes, "count", lambda: 2)
+    assert use("", jax.devices()) is None
+    assert "name a folder that all hosts share" in caplog.text
+    assert use(str(tmp_path / "shared"), jax.devices()).parent == tmp_path / "shared"

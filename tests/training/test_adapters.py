@@ -152,3 +152,27 @@ def test_dropout_differs_between_projections_of_a_layer():
     with adapter_dropout(jax.random.key(0)):
         _, y = scan_layers(layers, lambda layer, carry, _: (carry, (layer(x), layer(x))), 0.0)
     assert (np.asarray(y[0]) != np.asarray(y[1])).mean() > 0.5
+
+
+def test_dropout_differs_between_a_pass_over_prompts_and_one_over_what_continues_them():
+    layers = projections(0.5)
+
+    def passed(*shape):
+        x = jnp.ones(shape)
+        return np.asarray(scan_layers(layers, lambda layer, carry, _: (carry, layer(x)), 0.0)[1]).reshape(4, 400, -1)
+
+    with adapter_dropout(jax.random.key(0)):
+        # As many numbers in both, so that the same key would drop the same ones.
+        prompts, continuations = passed(1, 400, 8), passed(1, 4, 100, 8)
+    assert (prompts != continuations).mean() > 0.5
+
+
+def test_the_scale_of_adapters_is_not_rounded_to_the_compute_dtype():
+    """32 / 12 is 0.2% more in bfloat16; each product is rounded by up to as much, but not all to one side."""
+    settings = Settings("float32", "bfloat16", 0.0, AdapterConfig(rank=12, alpha=32.0)).adapted("attn")
+    axes = ("embed", "heads", "head_dim")
+    one = Linear("...D,DHh->...Hh", SIZES, axes, bias=False, settings=settings, rngs=nnx.Rngs(0))
+    one.lora_a[...], one.lora_b[...] = jnp.eye(8, 12), jnp.zeros((12, 2, 3)).at[0].set(1.0)  # x's first number
+    x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (4000, 8)), jnp.bfloat16)
+    got, exact = np.asarray(one(x), np.float64)[:, 0, 0], np.asarray(x, np.float64)[:, 0] * 32 / 12
+    np.testing.assert_allclose(got.sum(), exact.sum(), rtol=2e-4)

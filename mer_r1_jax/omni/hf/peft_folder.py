@@ -8,7 +8,9 @@ transformers 4, whose spelling peft turns into that of transformers 5 by itself;
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -36,6 +38,8 @@ from mer_r1_jax.omni.hf.tensor_files import (
 from mer_r1_jax.omni.lora import PROJECTIONS, AdapterConfig
 from mer_r1_jax.omni.thinker import abstract_thinker
 
+log = logging.getLogger(__name__)
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -57,6 +61,14 @@ _PLAIN = {
     "layers_to_transform": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
+    # The others (pissa, olora, corda, loftq, ...) change the base as well, and say True where that was undone.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "arrow_config": (None, {}),
 }
 
 
@@ -126,8 +138,9 @@ def peft_config(adapters: AdapterConfig, base: str) -> dict[str, Any]:
         "lora_alpha": adapters.alpha,
         "lora_dropout": adapters.dropout,
         # A pattern for the whole name: the towers' projections end in the same words. The text decoder lies at
-        # `model.layers` (transformers 4) or `model.language_model.layers` (5), below `thinker.` in an Omni model.
-        "target_modules": rf"(thinker\.)?model\.(language_model\.)?layers\.\d+\.({chosen})",
+        # `model.layers` (transformers 4) or `model.language_model.layers` (5). Below `thinker.`, in an Omni model, peft
+        # finds no module and says so; it would only warn that no tensor has a place, and leave the base as it is.
+        "target_modules": rf"model\.(language_model\.)?layers\.\d+\.({chosen})",
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -158,7 +171,11 @@ def adapters_of(directory: str | os.PathLike) -> AdapterConfig:
 
 
 def load_adapters(
-    directory: str | os.PathLike, config: ThinkerConfig, place: Callable[[str, np.ndarray], Any]
+    directory: str | os.PathLike,
+    config: ThinkerConfig,
+    place: Callable[[str, np.ndarray], Any],
+    *,
+    partly: bool = False,
 ) -> dict[str, Any]:
     """Reads the adapters of a PEFT folder.
 
@@ -166,6 +183,8 @@ def load_adapters(
         directory: written by `save_adapters`, or by peft around a Qwen2.5-Omni model.
         config: the architecture, whose adapters must be those of the folder.
         place: (flat name, stacked array) -> the array where it will live.
+        partly: projections that have no adapter in any layer get one of zeros, which adds nothing. Otherwise they are
+            refused: a run trains all projections of a group.
 
     Returns:
         Adapters by their flat names.
@@ -174,6 +193,24 @@ def load_adapters(
         WeightError: another rank, alpha or kind of adapter; tensors that are missing, too many, misshapen or not
             finite; all of them in one message.
     """
+    found, wanted = _checked(directory, config, partly=partly), entries(config)
+    loaded = {}
+    for path, group in table.by_leaf(wanted).items():
+        stack = np.stack([entry.to_ours(found[entry.name]()).astype(np.float32) for entry in group])
+        name = "/".join(path)
+        loaded[name] = place(name, stack)
+    return loaded
+
+
+def check_adapters(directory: str | os.PathLike, config: ThinkerConfig) -> None:
+    """Raises as `load_adapters`, but for numbers that are not finite: only settings and names are read."""
+    _checked(directory, config)
+
+
+def _checked(
+    directory: str | os.PathLike, config: ThinkerConfig, *, partly: bool = False
+) -> dict[str, Callable[[], Any]]:
+    """Name -> what reads its tensor, of every tensor that the adapters have; arguments are `load_adapters`' own."""
     assert config.adapters is not None
     folder, problems = Path(directory), []
     described = read_json_object(folder / CONFIG_FILE, WeightError, _SETTINGS)
@@ -188,6 +225,16 @@ def load_adapters(
             problems.append(f"{name}: got {printable(repr(described[name]), 100)}, expected {plain[0]!r}")
     wanted = entries(config)
     stored = {_plain_name(name): tensor for name, tensor in read_header(folder / WEIGHTS_FILE).items()}
+    unadapted = _unadapted(stored, wanted)
+    if partly:
+        wanted = [entry for entry in wanted if _projection(entry.name) not in unadapted]
+        if unadapted:
+            log.warning("%s: %s have no adapter there and stay as the base has them", folder, ", ".join(unadapted))
+    elif unadapted:
+        problems.append(
+            f"{', '.join(unadapted)}: got no adapter, expected one for each projection of model.lora.targets; such a "
+            "folder can be merged (mer-r1 export --model=BASE --merge=FOLDER) but not trained on"
+        )
     problems += _differences(stored, wanted)
     if problems:
         raise WeightError(
@@ -195,12 +242,10 @@ def load_adapters(
             + "\n  ".join(problems)
             + "\nSet model.lora as the folder has it, or name another folder"
         )
-    loaded = {}
-    for path, group in table.by_leaf(wanted).items():
-        stack = np.stack([entry.to_ours(stored[entry.name].read()).astype(np.float32) for entry in group])
-        name = "/".join(path)
-        loaded[name] = place(name, stack)
-    return loaded
+    read: dict[str, Callable[[], Any]] = {entry.name: stored[entry.name].read for entry in wanted}
+    for entry in entries(config) if partly else ():
+        read.setdefault(entry.name, functools.partial(np.zeros, entry.stored_shape, np.float32))
+    return read
 
 
 def with_adapters(
@@ -218,7 +263,7 @@ def with_adapters(
     """
     config = dataclasses.replace(config, adapters=adapters_of(directory))
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    flat |= load_adapters(directory, config, lambda name, stack: stack)
+    flat |= load_adapters(directory, config, lambda name, stack: stack, partly=True)
     return config, traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -226,6 +271,17 @@ def _plain_name(name: str) -> str:
     """A stored name in the spelling of `rows`; peft may add the adapter's own name, `default`."""
     name = re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", name)
     return _PREFIX + table.plain_name(name.removeprefix(_PREFIX))
+
+
+def _projection(name: str) -> str:
+    """The projection that a tensor of `rows` belongs to, such as q_proj."""
+    return name.split(".lora_")[0].rpartition(".")[2]
+
+
+def _unadapted(stored: Mapping[str, StoredTensor], wanted: list[table.Entry]) -> list[str]:
+    """Projections without a tensor in any layer."""
+    there = {_projection(name) for name in stored}
+    return sorted({_projection(entry.name) for entry in wanted} - there)
 
 
 def _differences(stored: Mapping[str, StoredTensor], wanted: list[table.Entry]) -> list[str]:
