@@ -75,7 +75,8 @@ def attempts(out, name):
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_jobs_run_once_and_after_what_they_need(tmp_path):
+def test_jobs_run_once_and_after_what_they_need(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # a folder of the user's would come first
     out = tmp_path / "out"
     jobs = jobs_in(out, "sft_seed0", "ad_seed0", "rd_seed0")
     outcome, said = run(out, jobs)
