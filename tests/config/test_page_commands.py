@@ -3,9 +3,11 @@
 import pytest
 from support.page_commands import ROOT, check, shown_commands
 
+from mer_r1_jax.config.build import load_config
 from mer_r1_jax.config.schema import ConfigError
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")])
+FIVE = ("convert", "validate", "train", "evaluate", "export")
 SHOWN = {str(page.relative_to(ROOT)): shown_commands(page) for page in PAGES}
 
 
@@ -25,6 +27,23 @@ def test_the_pages_a_newcomer_begins_with_show_commands():
     assert sum(map(len, SHOWN.values())) > 40
     for page in ("README.md", "docs/running.md", "docs/converting.md", "docs/launching.md", "docs/serving.md"):
         assert SHOWN[page], page
+
+
+def test_the_five_commands_of_your_data_hand_on_what_the_next_one_takes():
+    """convert, validate, train, evaluate, export: folders and files are those that the command before has made."""
+    commands, flags = zip(*SHOWN["docs/your-data.md"][:5], strict=True)
+    assert commands == FIVE
+    converted, checked, trained, scored, served = (
+        dict(word.removeprefix("--").partition("=")[::2] for word in words) for words in flags
+    )
+    files = {f"{converted['out']}/{name}.jsonl" for name in ("sft", "rl", "eval")}  # what `convert` writes
+    assert set(checked["data"].split(",")) == files
+    assert {trained[f"config.data.{name}_path"] for name in ("sft", "rl", "eval")} == files
+    assert converted["root"] == checked["media_root"] == trained["config.data.media_root"]
+    assert checked["model"] == trained["config.model.path"] and checked["config"] == trained["config"]
+    config = load_config(trained["config"])
+    assert scored["model"] == served["run"] == f"{config.train.output_dir}/{config.train.run_name or config.name}"
+    assert served["layout"] == "omni"
 
 
 @pytest.mark.parametrize(
