@@ -63,12 +63,20 @@ class OtherKind:
         reader: who reads it: json (values with white space or in one list), csv, parquet, arrow_file, arrow_stream; ""
             where nobody does.
         delimiter: between the columns of a CSV file; of another text that which a CSV file of one column would have.
+        texts: columns of a CSV file whose cells are text whatever they look like; known to whoever reads it.
     """
 
     name: str
     mend: str = ""
     reader: Reader = ""
     delimiter: str = ""
+    texts: frozenset[str] = frozenset()
+
+
+def begins_with_a_text(start: bytes) -> bool:
+    """Whether the first line is a text in quotes: as JSON no record, but the name of a CSV file's only column."""
+    lines = (line.strip() for line in start.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").split("\n"))
+    return isinstance(_parsed(next(filter(None, lines), "")), str)
 
 
 def other_kind(path: object, start: bytes) -> OtherKind | None:

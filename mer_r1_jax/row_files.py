@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
+import dataclasses
 import datetime
 import decimal
 import io
@@ -16,12 +17,19 @@ import json
 import math
 import os
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mer_r1_jax.file_kinds import START, OtherKind, conversion_to_utf8, likely_encoding, other_kind
+from mer_r1_jax.file_kinds import (
+    START,
+    OtherKind,
+    begins_with_a_text,
+    conversion_to_utf8,
+    likely_encoding,
+    other_kind,
+)
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.json_lines import Fault, cut, numbered_lines
 
@@ -36,7 +44,7 @@ _TIMES = (datetime.date, datetime.time)
 
 
 def numbered_rows(
-    path: str | os.PathLike, faults: list[Fault], *, one_column: bool = False
+    path: str | os.PathLike, faults: list[Fault], *, one_column: bool = False, texts: Collection[str] = ()
 ) -> Iterator[tuple[int, str]]:
     """Yields (number, JSON text) of the rows that are not blank.
 
@@ -46,6 +54,7 @@ def numbered_rows(
         path: a file, or a folder that `save_to_disk` wrote.
         faults: is given what cannot be read: the file, a row of it, or its lines that are not UTF-8.
         one_column: takes a text for a CSV file of one column, which nothing shows.
+        texts: columns of a CSV file whose cells are text, also where one looks like a list (`[1]`, `["sighs"]`).
     """
     if os.path.isdir(path):
         yield from _folder_rows(Path(path), faults)
@@ -57,13 +66,17 @@ def numbered_rows(
         faults.append(Fault(0, got, "a readable data file", "check the path and its permissions"))
         return
     with stream:
-        kind = other_kind(path, stream.read(START))
+        start = stream.read(START)
+        kind = other_kind(path, start)
+        if kind is None and one_column and begins_with_a_text(start):
+            kind = OtherKind("a CSV file", reader="csv", delimiter=",")
         stream.seek(0)
         if kind is None:
             for number, text in numbered_lines(stream, path, faults):
                 if text := text.strip():
                     yield number, text
         elif reader := kind.reader or ("csv" if one_column and kind.delimiter else ""):
+            kind = dataclasses.replace(kind, texts=frozenset(texts))
             yield from _READERS[reader](stream, Path(path), kind, faults)
         else:
             faults.append(Fault(0, kind.name, EXPECTED, kind.mend))
@@ -133,7 +146,7 @@ def _csv_rows(stream: BinaryIO, path: Path, kind: OtherKind, faults: list[Fault]
     """The rows of a table in text, whose first row names its columns.
 
     Cells are text; an empty one is absent, and one that holds a JSON list or object, or a list as Python writes it, is
-    that.
+    that, but for the columns that hold text whatever it looks like.
     """
     consumed: list[int] = []  # lines that the row at hand takes
 
@@ -162,17 +175,17 @@ def _csv_rows(stream: BinaryIO, path: Path, kind: OtherKind, faults: list[Fault]
                 got = f"{len(cells)} cells between {cut(kind.delimiter)}"
                 faults.append(Fault(number, got, f"{len(names)}, as in the first row", mend))
             else:
-                row = dict(zip(names, map(_cell, cells), strict=True))
+                row = {name: _cell(text, is_text=name in kind.texts) for name, text in zip(names, cells, strict=True)}
                 yield number, json.dumps(row, ensure_ascii=False)
     except csv.Error as error:
         got, mend = f"no CSV ({printable(error)})", "check the quotes from this row on; they are doubled inside a cell"
         faults.append(Fault(consumed[0] if consumed else 0, got, "rows of a CSV file", mend, is_end=True))
 
 
-def _cell(text: str) -> Any:
+def _cell(text: str, *, is_text: bool) -> Any:
     if not text.strip():
         return None
-    if text.lstrip()[0] in "[{":
+    if not is_text and text.lstrip()[0] in "[{":
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(text)
         with contextlib.suppress(ValueError):

@@ -7,8 +7,7 @@ that are off everywhere else (docs/method.md). Evaluations score as they always 
 `authors_recipe:v5p:2x2x4` names its slice; `rl.arm` chooses what is trained, the paper's method unless set.
 """
 
-import importlib.util
-import pathlib
+from mer_r1_jax.config.build import other_config
 
 # Slice -> devices along mesh.tensor (eight prompts are shared by eight), and what the backward pass keeps.
 SLICES = {"v5p:2x2x4": (2, "dots")}
@@ -18,7 +17,7 @@ def get_config(slice_name: str = "v5p:2x2x4"):
     """The recipe, laid out for a slice."""
     if slice_name not in SLICES:
         raise ValueError(f"slice {slice_name!r}: expected one of {', '.join(SLICES)}, or set mesh.* yourself")
-    omni_7b = _neighbour("omni_7b")
+    omni_7b = other_config("omni_7b", __file__)
     config = omni_7b.recipe()
     config.name = "authors_recipe"
     config.model.preset = "7b"
@@ -33,11 +32,3 @@ def get_config(slice_name: str = "v5p:2x2x4"):
     config.rl.untagged_answer = "split"
     config.rl.format_reward = "lenient"
     return config
-
-
-def _neighbour(name):
-    """A module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

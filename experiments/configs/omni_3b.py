@@ -3,8 +3,7 @@
 `omni_3b.py:h100:1` lays it out for one H100 of 80 GB, `omni_3b.py:h100:8` for eight.
 """
 
-import importlib.util
-import pathlib
+from mer_r1_jax.config.build import other_config
 
 # Slice -> prompts of a step, devices along mesh.tensor (the rest are fsdp), and what the backward pass keeps.
 SLICES = {
@@ -24,7 +23,7 @@ def get_config(slice_name: str = "v5e:4x4"):
     if slice_name not in SLICES and slice_name not in CARDS:
         known = ", ".join([*SLICES, *CARDS])
         raise ValueError(f"slice {slice_name!r}: expected one of {known}, or set mesh.* yourself")
-    omni_7b = _neighbour("omni_7b")
+    omni_7b = other_config("omni_7b", __file__)
     config = omni_7b.recipe()
     config.name = "omni_3b"
     config.model.preset = "3b"
@@ -43,11 +42,3 @@ def _lay_out_on_cards(config, omni_7b, prompts: int, parts: int):
     for phase in (config.sft, config.rl):
         phase.gradient_accumulation_steps = parts
         phase.optimizer.dtype = "bfloat16"
-
-
-def _neighbour(name):
-    """A module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -77,7 +77,7 @@ class PlaceText:
         if not is_bucket(value):
             return (
                 "expected a path of a file system or gs://<bucket>/<path>; mount other storage at the same place on "
-                "every host (experiments/launch/README.md) and name that place"
+                "every host (docs/launching.md) and name that place"
             )
         match = _ADDRESS.fullmatch(value)
         if match is None:

@@ -10,6 +10,7 @@ import pathlib
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
@@ -135,6 +136,29 @@ def config_file(path: str | pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: {error}. Expected the JSON that a run saves as config.json.") from error
 
 
+def other_config(name: str, beside: str) -> ModuleType:
+    """The module of another config file, for one that begins where that one ends.
+
+    Config files are loaded by their paths and belong to no package, so they cannot import each other.
+
+    Args:
+        name: of the file, without `.py`. It lies beside the file that asks, or comes with the package.
+        beside: `__file__` of the config file that asks.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    file = pathlib.Path(beside).with_name(f"{name}.py")
+    if not file.is_file():
+        file = shipped().get(name, file)
+    if not file.is_file():
+        raise ConfigError(
+            f"{beside}: got {name!r} to begin from, expected {file.name} beside it or one of those that come with the "
+            f"package: {', '.join(shipped())}; correct the name, or put the file there"
+        )
+    return _module(file)
+
+
 def to_json(config: RunConfig) -> str:
     """Plain JSON of a configuration, as saved beside a run."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -157,7 +181,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _run_config_file(file: pathlib.Path, argument: str) -> ml_collections.ConfigDict:
+def _module(file: pathlib.Path) -> ModuleType:
+    """Runs a config file, as a module of its own each time."""
     spec = importlib.util.spec_from_file_location(f"mer_r1_config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ConfigError(
@@ -165,9 +190,18 @@ def _run_config_file(file: pathlib.Path, argument: str) -> ml_collections.Config
             "rename it"
         )
     module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run_config_file(file: pathlib.Path, argument: str) -> ml_collections.ConfigDict:
     try:
-        spec.loader.exec_module(module)
+        module = _module(file)
         return module.get_config(argument) if argument else module.get_config()
+    except ConfigError as error:
+        if str(file) in str(error):
+            raise
+        raise ConfigError(f"{file}: {error}") from error
     except AttributeError as error:
         unknown = re.search(r'Key "(\w+)" does not exist', str(error))
         reason = f"{unknown.group(1)}: {advice(unknown.group(1))}" if unknown else str(error)

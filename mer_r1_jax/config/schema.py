@@ -257,6 +257,7 @@ class EvalConfig:
     num_samples: FewOrZero = 0  # sampled answers a clip and mode, scored beside the greedy one; the paper samples
     temperature: Temperature = 0.9  # of these samples, as the paper scores
     top_p: Annotated[float, Number(0, 1, above=True)] = 0.9  # of these samples, as the paper scores
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"  # a model that takes more memory to answer than is free
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,10 @@ ALIASES = {
     "use_audio_in_video": (),
 }
 NAMES = {alias: column for column, aliases in ALIASES.items() for alias in (column, *aliases)}
+# Names of the columns that hold one text: in a CSV file their cells are no lists, whatever they look like.
+TEXTS = frozenset(
+    alias for alias, column in NAMES.items() if column in ("id", "question", "system", "subtitle", "reasoning")
+)
 MEDIA = {"videos": "<video>", "audios": "<audio>", "images": "<image>"}
 
 _LIST_AS_TEXT = re.compile(r"""\s*\[\s*(?:['"].*['"])?\s*\]\s*""", re.DOTALL)

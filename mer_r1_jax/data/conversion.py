@@ -187,7 +187,7 @@ def words_of(cell: Any) -> list[str]:
 
 
 def read_table(
-    path: str | os.PathLike, columns: Sequence[str], account: Account
+    path: str | os.PathLike, columns: Sequence[str], account: Account, *, texts: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number, row) of a table; rows that cannot be read are counted.
 
@@ -195,12 +195,14 @@ def read_table(
         path: of a file of any kind that is read; a `.csv` may have one column alone.
         columns: that every row must have, empty or not.
         account: is given the rows that are left out.
+        texts: columns whose cells are text, also where one looks like a list.
 
     Raises:
         ConversionError: the file cannot be read to its end, or has no such column.
     """
     path, faults = Path(path), list[Fault]()
-    for number, text in numbered_rows(path, faults, one_column=path.suffix.lower() == ".csv"):
+    is_csv = path.suffix.lower() == ".csv"
+    for number, text in numbered_rows(path, faults, one_column=is_csv, texts=texts):
         try:
             row = parse_value(text)
         except JsonLineError as error:

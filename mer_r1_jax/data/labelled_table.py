@@ -111,7 +111,8 @@ def read_labelled_table(
     if not (columns.label or columns.chat):
         raise ConversionError("--label is empty, expected the column with the emotions; name it, or --chat")
     root = Path(root)
-    for number, row in read_table(file, columns.named(), account):
+    texts = (columns.id, columns.text, columns.reasoning)
+    for number, row in read_table(file, columns.named(), account, texts=texts):
         draft = _draft(row, columns, root, f"{Path(file).name}:{number}", account)
         if draft is None:
             continue

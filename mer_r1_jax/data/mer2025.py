@@ -119,14 +119,15 @@ def _subtitles(root: Path, language: str, account: Account) -> dict[str, str]:
     path = root / SUBTITLES
     if not path.is_file():
         raise ConversionError(f"got no {path}, expected the subtitles; put it there, or say --language=none")
-    return {_name(row): str(row[language] or "").strip() for _, row in read_table(path, ("name", language), account)}
+    rows = read_table(path, ("name", language), account, texts=("name", language))
+    return {_name(row): str(row[language] or "").strip() for _, row in rows}
 
 
 def _reasons(root: Path, account: Account) -> dict[str, str]:
     """name -> how the emotions show; of two rows the first counts."""
     found: dict[str, str] = {}
     for path in sorted(root.glob(REASONS)):
-        for number, row in read_table(path, ("name", "reason"), account):
+        for number, row in read_table(path, ("name", "reason"), account, texts=("name", "reason")):
             name, reason = _name(row), str(row["reason"] or "").strip()
             if not name or not reason:
                 account.leave_out(f"a row of {path.name} without a name or a reason", name or f"{path.name}:{number}")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mer_r1_jax.config.schema import DataConfig
-from mer_r1_jax.data.columns import NAMES, LineReader
+from mer_r1_jax.data.columns import NAMES, TEXTS, LineReader
 from mer_r1_jax.data.foreign_columns import ForeignColumns
 from mer_r1_jax.data.problems import Problem, RecordError, shown
 from mer_r1_jax.emotion.answer_form import blocks_of
@@ -170,7 +170,7 @@ def _scan_file(file: Path, scan: Scan, first_seen: dict[str, str], extra_columns
     faults: list[Fault] = []
     foreign = ForeignColumns(NAMES, extra_columns)
     first_record, first_problem = len(scan.records), len(scan.problems)
-    for number, text in numbered_rows(file, faults):
+    for number, text in numbered_rows(file, faults, texts=TEXTS):
         reader = LineReader(str(file), number, *how)
         columns = reader.read(text)
         scan.problems.extend(reader.problems)

@@ -40,6 +40,7 @@ from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.run import folder_checks
 from mer_r1_jax.run.asking import eval_length, load_prompts, make_answerer, make_evaluator
 from mer_r1_jax.run.folder_checks import CertificateError
+from mer_r1_jax.run.model_memory import BFLOAT16, thinker_tensors
 from mer_r1_jax.run.policy import PolicyError, open_model
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage import atomic_files
@@ -222,7 +223,10 @@ def _certify_against_transformers(certificate: Certificate, asked: Asked, params
 
     def compare() -> str:
         exact = dataclasses.replace(config, param_dtype="float32", compute_dtype="float32")
-        whole = params if config.param_dtype == "float32" else load_params(asked.model, exact)
+        # Weights are cast where they are used, so those of a bfloat16 file are its own numbers already.
+        stored = {tensor.dtype for tensor in thinker_tensors(asked.model).values()}
+        is_exact = config.param_dtype == "float32" or stored == {BFLOAT16}
+        whole = params if is_exact else load_params(asked.model, exact)
         try:
             found = self_checks.against_transformers(str(asked.model), whole, exact)
         except ImportError as error:  # a transformers from before this model

@@ -20,6 +20,16 @@ from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.parallel.mesh import mesh_sizes
 from mer_r1_jax.run.fingerprints import of_model
+from mer_r1_jax.run.model_memory import (
+    MemoryNeed,
+    ModelMemoryError,
+    check_memory,
+    free_bytes,
+    kept_dtype,
+    need_of_backbone,
+    need_of_files,
+    thinker_tensors,
+)
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.stored_base import BASE_FOLDER, restore_base
 from mer_r1_jax.storage import atomic_files, bucket, run_lock
@@ -218,17 +228,39 @@ def open_step(
 
     Raises:
         PolicyError: the folder is neither.
+        ModelMemoryError: it takes more memory than there is.
     """
     path = pathlib.Path(path)
     require_model(path)
     if _is_run(path):
         setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
+        need = need_of_backbone(setup.backbone, setup.config.model.param_dtype)
+        try:
+            _check_memory(path, need, setup.config, devices)
+        except ModelMemoryError:
+            setup.close()
+            raise
         return setup, *checkpoint_params(setup, path)
     values = dataclasses.asdict(saved_config(path) or RunConfig())
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
-    setup = make_setup(_without_data(from_mapping(values), overrides), devices=devices)
+    config = _without_data(from_mapping(values), overrides)
+    tensors = thinker_tensors(path)
+    kept = kept_dtype(tensors.values(), config.model)
+    model = dataclasses.replace(config.model, param_dtype=kept)
+    _check_memory(path, need_of_files(tensors, model), config, devices)
+    setup = make_setup(config, devices=devices, kept_dtype=kept)
     return setup, setup.initial_params(), None
+
+
+def _check_memory(
+    path: pathlib.Path, need: MemoryNeed, config: RunConfig, devices: Sequence[Any] | None = None
+) -> None:
+    """Says what a model takes and refuses one that does not fit; raises ModelMemoryError."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(config.mesh, len(devices))
+    if sizes is not None:  # otherwise the mesh is refused when it is made
+        check_memory(path, need, sizes, config.eval.memory_check, free_bytes(devices))
 
 
 def saved_config(path: str | pathlib.Path) -> RunConfig | None:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig
 from mer_r1_jax.data.pipeline import PromptStream
@@ -174,13 +174,19 @@ class Setup:
         return self.backbone.abstract_state(is_trainable, make_optimizer(optimizer, total_steps=1), optimizer.dtype)
 
 
-def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequence[Any] | None = None) -> Setup:
+def make_setup(
+    config: RunConfig,
+    say: Say = lambda line: None,
+    devices: Sequence[Any] | None = None,
+    kept_dtype: Literal["float32", "bfloat16"] | None = None,
+) -> Setup:
     """Resolves the configuration, reads and checks everything it names, lays out the backbone.
 
     Args:
         config: the configuration.
         say: prints a line about clips that are made.
         devices: of the mesh; all there are when None.
+        kept_dtype: of the parameters of a model that nobody trains; None = `model.param_dtype`.
 
     Raises:
         ConfigError and the errors of the parts: for anything that cannot be used, before a program is compiled.
@@ -202,7 +208,8 @@ def make_setup(config: RunConfig, say: Say = lambda line: None, devices: Sequenc
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
     compilation_cache.use(config.train.compilation_cache_dir, list(mesh.devices.flat))
-    thinker, dtypes = thinker_config(config.model, tokenizer), param_dtypes(config)
+    model = dataclasses.replace(config.model, param_dtype=kept_dtype or config.model.param_dtype)
+    thinker, dtypes = thinker_config(model, tokenizer), param_dtypes(dataclasses.replace(config, model=model))
     if config.model.adapter_path:
         check_adapters(config.model.adapter_path, thinker)
     backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, dtypes)

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     "train.export", "train.local_dir", "train.compilation_cache_dir", "data.cache_dir", "media.decode_workers",
     "rl.reward_timeout", "rl.max_faulty_rollouts", "train.preemption_grace_seconds", "train.profile_steps",
     # What a worker may use: a clip that decodes within it is the same clip, and one that is quarantined stays so.
-    "media.decode_timeout", "media.decode_memory_mb",
+    "media.decode_timeout", "media.decode_memory_mb", "eval.memory_check",
 )  # fmt: skip
 # Settings that name where something lies -> fingerprints of what lies there: where these agree it has only moved.
 MAY_MOVE = {

@@ -149,3 +149,33 @@ def test_switches_that_do_not_go_together_are_refused_by_name():
     ):
         with pytest.raises(ConfigError, match=message):
             from_mapping({"rl": rl})
+
+
+CONFIGS = Path(__file__).parents[2] / "experiments/configs"
+
+
+def test_a_copy_of_a_config_begins_from_what_lies_beside_it_or_comes_with_the_package(tmp_path):
+    copy = tmp_path / "mine.py"
+    copy.write_text((CONFIGS / "omni_3b.py").read_text())
+    assert load_config(copy) == load_config("omni_3b") == load_config(CONFIGS / "omni_3b.py")
+    recipe = (CONFIGS / "omni_7b.py").read_text()
+    (tmp_path / "omni_7b.py").write_text(recipe.replace("temperature = 0.9", "temperature = 0.8"))
+    assert (load_config(copy).rl.temperature, load_config("omni_3b").rl.temperature) == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('other_config("omni_8b", __file__)', ["'omni_8b'", "omni_8b.py beside it", "omni_3b, omni_7b", "correct"]),
+        ("with_values(RlConfig(), {'num_generations': 1})", ["num_generations", "at least 2"]),
+    ],
+)
+def test_what_a_config_file_cannot_use_is_named_with_the_file_once(tmp_path, body, words):
+    file = tmp_path / "mine.py"
+    imports = "from mer_r1_jax.config.build import other_config, with_values\n"
+    imports += "from mer_r1_jax.config.schema import RlConfig\n"
+    file.write_text(f"{imports}\ndef get_config():\n    return {body}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(file)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert str(raised.value).count(str(file)) == 1

@@ -10,7 +10,8 @@ import pytest
 from support.commands import run_command
 from support.mer2025_standin import clip_name, write_mer2025
 
-from mer_r1_jax.data.conversion import ConversionError, Division, Draft, LabelError, divided, words_of
+from mer_r1_jax.data import mer2025 as mer2025_layout
+from mer_r1_jax.data.conversion import Account, ConversionError, Division, Draft, LabelError, divided, words_of
 from mer_r1_jax.data.records import read_records
 
 
@@ -237,3 +238,10 @@ def test_the_division_follows_from_names_and_seed():
     assert all(int(name) % 2 for name in first["sft"]) and len(set().union(*first.values())) == 20
     with pytest.raises(ConversionError, match="expected at most the"):
         divided(drafts, Division(sft=11))
+
+
+def test_subtitles_and_reasons_that_look_like_lists_stay_as_they_were_written(tmp_path):
+    (tmp_path / "subtitle_chieng.csv").write_text('name,chinese,english\na,x,[]\nb,x,"[""sighs""]"\nc,x,{}\n')
+    (tmp_path / "track3_a.csv").write_text("name,reason\na,['low voice']\n")
+    assert mer2025_layout._subtitles(tmp_path, "english", Account()) == {"a": "[]", "b": '["sighs"]', "c": "{}"}
+    assert mer2025_layout._reasons(tmp_path, Account()) == {"a": "['low voice']"}

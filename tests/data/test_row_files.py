@@ -12,6 +12,7 @@ from support.record_files import fault
 
 from mer_r1_jax.data.records import dataset_hash, read_records, scan_records
 from mer_r1_jax.emotion.predictions import read_predictions
+from mer_r1_jax.row_files import numbered_rows
 
 ROWS = [
     {"id": "007", "video": "a.mp4", "audio": ["a.mp4", "b.wav"], "subtitle": 'He said, "好"\nso', "solution": "sad"},
@@ -169,3 +170,27 @@ def test_a_line_that_is_no_utf8_is_a_fault_of_the_table(tmp_path):
     path.write_bytes(b"video,subtitle\na.mp4,\xe9\nb.mp4,fine\n")
     problem = fault(path)
     assert (problem.line, problem.expected) == (2, "UTF-8")
+
+
+def test_a_text_that_looks_like_a_list_is_the_text_of_a_column_of_texts(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('id,video,subtitle,question,solution,scores\n[1],a.mp4,[1],"{""a"": 2}",\'sad\',[2]\n')
+    (record,) = read_records(path)
+    assert (record.id, record.subtitle, record.solution) == ("[1]", "[1]", ("sad",))
+    assert record.messages[-1]["content"] == '{"a": 2}' and record.extra == {"scores": [2]}
+    # In JSON whoever wrote it could have written a text.
+    written(path, [{"id": "1", "video": "a.mp4", "subtitle": [1]}])
+    assert fault(path).field == "subtitle"
+
+
+@pytest.mark.parametrize(
+    "quoted", ['"name"\n"a"\n"b, c"\n', '\ufeff"name"\r\n\r\n"a"\r\n"b, c"\r\n', 'name\na\n"b, c"\n']
+)
+def test_a_csv_of_one_column_may_have_its_name_in_quotes(tmp_path, quoted):
+    path = tmp_path / "candidates.csv"
+    path.write_bytes(quoted.encode())
+    faults = []
+    rows = [json.loads(text) for _, text in numbered_rows(path, faults, one_column=True)]
+    assert rows == [{"name": "a"}, {"name": "b, c"}] and faults == []
+    # As JSON lines each line is named for what it is.
+    assert [json.loads(text) for _, text in numbered_rows(path, [])][:1] != [{"name": "a"}]
