@@ -2,7 +2,6 @@
 
 import base64
 import html
-import html.parser
 import io
 import json
 import os
@@ -13,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.finished_run import write_clip, write_run
+from support.report_page import OURS, Page
 
-from mer_r1_jax.evaluation import figures, run_report
+from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import Difference
 from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.narrative import tell_run, verdict, warnings_of
@@ -27,33 +27,6 @@ from mer_r1_jax.evaluation.run_record import (
     stages_of,
 )
 from mer_r1_jax.evaluation.run_report import make_report
-
-
-OURS = (Path(run_report.__file__).parent / "clip_filters.js").read_text()  # the one script there may be
-
-
-class Page(html.parser.HTMLParser):
-    """Tags with their attributes, the visible text, and the scripts."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.text, self.scripts = [], "", []
-        self.feed(path.read_text())
-        self.text = re.sub(r"\s+", " ", self.text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data):
-        if self.cdata_elem == "script":
-            self.scripts[-1] += data
-        else:
-            self.text += data
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")

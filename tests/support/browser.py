@@ -1,4 +1,4 @@
-"""A page opened in headless Chromium and acted upon, as a person would: by a script of the test's in a page around it."""
+"""A page opened in headless Chromium and acted upon as a person would, by a script in a page around it."""
 
 import html
 import json
