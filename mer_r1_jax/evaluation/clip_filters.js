@@ -1,5 +1,5 @@
 "use strict";
-// Shows the clips that pass all filters, and says where a file does not play. It writes text and `hidden`, nothing else.
+// Shows the clips that pass all filters, and says where a file does not play. It writes text, `hidden` and `open`, nothing else.
 (() => {
   const bar = document.getElementById("filters");
   const shown = document.getElementById("filters-shown");
@@ -14,6 +14,8 @@
         || (byRl !== "" && !is.rl.split(" ").includes(byRl))
         || (word !== "" && !is.words.split("\n").some((one) => one.includes(word)));
     }
+    // Whoever looks for something looks in all clips.
+    for (const more of document.querySelectorAll("details.more")) more.open ||= (verdict + byRl + word) !== "";
     shown.textContent = `${clips.filter((clip) => !clip.hidden).length} of ${clips.length} clips`;
   };
 

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.clip_frames import ClipStrip
@@ -102,6 +102,8 @@ class ClipSection:
     players: str
     has_before: bool
     has_confidences: bool
+
+    OPEN: ClassVar[int] = 6  # clips that are shown at once; the others unfold, so that curves are not far below
 
 
 def clip_section(

@@ -16,7 +16,7 @@ from support.report_page import OURS, Page
 
 from mer_r1_jax.evaluation import clip_players
 from mer_r1_jax.evaluation.clip_players import Playable, playable, shown_clips, tell_players
-from mer_r1_jax.evaluation.run_clips import clip_section
+from mer_r1_jax.evaluation.run_clips import ClipSection, clip_section
 from mer_r1_jax.evaluation.run_record import RunRecord, read_run, stages_of
 from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.evaluation.run_title import title_of
@@ -184,7 +184,8 @@ def test_a_report_without_clips_has_no_script(run_folder):
 
 
 @needs_chromium
-def test_filters_and_players_work_in_a_browser_and_a_phone_shows_it_whole(run_folder):
+def test_filters_and_players_work_in_a_browser_and_a_phone_shows_it_whole(run_folder, monkeypatch):
+    monkeypatch.setattr(ClipSection, "OPEN", 2)
     path = make_report(run_folder)
     # A file that looks as if it played, and does not: the page says so.
     text = path.read_text()
@@ -196,13 +197,12 @@ def test_filters_and_players_work_in_a_browser_and_a_phone_shows_it_whole(run_fo
         const when = (id, value) => {
             by(id).value = value;
             by(id).dispatchEvent(new Event("input", {bubbles: true}));
-            const found = left();
-            return found;
+            return left();
         };
         await new Promise((done) => setTimeout(done, 1000));
         const videos = [...page.querySelectorAll("video")];
         const said = {
-            bar: by("filters").hidden, all: left(),
+            bar: by("filters").hidden, all: left(), unfolded: [page.querySelector("details.more").open],
             wrong: when("filter-verdict", "wrong"), same: when("filter-rl", "same"),
             told: by("filters-shown").textContent,
             any: when("filter-verdict", "") && when("filter-rl", ""),
@@ -212,11 +212,13 @@ def test_filters_and_players_work_in_a_browser_and_a_phone_shows_it_whole(run_fo
             seconds: videos.map((video) => video.duration), broken: videos.map((video) => video.error !== null),
             unplayed: [...page.querySelectorAll(".unplayed")].map((note) => !note.hidden),
         };
+        said.unfolded.push(page.querySelector("details.more").open);
         return said;
     """
     said = in_chromium(path, script, width=400)
     assert said["bar"] is False and said["all"] == said["any"] == said["none"] == [0, 1, 2]
     assert (said["wrong"], said["same"], said["told"]) == ([1, 2], [2], "1 of 3 clips")
+    assert said["unfolded"] == [False, True]  # the clip that would not have been seen otherwise
     assert (said["up"], said["down"]) == ([0], [1])
     assert (said["word"], said["phrase"], said["empty"]) == ([0], [0, 1, 2], [])
     assert said["seconds"][1] == pytest.approx(1.0, abs=0.05)
