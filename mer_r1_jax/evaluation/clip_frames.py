@@ -82,9 +82,10 @@ def read_file(name: str, kind: str, root: str | os.PathLike, pool: WorkerPool) -
         return pool.decode(job | {"path": os.path.join(root, name)})
     except MediaPathError as error:
         return str(error)
-    except (MediaError, OSError) as error:
-        said = f"{error.found}; expected {error.expected}" if isinstance(error, MediaError) else error.strerror
-        return f"{Path(name).name} cannot be shown: {said}"
+    except MediaError as error:
+        return f"{Path(name).name} cannot be shown: {error.found}; expected {error.expected}"
+    except OSError as error:
+        return f"{Path(name).name} cannot be shown: {error.strerror}"
 
 
 def frame_strip(frames: np.ndarray, height: int = 84) -> str:

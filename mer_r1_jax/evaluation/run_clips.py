@@ -188,8 +188,8 @@ def _stage(title: str, is_end: bool, row: dict[str, Any], truth: Sequence[str], 
 def _answer(answer: Any, truth: Sequence[str], marks: WordMarks) -> Answered | None:
     if not isinstance(answer, dict):
         return None
-    f1 = answer.get("f1")
-    f1 = float(f1) if is_number(f1) else None
+    given = answer.get("f1")
+    f1 = float(given) if is_number(given) else None
     verdict = "not scored" if f1 is None else "correct" if f1 > 0.995 else "wrong" if f1 < 0.005 else "partly"
     words = marks.answer(_words(answer.get("words")), truth)
     rows = answer.get("confidences")
