@@ -145,7 +145,7 @@ def _player(name: str, root: str | os.PathLike, pool: WorkerPool, room: int) -> 
     if not judged.kind:
         return Player(name, note=f"no player: {judged.note}")
     try:
-        with media_file(resolve_media(root, name), root) as file:
+        with media_file(resolve_media(root, name), Path(root)) as file:
             size = file.status().st_size
             if size > room:
                 return Player(name, note=f"no player: {size / MEGABYTE:.1f} MB are too many for this page")

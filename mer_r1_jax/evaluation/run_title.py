@@ -44,6 +44,6 @@ def _data(data: dict[str, Any]) -> str:
     """The records it was trained on last: a file with its folder, which often carries the set's name."""
     if path := data.get("rl_path") or data.get("sft_path"):
         return f"on {'/'.join(PurePosixPath(os.path.expanduser(str(path))).parts[-2:])}"
-    if data.get("synthetic_dir"):
+    if data.get("synthetic_dir"):  # whose world a configuration names since there is more than one
         return f"on synthetic clips (world {data.get('synthetic_world', 'concluding')})"
     return ""
