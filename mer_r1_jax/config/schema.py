@@ -254,6 +254,7 @@ class EvalConfig:
     limit: CountOrZero = 0  # evaluate the first so many clips; 0 = all
     max_completion_length: TokensOrZero = 0  # 0 = rl.max_completion_length
     num_examples: FewOrZero = 24  # clips shown in the report
+    clip_megabytes: FewOrZero = 8  # of these clips' own files in the report, where they can be played; 0 = none
     num_samples: FewOrZero = 0  # sampled answers a clip and mode, scored beside the greedy one; the paper samples
     temperature: Temperature = 0.9  # of these samples, as the paper scores
     top_p: Annotated[float, Number(0, 1, above=True)] = 0.9  # of these samples, as the paper scores

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
-from mer_r1_jax.media.decoded import STILLS, VIDEO
+from mer_r1_jax.media.decoded import STILLS, VIDEO, Entry
 from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.media.pool import WorkerPool
 
@@ -51,25 +51,41 @@ def clip_strips(videos: Sequence[str | None], root: str | os.PathLike) -> list[C
     """
     pool = WorkerPool(1, MEDIA.decode_timeout)
     try:
-        return [_strip(video, root, pool) for video in videos]
+        return [strip_of(video, root, pool) for video in videos]
     finally:
         pool.close()
 
 
-def _strip(video: str | None, root: str | os.PathLike, pool: WorkerPool) -> ClipStrip:
+def strip_of(video: str | None, root: str | os.PathLike, pool: WorkerPool) -> ClipStrip:
+    """Takes frames from one clip; see `clip_strips`."""
     if not video:
         return ClipStrip(None, None, "the clip has no video")
-    job = {"root": str(root), "kind": VIDEO, "factor": 2, "n_mels": 1, "media": dataclasses.asdict(MEDIA)}
+    read = read_file(str(video), VIDEO, root, pool)
+    if isinstance(read, str):
+        return ClipStrip(None, None, read)
+    return ClipStrip(frame_strip(read.arrays["frames"]), read.facts["duration"], None)
+
+
+def read_file(name: str, kind: str, root: str | os.PathLike, pool: WorkerPool) -> Entry | str:
+    """What a file of the media folder holds, or why it cannot be shown.
+
+    Args:
+        name: its path relative to `root`.
+        kind: what to read from it, as `decoded.decode_file` takes it.
+        root: the media root.
+        pool: reads it.
+    """
+    job = {"root": str(root), "kind": kind, "factor": 2, "n_mels": 1, "media": dataclasses.asdict(MEDIA)}
     try:
-        if not resolve_media(root, str(video)).is_file():
-            return ClipStrip(None, None, f"{video} is not in the media folder")
-        entry = pool.decode(job | {"path": os.path.join(root, str(video))})
+        if not resolve_media(root, name).is_file():
+            return f"{name} is not in the media folder"
+        return pool.decode(job | {"path": os.path.join(root, name)})
     except MediaPathError as error:
-        return ClipStrip(None, None, str(error))
-    except (MediaError, OSError) as error:
-        said = f"{error.found}; expected {error.expected}" if isinstance(error, MediaError) else error.strerror
-        return ClipStrip(None, None, f"{Path(str(video)).name} cannot be shown: {said}")
-    return ClipStrip(frame_strip(entry.arrays["frames"]), entry.facts["duration"], None)
+        return str(error)
+    except MediaError as error:
+        return f"{Path(name).name} cannot be shown: {error.found}; expected {error.expected}"
+    except OSError as error:
+        return f"{Path(name).name} cannot be shown: {error.strerror}"
 
 
 def frame_strip(frames: np.ndarray, height: int = 84) -> str:

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # newer than the oldest matplotlib this runs with
 
 SLOW, FAST, RECALL, PRECISION, NEUTRAL = "#1f5fbf", "#d9730d", "#2a8c5f", "#8a4fbf", "#475569"
 GRID, _TEXT, MUTED = "#e2e8f0", "#1e293b", "#94a3b8"
+_NARROW = 3.0  # inches of a panel in which a legend has no room for two columns
 _BEHIND_LABEL = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
 STYLE: dict[RcKeyType, Any] = {
     "text.parse_math": False,  # a dollar in a name is a dollar
@@ -75,7 +77,7 @@ def draw(panels: Sequence[Panel], columns: int, width: float = 4.6, height: floa
 
     def paint(figure: Figure) -> None:
         for number, panel in enumerate(panels):
-            _draw_panel(figure.add_subplot(rows, columns, number + 1), panel)
+            _draw_panel(figure.add_subplot(rows, columns, number + 1), panel, width)
 
     return as_svg(paint, width * columns, height * rows)
 
@@ -114,7 +116,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 
 
-def _draw_panel(axes, panel: Panel) -> None:
+def _draw_panel(axes, panel: Panel, width: float) -> None:
     for line in panel.lines:
         steps, values = np.asarray(line.steps, float), np.asarray(line.values, float)
         values = np.where(np.isfinite(values), values, np.nan)
@@ -129,13 +131,14 @@ def _draw_panel(axes, panel: Panel) -> None:
             label, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
             ha="right", va="bottom", color=MUTED, fontsize=8, bbox=_BEHIND_LABEL,
         )  # fmt: skip
-    axes.set_title(panel.title)
+    # A bold letter of the title is about a tenth of an inch wide; the labels of the axis take some of the panel.
+    axes.set_title(textwrap.fill(panel.title, max(1, round(10 * width) - 4)))
     _pad_flat_axis(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.yaxis.get_major_formatter().set_useOffset(False)
     if len(panel.lines) > 1:
-        axes.legend(loc="best", ncols=2)
+        axes.legend(loc="best", ncols=2 if width > _NARROW else 1)
 
 
 def _pad_flat_axis(axes) -> None:

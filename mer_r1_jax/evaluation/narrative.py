@@ -31,7 +31,12 @@ CERTAIN = LEVEL / 100  # share of the draws from which on an order is called sho
 def tell_run(run: RunRecord) -> list[str]:
     """A run in a few paragraphs: the verdict, what was trained, and what it gained on held-out clips."""
     said = verdict(stages_of(run, next(iter(run.evaluations)))) if run.evaluations else ""
-    return [paragraph for paragraph in (said, _what_ran(run), *_what_it_gained(run)) if paragraph]
+    return [said, *tell_training(run)] if said else tell_training(run)
+
+
+def tell_training(run: RunRecord) -> list[str]:
+    """What was trained, and what it gained on held-out clips, in a few paragraphs."""
+    return [paragraph for paragraph in (_what_ran(run), *_what_it_gained(run)) if paragraph]
 
 
 def warnings_of(run: RunRecord) -> list[str]:
@@ -130,9 +135,14 @@ def _standing(evaluation: KeptEvaluation, when: str) -> str:
 
 
 def verdict(stages: Stages) -> str:
-    """Who is ahead, slow or fast answers, before RL and after it, in one sentence; "" where nothing can be compared.
+    """Who is ahead, slow or fast answers, before RL and after it, and by which score; "" without a comparison."""
+    return " ".join(headline(stages)).strip()
 
-    By expected F1 where the clips' world is known, else by F1.
+
+def headline(stages: Stages) -> tuple[str, str]:
+    """Who is ahead, slow or fast answers, before RL and after it, and apart from that what its numbers are.
+
+    By expected F1 where the clips' world is known, else by F1. Both are "" where nothing can be compared.
     """
     shown = [stages.end] if stages.start is None or stages.start is stages.end else [stages.start, stages.end]
     # One score for both: the start of a run that an earlier version began has F1 alone.
@@ -141,16 +151,15 @@ def verdict(stages: Stages) -> str:
     *earlier, after = (f1_difference(one, "slow", one, "fast", name) for one in shown)
     before = earlier[0] if earlier else None
     if after is None:
-        return ""
-    said = f"{'After RL' if stages.end_is_rl else 'At the end'} {_ahead(after)}"
+        return "", ""
+    said = f"{'After RL' if stages.end_is_rl else 'At the end'} {_ahead(after)}."
     if before is not None:
-        said = f"Before RL {_ahead(before)}; after it {_ahead(after)}"
-    said += (
-        f". In points of {IN_WORDS[name]}, slow minus fast, 95% intervals over {counted(after.clips, 'held-out clip')}."
+        said = f"Before RL {_ahead(before)}; after it {_ahead(after)}."
+        if before.is_clear and after.is_clear and before.points < 0 < after.points:
+            said = f"RL turned the order round, as the paper has it. {said}"
+    return said, (
+        f"In points of {IN_WORDS[name]}, slow minus fast, 95% intervals over {counted(after.clips, 'held-out clip')}."
     )
-    if before is None or not (before.is_clear and after.is_clear and before.points < 0 < after.points):
-        return said
-    return f"RL turned the order round, as the paper has it. {said}"
 
 
 def _ahead(gap: Difference) -> str:

@@ -6,7 +6,9 @@ All text in it is escaped and printable, whoever wrote it: only what is `Markup`
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -143,10 +145,17 @@ def cut(text: str, limit: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """An emotion word and its mark: right, wrong or unknown (answers), found or missed (truth), "" when not marked."""
+    """An emotion word.
+
+    Attributes:
+        text: the word.
+        mark: right, wrong or unknown (answers), found or missed (truth), "" when not marked.
+        confidence: the probability the model gives it, as it is shown; "" where it is not known.
+    """
 
     text: str
     mark: str
+    confidence: str = ""
 
 
 class WordMarks:
@@ -204,6 +213,21 @@ def render_page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(written=time.strftime("%Y-%m-%d %H:%M"), **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """A script of this package for a page: its text, and the Content Security Policy's source that lets it run."""
+
+    text: markupsafe.Markup
+    source: str
+
+
+def script_of(name: str) -> Script:
+    """Reads a script from this folder; it takes nothing from a run, so that its hash is that of the file."""
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Script(markupsafe.Markup(text), f"'sha256-{digest}'")
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:

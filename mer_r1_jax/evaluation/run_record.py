@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -151,7 +151,7 @@ EXPECTED_F1 = "expected_f1"  # where the clips' world is known: F1 without the d
 IN_WORDS = {"f1": "F1", EXPECTED_F1: "expected F1"}
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value of a JSON file is a score rather than missing."""
     return isinstance(value, int | float)
 

@@ -197,6 +197,7 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
     row: dict[str, Any] = {
         "id": record.id,
         "video": record.videos[0] if record.videos else None,
+        "audio": record.audios[0] if record.audios else None,
         "subtitle": record.subtitle,
         "truth": list(record.solution),
     }
@@ -211,6 +212,8 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
             "length": scored.length,
             "confidence_correct": answer.confidence_correct,
             "confidence_wrong": answer.confidence_wrong,
+            # Word by word, on each wheel; null where the word or the truth has no category there.
+            "confidences": [[rounded(p) for p in row_Q] for row_Q in answer.confidence_WQ],
         }
         if answer.sampled:
             row[mode]["sampled"] = [given.text for given in answer.sampled]
@@ -219,6 +222,11 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
             row[mode]["fixed_confidence_correct"] = answer.fixed.correct
             row[mode]["fixed_confidence_wrong"] = answer.fixed.wrong
     return row
+
+
+def rounded(probability: np.floating) -> float | None:
+    """A probability as files hold it; None for NaN, where there is none."""
+    return None if np.isnan(probability) else round(float(probability), 6)
 
 
 def write(directory: pathlib.Path, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pathlib.Path:

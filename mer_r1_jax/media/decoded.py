@@ -20,6 +20,7 @@ from mer_r1_jax.config.schema import MediaConfig
 from mer_r1_jax.media import decode
 from mer_r1_jax.media.mel import log_mel
 from mer_r1_jax.media.opening import MediaError, MediaFile, media_file
+from mer_r1_jax.media.tracks import encoding_of
 
 MAGIC = b"MERCLIP1"
 _PREFIX = struct.Struct("<8sI")
@@ -30,6 +31,7 @@ DTYPES = ("uint8", "float32")
 
 VIDEO, AUDIO, IMAGE = "video", "audio", "image"
 STILLS = "stills"  # single pictures of a video, as large as they are
+ENCODING = "encoding"  # how it is encoded, and nothing of what it shows
 
 
 class CorruptEntryError(ValueError):
@@ -43,7 +45,7 @@ class Entry:
     Attributes:
         arrays: "frames" uint8[n, h, w, 3] of a video, its stills or an image, or "mel" float32[F, M] of an audio track.
         facts: plain numbers: "fps" (sampled) and "duration" of a video; of an audio track "samples", "cut", "filled",
-            "silent" and "cancelled", as `decode.AudioTrack` has them.
+            "silent" and "cancelled", as `decode.AudioTrack` has them. Of an encoding, names: `tracks.encoding_of`.
     """
 
     arrays: dict[str, np.ndarray]
@@ -87,7 +89,7 @@ def decode_file(path: str, kind: str, media: MediaConfig, factor: int, n_mels: i
 
     Args:
         path: the file.
-        kind: "video", "audio", "image" or "stills": what to read from it.
+        kind: "video", "audio", "image", "stills" or "encoding": what to read from it.
         media: sampling and limits.
         factor: pixels that sides of resized pictures are multiples of.
         n_mels: mel bins.
@@ -126,6 +128,8 @@ def _decode(path: MediaFile, kind: str, media: MediaConfig, factor: int, n_mels:
     if kind == STILLS:
         video = decode.read_stills(path, media)
         return Entry({"frames": video.frames}, {"fps": video.sampled_fps, "duration": video.duration})
+    if kind == ENCODING:
+        return Entry({}, encoding_of(path))
     if kind == IMAGE:
         return Entry({"frames": decode.read_image(path, media, factor)[None]}, {"fps": 0.0, "duration": 0.0})
     track = decode.read_audio_track(path, media)

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 from av.stream import Disposition
 
-from mer_r1_jax.media.opening import MediaError
+from mer_r1_jax.media.opening import MediaError, opened_container
 
 DEFAULT_WEIGHT = 5_000_000  # what FFmpeg's command adds to a default track's pixels or channels
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # cover art and previews are no video
@@ -77,6 +77,31 @@ def _score(track, size: int) -> tuple[bool, bool, int]:
 def is_default(track) -> bool:
     """Whether the file marks a track as the one to play."""
     return bool(track.disposition & Disposition.default)
+
+
+def encoding_of(path) -> dict[str, str | None]:
+    """Returns how a file is encoded, in FFmpeg's names; nothing is decoded.
+
+    Returns:
+        "container" (with its other names, such as "mov,mp4,m4a,3gp,3g2,mj2"), "video" and "sound" (codecs of the tracks
+        that are watched and heard; None without one) and "pixels" (of the video, such as "yuv420p"; None without one).
+
+    Raises:
+        MediaError: it is no such file, or one of the two tracks is in a codec FFmpeg does not know.
+    """
+    with opened_container(path) as container:
+        found: dict[str, str | None] = {"container": container.format.name}
+        for kind, choose, absent in (("video", video_track, "no_video"), ("sound", sound_track, "no_audio")):
+            try:
+                context = choose(path, container).codec_context
+            except MediaError as error:
+                if error.reason != absent:
+                    raise
+                context = None
+            found[kind] = context and context.codec.canonical_name
+            if kind == "video":
+                found["pixels"] = context and context.pix_fmt
+    return found
 
 
 def _checked(path, track, kind: str):

@@ -10,8 +10,6 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
@@ -24,7 +22,7 @@ from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
 from mer_r1_jax.evaluation.mme.mme_tasks import TASKS
 from mer_r1_jax.evaluation.mme.stages import Asked, Failure
 from mer_r1_jax.evaluation.result_log import ResultLog
-from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
+from mer_r1_jax.evaluation.summary import ORACLE_COLUMN, rounded
 from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.run.asking import Policy, Reply, answer_fingerprint, ask, make_evaluator
 from mer_r1_jax.training.stopping import NEVER, Stop
@@ -148,7 +146,7 @@ def answer_line(reply: Reply, answer: AnswerOf, metric: str) -> dict[str, Any]:
         "reasoning": scored.parsed.reasoning,
         "answer": scored.parsed.answer_text,
         "words": list(scored.parsed.words),
-        "confidences": [[_rounded(p) for p in row_Q] for row_Q in answer.confidence_WQ],
+        "confidences": [[rounded(p) for p in row_Q] for row_Q in answer.confidence_WQ],
         "tokens": scored.length,
         "truncated": scored.truncated,
         "well_formed": bool(scored.parsed.format_reward),
@@ -157,10 +155,6 @@ def answer_line(reply: Reply, answer: AnswerOf, metric: str) -> dict[str, Any]:
     if ORACLE_COLUMN in record.extra:
         line[ORACLE_COLUMN] = record.extra[ORACLE_COLUMN]
     return line
-
-
-def _rounded(probability: np.floating) -> float | None:
-    return None if np.isnan(probability) else round(float(probability), 6)
 
 
 class PolicyAnswers:

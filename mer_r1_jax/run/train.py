@@ -80,6 +80,7 @@ from mer_r1_jax.training.stopping import Stop
 
 BENCHMARK = "heldout"  # names the files of evaluations
 EVALUATED_MODES = ("slow", "fast")
+REPORT_SECONDS = 60.0  # while a run goes on, its report is written at most this often
 
 
 class NonFiniteError(RuntimeError):
@@ -270,7 +271,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
         rl_step, update = run.rl_step(phase.buckets), run.programs.make_update(phase.optimizer)
         with StepLog(run, phase, done, num_tokens) as steps:
             try:
-                _evaluate_when_due(run, phase, state, done)
+                _evaluate_when_due(run, phase, state, done, steps)
             except StopRequested:
                 return None  # nothing was done since the newest checkpoint
             steps.restart_clock()
@@ -314,7 +315,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                 if stopping:
                     return None
                 try:
-                    _evaluate_when_due(run, phase, state, step)
+                    _evaluate_when_due(run, phase, state, step, steps)
                 except StopRequested:
                     if not due:
                         save(run, phase, step, (state, data.state()), steps, reference)
@@ -401,9 +402,14 @@ def report(run: Run) -> None:
     if not processes.is_first():
         return
     faults.here("report")
-    data = run.config.data
-    make_report(run.folder.path, media_root=data.media_root or os.path.dirname(data.eval_path) or None)
+    _write_report(run)
     conclude(run.folder, BENCHMARK)
+
+
+def _write_report(run: Run, under_way: str = "") -> None:
+    data = run.config.data
+    root = data.media_root or os.path.dirname(data.eval_path) or None
+    make_report(run.folder.path, media_root=root, under_way=under_way)
 
 
 # ---------------------------------------------------------------------------------------------- parts of the two loops
@@ -448,11 +454,31 @@ def save(
         run.checkpoints.save(done_before + step, as_stored(state, left_out_of_checkpoints(run.config)), host)
 
 
-def _evaluate_when_due(run: Run, phase: Phase, state: TrainState, step: int) -> None:
+def _evaluate_when_due(run: Run, phase: Phase, state: TrainState, step: int, steps: StepLog) -> None:
     """Evaluates before RL and every `eval.eval_steps` updates; the end is evaluated after the phase."""
     every = run.config.eval.eval_steps
     if step == 0 or (every and step % every == 0 and step < phase.total_steps):
         evaluate(run, state.params, "rl", step)
+        if run.data.eval and processes.is_first():
+            _report_so_far(run, f"after RL step {step} of {phase.total_steps}", steps)
+
+
+def _report_so_far(run: Run, under_way: str, steps: StepLog) -> None:
+    """Writes report.html while the run goes on, unless that was done within REPORT_SECONDS: it takes some seconds.
+
+    Whatever goes wrong is told, and stops nothing.
+
+    Args:
+        under_way: how far the run has come, in words.
+        steps: the log of its phase.
+    """
+    if time.monotonic() - steps.reported < REPORT_SECONDS:
+        return
+    try:
+        _write_report(run, under_way)
+    except Exception as error:  # it is for looking at, and written again at the end, where an error counts
+        steps.note(f"report.html could not be written; the run goes on ({type(error).__name__}: {printable(error)})")
+    steps.reported = time.monotonic()
 
 
 def _log_completions(run: Run, phase: Phase[RlConfig], steps: StepLog, step: int, rollout: Rollout) -> None:
@@ -490,6 +516,7 @@ class StepLog:
         self._utilisation = Utilisation(run.backbone.shapes, run.backbone.mesh.devices.flat, phase.config)
         self._last = time.perf_counter()
         self.num_tokens = num_tokens
+        self.reported = time.monotonic()  # when report.html was written last, or the phase begun
 
     def __enter__(self) -> StepLog:
         return self

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import html.parser
 import io
 import json
 import os
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.finished_run import write_clip, write_run
+from support.report_page import OURS, Page
 
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import Difference
@@ -27,25 +27,6 @@ from mer_r1_jax.evaluation.run_record import (
     stages_of,
 )
 from mer_r1_jax.evaluation.run_report import make_report
-
-
-class Page(html.parser.HTMLParser):
-    """Tags with their attributes, and the visible text."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(path.read_text())
-        self.text = re.sub(r"\s+", " ", self.text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +58,7 @@ def test_report_is_self_contained(page):
     for tag, attributes in page.tags:
         for name in ("src", "href", "data", "action"):
             assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
-    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    assert len(page.all("script")) == 1 and not page.all("link") and not page.all("iframe")
     assert page.all("meta")[2]["content"].startswith("default-src 'none'")
     sources = [attributes["src"][:22] for attributes in page.all("img")]
     assert sources.count("data:image/svg+xml;bas") == 4  # held-out, training, health, SFT
@@ -105,7 +86,7 @@ def test_html_and_scripts_in_a_completion_are_escaped(tmp_path):
         row["subtitle"] = row["id"] = row["slow"]["words"][0] = row["truth"][0] = f"{row['id']}{attack}"
     rows.write_text("".join(json.dumps(row) + "\n" for row in hostile))
     page = Page(make_report(folder))
-    assert not page.all("script") and "49" not in page.text.split("Clips, answers")[1].split("How it was")[0]
+    assert page.scripts == [OURS] and "49" not in page.text.split("Clips, answers")[1].split("Scores on held")[0]
     assert all("onerror" not in attributes for _, attributes in page.tags)
     assert "<script>alert(1)</script>" in page.text  # shown, as text
     assert html.escape("<script>") in (folder / "report.html").read_text()
@@ -137,13 +118,13 @@ def test_no_text_of_a_run_acts_in_its_report_wherever_it_stands(tmp_path, attack
     for path in (folder / "eval").glob("*.samples.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
-            row |= {"video": attack, "subtitle": {"a": [attack]}}
-            row["fast"] |= {"text": attack, "words": [attack], "reasoning": [attack]}
+            row |= {"video": attack, "audio": attack, "subtitle": {"a": [attack]}}
+            row["fast"] |= {"text": attack, "words": [attack], "reasoning": [attack], "confidences": [[attack], attack]}
         rows[1]["slow"] |= {"f1": attack, "words": attack}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = Page(make_report(folder))
     acting = {"script", "iframe", "object", "embed", "link", "base", "form", "a"} & {tag for tag, _ in page.tags}
-    assert not acting and len(page.all("style")) == 1
+    assert acting == {"script"} and page.scripts == [OURS] and len(page.all("style")) == 1
     for _, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         sources = [value for name, value in attributes.items() if name in ("src", "href", "action", "style")]

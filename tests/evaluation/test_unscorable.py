@@ -77,6 +77,17 @@ def test_an_answer_without_a_score_says_so_in_the_samples():
     assert rows[4]["slow"]["words"] == ["happy"] and rows[4]["fast"]["precision"] is None
 
 
+def test_samples_hold_the_voice_and_each_words_confidence_on_each_wheel():
+    found = evaluation(GOOD[:1])
+    sure_WQ = np.asarray([[0.25, np.nan, 1 / 3]], np.float32)
+    answers = {mode: (dataclasses.replace(of[0], confidence_WQ=sure_WQ),) for mode, of in found.answers.items()}
+    records = (dataclasses.replace(found.records[0], audios=("0.wav",)),)
+    (row,) = summary.samples(dataclasses.replace(found, records=records, answers=answers), WHEELS)
+    assert (row["video"], row["audio"]) == ("0.mp4", "0.wav")
+    assert row["slow"]["confidences"] == row["fast"]["confidences"] == [[0.25, None, 0.333333]]
+    assert summary.samples(found, WHEELS)[0]["audio"] is None
+
+
 def test_an_evaluation_without_one_score_is_refused():
     with pytest.raises(EvaluationError, match="none of the 3 held-out clips.*emotion.wheel_dir"):
         summarised(NEUTRAL)

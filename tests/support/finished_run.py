@@ -42,6 +42,7 @@ def answer(words, truth, reasoning):
         "length": len(think) // 4,
         "confidence_correct": 0.6,
         "confidence_wrong": 0.2,
+        "confidences": [[0.8, None, 0.9, 0.7, 0.8] for _ in words],
     }
 
 
@@ -58,6 +59,7 @@ def write_evaluation(run, phase, step, skill, clips, reasoning="the brows are lo
             {
                 "id": record["id"] if record else f"clip-{number}",
                 "video": record["videos"][0] if record else f"clips/{number}.mp4",
+                "audio": record["audios"][0] if record else f"clips/{number}.mp4",
                 "subtitle": record["subtitle"] if record else f"line {number}",
                 "truth": truth,
                 "slow": answer(slow, truth, reasoning),
