@@ -29,6 +29,7 @@ COMMANDS = {
     "probe": "shows which part of a clip a model uses; compares two evaluations clip by clip",
     "lab": "tries arms on a tiny policy, in two minutes",
     "ablate": "compares arms over seeds, in one table",
+    "tables": "prints the paper's tables with your numbers beside its own",
     "export": "writes a checkpoint as a Hugging Face model",
     "certify": "looks at a model before it is trusted: files, tokenizer, numbers, answers",
     "export-check": "checks that transformers computes what an export computes here",
