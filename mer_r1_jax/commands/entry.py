@@ -28,6 +28,7 @@ COMMANDS = {
     "score": "scores a file of predictions as MER-UniBench does",
     "probe": "shows which part of a clip a model uses; compares two evaluations clip by clip",
     "lab": "tries arms on a tiny policy, in two minutes",
+    "study": "runs and judges the registered study",
     "ablate": "compares arms over seeds, in one table",
     "tables": "prints the paper's tables with your numbers beside its own",
     "export": "writes a checkpoint as a Hugging Face model",

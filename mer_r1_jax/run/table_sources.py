@@ -1,4 +1,4 @@
-"""Reads what `mer-r1 evaluate`, `train`, `ablate` and `lab` have left, for the paper's tables.
+"""Reads what `mer-r1 evaluate`, `train`, `ablate`, `lab` and `study` have left, for the paper's tables.
 
 Runs of an ablation are averaged over their seeds: its plan has refused other settings. Runs that are named one by one
 stay rows of their own, for nothing says that they differ in their seed alone.
@@ -26,7 +26,7 @@ from mer_r1_jax.run.jobs import FINISHED
 _RUN_OF_AN_ABLATION = re.compile(r"(.+)_seed(\d+)")
 _OF_EXPECTED_F1 = {"f1": EXPECTED_F1, "recall": "expected_recall"}  # where the clips' world is known
 _PERMUTED, _SFT = "permuted", "sft"
-_LAB_KEYS = {"world", "config", "seeds", "rows", "measures"}  # of a file that `mer-r1 lab` writes
+_LAB_KEYS = {"world", "config", "seeds", "rows"}  # of a file that `mer-r1 lab` or `study` writes
 
 
 class TablesError(ValueError):
@@ -37,9 +37,9 @@ def read_tables(folders: Sequence[str]) -> Tables:
     """Everything that some folders hold for the tables.
 
     Args:
-        folders: each a folder of `evaluate` (scores/), `train` (eval/), `ablate` (runs ROW_seedN) or `lab`
-            (WORLD.json), or NAME=FOLDER. The name is the row's; where it is an arm's, scores of `evaluate`, which do
-            not know what trained their model, count for that arm.
+        folders: each a folder of `evaluate` (scores/), `train` (eval/), `ablate` (runs ROW_seedN), `lab` (WORLD.json)
+            or `study` (summaries), or NAME=FOLDER. The name is the row's; where it is an arm's, scores of `evaluate`,
+            which do not know what trained their model, count for that arm.
 
     Raises:
         TablesError: there is no such folder, nothing in it is known, or two rows would have one name.
@@ -77,7 +77,7 @@ def _read(folder: Path, name: str) -> tuple[list[Measured], list[str]]:
     """The rows of one folder, and what is left out of them."""
     rows: list[Measured] = []
     left_out: list[str] = []
-    for read in (_evaluated, _trained, _ablated, _of_lab):
+    for read in (_evaluated, _trained, _ablated, _kept_seeds):
         found, skipped = read(folder, name)
         rows += found
         left_out += skipped
@@ -248,12 +248,13 @@ def _data_of(config: dict[str, Any], evaluation: KeptEvaluation) -> str:
     return f"{clips} of {evaluation.benchmark}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ lab
+# ------------------------------------------------------------------------------------------------------- lab and study
 
 
-def _of_lab(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
-    """A row for each arm of the lab's experiments, over their seeds."""
-    rows, left_out = [], []
+def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
+    """A row for each arm of the lab's experiments and of the study's summaries, over the seeds of equal settings."""
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    left_out = []
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -262,28 +263,64 @@ def _of_lab(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
             continue
         if not isinstance(content, dict) or not content.keys() >= _LAB_KEYS:
             continue  # another command's file
-        config = content["config"]
+        group = groups.setdefault(json.dumps([content["world"], _shared(content["config"])], sort_keys=True), [])
+        if twice := {seed for _, other in group for seed in other["seeds"]} & set(content["seeds"]):
+            left_out.append(f"{path.name}: seeds {sorted(twice)} are in {group[0][0].name} too, with the same settings")
+        else:
+            group.append((path, content))
+    return [row for group in groups.values() for row in _rows_of_seeds(folder, group)], left_out
+
+
+def _rows_of_seeds(folder: Path, group: Sequence[tuple[Path, dict[str, Any]]]) -> list[Measured]:
+    first_path, first = group[0]
+    config, world = first["config"], first["world"]
+    if "eval_clips" in config:
         data = (
-            f"{config['eval_clips']} clips of the lab's world {content['world']}, a policy of {config['width']} units, "
+            f"{config['eval_clips']} clips of the lab's world {world}, a policy of {config['width']} units, "
             f"{config['rl']['num_generations']} answers a prompt"
         )
-        for row, measures in content["rows"].items():
-            levels = {
-                (data, mode, score): Level.over_seeds(mean_over_seeds(measures[f"{mode}_{score}"]))
-                for mode in MODES
-                for score in ("f1", "recall")
-            }
+        data += f", {first['variant']}" if first.get("variant") else ""
+        how = f"the lab, {config['rl']['max_steps']} steps of RL, no model"
+    else:
+        clips = config["data"]["synthetic_eval_clips"]
+        data = (
+            f"{clips} held-out clips of the synthetic world {world}, drawn by seed {config['data']['synthetic_seed']}"
+        )
+        data, how = (
+            f"{data}, by expected scores",
+            f"{config['rl']['max_steps']} steps of RL, whole seeds of an ablation",
+        )
+    rows = []
+    for row in first["rows"]:
+
+        def level(mode: str, score: str, row: str = row) -> Level:
+            return Level.over_seeds(
+                mean_over_seeds([v for _, content in group for v in content["rows"][row][f"{mode}_{score}"]])
+            )
+
+        if all(row in content["rows"] for _, content in group):
             rows.append(
                 Measured(
-                    name=f"{folder.name}/{path.stem}/{row}",
+                    name=f"{folder.name}/{first_path.stem}/{row}",
                     arm=row,
                     source=str(folder),
                     data=data,
                     score=IN_WORDS[EXPECTED_F1],
-                    how=f"the lab, {config['rl']['max_steps']} steps of RL, no model",
-                    seeds=len(content["seeds"]),
-                    official={(data, mode): levels[data, mode, "recall"] for mode in MODES},
-                    f1={(data, mode): levels[data, mode, "f1"] for mode in MODES},
+                    how=how,
+                    seeds=sum(len(content["seeds"]) for _, content in group),
+                    official={(data, mode): level(mode, "recall") for mode in MODES},
+                    f1={(data, mode): level(mode, "f1") for mode in MODES},
                 )
             )
-    return rows, left_out
+    return rows
+
+
+def _shared(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings that seeds averaged over have in common: not where a run of one seed and its clips lie."""
+    own = {"data": ("cache_dir", "synthetic_dir"), "train": ("seed", "run_name", "output_dir")}
+    return {
+        section: {k: v for k, v in values.items() if k not in own.get(section, ())}
+        if isinstance(values, dict)
+        else values
+        for section, values in config.items()
+    }

@@ -3,10 +3,11 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 from support.benchmark_answers import request_of, write_answers
 from support.commands import run_command
-from support.finished_run import write_evaluation
+from support.small_ablation import rescore, write_run
 
 from mer_r1_jax.evaluation.benchmarks.sets import (
     LAYOUTS,
@@ -17,11 +18,7 @@ from mer_r1_jax.evaluation.benchmarks.sets import (
     metric_of,
 )
 from mer_r1_jax.evaluation.paper_tables import as_json
-from mer_r1_jax.run.jobs import FINISHED
 from mer_r1_jax.run.table_sources import TablesError, read_tables
-from mer_r1_jax.storage import atomic_files
-from mer_r1_jax.storage.run_directory import RunDirectory
-from mer_r1_jax.training.metrics import MetricsWriter
 
 NINE = tuple(LAYOUTS)
 ONE_OF_EACH = ("ovmerd_plus", "meld", "cmu_mosi")  # of the three metrics
@@ -40,19 +37,6 @@ def evaluated(tmp_path_factory):
         for values in score["modes"].values():
             values["headline"]["score"]["value"] = 0.3 + 0.01 * place
         folder.keep(f"scores/{name}.{score['protocol']['key']}.json", score | {"benchmark": name})
-    return folder
-
-
-def write_run(folder, arm="ad", seed=0, skill=0.9, finished=True, **rl):
-    """A run without SFT whose last evaluation is right with probability `skill`, as training leaves it."""
-    config = {"name": "tiny", "rl": {"arm": arm, "max_steps": 20, **rl}, "train": {"seed": seed}}
-    config["data"] = {"synthetic_dir": "data", "synthetic_world": "U", "synthetic_seed": 3}
-    with RunDirectory.open(folder, config) as run, MetricsWriter(run) as writer:
-        writer.write("rl", 1, {"reward": 1.0})
-        write_evaluation(run, "rl", 0, 0.2, 8)
-        write_evaluation(run, "rl", 20, skill, 8)
-    if finished:
-        atomic_files.write_json(folder / FINISHED, {})
     return folder
 
 
@@ -149,20 +133,24 @@ def test_a_single_run_shows_its_sft_too_and_never_shares_a_column_with_other_cli
     (tmp_path / "lab").mkdir()
     (tmp_path / "lab" / "U.json").write_text(json.dumps(lab))
     (tmp_path / "lab" / "other.json").write_text("[]")
+    # A second block of seeds with the same settings joins the first; the same seeds again are left out.
+    (tmp_path / "lab" / "U_again.json").write_text(json.dumps(lab))
+    later = {"ad": {measure: [0.6, 0.6] for measure in lab["rows"]["ad"]}}
+    (tmp_path / "lab" / "U_later.json").write_text(json.dumps(lab | {"seeds": [2, 3], "rows": later}))
     tables = read_tables([str(tmp_path / "one"), str(tmp_path / "lab")])
     assert [row.name for row in tables.rows] == ["one", "one before RL", "lab/U/ad"]
     assert [row.arm for row in tables.rows] == ["mer_r1", "sft", "ad"] and len(tables.letters) == 2
     assert tables.rows[0].how == "20 of 20 steps of RL"
     of_lab = tables.rows[2]
     level = of_lab.f1[of_lab.data, "slow"]
-    assert level.value == pytest.approx(0.6) and level.error == pytest.approx(0.1)
-    assert as_json(tables)["ours"][2]["seeds"] == 2
+    assert level.value == pytest.approx(0.6) and level.error == pytest.approx(np.std([0.5, 0.6, 0.6, 0.7], ddof=1) / 2)
+    assert as_json(tables)["ours"][2]["seeds"] == 4
+    assert tables.left_out == (
+        f"{tmp_path / 'lab'}: U_again.json: seeds [0, 1] are in U.json too, with the same settings",
+    )
     # Expected scores and scores against the drawn truths are different columns.
-    end = tmp_path / "one" / "eval" / "synthetic_00020.json"
-    scores = json.loads(end.read_text())
-    for mode in ("slow", "fast"):
-        scores[mode] |= {"expected_f1": 0.25, "expected_recall": 0.5}
-    end.write_text(json.dumps(scores))
+    expected = {"expected_f1": 0.25, "expected_recall": 0.5}
+    rescore(tmp_path / "one", **{f"{mode}_{name}": of for mode in ("slow", "fast") for name, of in expected.items()})
     one, before, _ = read_tables([str(tmp_path / "one"), str(tmp_path / "lab")]).rows
     assert one.f1[one.data, "slow"].value == 0.25 and one.official[one.data, "slow"].value == 0.5
     assert one.data == f"{before.data}, by expected scores" and one.score == "expected F1" and before.score == "F1"
