@@ -206,7 +206,7 @@ def _arm_cells(row: Measured, tables: Tables) -> list[str]:
     return [
         _points(row.mean_of("official", nine, "slow")),
         _points(row.mean_of("f1", nine, "slow")),
-        tables.letters.get(row.data, NONE),
+        tables.letters[row.data] if row.data else NONE,
         str(row.seeds),
         _shown(slow),
         _shown(fast),
