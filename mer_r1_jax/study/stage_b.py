@@ -10,13 +10,28 @@ from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.run_record import KeptEvaluation, RunRecord, read_run, stages_of
 from mer_r1_jax.run.ablation_plan import run_name
 from mer_r1_jax.run.jobs import FINISHED
-from mer_r1_jax.study.hypotheses import SFT
+from mer_r1_jax.study.hypotheses import AD, SFT
 from mer_r1_jax.study.summaries import DIGITS, StudyError, Summary, read_summary, write_summary
 
 ARMS = ("baseline", "rd", "ad", "mer_r1")
 SEEDS = tuple(range(10, 20))  # the first six for certain, then one after another while there is time
 CONTROL = "control_permuted"
-WORLD, DATA_SEED, CLIPS = "U", 1, 4000
+# What the protocol names; all else is the configuration's. SFT may run 3,000 steps where the pilot says so.
+_NAMED: dict[str, tuple[Any, ...]] = {
+    "data.synthetic_world": ("U",),
+    "data.synthetic_seed": (1,),
+    "data.synthetic_sft_clips": (4000,),
+    "data.synthetic_rl_clips": (2000,),
+    "data.synthetic_eval_clips": (4000,),
+    "sft.max_steps": (2000, 3000),
+    "sft.prompts_per_step": (16,),
+    "sft.optimizer.learning_rate": (2e-3,),
+    "rl.max_steps": (200,),
+    "rl.prompts_per_step": (12,),
+    "rl.num_generations": (8,),
+    "rl.calibration_weight": (0.1,),
+    "rl.optimizer.learning_rate": (2e-4,),
+}
 # Measure, as the lab calls it -> score of an evaluation.
 _SCORES = {
     **{f"{mode}_{name}": (mode, f"expected_{name}") for mode in MODES for name in ("recall", "precision", "f1")},
@@ -126,13 +141,22 @@ def _summary(folder: Path, seed: int) -> Summary:
             )
         end = stages_of(run, next(iter(run.evaluations))).end
         rows["permuted" if row == CONTROL else row] = _measures(run, end, row)
-        if row == SFT:  # an arm's differs from it in the arm, in SFT's steps, and in where it begins
-            config = run.config
-    data, registered = config.get("data", {}), seed in SEEDS
-    registered &= data.get("synthetic_world") == WORLD and data.get("synthetic_seed") == DATA_SEED
-    registered &= data.get("synthetic_eval_clips") == CLIPS
-    world = str(data.get("synthetic_world", ""))
-    return Summary("B", registered, world, "", (seed,), config, rows, {"runs": folder.name})
+        # SFT and RL are told by the runs that have them; an arm's differs from another's in the arm.
+        config = run.config if row == SFT else config | {"rl": {**run.config["rl"], "arm": ""}} if row == AD else config
+    world = str(config.get("data", {}).get("synthetic_world", ""))
+    return Summary("B", is_registered(seed, config), world, "", (seed,), config, rows, {"runs": folder.name})
+
+
+def is_registered(seed: int, config: Mapping[str, Any]) -> bool:
+    """Whether a seed was run as the protocol names it."""
+
+    def value(name: str) -> Any:
+        found: Any = config
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    return seed in SEEDS and all(value(name) in legal for name, legal in _NAMED.items())
 
 
 def _measures(run: RunRecord, end: KeptEvaluation, row: str) -> dict[str, list[float]]:

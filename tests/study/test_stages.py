@@ -1,12 +1,16 @@
 """Both stages of the study without their training: blocks, summaries gone on with, what is refused, results."""
 
+import dataclasses
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.commands import run_command
 from support.small_ablation import rescore, write_run
 
+from mer_r1_jax.config.build import load_config, shipped
 from mer_r1_jax.config.schema import ARM_NAMES, ConfigError
 from mer_r1_jax.lab import experiment
 from mer_r1_jax.lab.experiment import OVER_RL, SFT, LabResult
@@ -17,6 +21,7 @@ from mer_r1_jax.study import stage_b
 from mer_r1_jax.study.stage_a import make_plan, run_stage
 from mer_r1_jax.study.summaries import StudyError, Summary, merged, read_summary, write_summary
 
+DOCS = Path(__file__).parents[2] / "docs"
 FEW = {"eval_clips": 6, "width": 8}
 
 
@@ -140,6 +145,20 @@ def write_seed(folder, seed, gain):
             for name in ("f1", "recall", "precision")
         }
         rescore(run, **scores, slow_fixed_confidence_correct=0.5, slow_fixed_confidence_wrong=0.25)
+
+
+def test_a_seed_of_stage_b_is_registered_as_the_protocol_names_it():
+    """By the settings that the command of the study's page asks for."""
+    page = (DOCS / "study" / "running.md").read_text()
+    words = shlex.split(page.split("mer-r1 ablate")[1].split("mer-r1 study")[0].replace("\\\n", " "))
+    asked = dict(word.removeprefix("--").split("=", 1) for word in words)
+    settings = {name.removeprefix("config."): value for name, value in asked.items() if name.startswith("config.")}
+    settings = {name: json.loads(value) if value.isdecimal() else value for name, value in settings.items()}
+    config = dataclasses.asdict(load_config(shipped()["synthetic"], settings))
+    assert asked["arms"].split(",") == list(stage_b.ARMS) and asked["seeds"] == "10,11,12,13,14,15"
+    assert stage_b.is_registered(10, config) and not stage_b.is_registered(20, config)
+    for section, name, value in (("data", "synthetic_seed", 0), ("sft", "max_steps", 1500), ("rl", "max_steps", 100)):
+        assert not stage_b.is_registered(10, config | {section: config[section] | {name: value}})
 
 
 def test_stage_b_is_judged_from_whole_seeds_and_each_counts_once(tmp_path, capsys):
