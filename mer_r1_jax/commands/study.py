@@ -12,6 +12,7 @@ hypothesis confirmed, refuted or undecided. Of stage A nothing is judged before.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ _OUT = flags.DEFINE_string("out", "", "folder of the summaries and results; empt
 _SEEDS = flags.DEFINE_list("seeds", [], "other seeds than the registered ones: a trial")
 _SET = flags.DEFINE_multi_string("set", [], "stage A: a setting of a trial, such as eval_clips=50")
 _RUNS = flags.DEFINE_string("runs", "", "stage B: folder of mer-r1 ablate; empty = judge the summaries that are there")
+_BESIDE = flags.DEFINE_string("beside", "", "folder of the first run's summaries, where this is a second run")
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +44,10 @@ def main(argv: list[str]) -> int:
         folder = pathlib.Path(_OUT.value or f"runs/study/stage_{_STAGE.value.lower()}")
         with writing("the study's files", folder):
             folder.mkdir(parents=True, exist_ok=True)
-        results = _stage_a(folder, seeds) if _STAGE.value == "A" else _stage_b(folder, seeds)
+        stage = _stage_a if _STAGE.value == "A" else _stage_b
+        # Read before anything is run: a first run that is not there would be found out in an hour.
+        beside = stage(pathlib.Path(_BESIDE.value), seeds, only_read=True) if _BESIDE.value else None
+        results = dataclasses.replace(stage(folder, seeds), beside=beside)
         from mer_r1_jax.study import study_report
 
         for title, verdicts in results.families.items():
@@ -55,19 +60,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _stage_a(folder: pathlib.Path, seeds: list[int]) -> Results:
-    from mer_r1_jax.study.stage_a import make_plan, run_stage
+def _stage_a(folder: pathlib.Path, seeds: list[int], only_read: bool = False) -> Results:
+    from mer_r1_jax.study.stage_a import make_plan, read_stage, run_stage
     from mer_r1_jax.study.study_report import results_of_a
 
     plan = make_plan(seeds, named_values(_SET.value))
+    if only_read:
+        return results_of_a(read_stage(plan, folder))
     return results_of_a(run_stage(plan, folder, as_typed("study"), screen.console(stderr=True).print))
 
 
-def _stage_b(folder: pathlib.Path, seeds: list[int]) -> Results:
+def _stage_b(folder: pathlib.Path, seeds: list[int], only_read: bool = False) -> Results:
     from mer_r1_jax.study.stage_b import SEEDS, keep, kept, summaries_of
     from mer_r1_jax.study.study_report import results_of_b
 
-    if _RUNS.value:
+    if _RUNS.value and not only_read:
         found, left_out = summaries_of(pathlib.Path(_RUNS.value), tuple(seeds) or SEEDS)
         for line in (*keep(folder, found), *left_out):
             screen.say(line)

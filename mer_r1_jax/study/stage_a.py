@@ -154,6 +154,15 @@ def run_stage(plan: Plan, folder: Path, command: str, say: Callable[[str], Any])
     return [there[block] for block in blocks]
 
 
+def read_stage(plan: Plan, folder: Path) -> list[Summary]:
+    """All summaries of a stage that has ended.
+
+    Raises:
+        StudyError: one is missing, is of other settings, or cannot be read.
+    """
+    return [read_block(folder / f"{block.name}.json", block, plan) for block in plan.blocks()]
+
+
 def read_block(path: Path, block: Block, plan: Plan) -> Summary:
     """A block's summary.
 

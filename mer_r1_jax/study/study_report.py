@@ -50,12 +50,14 @@ class Results:
         registered: whether these are the registered runs.
         families: title -> verdicts; the registered family first.
         comparisons: title -> rows of measures, one value a seed.
+        beside: the first run of the same stage, where this is a second one.
     """
 
     stage: str
     registered: bool
     families: Mapping[str, Sequence[Verdict]]
     comparisons: Mapping[str, Rows]
+    beside: Results | None = None
 
 
 def results_of_a(summaries: Sequence[Summary]) -> Results:
@@ -101,6 +103,8 @@ def results_of_b(summaries: Sequence[Summary]) -> Results:
 def tables_of(results: Results) -> list[Table]:
     """Verdicts, then levels and differences of every comparison."""
     tables = [_verdicts(title, verdicts) for title, verdicts in results.families.items()]
+    if results.beside is not None:
+        tables += [_two_runs(results, results.beside), _how_far_apart(results, results.beside)]
     for title, rows in results.comparisons.items():
         tables += [_levels(title, rows), _versus(title, rows)]
     return tables
@@ -121,6 +125,45 @@ def _verdicts(title: str, verdicts: Sequence[Verdict]) -> Table:
         columns=("", "claim", "verdict", "measures", "beside", "seeds", "level"),
         rows=rows,
         texts=5,
+    )
+
+
+def _two_runs(second: Results, first: Results) -> Table:
+    """Every claim in both runs. The first one's verdict counts."""
+    rows = []
+    for title, verdicts in second.families.items():
+        earlier = {verdict.claim.key: verdict for verdict in first.families.get(title, ())}
+        for verdict in verdicts:
+            cells = [title, verdict.claim.key]
+            for run in (earlier.get(verdict.claim.key), verdict):
+                cells += [NONE, NONE] if run is None else [run.outcome, "; ".join(map(_said, run.estimates)) or NONE]
+            rows.append(tuple(cells))
+    return text_table(
+        title="The first run and this one",
+        note="A stage is run once: the first run's verdict counts, a second one is printed beside it.",
+        columns=("family", "", "first", "its measures", "this", "its measures"),
+        rows=rows,
+        texts=6,
+    )
+
+
+def _how_far_apart(second: Results, first: Results) -> Table:
+    """The largest difference of any seed in any row, by measure: 0 where the machine and the versions are the same."""
+    rows = []
+    for title, found in second.comparisons.items():
+        earlier = first.comparisons.get(title, {})
+        gaps = [
+            float(np.abs(np.subtract(values, earlier[row][measure])).max())
+            for row, measures in found.items()
+            for measure, values in measures.items()
+            if measure in _LEVELS.values() and len(earlier.get(row, {}).get(measure, ())) == len(values)
+        ]
+        rows.append((title, str(len(gaps)), NONE if not gaps else number(POINTS * max(gaps), 3)))
+    return text_table(
+        title="How far the two runs are apart",
+        note="The largest difference of one seed's score, in points, over all rows and scores that both runs have.",
+        columns=("comparison", "rows x scores", "points"),
+        rows=rows,
     )
 
 

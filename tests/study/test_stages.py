@@ -108,6 +108,19 @@ def test_a_stage_goes_on_from_its_summaries_and_is_judged_when_all_are_there(tmp
     assert "This is a **trial**" in page and "### World T, groups of 8, count\\_once: levels" not in page
     assert "World T, groups of 8, count_once: levels" in page and "permuted, over sft" in page
 
+    # A second run in another folder is printed beside the first, which differs in one score of one seed.
+    again = tmp_path / "again"
+    assert run_command("study", *[word for word in words if "--out" not in word], f"--out={again}") == 0
+    changed = read_summary(again / "O_g8_seeds900-907.json")
+    changed.rows["rd"]["slow_f1"][2] += 0.0125
+    write_summary(again / "O_g8_seeds900-907.json", changed)
+    second = [word for word in words if "--out" not in word] + [f"--out={again}", f"--beside={tmp_path}"]
+    assert run_command("study", *second) == 0
+    page = (again / "results.md").read_text()
+    apart = page.split("### How far the two runs are apart")[1].split("###")[0]
+    assert "| World O, groups of 8 | 162 | 1.250 |" in apart and "| World U, groups of 8 | 162 | 0.000 |" in apart
+    assert "### The first run and this one" in page and page.count("| H4a sfcc_loss@1 |") == 2
+
     # Summaries of other settings are not taken for these.
     with pytest.raises(StudyError, match="summary of other config, expected those of this block"):
         run_stage(make_plan(range(900, 909), FEW | {"width": 9}), tmp_path, "", print)
