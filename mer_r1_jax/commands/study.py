@@ -5,7 +5,7 @@
 
 Every block of seeds leaves a summary of 30 kB in --out. Started again the command goes on with the blocks that have
 none, so that a copy of the summaries is enough. When all are there it writes results.md and results.json: each
-hypothesis confirmed, refuted or undecided. Of stage A nothing is judged before.
+hypothesis confirmed, refuted or undecided. Nothing is judged before; of stage B not before seeds 10 to 15 are there.
 
 --seeds and --set try it with other seeds and smaller sizes; what they give is marked as a trial.
 """
@@ -31,6 +31,7 @@ _OUT = flags.DEFINE_string("out", "", "folder of the summaries and results; empt
 _SEEDS = flags.DEFINE_list("seeds", [], "other seeds than the registered ones: a trial")
 _SET = flags.DEFINE_multi_string("set", [], "stage A: a setting of a trial, such as eval_clips=50")
 _RUNS = flags.DEFINE_string("runs", "", "stage B: folder of mer-r1 ablate; empty = judge the summaries that are there")
+_JUDGE = flags.DEFINE_bool("judge", True, "stage B: judge the summaries; --nojudge only keeps those of new seeds")
 _BESIDE = flags.DEFINE_string("beside", "", "folder of the first run's summaries, where this is a second run")
 
 
@@ -47,7 +48,10 @@ def main(argv: list[str]) -> int:
         stage = _stage_a if _STAGE.value == "A" else _stage_b
         # Read before anything is run: a first run that is not there would be found out in an hour.
         beside = stage(pathlib.Path(_BESIDE.value), seeds, only_read=True) if _BESIDE.value else None
-        results = dataclasses.replace(stage(folder, seeds), beside=beside)
+        results = stage(folder, seeds)
+        if results is None:
+            return 0
+        results = dataclasses.replace(results, beside=beside)
         from mer_r1_jax.study import study_report
 
         for title, verdicts in results.families.items():
@@ -67,15 +71,28 @@ def _stage_a(folder: pathlib.Path, seeds: list[int], only_read: bool = False) ->
     plan = make_plan(seeds, named_values(_SET.value))
     if only_read:
         return results_of_a(read_stage(plan, folder))
+    import jax
+
+    from mer_r1_jax.storage import compilation_cache
+
+    compilation_cache.use("", jax.devices())  # blocks of one size of groups run the same programs
     return results_of_a(run_stage(plan, folder, as_typed("study"), screen.console(stderr=True).print))
 
 
-def _stage_b(folder: pathlib.Path, seeds: list[int], only_read: bool = False) -> Results:
-    from mer_r1_jax.study.stage_b import SEEDS, keep, kept, summaries_of
+def _stage_b(folder: pathlib.Path, seeds: list[int], only_read: bool = False) -> Results | None:
+    """None where nothing is judged yet: a result is looked at once, when its stage has ended."""
+    from mer_r1_jax.study.stage_b import CERTAIN, SEEDS, keep, kept, summaries_of
     from mer_r1_jax.study.study_report import results_of_b
 
     if _RUNS.value and not only_read:
         found, left_out = summaries_of(pathlib.Path(_RUNS.value), tuple(seeds) or SEEDS)
         for line in (*keep(folder, found), *left_out):
             screen.say(line)
-    return results_of_b(kept(folder))
+    summaries = kept(folder)
+    there = {summary.seeds[0] for summary in summaries}
+    if not _JUDGE.value:
+        return None
+    if all(summary.registered for summary in summaries) and (missing := sorted(CERTAIN - there)):
+        screen.say(f"seeds {', '.join(map(str, missing))} have no summary yet; nothing is judged before")
+        return None
+    return results_of_b(summaries)

@@ -15,6 +15,7 @@ from mer_r1_jax.study.summaries import DIGITS, StudyError, Summary, read_summary
 
 ARMS = ("baseline", "rd", "ad", "mer_r1")
 SEEDS = tuple(range(10, 20))  # the first six for certain, then one after another while there is time
+CERTAIN = frozenset(SEEDS[:6])  # without these nothing is judged
 CONTROL = "control_permuted"
 # What the protocol names; all else is the configuration's. SFT may run 3,000 steps where the pilot says so.
 _NAMED: dict[str, tuple[Any, ...]] = {

@@ -188,6 +188,16 @@ def test_stage_b_is_judged_from_whole_seeds_and_each_counts_once(tmp_path, capsy
     assert summary.rows["ad"]["confidence_wrong"] == [0.25] and "kl" not in summary.rows["sft"]
     assert summary.registered is False  # eight clips of another data set
 
+    # Of registered runs nothing is judged before the seeds that are certain are all there.
+    registered = tmp_path / "registered"
+    for seed in range(10, 16):
+        assert seed == 10 or not (registered / "results.md").exists()
+        write_summary(registered / f"U_seed{seed}.json", dataclasses.replace(summary, registered=True, seeds=(seed,)))
+        assert run_command("study", "--stage=B", f"--out={registered}", *["--nojudge"] * (seed == 11)) == 0
+    said = capsys.readouterr().out
+    assert "seeds 13, 14, 15 have no summary yet; nothing is judged before" in said and "seeds 12, 13" not in said
+    assert (registered / "results.md").exists() and "a trial" not in said
+
     # Other numbers of the same seed: the first ones stay. Without the runs the summaries are enough.
     rescore(runs / run_name("ad", 10), slow_expected_f1=0.9)
     assert run_command("study", "--stage=B", f"--runs={runs}", f"--out={out}") == 0
