@@ -10,14 +10,12 @@ is mer_r1 with its rewards permuted within each group, which has to gain nothing
 """
 
 import pathlib
-import re
 
 from absl import app, flags
 
 from mer_r1_jax import screen
 from mer_r1_jax.cli import as_typed, explained
-from mer_r1_jax.config.command_line import named_values
-from mer_r1_jax.config.schema import ConfigError
+from mer_r1_jax.config.command_line import named_values, seed_numbers
 from mer_r1_jax.lab.worlds import PURPOSES, WORLDS, with_settings
 from mer_r1_jax.storage.atomic_files import writing
 
@@ -39,7 +37,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --set=rl.beta=0")
     with explained():
-        seeds = _seeds(_SEEDS.value)
+        seeds = seed_numbers(_SEEDS.value)
         config = with_settings(WORLDS[_WORLD.value], named_values(_SET.value))
         from mer_r1_jax.lab import experiment, lab_report
 
@@ -52,15 +50,3 @@ def main(argv: list[str]) -> int:
         written = lab_report.write(folder, result, as_typed("lab"))
         screen.say(f"written: {', '.join(map(str, written))}")
     return 0
-
-
-def _seeds(texts: list[str]) -> list[int]:
-    """Seeds from numbers and ranges."""
-    found: list[int] = []
-    for text in texts:
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if not 0 <= last - first < 1000:
-            raise ConfigError(f"--seeds: got {text!r}, expected a number such as 0, or a range such as 0-7")
-        found += range(first, last + 1)
-    return list(dict.fromkeys(found))

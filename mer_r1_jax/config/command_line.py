@@ -59,6 +59,22 @@ def named_values(texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def seed_numbers(texts: Sequence[str]) -> list[int]:
+    """Seeds of a flag `--seeds`, one by one or from the first to the last (0-7), each once.
+
+    Raises:
+        ConfigError: a text that is neither.
+    """
+    found: list[int] = []
+    for text in texts:
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not 0 <= last - first < 1000:
+            raise ConfigError(f"--seeds: got {text!r}, expected a number such as 0, or a range such as 0-7")
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
 def with_shipped_configs(arguments: Sequence[str]) -> list[str]:
     """Command line in which a configuration that comes with the package, given by name, is given by its path."""
     found, is_value = [], False

@@ -13,7 +13,7 @@ from mer_r1_jax.config.build import with_values
 from mer_r1_jax.config.schema import ConfigError, RlConfig
 from mer_r1_jax.evaluation.bootstrap import Difference
 from mer_r1_jax.evaluation.over_seeds import crossed_difference
-from mer_r1_jax.lab.measures import MEASURES, STOP_BIASES, Examiner
+from mer_r1_jax.lab.measures import COMMON_POINT, MEASURES, STOP_BIASES, Examiner
 from mer_r1_jax.lab.scenes import draw_scenes
 from mer_r1_jax.lab.teaching import SAMPLED, LabArm, fine_tune, reinforce
 from mer_r1_jax.lab.worlds import LabConfig
@@ -24,6 +24,7 @@ SFT = "sft"  # the row of what RL begins with
 SLOW_MINUS_FAST = "slow_minus_fast"  # a measure made of two others
 STOPS = 5  # places on an arm's way that are measured, its end included
 DRIFT_STEPS = 20  # first steps of RL, over which spreads and drift are averaged: later the arms have parted
+OVER_RL = ("recall_spread", "precision_spread")  # of SAMPLED, kept over all steps too, under their name + _over_rl
 COMPARED_WITH = ("baseline", "ad")  # arms that others are held against, where they take part
 
 
@@ -36,7 +37,8 @@ class LabResult:
         config: the experiment.
         seeds: of the model, in the order of all values by seed.
         rows: SFT, then every arm -> measure -> float32 [S, N].
-        sampled: arm -> SAMPLED over the first DRIFT_STEPS steps of RL (F1 over the last fifth), one value a seed.
+        sampled: arm -> SAMPLED over the first DRIFT_STEPS steps of RL (F1 and KL over the last fifth), and OVER_RL over
+            all of them, one value a seed.
         paths: arm -> (steps of RL, [recall, precision, F1]) of slow answers, means over seeds.
         stop_curve: points of slow answers after SFT, their end made less and less likely: what a change of length alone
             would give.
@@ -162,7 +164,7 @@ def as_json(result: LabResult, command: str) -> dict[str, Any]:
         "world": result.world,
         "config": dataclasses.asdict(result.config),
         "seeds": list(result.seeds),
-        "measures": MEASURES,
+        "measures": MEASURES | COMMON_POINT if result.config.common_point else MEASURES,
         "rows": {row: plain(values) for row, values in result.rows.items()},
         "sampled": {arm: plain(values) for arm, values in result.sampled.items()},
         "paths": {arm: [[steps, *point] for steps, point in path] for arm, path in result.paths.items()},
@@ -173,11 +175,13 @@ def as_json(result: LabResult, command: str) -> dict[str, Any]:
 
 
 def _sampled(log_AStM: np.ndarray, names: Sequence[str], last_steps: int) -> dict[str, dict[str, np.ndarray]]:
-    """SAMPLED of the first steps, where the arms still sample alike; F1 and KL of the last ones."""
+    """SAMPLED of the first steps, where the arms still sample alike; F1 and KL of the last ones; OVER_RL of all."""
     early = log_AStM[:, :, :DRIFT_STEPS].mean(axis=2)
     late = log_AStM[:, :, -last_steps:].mean(axis=2)
+    always = log_AStM.mean(axis=2)
     return {
         arm: {name: (late if name in ("f1", "kl") else early)[number, :, column] for column, name in enumerate(SAMPLED)}
+        | {f"{name}_over_rl": always[number, :, SAMPLED.index(name)] for name in OVER_RL}
         for number, arm in enumerate(names)
     }
 

@@ -41,6 +41,11 @@ MEASURES = {
     "words": "words of a slow answer",
     "repeats": "words of a slow answer that repeat a category it has named",
 }
+# Measured where `LabConfig.common_point` asks for it.
+COMMON_POINT = {
+    "common_f1": "expected F1 of slow answers whose end is made more or less likely, by what is best on the other half "
+    "of the clips",
+}
 TEMPERATURE, TOP_P = 0.9, 0.9  # with which the paper samples answers that are scored
 # Added to the logit of the token that ends an answer, to see what a change of length alone would give.
 STOP_BIASES = (2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0)
@@ -63,14 +68,23 @@ class Examiner:
         return np.asarray(self._fast(params_S))
 
     def measure(self, params_S: Params, fixed_words_SNW: np.ndarray) -> dict[str, np.ndarray]:
-        """MEASURES of each seed's policy, float32 [S, N] each.
+        """MEASURES of each seed's policy, float32 [S, N] each, and COMMON_POINT where it is asked for.
 
         Args:
             params_S: of the policies.
             fixed_words_SNW: `fast_answers` after SFT.
         """
         found = self._measured(params_S, jnp.asarray(fixed_words_SNW))
-        return {name: np.asarray(found[name], np.float32) for name in MEASURES}
+        measured = {name: np.asarray(found[name], np.float32) for name in MEASURES}
+        if self.config.common_point:
+            measured |= {"common_f1": self._common_f1(params_S)}
+        return measured
+
+    def _common_f1(self, params_S: Params) -> np.ndarray:
+        """COMMON_POINT of each seed's policy, float32 [S, N]: where each stops is taken out, and with it what an arm
+        owes to having moved there."""
+        f1_BSN = np.stack([np.asarray(self._f1(params_S, jnp.float32(bias)), np.float32) for bias in STOP_BIASES])
+        return cross_fitted(f1_BSN)
 
     def operating_point(self, params_S: Params, stop_bias: float = 0.0) -> list[float]:
         """Expected recall, precision and F1 of slow answers, means over seeds, their end made more or less likely."""
@@ -88,6 +102,13 @@ class Examiner:
         return jax.jit(jax.vmap(point, (0, None)))
 
     @functools.cached_property
+    def _f1(self):
+        def f1(params: Params, stop_bias: Array) -> Array:
+            return self._expected(self._answer(params, stop_bias=stop_bias))[2]
+
+        return jax.jit(jax.vmap(f1, (0, None)))
+
+    @functools.cached_property
     def _measured(self):
         return jax.jit(jax.vmap(self._one))
 
@@ -96,8 +117,9 @@ class Examiner:
         trace, truth_N = self.config.trace_length, jnp.asarray(self.clips.truth_N)
         slow, fast = self._answer(params), self._answer(params, fast=True)
         nucleus = dataclasses.replace(training_sampling(self.config.rl), temperature=TEMPERATURE, top_p=TOP_P)
-        sampled = self._answer(params, nucleus)
-        found = {"sampled_f1": self._expected(sampled)[2]}
+        samples = range(self.config.eval_samples)
+        sampled_KN = [self._expected(self._answer(params, nucleus, draw=draw))[2] for draw in samples]
+        found = {"sampled_f1": sum(sampled_KN[1:], sampled_KN[0]) / len(samples)}
         for mode, token_NP in (("slow", slow), ("fast", fast)):
             expected_3N = self._expected(token_NP)
             found |= {f"{mode}_{name}": expected_3N[row] for row, name in enumerate(("recall", "precision", "f1"))}
@@ -130,11 +152,12 @@ class Examiner:
         *,
         fast: bool = False,
         stop_bias: Array | float = 0.0,
+        draw: int = 0,
     ) -> Array:
-        """Completions of all clips, int32 [N, P]; greedy ones without a way of sampling."""
+        """Completions of all clips, int32 [N, P]; greedy ones without a way of sampling. Draws are counted from 0."""
         how = how or greedy(training_sampling(self.config.rl))
         places = self.config.trace_length + ANSWER_WORDS
-        uniform = np.random.default_rng(0).random(
+        uniform = np.random.default_rng(draw).random(
             (places, len(self.clips.truth_N)), np.float32
         )  # same for all policies
         manner = tiny_policy.Manner(how, fast, stop_bias)
@@ -146,3 +169,20 @@ class Examiner:
         code_N = tiny_policy.answer_code(token_NP[:, self.config.trace_length :])
         assert self.clips.expected_3NM is not None
         return jnp.asarray(self.clips.expected_3NM)[:, jnp.arange(len(code_N)), code_N]
+
+
+def cross_fitted(f1_BSN: np.ndarray) -> np.ndarray:
+    """F1 of each seed and clip under the bias that is best, for its seed, on the other half of the clips.
+
+    Args:
+        f1_BSN: float32, of every bias, seed and clip; halves are the clips of even and of odd number.
+
+    Returns:
+        float32 [S, N].
+    """
+    found_SN = np.empty(f1_BSN.shape[1:], np.float32)
+    seeds = np.arange(f1_BSN.shape[1])
+    for half in (0, 1):
+        best_S = f1_BSN[:, :, 1 - half :: 2].mean(axis=2, dtype=np.float64).argmax(axis=0)
+        found_SN[:, half::2] = f1_BSN[best_S, seeds, half::2]
+    return found_SN

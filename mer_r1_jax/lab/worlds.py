@@ -28,6 +28,8 @@ class LabConfig:
         data_seed: of the scenes, the same for all seeds of the model.
         sft_clips, rl_clips, eval_clips: scenes of each split; `world.annotators` label each clip of the first.
         width: of the policy.
+        eval_samples: answers sampled of each held-out clip, for the measure of sampled ones.
+        common_point: measure F1 at a common operating point too, which takes as long as all else that is measured.
         sft, rl: how it is trained.
     """
 
@@ -39,6 +41,8 @@ class LabConfig:
     rl_clips: Count = 5000
     eval_clips: Count = 2000
     width: Rows = 48
+    eval_samples: Count = 1
+    common_point: bool = False
     sft: SftConfig = SftConfig(
         max_steps=1200, prompts_per_step=160, fast_fraction=0.25, optimizer=OptimizerConfig(learning_rate=3e-3)
     )

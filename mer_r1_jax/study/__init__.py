@@ -1,0 +1,1 @@
+"""The registered study: its hypotheses and what decides them, its two stages, its results."""
