@@ -14,6 +14,7 @@ from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.bootstrap import signed
 from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
+from mer_r1_jax.evaluation.gate_figure import gate_figure
 from mer_r1_jax.evaluation.narrative import tell_run, warnings_of
 from mer_r1_jax.evaluation.report_kit import (
     Cell,
@@ -200,6 +201,8 @@ def _figures(run: RunRecord) -> list[Figure]:
         if panels := _held_out_panels(evaluations, stages_of(run, benchmark)):
             caption = f"Held-out clips ({benchmark}). Dashed: the majority answer as floor, the oracle as ceiling."
             found.append(Figure(caption, figures.draw(panels, 2)))
+        if gated := gate_figure(stages_of(run, benchmark).end.scores.get("gate")):
+            found.append(gated)
     reward = _panel(run, "rl", "Reward", {"reward": ("", NEUTRAL)})
     parts = {
         "rewards/recall/mean": ("recall", RECALL),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mer_r1_jax.emotion.answer_form import MODES, Answer
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.answering import LENGTH_STEP, Answerer, AnsweringPolicy
 from mer_r1_jax.evaluation.evaluate import Evaluator
+from mer_r1_jax.evaluation.gate import Auto, confidence_of, is_sure, reason
 from mer_r1_jax.media.collate import prompt_shape
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape, Prompts
@@ -62,8 +64,15 @@ def clip_record(
     )
 
 
-def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = MODES) -> tuple[Prompt, list[Answer]]:
+def answer(
+    setup: Setup, params: Params, record: Record, modes: Sequence[str | Auto] = MODES
+) -> tuple[Prompt, list[Answer]]:
     """Answers a clip greedily in each mode.
+
+    Args:
+        setup, params: the model.
+        record: the clip.
+        modes: slow, fast, or `Auto`. No answer is decoded twice.
 
     Raises:
         MediaError, PromptError: for a clip or text that cannot be used.
@@ -78,7 +87,21 @@ def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = 
     answerer = make_answerer(setup, setup.programs.sampling.max_completion_length)
     with answerer.holding(params) as policy:
         prompts = policy.encode([prompt], [bucket], [0])
-        return prompt, [_read(setup.wheels, policy, prompts, mode)[0] for mode in modes]
+        once = functools.cache(lambda mode: _read(setup.wheels, policy, prompts, mode)[0])
+        return prompt, [gated(once, mode.threshold) if isinstance(mode, Auto) else once(mode) for mode in modes]
+
+
+def gated(answer_in: Callable[[str], Answer], threshold: float) -> Answer:
+    """The fast answer, or the slow one where the model is less sure of the fast one than the threshold.
+
+    Args:
+        answer_in: mode -> the answer; slow is asked for only where it is given.
+        threshold: in [0, 1].
+    """
+    fast = answer_in("fast")
+    confidence = confidence_of(fast.probabilities)
+    taken = fast if is_sure(confidence, threshold) else answer_in("slow")
+    return dataclasses.replace(taken, why=reason(confidence, threshold))
 
 
 class Reader(Evaluator):
