@@ -169,7 +169,7 @@ def _say(counts: AnswerCounts) -> None:
 
 
 def _print_one() -> None:
-    from mer_r1_jax.run.inference import answer
+    from mer_r1_jax.run.inference import answer, as_json
     from mer_r1_jax.run.policy import open_model
 
     modes = _modes()
@@ -180,7 +180,7 @@ def _print_one() -> None:
     finally:
         setup.source.close()
     if _JSON.value:
-        screen.say(json_text([_as_json(one) for one in answers], indent=1))
+        screen.say(json_text([as_json(one) for one in answers], indent=1))
         return
     console = screen.console()
     sound = f"{prompt.stats['audio_seconds']:.1f} s of audio" if prompt.audio else "no audio"
@@ -211,16 +211,3 @@ def _show(console: Console, answer: Answer) -> None:
         confidence = f"{answer.probabilities[word]:.2f}" if word in answer.probabilities else "-"
         table.add_row(word, confidence, ", ".join(category or "-" for category in answer.categories[word]))
     console.print(table)
-
-
-def _as_json(answer: Answer) -> dict:
-    return {
-        "mode": answer.mode,
-        "reasoning": answer.reasoning,
-        "answer": list(answer.words),
-        "categories": {word: list(answer.categories[word]) for word in answer.words},
-        "confidences": {word: answer.probabilities.get(word) for word in answer.words},
-        "truncated": answer.truncated,
-        "text": answer.text,
-        **({"why": answer.why} if answer.why else {}),
-    }

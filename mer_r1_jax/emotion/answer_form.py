@@ -84,6 +84,8 @@ class Answer:
         truncated: the answer was cut at the length cap.
         text: everything that was generated, the empty think block of a fast answer included.
         why: of a gated answer, why this mode was taken; else "".
+        wheel_probabilities: word -> those that `probabilities` is the mean of, None on a wheel without the word; a word
+            that is on no wheel has none.
     """
 
     mode: str
@@ -94,6 +96,7 @@ class Answer:
     truncated: bool
     text: str
     why: str = ""
+    wheel_probabilities: Mapping[str, tuple[float | None, ...]] = dataclasses.field(default_factory=dict)
 
 
 def format_answer(reasoning: str, answer: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES, Answer
 from mer_r1_jax.emotion.wheels import Wheels
-from mer_r1_jax.evaluation.answering import LENGTH_STEP, Answerer, AnsweringPolicy
+from mer_r1_jax.evaluation.answering import LENGTH_STEP, Answerer, AnsweringPolicy, Answers
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.gate import Auto, confidence_of, is_sure, reason
 from mer_r1_jax.media.collate import prompt_shape
@@ -26,7 +26,7 @@ from mer_r1_jax.run.asking import make_answerer
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
-from mer_r1_jax.training.stopping import NEVER, Stop
+from mer_r1_jax.training.stopping import Stop
 
 Place = str | pathlib.Path
 
@@ -79,16 +79,23 @@ def answer(
         RolloutError: the model's scores are not finite.
     """
     prompt = setup.source.load(record).prompt
-    shape = prompt_shape(prompt)
-    # On several devices the rows beyond the first are padding.
-    bucket = dataclasses.replace(
-        shape, rows=row_cut(setup.backbone.mesh), tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
-    )
-    answerer = make_answerer(setup, setup.programs.sampling.max_completion_length)
-    with answerer.holding(params) as policy:
-        prompts = policy.encode([prompt], [bucket], [0])
-        once = functools.cache(lambda mode: _read(setup.wheels, policy, prompts, mode)[0])
+    with answerer_of(setup).holding(params) as policy:
+        prompts = encoded_alone(setup, policy, prompt)
+        once = functools.cache(lambda mode: read(setup.wheels, policy, policy.answer(prompts, mode))[0])
         return prompt, [gated(once, mode.threshold) if isinstance(mode, Auto) else once(mode) for mode in modes]
+
+
+def answerer_of(setup: Setup) -> Answerer:
+    """Who answers about single clips, at the length that answers had in training."""
+    return make_answerer(setup, setup.programs.sampling.max_completion_length)
+
+
+def encoded_alone(setup: Setup, policy: AnsweringPolicy, prompt: Prompt) -> Prompts:
+    """One prompt, encoded; on several devices the rows beyond the first are padding."""
+    shape = prompt_shape(prompt)
+    tokens = -(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
+    bucket = dataclasses.replace(shape, rows=row_cut(setup.backbone.mesh), tokens=tokens)
+    return policy.encode([prompt], [bucket], [0])
 
 
 def gated(answer_in: Callable[[str], Answer], threshold: float) -> Answer:
@@ -122,14 +129,11 @@ class Reader(Evaluator):
     ) -> dict[str, list[Any]]:
         uids = [uid_of(record.id) for record, _ in batch]
         prompts = policy.encode([prompt for _, prompt in batch], self.buckets, uids)
-        return {mode: _read(self.wheels, policy, prompts, mode, len(batch), stop) for mode in modes}
+        return {mode: read(self.wheels, policy, policy.answer(prompts, mode, stop), len(batch)) for mode in modes}
 
 
-def _read(
-    wheels: Wheels, policy: AnsweringPolicy, prompts: Prompts, mode: str, rows: int = 1, stop: Stop = NEVER
-) -> list[Answer]:
-    """The answers to the first rows of a batch; the others are padding."""
-    answers = policy.answer(prompts, mode, stop)
+def read(wheels: Wheels, policy: AnsweringPolicy, answers: Answers, rows: int = 1) -> list[Answer]:
+    """The answers to the first rows of a batch, with their confidences; the other rows are padding."""
     said = [
         policy.answerer.scorer.answer(ids, int(length), bool(how == STOP_LENGTH), ())
         for ids, length, how in zip(
@@ -142,22 +146,42 @@ def _read(
     # With its own words for truth every word has a confidence; beyond `rl.max_answer_words` there are none.
     own = [one.parsed.words for one in said]
     probability_BWQ = policy.score(answers, own, require_format=False).probability_BWQ
-    read = []
+    found = []
     for one, probability_WQ in zip(said, probability_BWQ, strict=False):
         words = one.parsed.words
-        held = {word: row_Q[~np.isnan(row_Q)] for word, row_Q in zip(words, probability_WQ, strict=False)}
-        read.append(
+        on_wheels = {
+            word: row_Q for word, row_Q in zip(words, probability_WQ, strict=False) if not np.isnan(row_Q).all()
+        }
+        found.append(
             Answer(
-                mode=mode,
+                mode=answers.mode,
                 reasoning=one.parsed.reasoning,
                 words=words,
                 # mean over the word's wheels
-                probabilities={word: float(row.mean()) for word, row in held.items() if len(row)},
+                probabilities={word: float(row_Q[~np.isnan(row_Q)].mean()) for word, row_Q in on_wheels.items()},
                 categories={
                     word: tuple(wheels.category(word, wheel) for wheel in range(len(wheels))) for word in words
                 },
                 truncated=one.truncated,
                 text=one.text,
+                wheel_probabilities={
+                    word: tuple(None if np.isnan(one) else float(one) for one in row_Q)
+                    for word, row_Q in on_wheels.items()
+                },
             )
         )
-    return read
+    return found
+
+
+def as_json(answer: Answer) -> dict[str, Any]:
+    """An answer as JSON values."""
+    return {
+        "mode": answer.mode,
+        "reasoning": answer.reasoning,
+        "answer": list(answer.words),
+        "categories": {word: list(answer.categories[word]) for word in answer.words},
+        "confidences": {word: answer.probabilities.get(word) for word in answer.words},
+        "truncated": answer.truncated,
+        "text": answer.text,
+        **({"why": answer.why} if answer.why else {}),
+    }
