@@ -1,4 +1,4 @@
-"""A headless Chromium driven over a pipe by its DevTools protocol: open, click, wait, and what it asked the network for.
+"""A headless Chromium driven over a pipe by its DevTools protocol: open, click, wait, see what it asked the network.
 
 The protocol's messages are JSON, each ended by a zero byte, on file descriptors 3 and 4 of the browser
 (--remote-debugging-pipe), so no library of sockets is needed.
@@ -24,11 +24,7 @@ _QUIET = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
     *("--no-default-browser-check", "--disable-features=Translate,OptimizationHints,MediaRouter", "--mute-audio"),
     # A camera and a microphone of its own, which nobody has to allow.
-    *(
-        "--use-fake-device-for-media-stream",
-        "--use-fake-ui-for-media-stream",
-        "--autoplay-policy=no-user-gesture-required",
-    ),
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 )
 
 
