@@ -30,10 +30,16 @@ class Upload:
     Args:
         root: folder in which it is made.
         name: what the clip's owner calls it; nothing of it is used but an ending, which some formats are told by.
+
+    Raises:
+        UploadError: there is no room.
     """
 
     def __init__(self, root: pathlib.Path, name: str):
-        self._folder = tempfile.TemporaryDirectory(dir=root)
+        try:
+            self._folder = tempfile.TemporaryDirectory(dir=root)
+        except OSError as error:
+            raise _no_room(error) from error
         suffix = pathlib.PurePath(name).suffix.lower()
         # No two clips have one name: whoever reads clips takes another content under a name for a mistake.
         folder = pathlib.Path(self._folder.name)
@@ -51,7 +57,7 @@ class Upload:
             max_bytes, seconds: it may have, and take.
 
         Raises:
-            UploadError: it is empty, too large or too slow.
+            UploadError: it is empty, too large or too slow, or there is no room for it.
         """
         size = 0
         try:
@@ -67,8 +73,18 @@ class Upload:
                 408,
                 f"the clip: got {size / MEGABYTE:.1f} MB in {seconds:g} s, expected all by then; send a smaller one",
             ) from error
+        except OSError as error:
+            raise _no_room(error) from error
         if not size:
             raise UploadError(400, "the clip: got an empty file, expected a video or a sound; choose another")
+
+
+def _no_room(error: OSError) -> UploadError:
+    return UploadError(
+        507,
+        f"the clip: got no place for it on the machine that answers ({error.strerror}), expected room in its folder of "
+        "temporary files; make some there, or name another folder as TMPDIR",
+    )
 
 
 def too_large(got: str, max_bytes: int) -> UploadError:

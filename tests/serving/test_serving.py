@@ -1,6 +1,7 @@
 """The page's server: who is let in, what is taken, who waits, and what is left of a clip. A stand-in answers."""
 
 import contextlib
+import errno
 import re
 import socket
 import threading
@@ -99,6 +100,22 @@ def test_an_empty_clip_and_one_that_never_comes_are_refused(address, model, tmp_
     about = httpx.get(f"{address}/about").json()
     assert about["wheels"] == ["one", "two"] and about["max_mb"] == 0.01
     assert ask(address)[0] == 200, "nobody stands in the line any more"
+
+
+def test_a_full_disk_is_told_and_nobody_is_left_in_the_line(address, model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place in ("tempfile.TemporaryDirectory", "builtins.open"):
+        with monkeypatch.context() as patch:
+            if place == "builtins.open":
+                patch.setattr("mer_r1_jax.serving.uploads.open", full, raising=False)
+            else:
+                patch.setattr(f"mer_r1_jax.serving.uploads.{place}", full)
+            status, told = ask(address)
+        assert status == 507 and "No space left on device" in told and "TMPDIR" in told
+        assert not model.asked and not list(tmp_path.iterdir())
+    assert ask(address)[0] == 200
 
 
 def test_what_cannot_be_asked_is_refused_with_what_is_expected(address, model):
