@@ -23,7 +23,7 @@ import logging
 import pathlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -176,21 +176,20 @@ class _Server:
 
     async def answer(self, request: Request) -> Response:
         """Takes a clip and gives events; a request that is not taken gets a status and one line that says why."""
-        upload, place = None, None
+        upload = None
         try:
             _refuse_strangers(request)
             asked = _asked(request, self._answering.about)
             max_bytes = int(self._limits.max_mb * MEGABYTE)
             if (size := _stated_size(request)) > max_bytes:
                 raise too_large(f"{size / MEGABYTE:.1f} MB", max_bytes)
-            place = self._line.join()
-            upload = Upload(self._folder, asked.name)
-            await upload.receive(request.stream(), max_bytes, self._limits.upload_seconds)
+            with self._line.coming():
+                upload = Upload(self._folder, asked.name)
+                await upload.receive(request.stream(), max_bytes, self._limits.upload_seconds)
+                place = self._line.join()
         except (UploadError, LineFull, ClientDisconnect) as error:
             if upload is not None:
                 upload.remove()
-            if place is not None:
-                await self._line.leave(place)
             if isinstance(error, ClientDisconnect):
                 return Response(status_code=400)
             if isinstance(error, LineFull):
@@ -198,35 +197,52 @@ class _Server:
                 error = UploadError(503, f"got {waiting} questions that wait, expected fewer; ask again later")
             return JSONResponse({"error": str(error)}, status_code=error.status)
         asked = dataclasses.replace(asked, clip=upload.path)
-        return StreamingResponse(self._events(request, asked, upload, place), media_type="application/x-ndjson")
+        job = _Job(self._answering, asked, upload, self._limits.answer_seconds)
 
-    async def _events(self, request: Request, asked: Asked, upload: Upload, place: object) -> AsyncIterator[bytes]:
-        """Waits for the turn, has the question answered in the model's thread, and passes on what is told."""
-        job = None
-        try:
-            async for before in self._line.turn(place, _LOOK_SECONDS):
-                if await request.is_disconnected():
-                    return
-                yield _line_of({"kind": "queued", "before": before})
-            job = _Job(self._answering, asked, upload, self._limits.answer_seconds)
-            self._thread.submit(job.run)
-            while True:
-                event = None
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_SECONDS):
-                        event = await job.events.get()
-                if event is not None:
-                    yield _line_of(event)
-                    if event["kind"] in ("done", "error"):
-                        return
-                elif await request.is_disconnected():
-                    return
-        finally:
-            if job is None:
-                upload.remove()
-            else:
-                job.given_up.set()  # the thread leaves the answer after the chunk it is at, and removes the clip
+        async def end() -> None:
+            # The model's thread leaves the answer after the chunk it is at, and removes the clip.
+            job.give_up()
             await self._line.leave(place)
+
+        return _Told(self._events(request, job, place), end)
+
+    async def _events(self, request: Request, job: _Job, place: object) -> AsyncIterator[bytes]:
+        """Waits for the turn, has the question answered in the model's thread, and passes on what is told."""
+        async for before in self._line.turn(place, _LOOK_SECONDS):
+            if await request.is_disconnected():
+                return
+            yield _line_of({"kind": "queued", "before": before})
+        self._thread.submit(job.run)
+        while True:
+            event = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    event = await job.events.get()
+            if event is not None:
+                yield _line_of(event)
+                if event["kind"] in ("done", "error"):
+                    return
+            elif await request.is_disconnected():
+                return
+
+
+class _Told(StreamingResponse):
+    """Events as they come. `end` is called when all is told, and as well where it never begins: the asker may be gone.
+
+    Args:
+        events: lines.
+        end: gives back what the question took.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], Awaitable[None]]):
+        super().__init__(events, media_type="application/x-ndjson")
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._end()
 
 
 class _Job:
@@ -234,18 +250,26 @@ class _Job:
 
     Attributes:
         events: what is told; the last one is done or error.
-        given_up: set once nobody waits for them.
     """
 
     def __init__(self, answering: Answering, asked: Asked, upload: Upload, seconds: float):
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.given_up = threading.Event()
+        self._given_up = threading.Event()
+        self._begun = threading.Lock()  # held by whoever removes the clip: the thread, or who gives up before it
         self._loop = asyncio.get_running_loop()
         self._answering, self._asked, self._upload, self._seconds = answering, asked, upload, seconds
         self._until = 0.0
 
+    def give_up(self) -> None:
+        """Says that nobody waits any more. The clip is removed now, or by the thread that reads it."""
+        self._given_up.set()
+        if self._begun.acquire(blocking=False):
+            self._upload.remove()
+
     def run(self) -> None:
         """Answers; runs in the model's thread, and raises nothing."""
+        if not self._begun.acquire(blocking=False):
+            return  # given up before its turn
         self._until = time.monotonic() + self._seconds
         try:
             self._tell({"kind": "started"})
@@ -264,7 +288,7 @@ class _Job:
         self._put(last)
 
     def _tell(self, event: dict[str, Any]) -> None:
-        if self.given_up.is_set():
+        if self._given_up.is_set():
             raise AnswerEnded("nobody waits for the answer")
         if time.monotonic() > self._until:
             raise AnswerEnded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 
 class LineFull(Exception):
@@ -21,16 +21,26 @@ class WaitingLine:
     def __init__(self, longest: int):
         self._longest = longest
         self._line: list[object] = []
+        self._coming = 0
         self._moved = asyncio.Condition()
 
-    def join(self) -> object:
-        """A place at the end; give it to `turn`, and in any case to `leave`.
+    @contextlib.contextmanager
+    def coming(self) -> Iterator[None]:
+        """Keeps a place for somebody whose clip is on its way; nobody waits for it yet.
 
         Raises:
-            LineFull: as many wait as may.
+            LineFull: as many wait, or are coming, as may.
         """
-        if len(self._line) > self._longest:
+        if len(self._line) + self._coming > self._longest:
             raise LineFull
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+
+    def join(self) -> object:
+        """A place at the end; give it to `turn`, and in any case to `leave`."""
         place = object()
         self._line.append(place)
         return place

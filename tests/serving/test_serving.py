@@ -1,5 +1,6 @@
 """The page's server: who is let in, what is taken, who waits, and what is left of a clip. A stand-in answers."""
 
+import asyncio
 import contextlib
 import errno
 import re
@@ -13,6 +14,7 @@ from support.commands import run_command
 from support.served_page import StandIn, ask, serving, until
 
 import mer_r1_jax.serving
+from mer_r1_jax.serving.app import Limits, make_app
 from mer_r1_jax.serving.listening import ListenError, is_local, listening, names_of
 
 PAGE = Path(mer_r1_jax.serving.__file__).parent / "page"
@@ -95,11 +97,12 @@ def test_an_empty_clip_and_one_that_never_comes_are_refused(address, model, tmp_
             f"POST /answer HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/octet-stream\r\n"
             "Content-Length: 100\r\n\r\nabc".encode()
         )
+        assert ask(address)[0] == 200, "nobody waits for a clip that is on its way"
         told = slow.recv(4096).decode()
-    assert told.startswith("HTTP/1.1 408 ") and not model.asked and not list(tmp_path.iterdir())
+    assert told.startswith("HTTP/1.1 408 ") and len(model.asked) == 1 and not list(tmp_path.iterdir())
     about = httpx.get(f"{address}/about").json()
     assert about["wheels"] == ["one", "two"] and about["max_mb"] == 0.01
-    assert ask(address)[0] == 200, "nobody stands in the line any more"
+    assert [ask(address)[0] for _ in range(3)] == [200] * 3, "no place is kept any more"
 
 
 def test_a_full_disk_is_told_and_nobody_is_left_in_the_line(address, model, tmp_path, monkeypatch):
@@ -162,6 +165,36 @@ def test_whoever_closes_the_page_is_not_waited_for(address, model, tmp_path):
     until(lambda: not list(tmp_path.iterdir()))
     model.hold.set()
     assert ask(address)[1][-1] == {"kind": "done"}
+
+
+def test_whoever_is_gone_before_the_first_word_leaves_nothing_behind(model, tmp_path):
+    app = make_app(model, Limits(waiting=0), ("localhost",), tmp_path)
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/octet-stream")]
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "method": "POST", "path": "/answer", "headers": headers}
+    told = []
+
+    async def asked(send):
+        body = iter([{"type": "http.request", "body": b"x", "more_body": False}])
+
+        async def receive():
+            return next(body, None) or await asyncio.sleep(60)
+
+        await app(scope | {"query_string": b""}, receive, send)
+
+    async def gone(message):
+        raise OSError("the connection is closed")
+
+    async def here(message):
+        told.append(message)
+
+    async def both():
+        with contextlib.suppress(Exception):
+            await asked(gone)
+        assert not list(tmp_path.iterdir())
+        await asked(here)
+
+    asyncio.run(both())
+    assert told[0]["status"] == 200 and b'"done"' in b"".join(message.get("body", b"") for message in told)
 
 
 def test_an_answer_that_takes_too_long_is_ended(model, tmp_path):
