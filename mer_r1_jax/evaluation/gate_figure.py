@@ -20,11 +20,12 @@ _PANELS = (
 )
 
 
-def gate_figure(gate: Mapping[str, Any] | None) -> Figure | None:
+def gate_figure(gate: Mapping[str, Any] | None, of: str = "") -> Figure | None:
     """Risk, F1 and tokens over coverage with 95% intervals; None where an evaluation fitted no threshold.
 
     Args:
         gate: of an evaluation's scores (`gate.fit_and_measure`).
+        of: what the caption begins with.
     """
     if not gate or gate.get("threshold") is None or not gate.get("curve"):
         return None
@@ -44,7 +45,7 @@ def gate_figure(gate: Mapping[str, Any] | None) -> Figure | None:
             axes.set_title(title)
             axes.set_xlabel("answered fast, per cent")
 
-    return Figure(_caption(gate), figures.as_svg(paint, 4 * len(_PANELS), 2.7))
+    return Figure(of + _caption(gate), figures.as_svg(paint, 4 * len(_PANELS), 2.7))
 
 
 def _draw(axes: Any, curve: Sequence[Mapping[str, Any]], name: str, factor: float) -> None:
