@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mer_r1_jax.api import Answer as Answer
+    from mer_r1_jax.api import Auto as Auto
     from mer_r1_jax.api import Model as Model
     from mer_r1_jax.api import load as load
     from mer_r1_jax.api import score as score
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Model", "load", "score"]
+__all__ = ["Answer", "Auto", "Model", "load", "score"]
 
 
 def __getattr__(name: str):

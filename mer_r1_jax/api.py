@@ -17,8 +17,9 @@ from typing import Any, Literal
 from mer_r1_jax.emotion import predictions as scoring
 from mer_r1_jax.emotion.answer_form import Answer
 from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.evaluation.gate import Auto
 
-Mode = Literal["slow", "fast"]
+Mode = Literal["slow", "fast", "auto"]
 Part = Literal["both", "video", "audio"]
 
 
@@ -32,8 +33,8 @@ class Model:
     Use it in a `with` block, or call `close`: processes that decode clips end with it.
     """
 
-    def __init__(self, setup: Any, params: Any):
-        self._setup, self._params = setup, params
+    def __init__(self, setup: Any, params: Any, path: str):
+        self._setup, self._params, self._path = setup, params, path
 
     def answer(
         self,
@@ -42,7 +43,7 @@ class Model:
         audio: str | os.PathLike[str] | None = None,
         subtitle: str | None = None,
         question: str | None = None,
-        mode: Mode = "slow",
+        mode: Mode | Auto = "slow",
         show: Part = "both",
     ) -> Answer:
         """Answers about one clip.
@@ -52,23 +53,32 @@ class Model:
             audio: a sound file: alone, or in place of the clip's own sound.
             subtitle: what is said in it, where known.
             question: what is asked; None asks what the model was trained on.
-            mode: slow reasons first; fast answers at once, behind an empty think block.
+            mode: slow reasons first; fast answers at once, behind an empty think block; auto answers fast, and slow
+                where the model is less sure of that than the threshold that the run fitted on its held-out clips, or
+                than that of `Auto(threshold)`. `Answer.why` then says which it was, and why.
             show: which part of the clip the model is given.
 
         Raises:
             ArgumentError: an unknown mode or part, or nothing to show.
             MediaError, PromptError: a clip or text that cannot be used.
             RolloutError: the model's scores are not finite.
+            GateError: auto without a fitted threshold, or one outside [0, 1].
         """
+        from mer_r1_jax.run.fitted_gate import threshold_of
         from mer_r1_jax.run.inference import answer, clip_record
 
-        _require("mode", mode, ("slow", "fast"))
+        if not isinstance(mode, Auto):
+            _require("mode", mode, ("slow", "fast", "auto"))
         _require("show", show, ("both", "video", "audio"))
         if (video if show == "video" else video or audio) is None:
             raise ArgumentError("video: got None, expected the clip, or a sound file as audio; name one of them")
         asked = question or self._setup.config.data.question
         clip, voice = (None if place is None else os.fspath(place) for place in (video, audio))
         record = clip_record(clip, asked, subtitle, frames=show != "audio", audio=show != "video", voice=voice)
+        if isinstance(mode, Auto):
+            mode = Auto(threshold_of(self._path, mode.threshold))
+        elif mode == "auto":
+            mode = Auto(threshold_of(self._path))
         _, (answered,) = answer(self._setup, self._params, record, (mode,))
         return dataclasses.replace(answered, reasoning=answered.reasoning or None)
 
@@ -99,7 +109,7 @@ def load(path: str | os.PathLike[str], **settings: Any) -> Model:
 
     # As in `mer-r1 infer`, a clip without a sound track is no error.
     overrides = {"media.missing_audio": "skip"} | {name.replace("__", "."): value for name, value in settings.items()}
-    return Model(*open_model(os.fspath(path), overrides))
+    return Model(*open_model(os.fspath(path), overrides), os.fspath(path))
 
 
 def score(

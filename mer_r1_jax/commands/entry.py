@@ -23,6 +23,7 @@ COMMANDS = {
     "validate": "checks records and clips before a run",
     "train": "trains: SFT, then RL, evaluation, export and report",
     "infer": "answers about a clip: reasoning, emotion words, probabilities",
+    "serve": "opens a page on this machine that shows what a model answers",
     "evaluate": "answers and scores benchmarks, slow and fast",
     "evaluate-mme": "MME-Emotion, with every setting of its judge",
     "score": "scores a file of predictions as MER-UniBench does",

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     from mer_r1_jax.omni.hf.export import ExportSettings, export_model
+    from mer_r1_jax.run.fitted_gate import write_gate
     from mer_r1_jax.run.policy import refuse_in_run, saved_config, write_settings
 
     with explained():
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> None:
             ),
         )
         if _RUN.value and (settings := saved_config(_RUN.value)) is not None:
+            # What `--mode=auto` takes; a run without held-out clips has none.
+            write_gate(report.directory, _RUN.value)
             # The run's configuration lies beside its export: prompts and clips have to be made as the run made them.
             write_settings(report.directory, settings)
     screen.say(

@@ -1,7 +1,7 @@
 """Answers about a clip: mer-r1 infer --model=HF_DIR_OR_RUN --video=clip.mp4 [--subtitle=... --mode=...]
 
     mer-r1 infer --model=HF_DIR_OR_RUN --audio=voice.wav [--video=clip.mp4]
-    mer-r1 infer --model=HF_DIR_OR_RUN --data=FILE --out=FILE.jsonl|FILE.csv [--media_root=DIR --mode=slow|fast]
+    mer-r1 infer --model=HF_DIR_OR_RUN --data=FILE --out=FILE.jsonl|FILE.csv [--media_root=DIR --mode=slow|fast|auto]
 
 Prints the reasoning, the emotion words with their categories on the five wheels, and how sure the model is of each.
 With --out they go to a file instead: one JSON object to a line, or the table `name,openset` of MER2025. Answers are
@@ -21,6 +21,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained
 from mer_r1_jax.config.command_line import named_values
 from mer_r1_jax.config.schema import ConfigError
+from mer_r1_jax.emotion.answer_form import AUTO
 from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.foreign_text import json_text, printable
 from mer_r1_jax.training.signals import EXIT_SAVED, GRACE_SECONDS, StopSignals
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from mer_r1_jax.data.records import Record
     from mer_r1_jax.emotion.answer_form import Answer
+    from mer_r1_jax.evaluation.gate import Auto
     from mer_r1_jax.run.answer_file import AnswerCounts
 
 _MODEL = flags.DEFINE_string("model", None, "a run's folder, its export, or a Hugging Face directory", required=True)
@@ -43,7 +45,14 @@ _OUT = flags.DEFINE_string("out", "", "file of answers, .jsonl or .csv; empty = 
 _SUBTITLE = flags.DEFINE_string("subtitle", None, "what is said in the clip")
 _QUESTION = flags.DEFINE_string("question", "", "what to ask; empty = the model's own question")
 _MODE = flags.DEFINE_enum(
-    "mode", "both", ("slow", "fast", "both"), "answer after reasoning, at once, or both; a CSV has one: slow"
+    "mode",
+    "both",
+    ("slow", "fast", "both", "auto"),
+    "answer after reasoning, at once, or both; auto: at once, and after reasoning where the model is less sure of that "
+    "than the threshold. A CSV has one answer: slow",
+)
+_THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "--mode=auto: confidence from which on a fast answer stands; empty = what the run fitted", 0, 1
 )
 _SHOW = flags.DEFINE_enum("show", "both", ("both", "video", "audio"), "which part of the clip the model is given")
 _SET = flags.DEFINE_multi_string("set", [], "a configuration field to change, such as media.max_frames=8; repeatable")
@@ -75,11 +84,26 @@ def _check_flags() -> None:
         raise ConfigError(
             "got --subtitle or --show beside --data, expected them with one clip; the file's records say what is shown"
         )
+    if _THRESHOLD.value is not None and _MODE.value != AUTO:
+        raise ConfigError(
+            f"--threshold: got it beside --mode={_MODE.value}, expected --mode=auto, which alone compares with it; "
+            "change the mode, or leave it out"
+        )
     if _VIDEO.value is None and _SHOW.value == "video":
         raise ConfigError("--show: got video without --video, so there is nothing to show; name the clip")
 
 
-def _modes() -> tuple[str, ...]:
+def _modes() -> tuple[str | Auto, ...]:
+    """What is asked of each clip, once the threshold is known."""
+    if _MODE.value == AUTO:
+        from mer_r1_jax.evaluation.gate import Auto
+        from mer_r1_jax.run.fitted_gate import threshold_of
+
+        return (Auto(threshold_of(_MODEL.value, _THRESHOLD.value)),)
+    return _named_modes()
+
+
+def _named_modes() -> tuple[str, ...]:
     if _MODE.value == "both" and pathlib.Path(_OUT.value).suffix == ".csv" and not flags.FLAGS["mode"].present:
         return ("slow",)
     return ("slow", "fast") if _MODE.value == "both" else (_MODE.value,)
@@ -100,7 +124,8 @@ def _to_file() -> int:
     from mer_r1_jax.training.stopping import Stop
 
     refuse_in_run(_OUT.value)
-    check_out(_OUT.value, _modes())
+    modes = _modes()
+    check_out(_OUT.value, modes)
     if _DATA.value:
         read_records(_DATA.value, _MEDIA_ROOT.value)  # what is wrong with it shows before a model is loaded
     with contextlib.ExitStack() as stack:
@@ -117,7 +142,7 @@ def _to_file() -> int:
         try:
             counts = answer_records(
                 policy,
-                [(record, mode) for record in records for mode in _modes()],
+                [(record, mode) for record in records for mode in modes],
                 _OUT.value,
                 media_root=_MEDIA_ROOT.value if _DATA.value else "",
                 stop=Stop(stop),
@@ -132,6 +157,8 @@ def _to_file() -> int:
 
 def _say(counts: AnswerCounts) -> None:
     said = f"{_OUT.value}: {counts.answered} answers, {counts.wordless} of them without an emotion word"
+    if counts.gated:
+        said += f"; {counts.gated.get('fast', 0)} fast, {counts.gated.get('slow', 0)} slow"
     if counts.failed:
         said += f"; {len(counts.failed)} records could not be asked, which the same command tries again:"
     screen.say(said)
@@ -142,17 +169,18 @@ def _say(counts: AnswerCounts) -> None:
 
 
 def _print_one() -> None:
-    from mer_r1_jax.run.inference import answer
+    from mer_r1_jax.run.inference import answer, as_json
     from mer_r1_jax.run.policy import open_model
 
+    modes = _modes()
     # A clip without sound is answered from its frames; the line printed with the prompt says so.
     setup, params = open_model(_MODEL.value, {"media.missing_audio": "skip"} | named_values(_SET.value))
     try:
-        prompt, answers = answer(setup, params, _clip(_QUESTION.value or setup.config.data.question), _modes())
+        prompt, answers = answer(setup, params, _clip(_QUESTION.value or setup.config.data.question), modes)
     finally:
         setup.source.close()
     if _JSON.value:
-        screen.say(json_text([_as_json(one) for one in answers], indent=1))
+        screen.say(json_text([as_json(one) for one in answers], indent=1))
         return
     console = screen.console()
     sound = f"{prompt.stats['audio_seconds']:.1f} s of audio" if prompt.audio else "no audio"
@@ -171,6 +199,8 @@ def _show(console: Console, answer: Answer) -> None:
     console.print()
     console.print(answer.mode, style="bold", end="")
     console.print(" (cut at the length cap)" if answer.truncated else "")
+    if answer.why:
+        console.print(f"taken because: {answer.why}", markup=False, highlight=False)
     if answer.mode == "slow":
         console.print(f"reasoning: {answer.reasoning or 'none'}", markup=False, highlight=False)
     if not answer.words:
@@ -181,15 +211,3 @@ def _show(console: Console, answer: Answer) -> None:
         confidence = f"{answer.probabilities[word]:.2f}" if word in answer.probabilities else "-"
         table.add_row(word, confidence, ", ".join(category or "-" for category in answer.categories[word]))
     console.print(table)
-
-
-def _as_json(answer: Answer) -> dict:
-    return {
-        "mode": answer.mode,
-        "reasoning": answer.reasoning,
-        "answer": list(answer.words),
-        "categories": {word: list(answer.categories[word]) for word in answer.words},
-        "confidences": {word: answer.probabilities.get(word) for word in answer.words},
-        "truncated": answer.truncated,
-        "text": answer.text,
-    }

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mer_r1_jax.json_lines import cut
 
 MODES = ("slow", "fast")  # reasoning first, or the answer at once
+AUTO = "auto"  # fast, and slow where the model is not sure of that (evaluation/gate.py)
 TAGS = THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = "<think>", "</think>", "<answer>", "</answer>"
 BRIDGE = f"{THINK_CLOSE}\n{ANSWER_OPEN}"  # one newline between the blocks (ours)
 EMPTY_THINK = THINK_OPEN + BRIDGE  # what a fast answer is given
@@ -74,7 +75,7 @@ class Answer:
     """What a model says about a clip.
 
     Attributes:
-        mode: slow (after reasoning) or fast (at once).
+        mode: slow (after reasoning) or fast (at once); of a gated answer the one that was taken.
         reasoning: what stands in the think block; None where there is none, or, in `Model.answer`, nothing in it.
         words: the emotion words, lower-case, in the order of the answer; empty where it cannot be read.
         probabilities: word -> probability of its categories where it is said, mean over the wheels, in [0, 1]; a word
@@ -82,6 +83,9 @@ class Answer:
         categories: word -> its category on each of the five wheels, None where it has none.
         truncated: the answer was cut at the length cap.
         text: everything that was generated, the empty think block of a fast answer included.
+        why: of a gated answer, why this mode was taken; else "".
+        wheel_probabilities: word -> those that `probabilities` is the mean of, None on a wheel without the word; a word
+            that is on no wheel has none.
     """
 
     mode: str
@@ -91,6 +95,8 @@ class Answer:
     categories: Mapping[str, tuple[str | None, ...]]
     truncated: bool
     text: str
+    why: str = ""
+    wheel_probabilities: Mapping[str, tuple[float | None, ...]] = dataclasses.field(default_factory=dict)
 
 
 def format_answer(reasoning: str, answer: str) -> str:

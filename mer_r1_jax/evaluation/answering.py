@@ -29,7 +29,7 @@ from mer_r1_jax.rl.rollout import Completions, check_finite
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer, ScoredGroups
 from mer_r1_jax.training.prompts import prompt_rows
-from mer_r1_jax.training.rl_step import RlPrograms
+from mer_r1_jax.training.rl_step import RlPrograms, Watch
 from mer_r1_jax.training.state import Params
 from mer_r1_jax.training.stopping import NEVER, Stop
 
@@ -124,6 +124,7 @@ class AnsweringPolicy:
         *,
         sampling: SamplingConfig | None = None,
         key: Array | None = None,
+        watch: Watch | None = None,
     ) -> Answers:
         """Decodes answers to every prompt: after reasoning, or at once behind an empty think block.
 
@@ -133,6 +134,7 @@ class AnsweringPolicy:
             stop: asked while it decodes.
             sampling: None decodes one answer greedily.
             key: of the random bits; greedy decoding draws none, so any will do.
+            watch: shown what is sampled so far, where it is decoded in chunks (`RlPrograms.sample`).
 
         Raises:
             RolloutError: the model's scores are not finite.
@@ -142,7 +144,7 @@ class AnsweringPolicy:
         forced_ids = answerer.scorer.tags.empty_think if mode == "fast" else ()
         sampling = dataclasses.replace(sampling or answerer.sampling, forced_ids=forced_ids)
         key = jax.random.key(0) if key is None else key
-        completions = programs.sample(self.decoding, prompts, key, sampling, stop)
+        completions = programs.sample(self.decoding, prompts, key, sampling, stop, watch)
         host = local_rows(completions, programs.backbone.mesh)
         check_finite(host)
         return Answers(mode, prompts, completions, host)

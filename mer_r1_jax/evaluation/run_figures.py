@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mer_r1_jax.evaluation import figures
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, PRECISION, RECALL, SLOW, Line, Panel
+from mer_r1_jax.evaluation.gate_figure import gate_figure
 from mer_r1_jax.evaluation.report_kit import Figure, percent
 from mer_r1_jax.evaluation.run_record import KeptEvaluation, RunRecord, Stages, stages_of
 
@@ -52,6 +53,8 @@ def run_figures(run: RunRecord) -> list[Figure]:
         if panels := _held_out_panels(evaluations, stages_of(run, benchmark)):
             caption = f"Held-out clips ({benchmark}). Dashed: the majority answer as floor, the oracle as ceiling."
             found.append(Figure(caption, figures.draw(panels, 2)))
+        if gated := gate_figure(stages_of(run, benchmark).end.scores.get("gate")):
+            found.append(gated)
     reward = _panel(run, "rl", "Reward", {"reward": ("", NEUTRAL)})
     parts = {
         "rewards/recall/mean": ("recall", RECALL),

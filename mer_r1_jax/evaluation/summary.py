@@ -13,9 +13,11 @@ import numpy as np
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.data.synthetic.oracle import Oracle, Scores
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, majority_answer
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
+from mer_r1_jax.evaluation.gate import BothAnswers, fit_and_measure, mean_confidence
 from mer_r1_jax.rl.scoring import ScoredAnswer
 from mer_r1_jax.storage import atomic_files
 
@@ -119,10 +121,35 @@ def summarise(
             mode: _scores(mode, answers) | _means(expected, mode, evaluation.scored)
             for mode, answers in evaluation.answers.items()
         },
+        **({"gate": fit_and_measure(_both(evaluation))} if set(evaluation.answers) == set(MODES) else {}),
         "majority_answer": list(floor.words),
         "majority_f1": floor.f1,
         "oracle_f1": float(np.mean(known)) if len(known) == len(scored) else None,
     }
+
+
+def _both(evaluation: Evaluation) -> BothAnswers:
+    """What the gate is fitted on: both answers to every clip that can be scored.
+
+    The confidences are those that were asked for with the truth at hand, so a wheel on which the truth has no category
+    is left out of a word's mean; where an answer alone is asked (`mer-r1 infer`) all of its word's wheels are in it.
+    """
+    places, records = evaluation.scored, evaluation.records
+
+    def of(mode: str, value: Callable[[AnswerOf], float | None]) -> np.ndarray:
+        return np.asarray([value(evaluation.answers[mode][place]) for place in places], np.float64)
+
+    def clip(record: Record) -> str:
+        return next(iter((*record.videos, *record.audios)), record.id)
+
+    return BothAnswers(
+        clips=tuple(clip(records[place]) for place in places),
+        confidence_N=of("fast", lambda answer: mean_confidence(answer.confidence_WQ)),
+        fast_f1_N=of("fast", lambda answer: answer.answer.rewards.score("f1")),
+        slow_f1_N=of("slow", lambda answer: answer.answer.rewards.score("f1")),
+        fast_tokens_N=of("fast", lambda answer: answer.answer.length),
+        slow_tokens_N=of("slow", lambda answer: answer.answer.length),
+    )
 
 
 def _scores(mode: str, answers: Sequence[AnswerOf]) -> dict[str, Any]:
@@ -210,6 +237,7 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
             "categories": [sorted(wheels.categories(scored.parsed.words, k)) for k in range(len(wheels.names))],
             **{name: scored.rewards.score(name) for name in SCORES},
             "length": scored.length,
+            "confidence": mean_confidence(answer.confidence_WQ),
             "confidence_correct": answer.confidence_correct,
             "confidence_wrong": answer.confidence_wrong,
             # Word by word, on each wheel; null where the word or the truth has no category there.

@@ -6,6 +6,7 @@ stopped goes on from it, and it refuses answers of another model, of other setti
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import io
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mer_r1_jax.data.records import Record, dataset_hash
-from mer_r1_jax.emotion.answer_form import Answer
+from mer_r1_jax.emotion.answer_form import AUTO, Answer
+from mer_r1_jax.evaluation.gate import Auto, confidence_of, is_sure, reason
 from mer_r1_jax.evaluation.result_log import FAILED, LogForm, ResultLog
 from mer_r1_jax.foreign_text import printable, would_run_in_a_spreadsheet
 from mer_r1_jax.run.asking import Policy, answer_fingerprint, ask, eval_buckets, eval_length, make_answerer
@@ -43,12 +45,14 @@ class AnswerCounts:
     Attributes:
         answered: answers in the file, over all modes.
         wordless: those of them without an emotion word.
+        gated: those that were taken by `Auto`, by mode.
         failed: id -> why it could not be asked.
     """
 
     answered: int
     wordless: int
     failed: Mapping[str, str]
+    gated: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def log_of(out: str | pathlib.Path) -> pathlib.Path:
@@ -79,7 +83,7 @@ def check_out(out: str | pathlib.Path, modes: Sequence[str]) -> None:
 
 def answer_records(
     policy: Policy,
-    wanted: Sequence[tuple[Record, str]],
+    wanted: Sequence[tuple[Record, str | Auto]],
     out: str | pathlib.Path,
     *,
     media_root: str = "",
@@ -90,7 +94,8 @@ def answer_records(
 
     Args:
         policy: the model.
-        wanted: records, each with slow or fast; one that is asked both ways comes twice.
+        wanted: records, each with slow, fast or `Auto`; one that is asked in several ways comes as often. What `Auto`
+            needs is kept as the fast and slow answers that it is, so that another threshold asks none of them again.
         out: the file, which `check_out` has let pass.
         media_root: folder the records' paths are relative to; "" means each record's own file's folder.
         stop: asked between batches and inside them; raises StopRequested, and the log keeps every answer so far.
@@ -106,14 +111,24 @@ def answer_records(
     with ResultLog(log_of(out), FORM, answer_fingerprint(policy, "infer")) as log:
         digests = {record.id: dataset_hash([record]) for record in records}
         _check_records(log, digests)
-        lacking = [(record, mode) for record, mode in wanted if not log.done((record.id, mode))]
-        progress(len(wanted) - len(lacking), len(wanted))
-        # Shapes are those of all records: what is asked again after a stop is computed as it would have been.
-        reader = _reader(policy, records) if lacking else None
-        for lines in _asked(policy, reader, media_root, lacking, stop) if reader else ():
-            log.append(line | {"record": digests[line["id"]]} for line in lines)
-            progress(_done(log, wanted), len(wanted))
-        rows = [log.rows[record.id, mode] for record, mode in wanted]
+        reader, tried = None, set()
+        for needed in (_at_first, _of_the_unsure):
+            keys = needed(log, wanted)
+            # What could not be asked a moment ago is tried again by the next command.
+            lacking = [
+                (record, mode)
+                for record, mode in keys
+                if not log.done((record.id, mode)) and (record.id, mode) not in tried
+            ]
+            tried |= {(record.id, mode) for record, mode in lacking}
+            progress(_done(log, keys), len(keys))
+            if lacking and reader is None:
+                # Shapes are those of all records: what is asked again after a stop is computed as it would have been.
+                reader = _reader(policy, records)
+            for lines in _asked(policy, reader, media_root, lacking, stop) if lacking and reader else ():
+                log.append(line | {"record": digests[line["id"]]} for line in lines)
+                progress(_done(log, keys), len(keys))
+        rows = [_row(log, record.id, mode) for record, mode in wanted]
     failed = {row["id"]: row[FAILED] for row in rows if FAILED in row}
     answered = [row for row in rows if FAILED not in row]
     if not answered:
@@ -123,7 +138,41 @@ def answer_records(
         )
     with writing("the answers", out):
         atomic_files.write_text(out, as_csv(rows) if out.suffix == ".csv" else as_json_lines(rows))
-    return AnswerCounts(len(answered), sum(not row["prediction"] for row in answered), failed)
+    gated = collections.Counter(row["mode"] for row in answered if "why" in row)
+    return AnswerCounts(len(answered), sum(not row["prediction"] for row in answered), failed, gated)
+
+
+def _at_first(log: ResultLog, wanted: Sequence[tuple[Record, str | Auto]]) -> list[tuple[Record, str]]:
+    """What is asked whatever comes of it: the modes that are named, and the fast answer of every `Auto`."""
+    keys = [(record, "fast" if isinstance(mode, Auto) else mode) for record, mode in wanted]
+    return list({(record.id, mode): (record, mode) for record, mode in keys}.values())
+
+
+def _of_the_unsure(log: ResultLog, wanted: Sequence[tuple[Record, str | Auto]]) -> list[tuple[Record, str]]:
+    """The same with the slow answers that `Auto` takes, once the fast ones are there."""
+    slow = [
+        (record, "slow")
+        for record, mode in wanted
+        if isinstance(mode, Auto) and log.done((record.id, "fast")) and not _stands(log.rows[record.id, "fast"], mode)
+    ]
+    keys = [*_at_first(log, wanted), *slow]
+    return list({(record.id, mode): (record, mode) for record, mode in keys}.values())
+
+
+def _stands(fast: Mapping[str, Any], auto: Auto) -> bool:
+    return is_sure(confidence_of(fast["confidences"]), auto.threshold)
+
+
+def _row(log: ResultLog, name: str, mode: str | Auto) -> dict[str, Any]:
+    """The line of the file; of a gated answer its `mode` is the one that was taken, and `why` says why."""
+    if not isinstance(mode, Auto):
+        return log.rows[name, mode]
+    fast = log.rows[name, "fast"]
+    if FAILED in fast:
+        return fast | {"mode": AUTO}
+    why = reason(confidence_of(fast["confidences"]), mode.threshold)
+    taken = fast if _stands(fast, mode) else log.rows[name, "slow"]
+    return taken | {"why": why}
 
 
 def _reader(policy: Policy, records: Sequence[Record]) -> Reader:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy as np
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES, Answer
 from mer_r1_jax.emotion.wheels import Wheels
-from mer_r1_jax.evaluation.answering import LENGTH_STEP, Answerer, AnsweringPolicy
+from mer_r1_jax.evaluation.answering import LENGTH_STEP, Answerer, AnsweringPolicy, Answers
 from mer_r1_jax.evaluation.evaluate import Evaluator
+from mer_r1_jax.evaluation.gate import Auto, confidence_of, is_sure, reason
 from mer_r1_jax.media.collate import prompt_shape
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape, Prompts
@@ -24,7 +26,7 @@ from mer_r1_jax.run.asking import make_answerer
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
-from mer_r1_jax.training.stopping import NEVER, Stop
+from mer_r1_jax.training.stopping import Stop
 
 Place = str | pathlib.Path
 
@@ -62,23 +64,51 @@ def clip_record(
     )
 
 
-def answer(setup: Setup, params: Params, record: Record, modes: Sequence[str] = MODES) -> tuple[Prompt, list[Answer]]:
+def answer(
+    setup: Setup, params: Params, record: Record, modes: Sequence[str | Auto] = MODES
+) -> tuple[Prompt, list[Answer]]:
     """Answers a clip greedily in each mode.
+
+    Args:
+        setup, params: the model.
+        record: the clip.
+        modes: slow, fast, or `Auto`. No answer is decoded twice.
 
     Raises:
         MediaError, PromptError: for a clip or text that cannot be used.
         RolloutError: the model's scores are not finite.
     """
     prompt = setup.source.load(record).prompt
+    with answerer_of(setup).holding(params) as policy:
+        prompts = encoded_alone(setup, policy, prompt)
+        once = functools.cache(lambda mode: read(setup.wheels, policy, policy.answer(prompts, mode))[0])
+        return prompt, [gated(once, mode.threshold) if isinstance(mode, Auto) else once(mode) for mode in modes]
+
+
+def answerer_of(setup: Setup) -> Answerer:
+    """Who answers about single clips, at the length that answers had in training."""
+    return make_answerer(setup, setup.programs.sampling.max_completion_length)
+
+
+def encoded_alone(setup: Setup, policy: AnsweringPolicy, prompt: Prompt) -> Prompts:
+    """One prompt, encoded; on several devices the rows beyond the first are padding."""
     shape = prompt_shape(prompt)
-    # On several devices the rows beyond the first are padding.
-    bucket = dataclasses.replace(
-        shape, rows=row_cut(setup.backbone.mesh), tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
-    )
-    answerer = make_answerer(setup, setup.programs.sampling.max_completion_length)
-    with answerer.holding(params) as policy:
-        prompts = policy.encode([prompt], [bucket], [0])
-        return prompt, [_read(setup.wheels, policy, prompts, mode)[0] for mode in modes]
+    tokens = -(-shape.tokens // LENGTH_STEP) * LENGTH_STEP
+    bucket = dataclasses.replace(shape, rows=row_cut(setup.backbone.mesh), tokens=tokens)
+    return policy.encode([prompt], [bucket], [0])
+
+
+def gated(answer_in: Callable[[str], Answer], threshold: float) -> Answer:
+    """The fast answer, or the slow one where the model is less sure of the fast one than the threshold.
+
+    Args:
+        answer_in: mode -> the answer; slow is asked for only where it is given.
+        threshold: in [0, 1].
+    """
+    fast = answer_in("fast")
+    confidence = confidence_of(fast.probabilities)
+    taken = fast if is_sure(confidence, threshold) else answer_in("slow")
+    return dataclasses.replace(taken, why=reason(confidence, threshold))
 
 
 class Reader(Evaluator):
@@ -99,14 +129,11 @@ class Reader(Evaluator):
     ) -> dict[str, list[Any]]:
         uids = [uid_of(record.id) for record, _ in batch]
         prompts = policy.encode([prompt for _, prompt in batch], self.buckets, uids)
-        return {mode: _read(self.wheels, policy, prompts, mode, len(batch), stop) for mode in modes}
+        return {mode: read(self.wheels, policy, policy.answer(prompts, mode, stop), len(batch)) for mode in modes}
 
 
-def _read(
-    wheels: Wheels, policy: AnsweringPolicy, prompts: Prompts, mode: str, rows: int = 1, stop: Stop = NEVER
-) -> list[Answer]:
-    """The answers to the first rows of a batch; the others are padding."""
-    answers = policy.answer(prompts, mode, stop)
+def read(wheels: Wheels, policy: AnsweringPolicy, answers: Answers, rows: int = 1) -> list[Answer]:
+    """The answers to the first rows of a batch, with their confidences; the other rows are padding."""
     said = [
         policy.answerer.scorer.answer(ids, int(length), bool(how == STOP_LENGTH), ())
         for ids, length, how in zip(
@@ -119,22 +146,42 @@ def _read(
     # With its own words for truth every word has a confidence; beyond `rl.max_answer_words` there are none.
     own = [one.parsed.words for one in said]
     probability_BWQ = policy.score(answers, own, require_format=False).probability_BWQ
-    read = []
+    found = []
     for one, probability_WQ in zip(said, probability_BWQ, strict=False):
         words = one.parsed.words
-        held = {word: row_Q[~np.isnan(row_Q)] for word, row_Q in zip(words, probability_WQ, strict=False)}
-        read.append(
+        on_wheels = {
+            word: row_Q for word, row_Q in zip(words, probability_WQ, strict=False) if not np.isnan(row_Q).all()
+        }
+        found.append(
             Answer(
-                mode=mode,
+                mode=answers.mode,
                 reasoning=one.parsed.reasoning,
                 words=words,
                 # mean over the word's wheels
-                probabilities={word: float(row.mean()) for word, row in held.items() if len(row)},
+                probabilities={word: float(row_Q[~np.isnan(row_Q)].mean()) for word, row_Q in on_wheels.items()},
                 categories={
                     word: tuple(wheels.category(word, wheel) for wheel in range(len(wheels))) for word in words
                 },
                 truncated=one.truncated,
                 text=one.text,
+                wheel_probabilities={
+                    word: tuple(None if np.isnan(one) else float(one) for one in row_Q)
+                    for word, row_Q in on_wheels.items()
+                },
             )
         )
-    return read
+    return found
+
+
+def as_json(answer: Answer) -> dict[str, Any]:
+    """An answer as JSON values."""
+    return {
+        "mode": answer.mode,
+        "reasoning": answer.reasoning,
+        "answer": list(answer.words),
+        "categories": {word: list(answer.categories[word]) for word in answer.words},
+        "confidences": {word: answer.probabilities.get(word) for word in answer.words},
+        "truncated": answer.truncated,
+        "text": answer.text,
+        **({"why": answer.why} if answer.why else {}),
+    }

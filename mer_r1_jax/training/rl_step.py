@@ -55,7 +55,7 @@ from mer_r1_jax.rl.losses import (
 )
 from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.rl.reward_funcs import RewardFunctions, Sample, Scored
-from mer_r1_jax.rl.rollout import Completions, rollout
+from mer_r1_jax.rl.rollout import Completions, Sampled, rollout
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer, ScoredGroups
 from mer_r1_jax.training import chunked
@@ -67,6 +67,7 @@ from mer_r1_jax.training.state import Params, TrainState, accumulate, apply_grad
 from mer_r1_jax.training.stopping import NEVER, Stop
 
 SEED_STREAMS = {"rollout": 1, "permute": 2}  # folded into the run's seed, so that streams of random bits never meet
+Watch = Callable[[Sampled], None]  # is shown what a rollout has sampled so far
 
 
 @jax.tree_util.register_dataclass
@@ -505,7 +506,13 @@ class RlPrograms:
                 value.delete()
 
     def sample(
-        self, params: Params, prompts: Prompts, key: Array, sampling: SamplingConfig | None = None, stop: Stop = NEVER
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Array,
+        sampling: SamplingConfig | None = None,
+        stop: Stop = NEVER,
+        watch: Watch | None = None,
     ) -> Completions:
         """Samples completions of every prompt, in one program or, with `rl.decode_chunk`, in chunks of tokens.
 
@@ -515,6 +522,8 @@ class RlPrograms:
             key: of this rollout; the random bits follow from it and the prompts' identities.
             sampling: the training rollout's unless given.
             stop: asked before every chunk, and while the device is waited for.
+            watch: shown what is sampled so far, after every chunk: of the rows that still take part, so of all of them
+                where there is one prompt. What it raises leaves the rollout. Without chunks it is never called.
 
         Raises:
             StopRequested: a signal left the rollout. Where it is not cut into chunks, the device goes on with it for as
@@ -523,7 +532,7 @@ class RlPrograms:
         stop.check()
         how = self.sampling if sampling is None else sampling
         if 0 < self.chunks.tokens < how.max_completion_length:
-            completions = self._sample_in_chunks(params, prompts, key, how, stop)
+            completions = self._sample_in_chunks(params, prompts, key, how, stop, watch)
         else:
             completions = self.rollout(params, prompts, key, how)
         faults.here("sampled", how.num_generations)
@@ -531,7 +540,13 @@ class RlPrograms:
         return completions
 
     def _sample_in_chunks(
-        self, params: Params, prompts: Prompts, key: Array, sampling: SamplingConfig, stop: Stop
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: Array,
+        sampling: SamplingConfig,
+        stop: Stop,
+        watch: Watch | None,
     ) -> Completions:
         sizes = self.chunks.sizes(len(prompts.uid_B), sampling)
         size, kept = sizes[0], None
@@ -539,6 +554,8 @@ class RlPrograms:
         while True:
             faults.here("rollout_chunk", sampling.num_generations)
             stop.wait(needed)
+            if watch is not None:
+                watch(state.sampled)  # before the next chunk, which takes the state's memory
             if not np.any(needed := jax.device_get(needed)):
                 break  # every completion has ended
             if (smaller := compaction.smallest(sizes, needed)) != size:

@@ -152,6 +152,30 @@ def test_a_benchmark_counted_by_hand(wheels):
     )
 
 
+def test_a_gate_is_fitted_where_there_are_both_answers_and_confidences(wheels):
+    answers, truths = {}, {}
+    for number in range(12):
+        clip, truths[clip] = f"clip-{number}", "sad"
+        sure = number % 3 > 0  # fast is right where it is sure, slow everywhere else
+        fast, slow = (["sad"], ["happy"]) if sure else (["happy"], ["sad"])
+        answers[clip, "fast"] = answer(clip, "fast", fast, "sad", confidence=0.9 if sure else 0.3, tokens=7)
+        answers[clip, "slow"] = answer(clip, "slow", slow, "sad", confidence=0.5, tokens=40)
+    truths["neutral"] = "neutral"
+    for mode in ("slow", "fast"):
+        answers["neutral", mode] = answer("neutral", mode, ["calm"], "neutral", confidence=0.1)
+    scoring = make_scoring("answer", "wheels", wheels, "", None)
+    gate = score_benchmark("meld", answers, truths, Scorer(scoring, wheels), wheels_digest(wheels))["gate"]
+    assert (gate["clips_fitted"], gate["clips_measured"]) == (6, 6)
+    assert gate["threshold"] == pytest.approx(0.6) and gate["fitted"]["f1"]["value"] == 1
+    fast = gate["fitted"]["coverage"]["value"]
+    assert gate["fast"]["f1"]["value"] == pytest.approx(fast) == pytest.approx(1 - gate["slow"]["f1"]["value"])
+    assert gate["fitted"]["tokens"]["value"] == pytest.approx(7 + 40 * (1 - fast))
+    elsewhere = score_benchmark("meld", answers, truths, Scorer(scoring, wheels), "other wheels")
+    alone = {key: line for key, line in answers.items() if key[1] == "fast"}
+    assert "gate" not in elsewhere, "its confidences are of other wheels"
+    assert "gate" not in score_benchmark("meld", alone, truths, Scorer(scoring, wheels), wheels_digest(wheels))
+
+
 def test_what_cannot_be_scored_says_so(wheels):
     scoring = make_scoring("answer", "wheels", wheels, "", None)
     with pytest.raises(BenchmarkError, match="MELD: there is no answer to score"):

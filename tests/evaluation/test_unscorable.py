@@ -71,6 +71,15 @@ def test_slow_fast_floor_and_ceiling_are_over_the_same_clips(more):
     assert mixed["slow"]["mean_words"] == 1.0 and mixed["slow"]["format_rate"] == good["slow"]["format_rate"]
 
 
+def test_the_gate_is_fitted_on_clips_that_can_be_scored():
+    good, mixed = summarised(GOOD), summarised((*GOOD, *NEUTRAL))
+    assert good["gate"] == mixed["gate"] and good["gate"]["clips_fitted"] == 2
+    assert good["gate"]["slow"]["f1"]["value"] is not None
+    assert summarised(GOOD[:3])["gate"]["threshold"] is None
+    rows = summary.samples(evaluation(GOOD), WHEELS)
+    assert rows[0]["fast"]["confidence"] == 0.0, "what the gate compares stands in the samples"
+
+
 def test_an_answer_without_a_score_says_so_in_the_samples():
     rows = summary.samples(evaluation((*GOOD, *NEUTRAL[:1])), WHEELS)
     assert [row["slow"]["f1"] is None for row in rows] == [False] * 4 + [True]

@@ -11,6 +11,7 @@ from support.commands import run_command
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import Answer
 from mer_r1_jax.emotion.predictions import read_predictions
+from mer_r1_jax.evaluation.gate import Auto
 from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.run import answer_file
 from mer_r1_jax.run.answer_file import AnswerFileError, answer_records, check_out, log_of
@@ -43,6 +44,7 @@ def asked(monkeypatch):
     class Asked(list):
         kill = None
         settings = "these"
+        sure = {}  # id -> confidence of its fast answer
 
     keys = Asked()
 
@@ -51,7 +53,11 @@ def asked(monkeypatch):
             if len(keys) == keys.kill:
                 raise KeyboardInterrupt
             keys.append((record.id, mode))
-            yield [Reply(record, mode, said(record, mode))]
+            answer = said(record, mode)
+            if mode == "fast" and record.id in keys.sure:
+                probabilities = dict.fromkeys(answer.words[:1], keys.sure[record.id])
+                answer = dataclasses.replace(answer, probabilities=probabilities)
+            yield [Reply(record, mode, answer)]
 
     monkeypatch.setattr(answer_file, "ask", ask)
     monkeypatch.setattr(answer_file, "_reader", lambda policy, records: object())
@@ -143,6 +149,8 @@ def test_a_voice_alone_or_in_place_of_the_clips_own(tmp_path):
         (["--data=d.jsonl"], "--out is empty, expected FILE.jsonl"),
         (["--data=d.jsonl", "--out=o.csv", "--show=audio"], "expected them with one clip"),
         (["--audio=a.wav", "--show=video"], "nothing to show"),
+        (["--audio=a.wav", "--mode=slow", "--threshold=0.5"], "--threshold: got it beside --mode=slow, expected"),
+        (["--audio=a.wav", "--mode=auto"], "expected a run's folder"),
         (["--audio=a.wav", "--out=o.txt"], "expected a name that ends in .jsonl or .csv"),
         (["--data=d.jsonl", "--out=o.csv", "--mode=both"], "the CSV has one answer to a clip"),
         (["--data=absent.jsonl", "--out=o.csv"], "No such file"),
@@ -152,3 +160,34 @@ def test_flags_that_do_not_go_together_are_refused_first(arguments, told, capsys
     monkeypatch.chdir(tmp_path)
     assert run_command("infer", "--model=nowhere", *arguments) == 2
     assert told in capsys.readouterr().err
+
+
+def test_only_the_unsure_are_asked_slowly_and_the_file_says_which_and_why(tmp_path, asked):
+    out = tmp_path / "answers.jsonl"
+    asked.sure = {"a": 0.4, "b": 0.6}
+    counts = answer_records(None, pairs(RECORDS, Auto(0.5)), out)
+    assert asked == [*((name, "fast") for name in "abcd"), ("a", "slow"), ("c", "slow")]
+    assert (counts.answered, counts.gated, list(counts.failed)) == (3, {"slow": 2, "fast": 1}, ["d"])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["id"], line["mode"], line.get("why")) for line in lines] == [
+        ("a", "slow", "fast confidence 0.40 is below the threshold 0.50"),
+        ("b", "fast", "fast confidence 0.60 is not below the threshold 0.50"),
+        ("c", "slow", "no word of the fast answer has a confidence"),
+        ("d", "auto", None),
+    ]
+    assert len(read_predictions(out, "set_f1").ids) == 3, "such a file can be scored"
+    del asked[:]
+    answer_records(None, pairs(RECORDS[:3], Auto(0.7)), out)
+    assert asked == [("b", "slow")], "another threshold asks only what is not there"
+    assert [json.loads(line)["mode"] for line in out.read_text().splitlines()] == ["slow"] * 3
+
+
+def test_a_gated_run_that_was_killed_goes_on_with_the_rest(tmp_path, asked):
+    out, asked.sure, asked.kill = tmp_path / "answers.csv", {"a": 0.4, "b": 0.4}, 5
+    with pytest.raises(KeyboardInterrupt):
+        answer_records(None, pairs(RECORDS, Auto(0.5)), out)
+    asked.kill = None
+    check_out(out, (Auto(0.5),))
+    answer_records(None, pairs(RECORDS, Auto(0.5)), out)
+    assert asked[:5] == [*((name, "fast") for name in "abcd"), ("a", "slow")]
+    assert asked[5:] == [("d", "fast"), ("b", "slow"), ("c", "slow")]

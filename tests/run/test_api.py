@@ -14,10 +14,12 @@ import mer_r1_jax
 from mer_r1_jax.api import Answer, ArgumentError
 from mer_r1_jax.data.records import read_records
 from mer_r1_jax.emotion.predictions import PredictionError
+from mer_r1_jax.evaluation.gate import confidence_of
 from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.run import asking, policy
 from mer_r1_jax.run.answer_file import answer_records
+from mer_r1_jax.run.fitted_gate import GateError
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.training.state import nest
 
@@ -63,9 +65,26 @@ def test_answers_are_those_of_the_command(model, small_folder):  # noqa: F811
     assert model.answer(video=clip, show="video", mode="fast").text != "", "one part alone is answered too"
 
 
+def test_a_gated_answer_is_one_of_the_two_and_says_why(model, small_folder):  # noqa: F811
+    clips = [small_folder / f"clips/{number}.mp4" for number in range(6)]
+    fast = {clip: model.answer(video=clip, mode="fast") for clip in clips}
+    confidence = {clip: confidence_of(answer.probabilities) for clip, answer in fast.items()}
+    clip = next(clip for clip in clips if confidence[clip])
+    assert fast[clip].why == ""
+    sure = model.answer(video=clip, mode=mer_r1_jax.Auto(confidence[clip] / 2))
+    assert dataclasses.replace(sure, why="") == fast[clip] and "not below" in sure.why
+    unsure = model.answer(video=clip, mode=mer_r1_jax.Auto((1 + confidence[clip]) / 2))
+    slow = model.answer(video=clip, mode="slow")
+    assert dataclasses.replace(unsure, why="") == slow and "is below the threshold" in unsure.why
+    with pytest.raises(GateError, match="without a fitted threshold"):
+        model.answer(video=clip, mode="auto")
+    with pytest.raises(GateError, match="threshold: got 2"):
+        model.answer(video=clip, mode=mer_r1_jax.Auto(2))
+
+
 def test_wrong_arguments_are_named_with_what_is_expected(model, small_folder, tmp_path):  # noqa: F811
     clip = small_folder / "clips/1.mp4"
-    with pytest.raises(ArgumentError, match="mode: got 'both', expected one of slow, fast"):
+    with pytest.raises(ArgumentError, match="mode: got 'both', expected one of slow, fast, auto"):
         model.answer(video=clip, mode="both")
     with pytest.raises(ArgumentError, match="show: got 'frames', expected one of both, video, audio"):
         model.answer(video=clip, show="frames")

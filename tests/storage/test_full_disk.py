@@ -199,6 +199,7 @@ BY_HAND = {
     "mer_r1_jax/data/synthetic/make.py": "beside its place, then renamed",
     "mer_r1_jax/data/synthetic/render.py": "beside its place, then renamed",
     "mer_r1_jax/data/synthetic/world_tokenizer.py": "made again unless the list of hashes, written last, is there",
+    "mer_r1_jax/serving/uploads.py": "a clip in a folder of its own, which goes with it",
     "mer_r1_jax/process_guard.py": "a setting of the system, which is no file",
     "mer_r1_jax/commands/check_in_transformers.py": "beside its place, then renamed; runs without this package",
     "tools/wheels/lexicon.py": "tables of the repository, made by its keepers",

@@ -24,6 +24,7 @@ from mer_r1_jax.evaluation.benchmarks.tables import (
 )
 from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, SLOW, as_svg
+from mer_r1_jax.evaluation.gate_figure import gate_figure
 from mer_r1_jax.evaluation.report_kit import FEW_CLIPS, Figure, Word, WordMarks, write_page
 
 TEXT_SHOWN = 900  # characters of reasoning
@@ -118,6 +119,8 @@ def _figures(scores: Sequence[dict[str, Any]], columns: Columns) -> list[Figure]
         if len(columns.protocols) > 1:
             caption += f" Protocol {columns.letter(score)}."
         found.append(Figure(caption, _charts(score["modes"])))
+        if gated := gate_figure(score.get("gate"), f"{title_of(score['benchmark'])}: "):
+            found.append(gated)
     return found
 
 

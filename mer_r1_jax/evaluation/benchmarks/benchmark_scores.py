@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from mer_r1_jax.evaluation.benchmarks import analysis
 from mer_r1_jax.evaluation.benchmarks.sets import HIT, SET_F1, WAF, BenchmarkError, metric_of, title_of
 from mer_r1_jax.evaluation.benchmarks.word_protocol import Extracted, Extractor, Scoring, extract, wheels_digest
 from mer_r1_jax.evaluation.bootstrap import Summed, mean_of, ratio
+from mer_r1_jax.evaluation.gate import BothAnswers, fit_and_measure, mean_confidence
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 
 UNKNOWN_SHOWN = 40  # words on no wheel that are listed
@@ -90,13 +91,15 @@ def score_benchmark(
     scored = {mode: _readable(lines, metric, scorer) for mode, lines in listed.items()}
     sure = answer_wheels == wheels_digest(wheels)
     modes = {mode: _mode_scores(listed[mode], part, metric, truths, wheels, sure) for mode, part in scored.items()}
+    both = len(scored) == len(MODES)
     return {
         "benchmark": name,
         "metric": metric,
         "protocol": scorer.scoring.as_json(),
         "modes": modes,
         "references": {} if metric == WAF else _references(next(iter(scored.values())), wheels),
-        "slow_minus_fast": _slow_minus_fast(scored, metric, wheels, sure) if len(scored) == len(MODES) else {},
+        "slow_minus_fast": _slow_minus_fast(scored, metric, wheels, sure) if both else {},
+        **({"gate": _gate(scored, wheels)} if both and sure and metric != WAF else {}),
     }
 
 
@@ -204,6 +207,39 @@ def _slow_minus_fast(scored: Mapping[str, _Scored], metric: str, wheels: Wheels,
         }
         for kind in summed["slow"]
     } | {"n_common": len(common)}
+
+
+def _gate(scored: Mapping[str, _Scored], wheels: Wheels) -> dict[str, Any]:
+    """What answers gated by confidence come to, on the clips that both modes answered and whose truth is on a wheel.
+
+    By the mean F1 of single clips, whatever the headline: a gate decides clip by clip.
+    """
+    rows = {
+        mode: {
+            line["id"]: (line, reward.f1)
+            for line, words, truth in zip(part.lines, part.words, part.true_words, strict=True)
+            if (reward := answer_rewards(words, truth, wheels)).scorable
+        }
+        for mode, part in scored.items()
+    }
+    clips = [clip for clip in rows["fast"] if clip in rows["slow"]]
+
+    def of(mode: str, value: Callable[[Mapping[str, Any], float], float | None]) -> np.ndarray:
+        return np.asarray([value(*rows[mode][clip]) for clip in clips], np.float64)
+
+    def sureness(line: Mapping[str, Any], _: float) -> float | None:
+        return mean_confidence(np.asarray(line["confidences"], np.float64).reshape(-1, len(wheels)))
+
+    return fit_and_measure(
+        BothAnswers(
+            clips=tuple(str(rows["fast"][clip][0].get("video") or clip) for clip in clips),
+            confidence_N=of("fast", sureness),
+            fast_f1_N=of("fast", lambda _, f1: f1),
+            slow_f1_N=of("slow", lambda _, f1: f1),
+            fast_tokens_N=of("fast", lambda line, _: line["tokens"]),
+            slow_tokens_N=of("slow", lambda line, _: line["tokens"]),
+        )
+    )
 
 
 def _references(scored: _Scored, wheels: Wheels) -> dict[str, Any]:
