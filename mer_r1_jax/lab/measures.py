@@ -119,7 +119,7 @@ class Examiner:
         nucleus = dataclasses.replace(training_sampling(self.config.rl), temperature=TEMPERATURE, top_p=TOP_P)
         samples = range(self.config.eval_samples)
         sampled_KN = [self._expected(self._answer(params, nucleus, draw=draw))[2] for draw in samples]
-        found = {"sampled_f1": sum(sampled_KN[1:], sampled_KN[0]) / len(samples)}
+        found: dict[str, Array] = {"sampled_f1": sum(sampled_KN[1:], sampled_KN[0]) / len(samples)}
         for mode, token_NP in (("slow", slow), ("fast", fast)):
             expected_3N = self._expected(token_NP)
             found |= {f"{mode}_{name}": expected_3N[row] for row, name in enumerate(("recall", "precision", "f1"))}

@@ -61,7 +61,7 @@ def log_of(out: str | pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.stem}.answers.jsonl")
 
 
-def check_out(out: str | pathlib.Path, modes: Sequence[str]) -> None:
+def check_out(out: str | pathlib.Path, modes: Sequence[str | Auto]) -> None:
     """Refuses, before a model is loaded, a file that cannot hold the answers or that somebody else wrote.
 
     Raises:

@@ -190,8 +190,9 @@ def _versus(title: str, rows: Rows) -> Table:
             continue
         cells = []
         for measure in _VERSUS.values():
-            both = rows[row].get(measure), rows[before].get(measure)
-            cells.append(NONE if None in both else _span(Paired.of("", *both).estimate()))
+            own, theirs = rows[row].get(measure), rows[before].get(measure)
+            known = own is not None and theirs is not None
+            cells.append(_span(Paired.of("", own, theirs).estimate()) if known else NONE)
         lines.append((row, *cells))
     if SFT in rows and "permuted" in rows:
         gains = [_gain(rows, measure) for measure in _VERSUS.values()]
