@@ -11,7 +11,7 @@ import pytest
 from mer_r1_jax.config.schema import ModelConfig
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.tensor_files import StoredTensor
-from mer_r1_jax.omni.thinker import init_params
+from mer_r1_jax.omni.thinker import abstract_thinker
 from mer_r1_jax.parity.port import run_port
 from mer_r1_jax.parity.self_checks import probe_inputs
 from mer_r1_jax.run import model_memory, policy
@@ -95,10 +95,10 @@ def test_weights_kept_in_bfloat16_give_the_numbers_of_the_same_weights_in_float3
     parts["vision"] = {"depth": 1, "fullatt_block_indexes": (0,)}
     small = {name: dataclasses.replace(getattr(preset, name), **fields) for name, fields in parts.items()}
     config = dataclasses.replace(preset, **small, compute_dtype="bfloat16")
-    made = init_params(config, jax.random.key(0))
-    noise = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(made))))
-    stored = jax.tree.map(  # norms and biases are ones and zeros before training
-        lambda leaf: (leaf + 0.1 * jax.random.normal(next(noise), leaf.shape)).astype(jnp.bfloat16), made
+    rng = np.random.default_rng(0)
+    stored = jax.tree.map(
+        lambda leaf: (0.2 * rng.standard_normal(leaf.shape, np.float32)).astype(jnp.bfloat16),
+        abstract_thinker(config)[1],
     )
     inputs = probe_inputs(config)
     kept, wide = (
