@@ -143,11 +143,12 @@ def check_memory(path: str | Path, need: MemoryNeed, mesh_sizes: Sequence[int], 
     if check == "warn":
         screen.say(f"{printable(path)}: takes {takes}, and {_gb(free)} are free: it is loaded all the same", error=True)
         return
-    narrower = "keep it as bfloat16 (model.param_dtype), " if need.dtype == "float32" else ""
+    narrower = "export it in bfloat16 (`mer-r1 export`), " if need.dtype == "float32" else ""
     raise ModelMemoryError(
         f"{printable(path)}: got a model that takes {takes}; expected no more than the {_gb(free)} that are free; "
-        f"free some, {narrower}take a larger machine or a smaller model, or try all the same with "
-        'eval.memory_check=warn (`--set=eval.memory_check=warn`, `load(..., eval__memory_check="warn")`)'
+        f"free some, {narrower}take a larger machine or a smaller model, or load it all the same: "
+        "--set=eval.memory_check=warn of infer, --config.eval.memory_check=warn beside evaluate's --config, "
+        'load(..., eval__memory_check="warn")'
     )
 
 

@@ -268,7 +268,14 @@ def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
             left_out.append(f"{path.name}: seeds {sorted(twice)} are in {group[0][0].name} too, with the same settings")
         else:
             group.append((path, content))
-    return [row for group in groups.values() for row in _rows_of_seeds(folder, group)], left_out
+    rows = []
+    for group in groups.values():
+        try:
+            rows += _rows_of_seeds(folder, group)
+        except (KeyError, TypeError) as error:
+            names = ", ".join(path.name for path, _ in group)
+            left_out.append(f"{names}: no results of the lab or the study ({error} is not as they write it)")
+    return rows, left_out
 
 
 def _rows_of_seeds(folder: Path, group: Sequence[tuple[Path, dict[str, Any]]]) -> list[Measured]:

@@ -4,11 +4,16 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mer_r1_jax.config.schema import ModelConfig
+from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.hf.tensor_files import StoredTensor
+from mer_r1_jax.omni.thinker import abstract_thinker
+from mer_r1_jax.parity.port import run_port
+from mer_r1_jax.parity.self_checks import probe_inputs
 from mer_r1_jax.run import model_memory, policy
 from mer_r1_jax.run.model_memory import (
     MemoryNeed,
@@ -83,6 +88,33 @@ def test_a_model_is_kept_as_its_files_have_it(stored, param, compute, kept):
     assert kept_dtype(tensors, ModelConfig(param_dtype=param, compute_dtype=compute)) == kept
 
 
+def test_weights_kept_in_bfloat16_give_the_numbers_of_the_same_weights_in_float32():
+    """Towers, decoder and head, with the norms' and biases' own rounding."""
+    preset = ThinkerConfig.tiny()
+    parts = {"text": {"num_hidden_layers": 1}, "audio": {"encoder_layers": 1}}
+    parts["vision"] = {"depth": 1, "fullatt_block_indexes": (0,)}
+    small = {name: dataclasses.replace(getattr(preset, name), **fields) for name, fields in parts.items()}
+    config = dataclasses.replace(preset, **small, compute_dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    stored = jax.tree.map(
+        lambda leaf: (0.2 * rng.standard_normal(leaf.shape, np.float32)).astype(jnp.bfloat16),
+        abstract_thinker(config)[1],
+    )
+    inputs = probe_inputs(config)
+    kept, wide = (
+        run_port(
+            jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), stored),
+            dataclasses.replace(config, param_dtype=dtype),
+            inputs,
+        )
+        for dtype in ("bfloat16", "float32")
+    )
+    assert {"logits", "audio_features", "video_features"} <= set(kept)
+    for name, numbers in wide.items():
+        np.testing.assert_array_equal(kept[name], numbers, err_msg=name)
+    assert np.ptp(kept["logits"]) > 1  # or nothing would have been compared
+
+
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_loaded(huge, monkeypatch):
     monkeypatch.setattr(policy, "make_setup", lambda *_, **__: pytest.fail("it was going to be loaded"))
     monkeypatch.setattr(model_memory, "free_on_host", lambda: 62 * GB)
@@ -132,7 +164,7 @@ def test_a_large_model_is_announced_and_a_small_one_is_not(need, sizes, free, sa
 
 
 def test_copies_of_a_mesh_count_and_float32_is_advised_against():
-    with pytest.raises(ModelMemoryError, match=r"36 GB .*2 times \(mesh.data\).*keep it as bfloat16 \(model.param"):
+    with pytest.raises(ModelMemoryError, match=r"36 GB .*2 times \(mesh.data\).*export it in bfloat16"):
         check_memory("model", NEED, (2, 1, 1), "refuse", 35 * GB)
     check_memory("model", NEED, (2, 1, 1), "refuse", 37 * GB)
 

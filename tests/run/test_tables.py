@@ -137,6 +137,17 @@ def test_a_single_run_shows_its_sft_too_and_never_shares_a_column_with_other_cli
     (tmp_path / "lab" / "U_again.json").write_text(json.dumps(lab))
     later = {"ad": {measure: [0.6, 0.6] for measure in lab["rows"]["ad"]}}
     (tmp_path / "lab" / "U_later.json").write_text(json.dumps(lab | {"seeds": [2, 3], "rows": later}))
+    (tmp_path / "lab" / "V.json").write_text(json.dumps({"world": 1, "config": {}, "seeds": [], "rows": {"ad": 1}}))
+    of_study = {"data": {"synthetic_eval_clips": 4000, "synthetic_seed": 1}, "rl": {"max_steps": 200}}
+    (tmp_path / "b").mkdir()
+    for seed in (10, 11):
+        config = of_study | {"train": {"seed": seed, "run_name": f"sft_seed{seed}"}}
+        values = {measure: [0.01 * seed] for measure in lab["rows"]["ad"]}
+        content = {"world": "U", "seeds": [seed], "config": config, "rows": {"rd": values}}
+        (tmp_path / "b" / f"U_seed{seed}.json").write_text(json.dumps(content))
+    (whole,) = read_tables([str(tmp_path / "b")]).rows
+    assert whole.seeds == 2 and whole.f1[whole.data, "slow"].value == pytest.approx(0.105)
+    assert whole.data == "4000 held-out clips of the synthetic world U, drawn by seed 1, by expected scores"
     tables = read_tables([str(tmp_path / "one"), str(tmp_path / "lab")])
     assert [row.name for row in tables.rows] == ["one", "one before RL", "lab/U/ad"]
     assert [row.arm for row in tables.rows] == ["mer_r1", "sft", "ad"] and len(tables.letters) == 2
@@ -145,9 +156,9 @@ def test_a_single_run_shows_its_sft_too_and_never_shares_a_column_with_other_cli
     level = of_lab.f1[of_lab.data, "slow"]
     assert level.value == pytest.approx(0.6) and level.error == pytest.approx(np.std([0.5, 0.6, 0.6, 0.7], ddof=1) / 2)
     assert as_json(tables)["ours"][2]["seeds"] == 4
-    assert tables.left_out == (
-        f"{tmp_path / 'lab'}: U_again.json: seeds [0, 1] are in U.json too, with the same settings",
-    )
+    again, other = tables.left_out
+    assert again == f"{tmp_path / 'lab'}: U_again.json: seeds [0, 1] are in U.json too, with the same settings"
+    assert "V.json: no results of the lab or the study ('data' is not as they write it)" in other
     # Expected scores and scores against the drawn truths are different columns.
     expected = {"expected_f1": 0.25, "expected_recall": 0.5}
     rescore(tmp_path / "one", **{f"{mode}_{name}": of for mode in ("slow", "fast") for name, of in expected.items()})
