@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import tempfile
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import app, flags
 
@@ -22,11 +21,6 @@ from mer_r1_jax import screen
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.command_line import named_values
 from mer_r1_jax.config.schema import ConfigError
-from mer_r1_jax.foreign_text import printable
-
-if TYPE_CHECKING:
-    from mer_r1_jax.run.live_answers import LiveAnswers, Question
-    from mer_r1_jax.serving.app import Asked
 
 EXTRA = "pip install 'mer-r1-jax[serve]'"
 CHUNK_TOKENS = 8  # decoded between two looks at the text so far; --set rl.decode_chunk=N changes it
@@ -55,6 +49,7 @@ def main(argv: list[str]) -> None:
         from mer_r1_jax.run.fitted_gate import fitted_gate, threshold_of
         from mer_r1_jax.run.live_answers import LiveAnswers
         from mer_r1_jax.run.policy import open_model
+        from mer_r1_jax.run.served_model import ServedModel
         from mer_r1_jax.serving.app import Limits, make_app
         from mer_r1_jax.serving.listening import is_local, listening, names_of, serve
 
@@ -77,53 +72,6 @@ def main(argv: list[str]) -> None:
             screen.say("others who reach this machine reach the page too: there is no password", error=True)
         with contextlib.suppress(KeyboardInterrupt):
             serve(make_app(served, limits, hosts, folder), listener).run(sockets=[listener])
-
-
-class ServedModel:
-    """A model as the page's server asks it (`serving.app.Answering`).
-
-    Args:
-        answers: the model.
-        name: shown on the page.
-        threshold: of auto; None = auto cannot be asked for.
-    """
-
-    def __init__(self, answers: LiveAnswers, name: str, threshold: float | None):
-        self._answers, self._threshold = answers, threshold
-        setup = answers.setup
-        self.about = {
-            "model": printable(name),
-            "wheels": [printable(wheel) for wheel in setup.wheels.names],
-            "question": setup.config.data.question,
-            "threshold": threshold,
-        }
-
-    def answer(self, asked: Asked, tell: Callable[[dict[str, Any]], None]) -> None:
-        """Answers a question of the page."""
-        self._answers.answer(self._question(asked), tell)
-
-    def explain(self, error: Exception, asked: Asked) -> str | None:
-        """The message of an error of this package, which its asker can mend."""
-        from mer_r1_jax.run.live_answers import told_error
-
-        if not type(error).__module__.startswith("mer_r1_jax."):
-            return None
-        return told_error(error, self._question(asked))
-
-    def _question(self, asked: Asked) -> Question:
-        from mer_r1_jax.evaluation.gate import Auto
-        from mer_r1_jax.run.live_answers import Question
-
-        modes = {"both": ("slow", "fast"), "auto": (Auto(self._threshold or 0.0),)}.get(asked.mode, (asked.mode,))
-        return Question(
-            clip=asked.clip,
-            name=asked.name,
-            is_sound=asked.is_sound,
-            subtitle=asked.subtitle or None,
-            text=asked.text,
-            modes=modes,
-            hide=asked.hide,
-        )
 
 
 def _require_extra() -> None:

@@ -10,9 +10,9 @@ from support.served_page import serving
 from support.small_fixtures import compiled, small, small_folder, trained  # noqa: F401
 from support.small_run import with_config
 
-from mer_r1_jax.commands.serve import ServedModel
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.live_answers import PARTS, LiveAnswers, Question, _cannot_hide
+from mer_r1_jax.run.served_model import ServedModel
 from mer_r1_jax.serving.app import Asked
 
 QUESTION, SUBTITLE = "Feel?", "I never"
