@@ -191,8 +191,10 @@ def _versus(title: str, rows: Rows) -> Table:
         cells = []
         for measure in _VERSUS.values():
             own, theirs = rows[row].get(measure), rows[before].get(measure)
-            known = own is not None and theirs is not None
-            cells.append(_span(Paired.of("", own, theirs).estimate()) if known else NONE)
+            if own is None or theirs is None:
+                cells.append(NONE)
+            else:
+                cells.append(_span(Paired.of("", own, theirs).estimate()))
         lines.append((row, *cells))
     if SFT in rows and "permuted" in rows:
         gains = [_gain(rows, measure) for measure in _VERSUS.values()]
