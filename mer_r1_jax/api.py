@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.emotion import predictions as scoring
 from mer_r1_jax.emotion.answer_form import Answer
 from mer_r1_jax.emotion.wheels import load_wheels
@@ -34,7 +35,9 @@ class Model:
     """
 
     def __init__(self, setup: Any, params: Any, path: str):
-        self._setup, self._params, self._path = setup, params, path
+        # Looked up later, from wherever this process works by then.
+        self._setup, self._params, self._path = setup, params, path if is_bucket(path) else os.path.abspath(path)
+        self._threshold: float | None = None
 
     def answer(
         self,
@@ -78,7 +81,9 @@ class Model:
         if isinstance(mode, Auto):
             mode = Auto(threshold_of(self._path, mode.threshold))
         elif mode == "auto":
-            mode = Auto(threshold_of(self._path))
+            if self._threshold is None:
+                self._threshold = threshold_of(self._path)  # once: a run that goes on fits another to other weights
+            mode = Auto(self._threshold)
         _, (answered,) = answer(self._setup, self._params, record, (mode,))
         return dataclasses.replace(answered, reasoning=answered.reasoning or None)
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import signal
+import sys
 import tempfile
 from typing import Any
 
@@ -70,6 +72,9 @@ def main(argv: list[str]) -> None:
         screen.say(f"http://{name}:{listener.getsockname()[1]}/ until Ctrl-C")
         if not is_local(_HOST.value):
             screen.say("others who reach this machine reach the page too: there is no password", error=True)
+        # However it ends, clips are deleted: the server would let these signals end the process where it stands.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         with contextlib.suppress(KeyboardInterrupt):
             serve(make_app(served, limits, hosts, folder), listener).run(sockets=[listener])
 

@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError("--runs belongs to --stage=B, and --set to --stage=A")
     with explained():
         seeds = seed_numbers(_SEEDS.value)
-        folder = pathlib.Path(_OUT.value or f"runs/study/stage_{_STAGE.value.lower()}")
+        trial = "_trial" if seeds else ""  # whose files must not take the place of the registered stage's
+        folder = pathlib.Path(_OUT.value or f"runs/study/stage_{_STAGE.value.lower()}{trial}")
         with writing("the study's files", folder):
             folder.mkdir(parents=True, exist_ok=True)
         stage = _stage_a if _STAGE.value == "A" else _stage_b

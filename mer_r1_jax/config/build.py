@@ -131,9 +131,24 @@ def config_file(path: str | pathlib.Path) -> dict[str, Any]:
     if file.suffix != ".json":
         return _run_config_file(file, argument).to_dict()
     try:
-        return json.loads(file.read_text())
+        return of_its_time(json.loads(file.read_text()))
     except ValueError as error:
         raise ConfigError(f"{file}: {error}. Expected the JSON that a run saves as config.json.") from error
+
+
+# What a setting stood for before there was one, where its default is another by now.
+BEFORE = {"data.synthetic_world": "concluding"}
+
+
+def of_its_time(saved: Any) -> Any:
+    """A configuration as a run saved it, with settings it had not yet as they were then; anything else untouched."""
+    if not isinstance(saved, dict):
+        return saved
+    for dotted, value in BEFORE.items():
+        section, _, name = dotted.partition(".")
+        if isinstance(saved.get(section), dict):
+            saved[section].setdefault(name, value)
+    return saved
 
 
 def other_config(name: str, beside: str) -> ModuleType:
@@ -148,10 +163,10 @@ def other_config(name: str, beside: str) -> ModuleType:
     Raises:
         ConfigError: there is no such file.
     """
-    file = pathlib.Path(beside).with_name(f"{name}.py")
-    if not file.is_file():
+    own, file = pathlib.Path(beside), pathlib.Path(beside).with_name(f"{name}.py")
+    if not file.is_file() or file == own:  # a file may have the name of the shipped one that it begins from
         file = shipped().get(name, file)
-    if not file.is_file():
+    if not file.is_file() or file.resolve() == own.resolve():
         raise ConfigError(
             f"{beside}: got {name!r} to begin from, expected {file.name} beside it or one of those that come with the "
             f"package: {', '.join(shipped())}; correct the name, or put the file there"

@@ -138,7 +138,7 @@ def fit_and_measure(both: BothAnswers, seed: int = SPLIT_SEED) -> dict[str, Any]
     Returns:
         JSON values. `threshold`, or None with `why_none`; `clips_fitted`, `clips_measured` and `split_seed`;
         `records_measured` and, of them, `without_confidence`. On the measured half, each value with its 95% bootstrap
-        interval over records: `fitted`, what the threshold comes to, and `curve`, the same at thresholds that rise
+        interval over clips: `fitted`, what the threshold comes to, and `curve`, the same at thresholds that rise
         through the confidences of the fitted half: `coverage` (share answered fast), `risk` (1 - F1 of those answers),
         `f1` and `tokens` of all answers. `fast` and `slow`, F1 and tokens of either alone. `against_fast` and
         `against_slow`, paired differences of F1 in points.
@@ -151,14 +151,14 @@ def fit_and_measure(both: BothAnswers, seed: int = SPLIT_SEED) -> dict[str, Any]
     sure = fitting.confidence_N[~np.isnan(fitting.confidence_N)]
     grid = np.quantile(sure, np.linspace(0, 1, GRID + 1)) if sure.size else np.zeros(0)
     thresholds = [threshold, *np.unique([0.0, *grid, 1.0]).tolist()]
-    found = intervals(_summed(measuring, thresholds))
+    found = intervals(_by_clip(_summed(measuring, thresholds), measuring.clips))
     points = [
         {"threshold": value} | {name: _told(found[f"{name}_{place}"]) for name in _OF_A_THRESHOLD}
         for place, value in enumerate(thresholds)
     ]
-    gated = mean_of(np.where(_sure(measuring, threshold), measuring.fast_f1_N, measuring.slow_f1_N).tolist())
+    gated = _mean_by_clip(np.where(_sure(measuring, threshold), measuring.fast_f1_N, measuring.slow_f1_N), measuring)
     against = {
-        f"against_{mode}": _difference(paired(gated, mean_of(alone.tolist())).get("score"))
+        f"against_{mode}": _difference(paired(gated, _mean_by_clip(alone, measuring)).get("score"))
         for mode, alone in (("fast", measuring.fast_f1_N), ("slow", measuring.slow_f1_N))
     }
     return {
@@ -203,6 +203,18 @@ def _summed(both: BothAnswers, thresholds: Sequence[float]) -> Summed:
 
     names = [f"{name}_{place}" for place in range(len(thresholds)) for name in _OF_A_THRESHOLD]
     return Summed(np.stack(columns, axis=1).astype(np.float64), value, (*_ALONE, *names))
+
+
+def _by_clip(summed: Summed, clips: Sequence[str]) -> Summed:
+    """The same with a row a clip: records of one clip are no independent draws of clips."""
+    places = {clip: place for place, clip in enumerate(dict.fromkeys(clips))}
+    rows = np.zeros((len(places), summed.rows_NS.shape[1]))
+    np.add.at(rows, [places[clip] for clip in clips], summed.rows_NS)
+    return dataclasses.replace(summed, rows_NS=rows)
+
+
+def _mean_by_clip(values_N: np.ndarray, both: BothAnswers) -> Summed:
+    return _by_clip(mean_of(values_N.tolist()), both.clips)
 
 
 def _told(interval: Interval) -> dict[str, float | None]:

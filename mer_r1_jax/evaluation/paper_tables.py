@@ -88,11 +88,13 @@ class Measured:
     official: Mapping[tuple[str, str], Level]
     f1: Mapping[tuple[str, str], Level]
 
-    def mean_of(self, scores: str, sets: Sequence[str], mode: str) -> float | None:
-        """The mean over sets of `official` or `f1`, in [0, 1]; None unless every one is there."""
+    def mean_of(self, scores: str, sets: Sequence[str], mode: str) -> Level | None:
+        """The mean over sets of `official` or `f1`, complete if all are; None unless every one is there."""
         found = [getattr(self, scores).get((name, mode)) for name in sets]
         values = [level.value for level in found if level is not None and level.value is not None]
-        return sum(values) / len(values) if len(values) == len(sets) else None
+        if len(values) < len(sets):
+            return None
+        return Level(sum(values) / len(values), complete=all(level.complete for level in found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _official(tables: Tables) -> Table:
     ]
     for row in tables.rows:
         cells = [_shown(row.official.get((name, "slow"))) for name in LAYOUTS]
-        mean = _points(row.mean_of("official", tuple(LAYOUTS), "slow"))
+        mean = _shown(row.mean_of("official", tuple(LAYOUTS), "slow"))
         own = [_shown(row.official.get((data, "slow"))) for data in tables.letters]
         rows.append((row.name, *cells, mean, *own))
     return text_table(
@@ -155,7 +157,7 @@ def _slow_and_fast(tables: Tables) -> Table:
     for row in tables.rows:
         for mode in MODES:
             cells = [_shown(row.f1.get((name, mode))) for name in LAYOUTS]
-            means = [_points(row.mean_of("f1", sets, mode)) for sets in (PAPER_F1_SETS, tuple(LAYOUTS))]
+            means = [_shown(row.mean_of("f1", sets, mode)) for sets in (PAPER_F1_SETS, tuple(LAYOUTS))]
             own = [_shown(row.f1.get((data, mode))) for data in tables.letters]
             if any(cell not in UNMEASURED for cell in (*cells, *own)):
                 rows.append((f"{row.name} {mode}", *cells, *means, *own))
@@ -204,8 +206,8 @@ def _arm_cells(row: Measured, tables: Tables) -> list[str]:
     if slow and fast and slow.value is not None and fast.value is not None:
         gap = signed(POINTS * (slow.value - fast.value))
     return [
-        _points(row.mean_of("official", nine, "slow")),
-        _points(row.mean_of("f1", nine, "slow")),
+        _shown(row.mean_of("official", nine, "slow")),
+        _shown(row.mean_of("f1", nine, "slow")),
         tables.letters[row.data] if row.data else NONE,
         str(row.seeds),
         _shown(slow),
@@ -261,7 +263,10 @@ def as_json(tables: Tables) -> dict[str, Any]:
         {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
         | {"official": levels(row.official), "f1": levels(row.f1)}
         | {
-            f"{scores}_mean_of_nine": {mode: row.mean_of(scores, nine, mode) for mode in MODES}
+            f"{scores}_mean_of_nine": {
+                mode: None if (mean := row.mean_of(scores, nine, mode)) is None else dataclasses.asdict(mean)
+                for mode in MODES
+            }
             for scores in ("official", "f1")
         }
         for row in tables.rows

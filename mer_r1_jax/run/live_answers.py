@@ -144,7 +144,9 @@ def told_error(error: Exception, question: Question) -> str:
     """What was wrong with a question, for its asker: the clip by its own name, not where it lies here."""
     if isinstance(error, MediaError):
         return printable(f"{question.name}: {error.found}; expected {error.expected}. {error.mend}")
-    return printable(str(error).replace(str(question.clip), question.name))
+    # Its file has a name of its own here, which may stand without its folder.
+    said = str(error).replace(str(question.clip), question.name).replace(question.clip.name, question.name)
+    return printable(said)
 
 
 def _shown(prompt: Prompt) -> dict[str, Any]:

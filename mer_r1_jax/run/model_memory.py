@@ -181,8 +181,8 @@ def free_on_host(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup
 
 # Of each version: the limit, what is used of it, and the pages among that which the system takes back when it has to.
 _GROUP_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
 
 
@@ -207,7 +207,7 @@ def _left_in_groups(proc: Path, groups: Path) -> Iterable[int]:
             except (OSError, ValueError):
                 continue  # a container does not see the groups above its own
             if most != "max":
-                yield max(0, int(most) - taken + int(stat.get(given_back, 0)))
+                yield max(0, int(most) - taken + sum(int(stat.get(name, 0)) for name in given_back))
 
 
 _SPELLED = {"float32": "F32", "bfloat16": BFLOAT16}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mer_r1_jax.config.bounds import is_bucket
-from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.config.build import from_mapping, of_its_time
 from mer_r1_jax.config.checks import PATHS
 from mer_r1_jax.config.schema import ConfigError, MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
@@ -259,6 +259,8 @@ def _check_memory(
     """Says what a model takes and refuses one that does not fit; raises ModelMemoryError."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(config.mesh, len(devices))
+    if devices[0].platform != "cpu":
+        need = dataclasses.replace(need, tensor=0)  # a tensor is read and cast on the host
     if sizes is not None:  # otherwise the mesh is refused when it is made
         check_memory(path, need, sizes, config.eval.memory_check, free_bytes(devices))
 
@@ -317,7 +319,7 @@ def _join(run_dir: str | pathlib.Path, name: str) -> str:
 def _read_config(file: str | pathlib.Path) -> RunConfig:
     try:
         content = bucket.read(str(file)) if is_bucket(file) else pathlib.Path(file).read_bytes()
-        return from_mapping(json.loads(content or b""))
+        return from_mapping(of_its_time(json.loads(content or b"")))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise

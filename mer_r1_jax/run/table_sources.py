@@ -263,7 +263,13 @@ def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
             continue
         if not isinstance(content, dict) or not content.keys() >= _LAB_KEYS:
             continue  # another command's file
-        group = groups.setdefault(json.dumps([content["world"], _shared(content["config"])], sort_keys=True), [])
+        group = groups.setdefault(
+            json.dumps(
+                [content["world"], content.get("registered"), content.get("variant"), _shared(content["config"])],
+                sort_keys=True,
+            ),
+            [],
+        )
         if twice := {seed for _, other in group for seed in other["seeds"]} & set(content["seeds"]):
             left_out.append(f"{path.name}: seeds {sorted(twice)} are in {group[0][0].name} too, with the same settings")
         else:

@@ -49,7 +49,7 @@ from mer_r1_jax.run.agreement import check_config, check_data
 from mer_r1_jax.run.asking import load_prompts, make_evaluator
 from mer_r1_jax.run.console import conclude, introduce, unscored
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
-from mer_r1_jax.run.fitted_gate import write_gate
+from mer_r1_jax.run.fitted_gate import GateError, write_gate
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.stored_base import BASE_FOLDER, begin, restore_base
@@ -390,7 +390,10 @@ def export(run: Run, params: Params) -> None:
         try:
             run.backbone.save(run.folder.export, whole, source=run.tokenizer_path, asked=run.stop.asked)
             faults.here("exported")
-            write_gate(run.folder.export, run.folder.path)
+            try:
+                write_gate(run.folder.export, run.folder.path)
+            except GateError as error:  # the model is what is exported; a threshold can be given wherever it is asked
+                run.console.print(f"the export has no threshold for auto: {printable(error)}")
             write_settings(run.folder.export, run.config)  # last: it says that the export is complete
         except StopRequested:
             left = True
@@ -474,13 +477,16 @@ def _report_so_far(run: Run, under_way: str, steps: StepLog) -> None:
         under_way: how far the run has come, in words.
         steps: the log of its phase.
     """
-    if time.monotonic() - steps.reported < REPORT_SECONDS:
+    began = time.monotonic()
+    # Nor where the run is asked to end, whose checkpoint comes first; and at most a twentieth of the time goes into it.
+    if run.stop.asked() or began - steps.reported < max(REPORT_SECONDS, 20 * steps.report_took):
         return
     try:
         _write_report(run, under_way)
     except Exception as error:  # it is for looking at, and written again at the end, where an error counts
         steps.note(f"report.html could not be written; the run goes on ({type(error).__name__}: {printable(error)})")
     steps.reported = time.monotonic()
+    steps.report_took = steps.reported - began
 
 
 def _log_completions(run: Run, phase: Phase[RlConfig], steps: StepLog, step: int, rollout: Rollout) -> None:
@@ -519,6 +525,7 @@ class StepLog:
         self._last = time.perf_counter()
         self.num_tokens = num_tokens
         self.reported = time.monotonic()  # when report.html was written last, or the phase begun
+        self.report_took = 0.0  # seconds
 
     def __enter__(self) -> StepLog:
         return self

@@ -36,6 +36,14 @@ def names_of(host: str, more: Sequence[str] = ()) -> tuple[str, ...]:
         ListenError: every address is listened at, and no name is given: any name would have to do, and with it those
             that a page elsewhere makes lead here.
     """
+    for name in more:
+        if not name or "*" in name or (":" in name and not name.startswith("[")):
+            raise ListenError(
+                f"--allowed_host: got {name!r}, expected one name as others call this machine by, without a port and "
+                "without *; write it alone, such as --allowed_host=lab.example.org"
+            )
+    if host in ("", "0"):
+        host = "0.0.0.0"  # which it means
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(host).is_unspecified and not more:
             raise ListenError(

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax.config.build import BEFORE
 from mer_r1_jax.config.schema import RunConfig
 
 PROGRAM = "mer_r1_jax"
@@ -95,6 +96,7 @@ def refused_changes(
     known = {name: value for name, value in fingerprints.items() if name in kept}
     # A setting that the run's version did not have yet is at its default, which is how that version behaved.
     before, after, defaults = _flat(plain(was)), _flat(plain(now)), _flat(plain(dataclasses.asdict(RunConfig())))
+    defaults |= BEFORE
     new = [name for name in after.keys() - before.keys() if name in defaults and after[name] == defaults[name]]
     differences = config_differences(was, now, (*may_change, *moved, *new))
     return differences + config_differences({"fingerprint": kept}, {"fingerprint": known})

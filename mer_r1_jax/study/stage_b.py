@@ -32,6 +32,16 @@ _NAMED: dict[str, tuple[Any, ...]] = {
     "rl.num_generations": (8,),
     "rl.calibration_weight": (0.1,),
     "rl.optimizer.learning_rate": (2e-4,),
+    # ... and what would change what is compared, or over which clips.
+    "eval.limit": (0,),
+    "model.lora.rank": (0,),
+    "model.text_hidden_size": (96,),
+    "model.text_layers": (3,),
+    "sft.fast_fraction": (0.25,),
+    "rl.beta": (0.04,),
+    "rl.temperature": (0.9,),
+    "rl.loss_type": ("dapo",),
+    "rl.calibration_counts": ("word",),
 }
 # Measure, as the lab calls it -> score of an evaluation.
 _SCORES = {
@@ -107,13 +117,21 @@ def kept(folder: Path) -> list[Summary]:
     """The summaries of a folder, by seed.
 
     Raises:
-        StudyError: there is none, or one cannot be read.
+        StudyError: there is none, or one cannot be read; or they are of the registered stage and of trials, or of other
+            settings or worlds, which no mean may go over.
     """
     found = [read_summary(path) for path in folder.glob("*_seed*.json")]
     if not found:
         raise StudyError(
             f"{folder}: got no summary of a whole seed, expected at least one; name the folder of mer-r1 ablate with "
             "--runs"
+        )
+    if len({(one.registered, one.world) for one in found}) > 1 or any(
+        _settings(one) != _settings(found[0]) for one in found
+    ):
+        raise StudyError(
+            f"{folder}: got summaries of the registered stage beside those of a trial, or of seeds with other "
+            "settings, expected one kind alone, as no mean goes over both; keep them apart with --out"
         )
     return sorted(found, key=lambda summary: summary.seeds)
 

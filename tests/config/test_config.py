@@ -179,3 +179,10 @@ def test_what_a_config_file_cannot_use_is_named_with_the_file_once(tmp_path, bod
         load_config(file)
     assert all(word in str(raised.value) for word in words), str(raised.value)
     assert str(raised.value).count(str(file)) == 1
+
+
+def test_a_config_file_may_have_the_name_of_the_one_it_begins_from(tmp_path):
+    own = tmp_path / "omni_3b.py"
+    body = 'other_config("omni_3b", __file__).get_config()'
+    own.write_text(f"from mer_r1_jax.config.build import other_config\n\ndef get_config():\n    return {body}\n")
+    assert load_config(own) == load_config("omni_3b")

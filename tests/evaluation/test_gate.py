@@ -146,3 +146,15 @@ def test_the_picture_says_what_was_fitted_and_measured():
     picture = gate_figure(found)
     assert f"{found['threshold']:.3f}" in picture.caption and "30 held-out clips" in picture.caption
     assert f"{found['fitted']['tokens']['value']:.1f} tokens" in picture.caption
+
+
+def test_records_of_one_clip_make_no_interval_narrower():
+    once = random_answers(3)
+    places = np.repeat(np.arange(len(once.clips)), 7)
+    first, again = fit_and_measure(once), fit_and_measure(once.picked(places))
+    assert again["records_measured"] == 7 * first["records_measured"]
+    for name in ("against_fast", "against_slow"):
+        assert again[name] == pytest.approx(first[name])
+    for found, other in zip(first["curve"], again["curve"], strict=False):
+        if found["threshold"] == other["threshold"]:
+            assert other["f1"] == pytest.approx(found["f1"]) and other["coverage"] == pytest.approx(found["coverage"])

@@ -65,3 +65,9 @@ def test_a_damaged_file_is_named(run, content, said):
     (run / "eval/heldout_00300.json").write_text(content)
     with pytest.raises(GateError, match=f"heldout_00300.json.*{said}.*give --threshold"):
         threshold_of(run)
+
+
+def test_notes_among_the_evaluations_are_passed_over(run):
+    before = fitted_gate(run)
+    (run / "eval/notes_99999.json").write_text('{"by": "a person"}')
+    assert before is not None and fitted_gate(run) == before

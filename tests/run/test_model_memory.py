@@ -201,6 +201,8 @@ ONE = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         ("0::/a/b\n", group("a/b", "max", 9, 0), 3 * 2**30),
         ("0::/a/b\n", [*group("a/b", "max", 9, 0), *group("a", 1000, 700, 200)], 500),  # the group above is the limit
         ("0::/\n", group(".", 1000, 2000, 0), 0),
+        # Weights that were read twice lie in active pages, which are given back as well.
+        ("0::/\n", group(".", 1000, 900, "100\nactive_file 500\nslab_reclaimable 50"), 750),
         ("4:cpu,memory:/x\n3:cpuset:/y\n", group("memory/x", 800, 300, 100, ONE), 600),
         ("4:memory:/hidden\n", group("memory", 9223372036854771712, 300, 100, ONE), 3 * 2**30),
     ],

@@ -26,8 +26,9 @@ def clock(monkeypatch):
 
 def of(folder, told, clock):
     """What of a run and its log the report needs."""
-    run = types.SimpleNamespace(config=RunConfig(), folder=types.SimpleNamespace(path=folder))
-    return run, types.SimpleNamespace(note=told.append, reported=clock.now)
+    stop = types.SimpleNamespace(asked=lambda: False)
+    run = types.SimpleNamespace(config=RunConfig(), folder=types.SimpleNamespace(path=folder), stop=stop)
+    return run, types.SimpleNamespace(note=told.append, reported=clock.now, report_took=0.0)
 
 
 def test_it_is_written_after_an_evaluation_but_not_every_few_seconds(tmp_path, clock, monkeypatch):
@@ -43,6 +44,27 @@ def test_it_is_written_after_an_evaluation_but_not_every_few_seconds(tmp_path, c
     assert written == ["after RL step 2 of 9"]
     train._write_report(run)  # at the end, whenever the last one was
     assert written == ["after RL step 2 of 9", ""] and told == []
+
+
+def test_it_waits_where_it_takes_long_and_where_the_run_is_asked_to_end(tmp_path, clock, monkeypatch):
+    written = []
+
+    def slowly(path, **about):
+        written.append(about["under_way"])
+        clock.now += 30
+
+    monkeypatch.setattr(train, "make_report", slowly)
+    run, steps = of(tmp_path, [], clock)
+    clock.now += train.REPORT_SECONDS
+    train._report_so_far(run, "first", steps)
+    clock.now += 20 * 30 - 1  # not more than a twentieth of the time
+    train._report_so_far(run, "too early", steps)
+    clock.now += 1
+    run.stop.asked = lambda: True  # the checkpoint comes first
+    train._report_so_far(run, "asked to end", steps)
+    run.stop.asked = lambda: False
+    train._report_so_far(run, "second", steps)
+    assert written == ["first", "second"]
 
 
 def test_a_report_that_cannot_be_written_stops_no_run(tmp_path, clock):

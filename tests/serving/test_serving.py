@@ -220,6 +220,12 @@ def test_where_it_listens_and_under_which_names(tmp_path):
     assert names_of("192.168.0.7", ["lab"])[-2:] == ("192.168.0.7", "lab") and "*" not in names_of("::1")
     with pytest.raises(ListenError, match="without a name; expected .*--allowed_host"):
         names_of("0.0.0.0")
+    for host in ("", "0"):  # which mean the same
+        with pytest.raises(ListenError, match="without a name; expected .*--allowed_host"):
+            names_of(host)
+    for name in ("*", "*lab", "lab:8000", ""):
+        with pytest.raises(ListenError, match="--allowed_host: got .*expected one name"):
+            names_of("127.0.0.1", [name])
     with contextlib.closing(listening("127.0.0.1", 0)) as taken:
         with pytest.raises(ListenError, match="where nothing can listen .*choose another --port"):
             listening("127.0.0.1", taken.getsockname()[1])

@@ -13,6 +13,7 @@ import textwrap
 
 import pytest
 
+from mer_r1_jax.config.build import from_mapping, of_its_time
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
 from mer_r1_jax.storage.run_settings import config_differences, refused_changes
@@ -119,6 +120,18 @@ def test_a_setting_that_a_run_s_version_did_not_have_is_at_its_default(tmp_path)
     assert refused_changes(was, now, {}, {}) == []
     now["rl"]["entropy_coef"] = 0.1
     assert refused_changes(was, now, {}, {}) == ["rl.entropy_coef: absent in the run, 0.1 now"]
+
+
+def test_a_run_of_before_worlds_had_names_goes_on_in_its_own():
+    """The default is another one since; that run's is what it would be called now."""
+    now = dataclasses.asdict(RunConfig())
+    was = copy.deepcopy(now)
+    del was["data"]["synthetic_world"]
+    now["data"]["synthetic_world"] = "concluding"
+    assert refused_changes(was, now, {}, {}) == []
+    now["data"]["synthetic_world"] = "U"
+    assert refused_changes(was, now, {}, {}) == ['data.synthetic_world: absent in the run, "U" now']
+    assert from_mapping(of_its_time(was)).data.synthetic_world == "concluding"
 
 
 def test_resume_with_a_changed_config_is_refused_field_by_field(folder):

@@ -37,7 +37,7 @@ def test_the_registered_stage_is_that_of_the_protocol():
     for block in blocks:
         config = block.config({})
         assert config.rl.num_generations * config.rl.prompts_per_step == 96
-        assert (config.eval_samples, config.common_point, config.data_seed) == (4, True, 200)
+        assert (config.eval_samples, config.common_point, config.data_seed) == (4, True, 201)
         assert (config.eval_clips, config.sft.max_steps, config.rl.max_steps) == (2000, 1200, 150)
     variants = {b.variant: (b.world, b.config({}).rl.beta, b.config({}).rl.calibration_counts) for b in blocks}
     assert variants == {"": ("T", 0.04, "word"), "no_kl": ("U", 0.0, "word"), "count_once": ("T", 0.04, "category")}
@@ -47,6 +47,7 @@ def test_the_registered_stage_is_that_of_the_protocol():
     ("seeds", "settings", "said"),
     [
         ([], {"eval_clips": 5}, "--set: got eval_clips for the registered seeds, expected none"),
+        ([900], {"data_seed": 201}, "--set=data_seed: got 201, the seed of the registered scenes"),
         ([199, 200], {}, "--seeds: got 200, expected none of 200 to 215, which are registered and run once"),
         ([900], {"rl.num_generations": 4}, "the stage compares groups of 8 and 4"),
         ([900], {"eval_clip": 5}, "eval_clip"),
@@ -70,6 +71,11 @@ def fake_run(world, config, arms, seeds, say):
         world=world, config=config, seeds=tuple(seeds), rows=rows, sampled=sampled, paths={}, stop_curve=[],
         ceiling=0.7, seconds={"rl": 1.0},
     )  # fmt: skip
+
+
+def test_a_trial_sees_other_scenes_than_the_registered_stage():
+    plan = make_plan([900], {})
+    assert {block.config(plan.settings).data_seed for block in plan.blocks()} == {0}
 
 
 def test_a_stage_goes_on_from_its_summaries_and_is_judged_when_all_are_there(tmp_path, monkeypatch, capsys):
@@ -170,7 +176,10 @@ def test_a_seed_of_stage_b_is_registered_as_the_protocol_names_it():
     config = dataclasses.asdict(load_config(shipped()["synthetic"], settings))
     assert asked["arms"].split(",") == list(stage_b.ARMS) and asked["seeds"] == "10,11,12,13,14,15"
     assert stage_b.is_registered(10, config) and not stage_b.is_registered(20, config)
-    for section, name, value in (("data", "synthetic_seed", 0), ("sft", "max_steps", 1500), ("rl", "max_steps", 100)):
+    for section, name, value in (
+        ("data", "synthetic_seed", 0), ("sft", "max_steps", 1500), ("rl", "max_steps", 100),
+        ("eval", "limit", 50), ("rl", "beta", 0.0), ("rl", "temperature", 0.5),
+    ):  # fmt: skip
         assert not stage_b.is_registered(10, config | {section: config[section] | {name: value}})
 
 
@@ -197,6 +206,11 @@ def test_stage_b_is_judged_from_whole_seeds_and_each_counts_once(tmp_path, capsy
     said = capsys.readouterr().out
     assert "seeds 13, 14, 15 have no summary yet; nothing is judged before" in said and "seeds 12, 13" not in said
     assert (registered / "results.md").exists() and "a trial" not in said
+
+    # Nor with a trial among them.
+    write_summary(registered / "U_seed100.json", dataclasses.replace(summary, seeds=(100,)))
+    assert run_command("study", "--stage=B", f"--out={registered}") == 2
+    assert "summaries of the registered stage beside those of a trial" in " ".join(capsys.readouterr().err.split())
 
     # Other numbers of the same seed: the first ones stay. Without the runs the summaries are enough.
     rescore(runs / run_name("ad", 10), slow_expected_f1=0.9)

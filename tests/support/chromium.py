@@ -64,6 +64,13 @@ class Browser:
         )
         for end in (*given, commands[0], answers[1]):
             os.close(end)
+        try:
+            self._begin(width)
+        except BaseException:
+            self.__exit__()  # nobody else would end it
+            raise
+
+    def _begin(self, width: int) -> None:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log", "DOM"):

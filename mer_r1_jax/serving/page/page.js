@@ -51,6 +51,9 @@ function take(body, name, sound) {
     note(`${name}: got ${(body.size / 1e6).toFixed(1)} MB, expected at most ${about.max_mb} MB; choose or record a shorter one`, true);
   } else {
     clip = { body, name, sound };
+    const chosen = clip;
+    // A voice may come in a file of a video's type: what has no picture is asked about as sound.
+    player.onloadedmetadata = () => { if (!player.srcObject && !player.videoWidth) chosen.sound = true; };
     player.src = URL.createObjectURL(body);
     player.hidden = false;
     note(`${name}, ${(body.size / 1e6).toPrecision(2)} MB`);
