@@ -14,7 +14,7 @@ from mer_r1_jax.data.records import read_records
 from mer_r1_jax.data.synthetic import make
 from mer_r1_jax.data.synthetic.make import MAX_REASONING_TOKENS, WorldError, WorldSettings, make_world
 from mer_r1_jax.data.synthetic.render import FPS, FRAMES, render_scene, write_clip
-from mer_r1_jax.data.synthetic.world import CATEGORIES, NEUTRAL, Scene, draw_scene, load_lexicon
+from mer_r1_jax.data.synthetic.world import CATEGORIES, DEFAULT, NEUTRAL, WORLDS, Scene, draw_scene, load_lexicon
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.media.decode import read_audio_track, read_video
@@ -161,17 +161,20 @@ def test_a_finished_data_set_is_reused_and_repaired(world):
     assert _hashes(world.root) == finished
 
 
-def test_a_data_set_of_before_worlds_had_names_is_taken_as_it_is(world):
+def test_a_data_set_of_before_worlds_had_names_is_taken_as_it_is(tmp_path):
     """Its settings do not say that reasonings conclude, as they all did."""
+    concluding = WorldSettings(sft_clips=1, rl_clips=0, eval_clips=1, config=WORLDS["concluding"])
+    world = make_world(tmp_path, concluding, workers=0)
     file = world.root / "settings.json"
-    now = file.read_text()
-    settings = json.loads(now)
+    settings = json.loads(file.read_text())
     assert settings["world"].pop("concludes") is True
     file.write_text(json.dumps(settings))
     before = {path: path.stat().st_mtime_ns for path in (world.sft, world.eval, world.manifest, file)}
-    make_world(world.root, WORLD, workers=0)
+    make_world(world.root, concluding, workers=0)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    file.write_text(now)
+    # The default is another world since.
+    with pytest.raises(WorldError, match=r"\(world differ\): .*data.synthetic_world=concluding was the default"):
+        make_world(world.root, dataclasses.replace(concluding, config=WORLDS[DEFAULT]), workers=0)
 
 
 def test_a_folder_of_another_world_is_refused(world):

@@ -183,9 +183,10 @@ def _is_complete(paths: WorldPaths, settings: dict, counts: dict[str, int]) -> b
         found["world"].setdefault("concludes", True)  # every world of before this setting did
     if found != settings:
         changed = sorted(name for name in settings if found.get(name) != settings[name])
+        former = "; data.synthetic_world=concluding was the default until it became U" if "world" in changed else ""
         raise WorldError(
             f"{paths.root} holds a synthetic data set made with other settings ({', '.join(changed)} differ): "
-            "choose another folder or delete it"
+            f"choose another folder or delete it{former}"
         )
     if not paths.manifest.exists():
         return False
