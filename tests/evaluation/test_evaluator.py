@@ -205,8 +205,9 @@ def test_summary_and_samples_have_the_fields_their_readers_take(small, evaluatio
     written = json.loads(path.read_text())
     assert written.keys() == {
         "step", "phase", "benchmark", "n", "n_scored", "n_unscorable", "skipped", "slow", "fast", "majority_answer",
-        "majority_f1", "oracle_f1",
+        "majority_f1", "oracle_f1", "gate",
     }  # fmt: skip
+    assert 0 <= written["gate"]["threshold"] <= 1 and written["gate"]["records_measured"] == 3  # the other half
     assert (written["step"], written["phase"], written["benchmark"], written["n"]) == (7, "rl", "heldout", 6)
     assert written["slow"].keys() == written["fast"].keys() == SCORES
     assert written["slow"]["format_rate"] is not None and written["fast"]["format_rate"] is None
