@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from support.browser import in_chromium, needs_chromium
+from support.chromium import Browser, needs_chromium
 from support.finished_run import write_clip, write_run
 from support.report_page import OURS, Page
 
@@ -183,6 +183,13 @@ def test_a_report_without_clips_has_no_script(run_folder):
     assert page.scripts == [] and "script-src" not in page.all("meta")[2]["content"] and not page.all("article")
 
 
+def in_browser(path, script, width=1280):
+    """What an async function of this body makes of the page."""
+    with Browser(path.parent / "browser", width) as browser:
+        browser.open(path.absolute().as_uri())
+        return browser.run(f"(async () => {{ {script} }})()")
+
+
 @needs_chromium
 def test_filters_and_players_work_in_a_browser_and_a_phone_shows_it_whole(run_folder, monkeypatch):
     monkeypatch.setattr(ClipSection, "OPEN", 2)
@@ -192,30 +199,30 @@ def test_filters_and_players_work_in_a_browser_and_a_phone_shows_it_whole(run_fo
     first = re.search(r'src="(data:video/mp4;base64,[^"]+)"', text)[1]
     path.write_text(text.replace(first, "data:video/mp4;base64,AAAA", 1))
     script = """
-        const by = (id) => page.getElementById(id);
-        const left = () => [...page.querySelectorAll("article.clip")].flatMap((clip, n) => clip.hidden ? [] : [n]);
+        const by = (id) => document.getElementById(id);
+        const left = () => [...document.querySelectorAll("article.clip")].flatMap((clip, n) => clip.hidden ? [] : [n]);
         const when = (id, value) => {
             by(id).value = value;
             by(id).dispatchEvent(new Event("input", {bubbles: true}));
             return left();
         };
         await new Promise((done) => setTimeout(done, 1000));
-        const videos = [...page.querySelectorAll("video")];
+        const videos = [...document.querySelectorAll("video")];
         const said = {
-            bar: by("filters").hidden, all: left(), unfolded: [page.querySelector("details.more").open],
+            bar: by("filters").hidden, all: left(), unfolded: [document.querySelector("details.more").open],
             wrong: when("filter-verdict", "wrong"), same: when("filter-rl", "same"),
             told: by("filters-shown").textContent,
             any: when("filter-verdict", "") && when("filter-rl", ""),
             up: when("filter-rl", "up"), down: when("filter-rl", "down"), none: when("filter-rl", ""),
             word: when("filter-word", " SURPR"), phrase: when("filter-word", "bored"), empty: when("filter-word", "x<"),
-            title: page.title, width: page.documentElement.scrollWidth,
+            title: document.title, width: document.documentElement.scrollWidth,
             seconds: videos.map((video) => video.duration), broken: videos.map((video) => video.error !== null),
-            unplayed: [...page.querySelectorAll(".unplayed")].map((note) => !note.hidden),
+            unplayed: [...document.querySelectorAll(".unplayed")].map((note) => !note.hidden),
         };
-        said.unfolded.push(page.querySelector("details.more").open);
+        said.unfolded.push(document.querySelector("details.more").open);
         return said;
     """
-    said = in_chromium(path, script, width=400)
+    said = in_browser(path, script, width=400)
     assert said["bar"] is False and said["all"] == said["any"] == said["none"] == [0, 1, 2]
     assert (said["wrong"], said["same"], said["told"]) == ([1, 2], [2], "1 of 3 clips")
     assert said["unfolded"] == [False, True]  # the clip that would not have been seen otherwise
@@ -232,7 +239,7 @@ def test_a_script_of_anybody_elses_does_not_run(run_folder):
     path = make_report(run_folder)
     planted = "<script>document.title = 'planted'</script><img src=x onerror=\"document.title = 'planted'\">"
     path.write_text(path.read_text().replace("</h1>", f"</h1>{planted}", 1))
-    said = in_chromium(path, "return {title: page.title, bar: page.getElementById('filters').hidden};")
+    said = in_browser(path, "return {title: document.title, bar: document.getElementById('filters').hidden};")
     assert "planted" not in said["title"] and said["bar"] is False
 
 

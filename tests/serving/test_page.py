@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.chromium import FOUND, Browser
+from support.chromium import Browser, needs_chromium
 from support.served_page import serving
 from support.small_fixtures import compiled, small, small_folder, trained  # noqa: F401
 from support.small_run import with_config
@@ -36,7 +36,7 @@ def expected(small, trained, small_folder):  # noqa: F811
     raise AssertionError("there has to be something to show")
 
 
-@pytest.mark.skipif(FOUND is None, reason="needs chromium")
+@needs_chromium
 def test_a_person_with_a_clip_gets_the_models_answers_from_this_machine_alone(model, expected, tmp_path):
     clip, (slow, fast) = expected
     with serving(model, tmp_path) as address, Browser(tmp_path / "browser", width=400) as browser:

@@ -14,11 +14,28 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-FOUND = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+import pytest
+
+
+def _found() -> str | None:
+    """The first browser that runs: one may be a stub that only says how to install it."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        place = shutil.which(name)
+        if place and subprocess.run([place, "--version"], capture_output=True, timeout=60).returncode == 0:
+            return place
+    return None
+
+
+FOUND = _found()
+needs_chromium = pytest.mark.skipif(FOUND is None, reason="there is no Chromium here to open pages in")
+# Gives a process its ends of the two pipes under the numbers the browser looks for, and becomes the browser. Not as
+# Popen's preexec_fn, which would run Python between fork and exec of a process that has threads.
+_NUMBERED = "import os, sys; [os.dup2(int(sys.argv[n]), n + 2) for n in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"
 _QUIET = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
@@ -46,19 +63,17 @@ class Browser:
         self.told: list[str] = []
         self._number = 0
         self._rest = b""
-        # The child's ends are moved above 4 first, so that giving them their numbers cannot overwrite one another.
+        # The child's ends lie above 4, so that giving them their numbers cannot overwrite one another.
         commands, answers = os.pipe(), os.pipe()
         given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands[0], answers[1])]
         self._in, self._out = commands[1], answers[0]
 
-        def numbered() -> None:
-            os.dup2(given[0], 3)
-            os.dup2(given[1], 4)
-
         self._process = subprocess.Popen(
-            [FOUND, *_QUIET, "--remote-debugging-pipe", f"--user-data-dir={profile}", f"--window-size={width},900"],
-            preexec_fn=numbered,
-            close_fds=False,
+            [
+                *(sys.executable, "-c", _NUMBERED, *map(str, given), FOUND, *_QUIET, "--remote-debugging-pipe"),
+                *(f"--user-data-dir={profile}", f"--window-size={width},900"),
+            ],
+            pass_fds=given,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
