@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
         )
         if _RUN.value and (settings := saved_config(_RUN.value)) is not None:
             # What `--mode=auto` takes; a run without held-out clips has none.
-            write_gate(report.directory, _RUN.value)
+            if problem := write_gate(report.directory, _RUN.value):
+                screen.say(problem, error=True)
             # The run's configuration lies beside its export: prompts and clips have to be made as the run made them.
             write_settings(report.directory, settings)
     screen.say(

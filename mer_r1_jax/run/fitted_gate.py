@@ -82,21 +82,27 @@ def threshold_of(model: str | pathlib.Path, given: float | None = None) -> float
     return found.threshold
 
 
-def write_gate(directory: pathlib.Path, run: str | pathlib.Path) -> FittedGate | None:
-    """Puts what a run fitted last beside its export; nothing where it fitted nothing."""
-    found = fitted_gate(run)
+def write_gate(directory: pathlib.Path, run: str | pathlib.Path) -> str:
+    """Puts what a run fitted last beside its export; nothing where it fitted nothing.
+
+    Returns:
+        Why there is none although evaluations are there, or "": the model is what is exported, and a threshold can be
+        given wherever it is asked, so a damaged evaluation keeps no export from being made.
+    """
+    try:
+        found = fitted_gate(run)
+    except GateError as error:
+        return f"the export has no threshold for --mode=auto: {error}"
     if found is not None:
         gate = {"benchmark": found.benchmark, "step": found.step, "gate": found.measured}
         atomic_files.write_json(directory / GATE_FILE, gate)
-    return found
+    return ""
 
 
 def _newest(run: str | pathlib.Path) -> FittedGate | None:
     """Of the evaluation at the most steps that fitted one."""
     for _, place in sorted(_evaluations(run), reverse=True):
-        evaluation = _read(place)
-        # Somebody's notes may have such a name too.
-        found = _gate(place, evaluation) if "benchmark" in evaluation or "gate" in evaluation else None
+        found = _gate(place, _read(place))
         if found is not None:
             return found
     return None

@@ -49,7 +49,7 @@ from mer_r1_jax.run.agreement import check_config, check_data
 from mer_r1_jax.run.asking import load_prompts, make_evaluator
 from mer_r1_jax.run.console import conclude, introduce, unscored
 from mer_r1_jax.run.fingerprints import clip_label, of_inputs, read_clips, write_clips
-from mer_r1_jax.run.fitted_gate import GateError, write_gate
+from mer_r1_jax.run.fitted_gate import write_gate
 from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.stored_base import BASE_FOLDER, begin, restore_base
@@ -390,10 +390,8 @@ def export(run: Run, params: Params) -> None:
         try:
             run.backbone.save(run.folder.export, whole, source=run.tokenizer_path, asked=run.stop.asked)
             faults.here("exported")
-            try:
-                write_gate(run.folder.export, run.folder.path)
-            except GateError as error:  # the model is what is exported; a threshold can be given wherever it is asked
-                run.console.print(f"the export has no threshold for auto: {printable(error)}")
+            if problem := write_gate(run.folder.export, run.folder.path):
+                run.console.print(problem)
             write_settings(run.folder.export, run.config)  # last: it says that the export is complete
         except StopRequested:
             left = True

@@ -37,8 +37,8 @@ def test_an_export_has_it_beside_it_and_within_its_run_without(run, tmp_path):
     assert fitted_gate(export) is None
     with pytest.raises(GateError, match=f"elsewhere: got a model without .*expected .*{GATE_FILE}; give --threshold"):
         threshold_of(export)
-    assert write_gate(export, run).threshold == 0.6
-    assert fitted_gate(export) == fitted_gate(run)
+    assert write_gate(export, run) == ""
+    assert fitted_gate(export) == fitted_gate(run) and fitted_gate(export).threshold == 0.6
     inside = run / "export/hf"
     inside.mkdir(parents=True)
     assert fitted_gate(inside).threshold == 0.6, "exported before there were gates"
@@ -48,7 +48,7 @@ def test_an_export_has_it_beside_it_and_within_its_run_without(run, tmp_path):
 
 def test_a_run_that_fitted_nothing_leaves_nothing_beside_its_export(tmp_path):
     bare = evaluated(tmp_path / "bare", _5=None)
-    assert write_gate(tmp_path, bare) is None and not (tmp_path / GATE_FILE).exists()
+    assert write_gate(tmp_path, bare) == "" and not (tmp_path / GATE_FILE).exists()
 
 
 @pytest.mark.parametrize("given", [-0.1, 1.1, float("nan")])
@@ -65,9 +65,7 @@ def test_a_damaged_file_is_named(run, content, said):
     (run / "eval/heldout_00300.json").write_text(content)
     with pytest.raises(GateError, match=f"heldout_00300.json.*{said}.*give --threshold"):
         threshold_of(run)
-
-
-def test_notes_among_the_evaluations_are_passed_over(run):
-    before = fitted_gate(run)
-    (run / "eval/notes_99999.json").write_text('{"by": "a person"}')
-    assert before is not None and fitted_gate(run) == before
+    # It keeps no export from being made, which says why it has no threshold.
+    said = write_gate(run, run)
+    assert said.startswith("the export has no threshold") and "heldout_00300.json" in said
+    assert not (run / GATE_FILE).exists()
