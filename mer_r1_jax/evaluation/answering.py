@@ -3,7 +3,8 @@
     with answerer.holding(params) as policy:
         prompts = policy.encode(clips, buckets, uids)       # once for every mode
         answers = policy.answer(prompts, "slow")
-        scored = policy.score(answers, truths)
+        groups = policy.read(answers, truths)               # on the host
+        (probability,) = policy.probabilities(prompts, [own_words(answers, groups)])
 
 Evaluation, inference, probes, benchmarks, MME-Emotion and the check of an export all come through here; they differ in
 where prompts come from and in what is kept of an answer.
@@ -23,7 +24,7 @@ import numpy as np
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import Array, BatchShape, Prompts
 from mer_r1_jax.parallel.rows import local_rows, put
-from mer_r1_jax.rl.confidence import NO_SET
+from mer_r1_jax.rl.confidence import NO_SET, AskedWords
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.rollout import Completions, check_finite
 from mer_r1_jax.rl.sampling import SamplingConfig
@@ -51,20 +52,6 @@ class Answers:
     prompts: Prompts
     completions: Completions
     host: Completions
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Confidence:
-    """How sure the policy is of the words of answers.
-
-    Attributes:
-        groups: the answers, read and scored.
-        probability_BWQ: float32, given to the category of each word on each wheel where it was said; NaN where the
-            word, or its truth, has none there.
-    """
-
-    groups: ScoredGroups
-    probability_BWQ: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,27 +136,64 @@ class AnsweringPolicy:
         check_finite(host)
         return Answers(mode, prompts, completions, host)
 
-    def score(
+    def read(
         self, answers: Answers, truths: Sequence[Sequence[str] | None], *, require_format: bool = True
-    ) -> Confidence:
-        """Reads answers, holds them against truths and asks how sure the policy is of each word.
+    ) -> ScoredGroups:
+        """Reads answers on the host and holds them against truths.
 
         Args:
             answers: of this policy.
             truths: words, row by row; rows without one are padding.
             require_format: a slow answer that is not well-formed has no confidences. (A fast one never is.)
         """
+        padded = [*truths, *[None] * (len(answers.host.length_BG) - len(truths))]
+        require_format = require_format and answers.mode == "slow"
+        return self.answerer.scorer.groups(answers.host, padded, require_format=require_format)
+
+    def probabilities(self, prompts: Prompts, asked: Sequence[AskedWords]) -> list[np.ndarray]:
+        """What the policy gives to the categories of words, all texts in one forward pass behind the prompts.
+
+        Args:
+            prompts: encoded.
+            asked: with numpy leaves, this process's rows.
+
+        Returns:
+            for each of `asked` float32 [B, G, W, Q]; NaN where its set is NO_SET.
+        """
         answerer, programs = self.answerer, self.answerer.programs
-        mesh, host = programs.backbone.mesh, answers.host
-        padded = [*truths, *[None] * (len(host.length_BG) - len(truths))]
-        groups = answerer.scorer.groups(host, padded, require_format=require_format and answers.mode == "slow")
-        completion = Continuations(id_BGC=answers.completions.id_BGC, exists_BGC=answers.completions.exists_BGC)
-        slow_BGWQ, _ = programs.score(
-            self.params, answers.prompts, completion, put(groups.anchors, mesh), answerer.candidate_ids_ZY
-        )
-        probability_BWQ = np.exp(local_rows({"slow_BGWQ": slow_BGWQ}, mesh)["slow_BGWQ"])[:, 0]
-        held_BWQ = groups.anchors.set_BGWQ[:, 0] != NO_SET
-        return Confidence(groups, np.where(held_BWQ, probability_BWQ, np.nan))
+        mesh = programs.backbone.mesh
+        found = programs.ask(self.params, prompts, put(tuple(asked), mesh), answerer.candidate_ids_ZY)
+        # A name ending in the axes says how rows are cut among processes.
+        own_rows = local_rows({f"{number}_BGWQ": value for number, value in enumerate(found)}, mesh)
+        return [
+            np.where(one.set_BGWQ != NO_SET, np.exp(own_rows[f"{number}_BGWQ"]), np.nan)
+            for number, one in enumerate(asked)
+        ]
+
+    def score(
+        self, answers: Answers, truths: Sequence[Sequence[str] | None], *, require_format: bool = True
+    ) -> np.ndarray:
+        """How sure the policy is of the words of its answers: float32 [B, W, Q], NaN where a word has no candidates.
+
+        Arguments as of `read`.
+        """
+        groups = self.read(answers, truths, require_format=require_format)
+        return self.probabilities(answers.prompts, [own_words(answers, groups)])[0][:, 0]
+
+
+def own_words(answers: Answers, groups: ScoredGroups) -> AskedWords:
+    """The words of answers, to be asked about where they were said."""
+    anchors = groups.anchors
+    if answers.mode == "fast":
+        # An answer behind an empty think block is its own fast context, which ends with the last word and is short.
+        return AskedWords(continuation=anchors.fast, index_BGW=anchors.fast_BGW, set_BGWQ=anchors.set_BGWQ)
+    host = answers.host
+    exists_BGC = np.arange(host.id_BGC.shape[-1]) < host.length_BG[..., None]
+    return AskedWords(
+        continuation=Continuations(id_BGC=host.id_BGC, exists_BGC=exists_BGC),
+        index_BGW=anchors.slow_BGW,
+        set_BGWQ=anchors.set_BGWQ,
+    )
 
 
 def extended(prompt: Prompt, ids: np.ndarray) -> Prompt:

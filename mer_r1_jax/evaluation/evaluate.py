@@ -15,13 +15,13 @@ import numpy as np
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES
-from mer_r1_jax.evaluation.answering import Answerer, AnsweringPolicy, Answers, Confidence
-from mer_r1_jax.evaluation.second_looks import FixedConfidence, SecondLooks, fixed_confidences, sampled_answers
+from mer_r1_jax.evaluation.answering import Answerer, AnsweringPolicy, Answers, own_words
+from mer_r1_jax.evaluation.second_looks import FixedConfidence, FixedWords, SecondLooks, fixed_words, sampled_answers
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import row_share
-from mer_r1_jax.rl.scoring import ScoredAnswer
+from mer_r1_jax.rl.scoring import ScoredAnswer, ScoredGroups
 from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
 from mer_r1_jax.training.stopping import NEVER, Stop
@@ -170,53 +170,61 @@ class Evaluator:
         prompts = policy.encode(
             [prompt for _, prompt in batch], self.buckets, [uid_of(record.id) for record, _ in batch]
         )
-        truths = [record.solution for record, _ in batch]
-        results, given = {}, {}
+        records = [record for record, _ in batch]
+        truths = [record.solution for record in records]
+        given, groups = {}, {}
         for mode in modes:
-            given[mode] = answers = policy.answer(prompts, mode, stop)
+            given[mode] = policy.answer(prompts, mode, stop)
             faults.here("evaluation_scores", mode)
-            scored = policy.score(answers, truths)
-            results[mode] = [_answer_of(answers, scored, row) for row in range(len(batch))]
-        if self.looks is not None:
-            self._look_again(policy, given, results, [record for record, _ in batch], stop)
-        return results
-
-    def _look_again(
-        self,
-        policy: AnsweringPolicy,
-        given: dict[str, Answers],
-        results: dict[str, list[AnswerOf]],
-        records: Sequence[Record],
-        stop: Stop,
-    ) -> None:
-        """Adds to a batch's answers what `looks` asks besides."""
-        looks, truths = self.looks, [record.solution for record in records]
-        assert looks is not None
-        if looks.num_samples:
-            for mode, answers in given.items():
-                sampled = sampled_answers(policy, answers.prompts, mode, truths, looks, stop)
+            groups[mode] = policy.read(given[mode], truths)
+        # All words are asked about in one forward pass behind the prompts, whichever answer they stand in.
+        asked = {mode: own_words(given[mode], groups[mode]) for mode in modes}
+        fixed = self._fixed_words(policy, given, groups, records)
+        if fixed is not None:
+            asked["fixed"] = fixed.asked
+        probability = dict(zip(asked, policy.probabilities(prompts, list(asked.values())), strict=True))
+        results = {
+            mode: [_answer_of(given[mode], groups[mode], probability[mode], row) for row in range(len(batch))]
+            for mode in modes
+        }
+        if fixed is not None:
+            found = fixed.confidences(probability["fixed"], len(batch))
+            for mode in modes:
+                results[mode] = [
+                    dataclasses.replace(answer, fixed=of_it and of_it[mode])
+                    for answer, of_it in zip(results[mode], found, strict=True)
+                ]
+        if self.looks is not None and self.looks.num_samples:
+            for mode in modes:
+                sampled = sampled_answers(policy, prompts, mode, truths, self.looks, stop)
                 results[mode] = [
                     dataclasses.replace(answer, sampled=of_it)
                     for answer, of_it in zip(results[mode], sampled, strict=True)
                 ]
-        if set(given) != set(MODES):
-            return  # fixed words are those of fast answers, behind the reasoning of slow ones
+        return results
+
+    def _fixed_words(
+        self,
+        policy: AnsweringPolicy,
+        given: dict[str, Answers],
+        groups: dict[str, ScoredGroups],
+        records: Sequence[Record],
+    ) -> FixedWords | None:
+        """The fixed words of a batch; None where nobody asks, or one mode alone is answered."""
+        if self.looks is None or set(given) != set(MODES):
+            return None  # fixed words are those of fast answers, behind the reasoning of slow ones
+        parsed = {mode: [group[0].parsed for group in groups[mode].answers[: len(records)]] for mode in MODES}
+        of_clips = self.looks.fixed_words
         words = [
-            answer.answer.parsed.words if looks.fixed_words is None else looks.fixed_words.get(record.id, ())
-            for record, answer in zip(records, results["fast"], strict=True)
+            answer.words if of_clips is None else of_clips.get(record.id, ())
+            for record, answer in zip(records, parsed["fast"], strict=True)
         ]
-        reasonings = [answer.answer.parsed.reasoning for answer in results["slow"]]
-        found = fixed_confidences(policy, given["slow"], reasonings, words, truths)
-        for mode in MODES:
-            results[mode] = [
-                dataclasses.replace(answer, fixed=fixed and fixed[mode])
-                for answer, fixed in zip(results[mode], found, strict=True)
-            ]
+        reasonings = [answer.reasoning for answer in parsed["slow"]]
+        return fixed_words(policy, given["slow"], reasonings, words, [record.solution for record in records])
 
 
-def _answer_of(answers: Answers, scored: Confidence, row: int) -> AnswerOf:
-    (answer,), anchors = scored.groups.answers[row], scored.groups.anchors
-    probability_WQ = scored.probability_BWQ[row]
+def _answer_of(answers: Answers, groups: ScoredGroups, probability_BGWQ: np.ndarray, row: int) -> AnswerOf:
+    (answer,), anchors, probability_WQ = groups.answers[row], groups.anchors, probability_BGWQ[row, 0]
     held_WQ, correct_WQ = ~np.isnan(probability_WQ), anchors.correct_BGWQ[row, 0]
     means = [
         float(probability_WQ[kind_WQ].mean()) if kind_WQ.any() else None

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.answering import AnsweringPolicy, Answers
 from mer_r1_jax.omni.batch import Prompts
-from mer_r1_jax.parallel.rows import local_rows, put
-from mer_r1_jax.rl.confidence import NO_SET
+from mer_r1_jax.rl.confidence import NO_SET, AskedWords
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.rollout import STOP_EOS, Completions
 from mer_r1_jax.rl.scoring import ScoredAnswer
@@ -83,14 +83,49 @@ def sampled_answers(
     ]
 
 
-def fixed_confidences(
+@dataclasses.dataclass(frozen=True, eq=False)
+class FixedWords:
+    """The fixed words of a batch, ready to be asked about.
+
+    Attributes:
+        asked: two texts a row, so that both go through one block shape: the words behind the policy's own reasoning,
+            and at once.
+        correct_BWQ: bool, the word's category is one of the truth's.
+    """
+
+    asked: AskedWords
+    correct_BWQ: np.ndarray
+
+    def confidences(self, probability_BGWQ: np.ndarray, rows: int) -> list[dict[str, FixedConfidence] | None]:
+        """Mode -> confidence of each row, from what `AnsweringPolicy.probabilities` gives.
+
+        None where the slow answer has no reasoning or there is no word to ask about.
+        """
+        held_BWQ = self.asked.set_BGWQ[:, 0] != NO_SET
+        return [
+            {
+                mode: FixedConfidence(
+                    correct=_mean(probability_GWQ[place][held_WQ & correct_WQ]),
+                    wrong=_mean(probability_GWQ[place][held_WQ & ~correct_WQ]),
+                )
+                for place, mode in enumerate(MODES)
+            }
+            if held_WQ.any()
+            else None
+            for probability_GWQ, held_WQ, correct_WQ in zip(
+                probability_BGWQ[:rows], held_BWQ[:rows], self.correct_BWQ[:rows], strict=True
+            )
+        ]
+
+
+def fixed_words(
     policy: AnsweringPolicy,
     slow: Answers,
     reasonings: Sequence[str | None],
     words: Sequence[Sequence[str]],
     truths: Sequence[Sequence[str]],
-) -> list[dict[str, FixedConfidence] | None]:
-    """Asks how sure the policy is of given words, behind its own reasoning and at once.
+) -> FixedWords:
+    """Puts given words behind the policy's own reasonings, and at once.
 
     Args:
         policy: the policy.
@@ -98,13 +133,9 @@ def fixed_confidences(
         reasonings: of these, row by row; None where an answer has none.
         words: to be asked about, row by row.
         truths: words.
-
-    Returns:
-        Mode -> confidence, row by row; None where the slow answer has no reasoning or there is no word to ask about.
     """
-    answerer, programs = policy.answerer, policy.answerer.programs
-    host, mesh = slow.host, programs.backbone.mesh
-    rows, longest = len(host.length_BG), host.id_BGC.shape[-1] + answerer.scorer.longest_answer
+    scorer, host = policy.answerer.scorer, slow.host
+    rows, longest = len(host.length_BG), host.id_BGC.shape[-1] + scorer.longest_answer
     ids = [_spliced(policy, reasoning, given, longest) for reasoning, given in zip(reasonings, words, strict=True)]
     id_BGC = np.zeros((rows, 1, longest), np.int32)
     length_BG = np.zeros((rows, 1), np.int32)
@@ -122,25 +153,20 @@ def fixed_confidences(
         sampling_logprob_BGC=nothing,
     )
     padded = [truth if own else None for truth, own in zip(truths, ids, strict=True)]
-    anchors = answerer.scorer.groups(made, [*padded, *[None] * (rows - len(padded))]).anchors
-    completion = Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC)
-    both = programs.score(
-        policy.params, slow.prompts, put(completion, mesh), put(anchors, mesh), answerer.candidate_ids_ZY
+    anchors = scorer.groups(made, [*padded, *[None] * (rows - len(padded))]).anchors
+
+    def beside(slow_BGC: np.ndarray, fast_BGC: np.ndarray) -> np.ndarray:
+        room = longest - fast_BGC.shape[-1]
+        return np.concatenate([slow_BGC, np.pad(fast_BGC, ((0, 0), (0, 0), (0, room)))], axis=1)
+
+    asked = AskedWords(
+        continuation=Continuations(
+            id_BGC=beside(id_BGC, anchors.fast.id_BGC), exists_BGC=beside(exists_BGC, anchors.fast.exists_BGC)
+        ),
+        index_BGW=np.concatenate([anchors.slow_BGW, anchors.fast_BGW], axis=1),
+        set_BGWQ=np.concatenate([anchors.set_BGWQ, anchors.set_BGWQ], axis=1),
     )
-    own_rows = local_rows(dict(zip(("slow", "fast"), both, strict=True)), mesh)
-    found: list[dict[str, FixedConfidence] | None] = []
-    for row, own in enumerate(ids):
-        held_WQ, correct_WQ = anchors.set_BGWQ[row, 0] != NO_SET, anchors.correct_BGWQ[row, 0]
-        if not own or not held_WQ.any():
-            found.append(None)
-            continue
-        kinds = (held_WQ & correct_WQ, held_WQ & ~correct_WQ)
-        by_mode = {}
-        for mode, log_BGWQ in own_rows.items():
-            probability_WQ = np.exp(log_BGWQ[row, 0])
-            by_mode[mode] = FixedConfidence(*(_mean(probability_WQ[kind_WQ]) for kind_WQ in kinds))
-        found.append(by_mode)
-    return found
+    return FixedWords(asked, anchors.correct_BGWQ[:, 0])
 
 
 def _spliced(policy: AnsweringPolicy, reasoning: str | None, words: Sequence[str], longest: int) -> list[int]:

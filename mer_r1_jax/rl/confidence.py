@@ -233,6 +233,44 @@ def confidences(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AskedWords:
+    """Words of given continuations that a policy is asked about.
+
+    Attributes:
+        continuation: the texts, each up to its last word's first token at least.
+        index_BGW: int32, index of each word's first token in its continuation.
+        set_BGWQ: int32, candidate set of the word on each wheel, NO_SET where there is none.
+    """
+
+    continuation: Continuations
+    index_BGW: Array
+    set_BGWQ: Array
+
+
+def asked_logprobs(
+    model: BoundModel, hidden: Sequence[Array], asked: Sequence[AskedWords], candidate_ids_ZY: Array
+) -> tuple[Array, ...]:
+    """How sure the policy is of the categories of words, whichever text each stands in, through one call.
+
+    Args:
+        model: the policy.
+        hidden: for each of `asked` the hidden states [B, G, C, D] that predict its continuation's tokens.
+        asked: with the same W and Q each.
+        candidate_ids_ZY: int32, token ids of each candidate set, -1 where a set has fewer.
+
+    Returns:
+        for each of `asked` float32 [B, G, W, Q] in nats; without meaning where its set is NO_SET.
+    """
+    # Texts of different lengths have the same number of words, so they meet along G.
+    h_BGWD = jnp.concatenate([anchor_hidden(h, one.index_BGW) for h, one in zip(hidden, asked, strict=True)], axis=1)
+    set_BGWQ = jnp.concatenate([jnp.asarray(one.set_BGWQ) for one in asked], axis=1)
+    logprob_BGWQ = set_logprobs(model, h_BGWD, set_BGWQ, candidate_ids_ZY)
+    ends = np.cumsum([one.index_BGW.shape[1] for one in asked])[:-1]
+    return tuple(jnp.split(logprob_BGWQ, ends, axis=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Calibration rewards, [B, G]: R+ and R- in nats (0 where invalid) and which of them are valid."""
 

@@ -145,7 +145,7 @@ def read(wheels: Wheels, policy: AnsweringPolicy, answers: Answers, rows: int = 
     ]
     # With its own words for truth every word has a confidence; beyond `rl.max_answer_words` there are none.
     own = [one.parsed.words for one in said]
-    probability_BWQ = policy.score(answers, own, require_format=False).probability_BWQ
+    probability_BWQ = policy.score(answers, own, require_format=False)
     found = []
     for one, probability_WQ in zip(said, probability_BWQ, strict=False):
         words = one.parsed.words

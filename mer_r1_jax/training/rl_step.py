@@ -39,6 +39,8 @@ from mer_r1_jax.rl.advantage import Rewards, advantages, arm_of, permute_within_
 from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.rl.confidence import (
     Anchors,
+    AskedWords,
+    asked_logprobs,
     calibration,
     calibration_loss,
     calibration_words,
@@ -323,6 +325,17 @@ def score(
     return confidences(model, slow_BGCD, fast_BGCD, anchors, candidate_ids_ZY)
 
 
+def ask(
+    model: BoundModel, prompts: Prompts, asked: tuple[AskedWords, ...], candidate_ids_ZY: Array, packed: bool
+) -> tuple[Array, ...]:
+    """How sure the policy is of words in several texts behind the same prompts: `asked_logprobs` of each. Evaluation's
+    part, which has no use for a fast context beside every answer.
+    """
+    sets = (one.continuation for one in asked)
+    hidden = continuation_hidden(model, prompts, *sets, packed=packed, alike=False)
+    return asked_logprobs(model, hidden, asked, candidate_ids_ZY)
+
+
 def logprobs(model: BoundModel, prompts: Prompts, completion: Continuations, temperature: float, packed: bool) -> Array:
     """Log-probabilities float32 [B, G, C] of completions, of logits / temperature."""
     (h_BGCD,) = continuation_hidden(model, prompts, completion, packed=packed)
@@ -453,6 +466,7 @@ class RlPrograms:
         )
         self.rollout = self._jit(rollout, decode=True, static_argnums=3)  # sampling
         self.score = self._jit(functools.partial(score, packed=packed))
+        self.ask = self._jit(functools.partial(ask, packed=packed))
         self.advantages = jax.jit(group_advantages, static_argnames="config")
         self.logprobs = self._jit(functools.partial(logprobs, temperature=loss_temperature(config), packed=packed))
         # A rollout in chunks (chunked.py). Its state stays where it is and is donated from chunk to chunk.

@@ -28,7 +28,7 @@ from mer_r1_jax.data.synthetic.world import (
 )
 from mer_r1_jax.storage.atomic_files import writing
 
-VERSION = 8  # counts changes of the drawing that settings do not show
+VERSION = 9  # counts changes of the drawing or the tokenizer that settings do not show
 CLIPS_PER_TASK = 32
 MAX_REASONING_TOKENS = 44  # with tags, answer and end a slow target stays within 64 tokens
 
