@@ -1,10 +1,10 @@
-"""Rollouts and an RL update of two processes of two devices, on fixed prompts, against one device of one process."""
+"""Rollouts, an RL update and words asked about on fixed prompts: two processes of two devices against one device."""
 
 import jax
 import numpy as np
 import pytest
 from support.several import end_of, start_processes
-from support.several_steps import LENGTHS, TOKENS, results, small_backbone
+from support.several_steps import GENERATIONS, LENGTHS, TOKENS, results, small_backbone
 from support.small_run import REPOSITORY
 
 from mer_r1_jax.config.schema import MeshConfig
@@ -56,3 +56,15 @@ def test_two_processes_make_the_loss_and_the_gradients_of_one(alone, pair):
         scale = np.abs(alone[name]).max()
         assert scale > 1e-6, name
         np.testing.assert_allclose(pair[name], alone[name], rtol=0, atol=RELATIVE * scale, err_msg=name)
+
+
+def test_two_processes_are_told_of_their_own_words_what_one_is_told(alone, pair):
+    """Each reads the probabilities of its own rows, and every row asks about other words."""
+    for kind, generations in ((0, GENERATIONS), (1, 1)):
+        expected, found = alone[f"asked {kind}"], pair[f"asked {kind}"]
+        assert expected.shape == found.shape == (len(LENGTHS), generations, 3, 2)
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+        there = np.asarray(LENGTHS) > 0
+        np.testing.assert_allclose(found[there], expected[there], rtol=1e-4)
+        values = expected[there][~np.isnan(expected[there])]
+        assert len(np.unique(values.round(9))) > 0.7 * len(values) > 2 * generations

@@ -1,4 +1,4 @@
-"""Rollouts and an RL update on fixed tokens, in one process or several: several_steps.py DATA FSDP TENSOR FILE.
+"""Rollouts, an RL update and words asked about, on fixed tokens: several_steps.py DATA FSDP TENSOR FILE.
 
 Started as a process of several (JAX_COORDINATOR_ADDRESS and so on); the first one writes what came of it to FILE.
 """
@@ -12,6 +12,7 @@ import optax
 
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.schema import MeshConfig, RlConfig
+from mer_r1_jax.evaluation.answering import Answerer
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel import processes
@@ -19,6 +20,7 @@ from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import local_rows, put, row_share
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.parallel.whole import on_first
+from mer_r1_jax.rl.confidence import AskedWords
 from mer_r1_jax.rl.losses import PolicyTargets
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.sampling import SamplingConfig
@@ -29,6 +31,7 @@ from mer_r1_jax.training.state import init_state, state_shardings, trainable_nam
 
 LENGTHS = (11, 6, 0, 8, 5, 0, 7, 9)  # of the prompts; two rows are absent
 WIDTH, GENERATIONS, TOKENS = 12, 4, 12
+CANDIDATES = np.asarray([[3, 9, -1], [4, -1, -1], [70, 80, 90], [255, 7, 300]], np.int32)
 SAMPLING = SamplingConfig(
     max_completion_length=TOKENS, eos_ids=tuple(range(40, 90)), temperature=0.8, num_generations=GENERATIONS
 )
@@ -50,13 +53,15 @@ def small_backbone(mesh: MeshConfig, devices=None) -> Backbone:
 
 
 def results(backbone: Backbone, chunks: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """By name, on the first process: completions for every size of chunk, and an update's metrics and gradients."""
+    """By name, on the first process: completions for every size of chunk, an update's metrics and gradients, and the
+    probabilities of words.
+    """
     params = parameters(backbone)
     found = {}
     for chunk in chunks:
         sampled = completions(backbone, params, chunk)
         found |= {f"{field.name} {chunk}": getattr(sampled, field.name) for field in dataclasses.fields(sampled)}
-    return found | update(backbone, params)
+    return found | update(backbone, params) | asked(backbone, params)
 
 
 def parameters(backbone: Backbone) -> dict[str, jax.Array]:
@@ -166,6 +171,28 @@ def update(backbone: Backbone, params) -> dict[str, np.ndarray]:
     gradients = on_first(optax.tree.get(state.opt_state, "trace")) or {}
     metrics = {f"metric {name}": np.asarray(value) for name, value in metrics.items()}
     return metrics | {f"gradient {name}": leaf for name, leaf in gradients.items()}
+
+
+def asked(backbone: Backbone, params) -> dict[str, np.ndarray]:
+    """What an evaluation would be told of words in two kinds of texts, one of them short."""
+    rng, own, share = np.random.default_rng(3), fixed(), row_share(backbone.mesh)
+    rows = slice(share.index * share.of(len(LENGTHS)), (share.index + 1) * share.of(len(LENGTHS)))
+    words = []
+    for generations, length in ((GENERATIONS, TOKENS), (1, 5)):
+        shape_BGW = (len(LENGTHS), generations, 3)
+        set_BGWQ = rng.integers(-1, len(CANDIDATES), (*shape_BGW, 2))  # -1: the word has none on that wheel
+        everything = AskedWords(
+            continuation=Continuations(
+                id_BGC=own.id_BGC[:, :generations, :length], exists_BGC=own.exists_BGC[:, :generations, :length]
+            ),
+            index_BGW=rng.integers(0, length, shape_BGW).astype(np.int32),
+            set_BGWQ=set_BGWQ.astype(np.int32),
+        )
+        words.append(jax.tree.map(lambda leaf: leaf[rows], everything))
+    answerer = Answerer(RlPrograms(backbone, RlConfig(), SAMPLING), None, CANDIDATES, SAMPLING)
+    with answerer.holding(params) as policy:
+        parts = processes.gather("words", policy.probabilities(prompts(backbone), words)) or []
+    return {f"asked {kind}": np.concatenate([part[kind] for part in parts]) for kind in (0, 1) if parts}
 
 
 if __name__ == "__main__":
