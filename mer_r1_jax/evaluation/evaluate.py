@@ -181,14 +181,14 @@ class Evaluator:
         asked = {mode: own_words(given[mode], groups[mode]) for mode in modes}
         fixed = self._fixed_words(policy, given, groups, records)
         if fixed is not None:
-            asked["fixed"] = fixed.asked
+            asked |= {"fixed slow": fixed.slow, "fixed fast": fixed.fast}
         probability = dict(zip(asked, policy.probabilities(prompts, list(asked.values())), strict=True))
         results = {
             mode: [_answer_of(given[mode], groups[mode], probability[mode], row) for row in range(len(batch))]
             for mode in modes
         }
         if fixed is not None:
-            found = fixed.confidences(probability["fixed"], len(batch))
+            found = fixed.confidences({mode: probability[f"fixed {mode}"] for mode in MODES}, len(batch))
             for mode in modes:
                 results[mode] = [
                     dataclasses.replace(answer, fixed=of_it and of_it[mode])

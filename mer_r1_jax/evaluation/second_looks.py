@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.answering import AnsweringPolicy, Answers
 from mer_r1_jax.omni.batch import Prompts
 from mer_r1_jax.rl.confidence import NO_SET, AskedWords
@@ -88,33 +87,33 @@ class FixedWords:
     """The fixed words of a batch, ready to be asked about.
 
     Attributes:
-        asked: two texts a row, so that both go through one block shape: the words behind the policy's own reasoning,
-            and at once.
+        slow, fast: the words behind the policy's own reasoning, and at once.
         correct_BWQ: bool, the word's category is one of the truth's.
     """
 
-    asked: AskedWords
+    slow: AskedWords
+    fast: AskedWords
     correct_BWQ: np.ndarray
 
-    def confidences(self, probability_BGWQ: np.ndarray, rows: int) -> list[dict[str, FixedConfidence] | None]:
-        """Mode -> confidence of each row, from what `AnsweringPolicy.probabilities` gives.
+    def confidences(self, probabilities: dict[str, np.ndarray], rows: int) -> list[dict[str, FixedConfidence] | None]:
+        """Mode -> confidence of each row; None where the slow answer has no reasoning or there is no word to ask about.
 
-        None where the slow answer has no reasoning or there is no word to ask about.
+        Args:
+            probabilities: mode -> what `AnsweringPolicy.probabilities` gives for it.
+            rows: that are no padding.
         """
-        held_BWQ = self.asked.set_BGWQ[:, 0] != NO_SET
+        held_BWQ = self.slow.set_BGWQ[:, 0] != NO_SET
         return [
             {
                 mode: FixedConfidence(
-                    correct=_mean(probability_GWQ[place][held_WQ & correct_WQ]),
-                    wrong=_mean(probability_GWQ[place][held_WQ & ~correct_WQ]),
+                    correct=_mean(probability_BGWQ[row, 0][held_BWQ[row] & self.correct_BWQ[row]]),
+                    wrong=_mean(probability_BGWQ[row, 0][held_BWQ[row] & ~self.correct_BWQ[row]]),
                 )
-                for place, mode in enumerate(MODES)
+                for mode, probability_BGWQ in probabilities.items()
             }
-            if held_WQ.any()
+            if held_BWQ[row].any()
             else None
-            for probability_GWQ, held_WQ, correct_WQ in zip(
-                probability_BGWQ[:rows], held_BWQ[:rows], self.correct_BWQ[:rows], strict=True
-            )
+            for row in range(rows)
         ]
 
 
@@ -155,18 +154,15 @@ def fixed_words(
     padded = [truth if own else None for truth, own in zip(truths, ids, strict=True)]
     anchors = scorer.groups(made, [*padded, *[None] * (rows - len(padded))]).anchors
 
-    def beside(slow_BGC: np.ndarray, fast_BGC: np.ndarray) -> np.ndarray:
-        room = longest - fast_BGC.shape[-1]
-        return np.concatenate([slow_BGC, np.pad(fast_BGC, ((0, 0), (0, 0), (0, room)))], axis=1)
-
-    asked = AskedWords(
-        continuation=Continuations(
-            id_BGC=beside(id_BGC, anchors.fast.id_BGC), exists_BGC=beside(exists_BGC, anchors.fast.exists_BGC)
+    return FixedWords(
+        slow=AskedWords(
+            continuation=Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC),
+            index_BGW=anchors.slow_BGW,
+            set_BGWQ=anchors.set_BGWQ,
         ),
-        index_BGW=np.concatenate([anchors.slow_BGW, anchors.fast_BGW], axis=1),
-        set_BGWQ=np.concatenate([anchors.set_BGWQ, anchors.set_BGWQ], axis=1),
+        fast=AskedWords(continuation=anchors.fast, index_BGW=anchors.fast_BGW, set_BGWQ=anchors.set_BGWQ),
+        correct_BWQ=anchors.correct_BGWQ[:, 0],
     )
-    return FixedWords(asked, anchors.correct_BGWQ[:, 0])
 
 
 def _spliced(policy: AnsweringPolicy, reasoning: str | None, words: Sequence[str], longest: int) -> list[int]:

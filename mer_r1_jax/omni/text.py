@@ -237,18 +237,19 @@ class TextDecoder(nnx.Module):
         return self.norm(h_BGCD[:, :, 0]), Cache(k_LBGCKh=k_LBGCKh, v_LBGCKh=v_LBGCKh)
 
     @jax.named_scope("text_decoder")
-    def contexts(self, x_BGCD: jax.Array, mask_BGC, position_BGC, prompt: PromptCache) -> jax.Array:
+    def contexts(self, x_BGCD: jax.Array, segment_BGC, position_BGC, prompt: PromptCache) -> jax.Array:
         """Whole completions at once against a finished prompt cache: h_BGCD after the final norm.
 
         Args:
             x_BGCD: embeddings of the completions' tokens.
-            mask_BGC: bool, tokens that exist.
+            segment_BGC: int32, PADDING where there is no token; a token sees earlier ones of its segment.
             position_BGC: int32, the same on all three axes.
             prompt: the cache of the rows' prompts.
         """
         C = x_BGCD.shape[2]
         cos_BGCY, sin_BGCY = self.rotary(jnp.broadcast_to(position_BGC, (3, *position_BGC.shape)))
-        past_BGCS = (jnp.arange(C)[:, None] >= jnp.arange(C)) & mask_BGC[:, :, None, :]
+        alike_BGCS = segment_BGC[..., :, None] == segment_BGC[..., None, :]
+        past_BGCS = (jnp.arange(C)[:, None] >= jnp.arange(C)) & alike_BGCS & (segment_BGC != PADDING)[..., None, :]
 
         def step(layer: TextLayer, x_BGCD, prompt_kv):
             def attend(q_BGCHh, k_BGCKh, v_BGCKh):

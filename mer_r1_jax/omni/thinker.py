@@ -131,15 +131,18 @@ class Thinker(nnx.Module):
         return self.text.token(x_BGD, position_BG, slot, prompt_cache, cache)
 
     def contexts(
-        self, id_BGC: jax.Array, mask_BGC: jax.Array, position_BGC: jax.Array, prompt_cache: PromptCache
+        self, id_BGC: jax.Array, segment_BGC: jax.Array, position_BGC: jax.Array, prompt_cache: PromptCache
     ) -> jax.Array:
         """Hidden states h_BGCD of given completions, all tokens at once, without running their prompts again.
 
         Args:
-            id_BGC: int32 tokens. mask_BGC: bool, tokens that exist. position_BGC: int32, for all three axes.
+            id_BGC: int32 tokens.
+            segment_BGC: int32, PADDING where there is no token; a token sees its prompt and what is before it in its
+                segment.
+            position_BGC: int32, for all three axes.
             prompt_cache: of the rows' prompts.
         """
-        return self.text.contexts(self.text.embed(id_BGC), mask_BGC, position_BGC, prompt_cache)
+        return self.text.contexts(self.text.embed(id_BGC), segment_BGC, position_BGC, prompt_cache)
 
 
 def abstract_thinker(config: ThinkerConfig) -> tuple[nnx.GraphDef, Params, dict[str, Any]]:

@@ -32,8 +32,11 @@ class BoundModel(Protocol):
         """Those of prompts, and the keys and values that all completions of a prompt look back at."""
         ...
 
-    def contexts(self, id_BGC: Array, mask_BGC: Array, position_BGC: Array, prompt_cache: PromptCache) -> Array:
-        """Hidden states [B, G, C, D] of given completions, without running their prompts again."""
+    def contexts(self, id_BGC: Array, segment_BGC: Array, position_BGC: Array, prompt_cache: PromptCache) -> Array:
+        """Hidden states [B, G, C, D] of given completions, without running their prompts again.
+
+        C may hold several texts, one behind the other: a token sees the prompt and earlier tokens of its segment.
+        """
         ...
 
     def init_cache(self, rows: int, generations: int, length: int, dtype: Any = None) -> Cache:

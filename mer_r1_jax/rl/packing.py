@@ -100,9 +100,7 @@ def predictor_hidden(h_BTD: Array, prompt: Tokens, *sets: Continuations) -> tupl
     return tuple(hidden)
 
 
-def continuation_hidden(
-    model: BoundModel, prompts: Prompts, *sets: Continuations, packed: bool, alike: bool = True
-) -> tuple[Array, ...]:
+def continuation_hidden(model: BoundModel, prompts: Prompts, *sets: Continuations, packed: bool) -> tuple[Array, ...]:
     """The hidden state that predicts each token of every set, each prompt computed once.
 
     Args:
@@ -111,44 +109,36 @@ def continuation_hidden(
         *sets: continuations of these prompts.
         packed: True computes one row of prompt and all continuations, for attention that skips what the mask forbids;
             False computes the continuations against the prompt's keys and values, which needs no such attention: with
-            plain XLA a packed row pays for every pair of completions that do not see each other.
-        alike: sets that are held against each other go through one call, in one block shape, so short ones are padded
-            to the longest. False computes each in its own length where rows are not packed; what kernels of two shapes
-            round differently (0.01 to 0.07 nats in bfloat16) then stands between the sets.
+            plain XLA a packed row pays for every pair of completions that do not see each other. Either way all sets go
+            through one call, in one block shape.
 
     Returns:
         One array [B, G, C, D] per set.
+
+    Raises:
+        ValueError: rows are not packed, and the sets have different G.
     """
     tokens, next_position_B = prompts.tokens, prompts.next_position_B
     if packed:
         h_BTD = model.hidden(pack(tokens, next_position_B, *sets), prompts.features_BRD, prompts.layout)
         return predictor_hidden(h_BTD, tokens, *sets)
+    if len(counts := {one.id_BGC.shape[1] for one in sets}) > 1:
+        raise ValueError(f"sets of {sorted(counts)} continuations a prompt: expected as many in each, or packed=True")
     h_BTD, cache = model.prefill(tokens, prompts.features_BRD, prompts.layout)
     first_BD = hidden_at(h_BTD, last_prompt_index(tokens))
-
-    def predictors(id_BGC: Array, exists_BGC: Array) -> Array:
-        position_B1C = next_position_B[:, None, None] + jnp.arange(id_BGC.shape[2], dtype=jnp.int32)
-        h_BGCD = model.contexts(id_BGC, exists_BGC, jnp.where(exists_BGC, position_B1C, 1), cache)
-        first_BG1D = jnp.broadcast_to(first_BD[:, None, None], (*h_BGCD.shape[:2], 1, h_BGCD.shape[3]))
-        return jnp.concatenate([first_BG1D, h_BGCD[:, :, :-1]], axis=2)
-
-    if not alike:
-        return tuple(predictors(one.id_BGC, one.exists_BGC) for one in sets)
-    # All sets as one block [B, sum of G, longest C], so that slow and fast go through the same kernel shape.
-    longest = max(one.id_BGC.shape[2] for one in sets)
-    h_BGCD = predictors(
-        *(
-            jnp.concatenate([_lengthened(getattr(one, name), longest) for one in sets], axis=1)
-            for name in ("id_BGC", "exists_BGC")
-        )
-    )
+    # Side by side [B, G, sum of C]: nothing is padded to the length of another set, and kernels see one shape.
+    ids, segments, positions = [], [], []
+    for number, one in enumerate(sets):
+        position_B1C = next_position_B[:, None, None] + jnp.arange(one.id_BGC.shape[2], dtype=jnp.int32)
+        ids.append(one.id_BGC)
+        segments.append(jnp.where(one.exists_BGC, PROMPT + 1 + number, PADDING))
+        positions.append(jnp.where(one.exists_BGC, position_B1C, 1))
+    id_BGC, segment_BGC, position_BGC = (jnp.concatenate(parts, axis=2) for parts in (ids, segments, positions))
+    h_BGCD = model.contexts(id_BGC, segment_BGC, position_BGC, cache)
+    first_BG1D = jnp.broadcast_to(first_BD[:, None, None], (*h_BGCD.shape[:2], 1, h_BGCD.shape[3]))
     hidden, offset = [], 0
     for one in sets:
-        generations, length = one.id_BGC.shape[1:]
-        hidden.append(h_BGCD[:, offset : offset + generations, :length])
-        offset += generations
+        own_BGCD = h_BGCD[:, :, offset : offset + one.id_BGC.shape[2]]
+        hidden.append(jnp.concatenate([first_BG1D, own_BGCD[:, :, :-1]], axis=2))
+        offset += one.id_BGC.shape[2]
     return tuple(hidden)
-
-
-def _lengthened(x_BGC: Array, length: int) -> Array:
-    return jnp.pad(x_BGC, ((0, 0), (0, 0), (0, length - x_BGC.shape[2])))

@@ -332,7 +332,7 @@ def ask(
     part, which has no use for a fast context beside every answer.
     """
     sets = (one.continuation for one in asked)
-    hidden = continuation_hidden(model, prompts, *sets, packed=packed, alike=False)
+    hidden = continuation_hidden(model, prompts, *sets, packed=packed)
     return asked_logprobs(model, hidden, asked, candidate_ids_ZY)
 
 

@@ -83,10 +83,8 @@ def sft_loss(
     kinds = {"slow": batch.slow} | ({"fast": batch.fast} if batch.fast is not None else {})
     shares = {"slow": 1 - fast_fraction, "fast": fast_fraction} if batch.fast is not None else {"slow": 1.0}
     # Both targets follow the same prompt in one forward pass: hidden states [B, 1, C, D] that predict their tokens.
-    # Their losses are not held against each other, so a fast target need not be padded to the length of a slow one.
     sets = (kind.continuation for kind in kinds.values())
-    prompts = batch.prompts.encoded(features_BRD)
-    hidden = continuation_hidden(model, prompts, *sets, packed=backbone.packed_rows, alike=False)
+    hidden = continuation_hidden(model, batch.prompts.encoded(features_BRD), *sets, packed=backbone.packed_rows)
     means = {}
     for (name, kind), h_BGCD in zip(kinds.items(), hidden, strict=True):
         logprob_BGC, _ = token_logprobs(model, h_BGCD, kind.continuation.id_BGC, temperature=1.0)

@@ -98,7 +98,7 @@ def test_given_completions_are_scored_at_once_against_the_prompt_cache():
         features = model.encode_media(batch.vision, batch.audio)
         _, prompt = model.prefill(batch.tokens, features, FeatureLayout.of_batch(batch))
         position_BGC = jnp.broadcast_to(next_position_B[:, None, None] + jnp.arange(C), ids_BGC.shape)
-        return model.contexts(jnp.asarray(ids_BGC), jnp.ones(ids_BGC.shape, bool), position_BGC, prompt)
+        return model.contexts(jnp.asarray(ids_BGC), jnp.ones(ids_BGC.shape, jnp.int32), position_BGC, prompt)
 
     np.testing.assert_allclose(score(), separate_rows(), **CLOSE)
 

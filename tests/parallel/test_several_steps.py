@@ -60,11 +60,11 @@ def test_two_processes_make_the_loss_and_the_gradients_of_one(alone, pair):
 
 def test_two_processes_are_told_of_their_own_words_what_one_is_told(alone, pair):
     """Each reads the probabilities of its own rows, and every row asks about other words."""
-    for kind, generations in ((0, GENERATIONS), (1, 1)):
+    for kind in (0, 1):
         expected, found = alone[f"asked {kind}"], pair[f"asked {kind}"]
-        assert expected.shape == found.shape == (len(LENGTHS), generations, 3, 2)
+        assert expected.shape == found.shape == (len(LENGTHS), GENERATIONS, 3, 2)
         np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
         there = np.asarray(LENGTHS) > 0
         np.testing.assert_allclose(found[there], expected[there], rtol=1e-4)
         values = expected[there][~np.isnan(expected[there])]
-        assert len(np.unique(values.round(9))) > 0.7 * len(values) > 2 * generations
+        assert len(np.unique(values.round(9))) > 0.7 * len(values) > 50

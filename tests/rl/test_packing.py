@@ -24,7 +24,7 @@ def continuations(generations, length, seed):
 def test_packed_continuations_see_their_prompt_and_themselves_only(packed):
     """Two sets of different size in one row predict what each sequence alone predicts, media in the prompt included."""
     tokens, features, next_position = prompts(LENGTHS, WIDTH)
-    sets = continuations(3, 6, 0), continuations(2, 4, 1)
+    sets = continuations(3, 6, 0), continuations(2 if packed else 3, 4, 1)
     hidden = packed_hidden(policy()[2], tokens, features, next_position, *sets, packed=packed)
     checked = 0
     for own, h_BGCD in zip(sets, hidden, strict=True):
@@ -54,6 +54,13 @@ def test_packed_rows_have_separate_segments_and_text_positions():
                 np.testing.assert_array_equal(packed.position_3BT[axis, :, WIDTH:][:, at], expected)
     np.testing.assert_array_equal(packed.source_BT2[:, :WIDTH], tokens.source_BT2)
     assert (np.asarray(packed.source_BT2[:, WIDTH:, 0]) == -1).all()
+
+
+def test_sets_beside_each_other_have_as_many_continuations_a_prompt():
+    tokens, features, next_position = prompts(LENGTHS, WIDTH)
+    sets = continuations(3, 6, 0), continuations(2, 4, 1)
+    with pytest.raises(ValueError, match=r"sets of \[2, 3\] continuations a prompt: .*packed=True"):
+        packed_hidden(policy()[2], tokens, features, next_position, *sets, packed=False)
 
 
 def test_packing_refuses_other_rows():

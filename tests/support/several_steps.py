@@ -178,13 +178,11 @@ def asked(backbone: Backbone, params) -> dict[str, np.ndarray]:
     rng, own, share = np.random.default_rng(3), fixed(), row_share(backbone.mesh)
     rows = slice(share.index * share.of(len(LENGTHS)), (share.index + 1) * share.of(len(LENGTHS)))
     words = []
-    for generations, length in ((GENERATIONS, TOKENS), (1, 5)):
-        shape_BGW = (len(LENGTHS), generations, 3)
+    for length in (TOKENS, 5):
+        shape_BGW = (len(LENGTHS), GENERATIONS, 3)
         set_BGWQ = rng.integers(-1, len(CANDIDATES), (*shape_BGW, 2))  # -1: the word has none on that wheel
         everything = AskedWords(
-            continuation=Continuations(
-                id_BGC=own.id_BGC[:, :generations, :length], exists_BGC=own.exists_BGC[:, :generations, :length]
-            ),
+            continuation=Continuations(id_BGC=own.id_BGC[..., :length], exists_BGC=own.exists_BGC[..., :length]),
             index_BGW=rng.integers(0, length, shape_BGW).astype(np.int32),
             set_BGWQ=set_BGWQ.astype(np.int32),
         )
