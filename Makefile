@@ -12,7 +12,7 @@ ARGS ?=
 # A second transformers, one major version back, that exported models must load in as well.
 TRANSFORMERS4 := .compat/transformers4
 
-.PHONY: train smoke check test plan docs figures clean
+.PHONY: train smoke check test plan docs figures lock clean
 
 train: $(BIN)/.installed
 	$(BIN)/python experiments/train.py --config=$(CONFIG) $(ARGS)
@@ -62,6 +62,18 @@ figures: $(BIN)/.installed-docs
 	$(BIN)/python experiments/variance_figure.py
 	$(BIN)/python experiments/clip_figure.py --model=$(CLIP_MODEL) --note="$(CLIP_NOTE)"
 	$(BIN)/python experiments/tutorial.py --execute
+
+# requirements/: what a run takes on each Python, with hashes. Made again where setup.cfg or requirements.txt changes.
+lock: $(BIN)/.installed-dev
+	set -e; for minor in 11 12 13; do \
+		file=requirements/run-py3$$minor.txt; \
+		{ echo "# What a run takes on Python 3.$$minor, for Linux on x86-64, with the hashes of every file; tests and tools left out:"; \
+		  echo "#     pip install --require-hashes -r $$file && pip install --no-deps ."; \
+		  echo "# Made by \`make lock\` from setup.cfg and the versions in requirements.txt."; \
+		  $(BIN)/uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.$$minor \
+			--python-platform x86_64-manylinux_2_28 -c requirements.txt setup.cfg; } > $$file.new; \
+		mv $$file.new $$file; \
+	done
 
 $(BIN)/python $(TEST_BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh
 from packaging.requirements import Requirement
 from support.jobset_schema import JOBSET
 from support.page_commands import check
+from support.pinned import pinned_versions
 from support.small_run import REPOSITORY
 
 from mer_r1_jax.cli import EXIT_ERROR
@@ -175,8 +176,7 @@ def test_the_image_installs_extras_that_exist_on_a_python_that_is_new_enough(set
 @pytest.mark.parametrize("extra", ["tpu", "cuda", "gcs"])
 def test_pinned_versions_leave_an_extra_installable(setup_cfg, extra):
     """`pip install -c requirements.txt -e '.[tpu]'` fails where jax's own extra wants another version than the pin."""
-    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = pinned_versions(REPOSITORY / "requirements.txt")
     for wanted in map(Requirement, setup_cfg["options.extras_require"][extra].split()):
         brought = [Requirement(text) for text in metadata.requires(wanted.name) or ()]
         chosen = [need for need in brought if need.marker and any(need.marker.evaluate({"extra": name})
