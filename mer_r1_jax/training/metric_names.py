@@ -74,7 +74,9 @@ METRICS: dict[tuple[str, ...], str] = {
         "share of the devices' bf16 speed that the step's passes through the decoder's layers used, sampling included; "
         "for TPUs and GPUs of `training/device_metrics.py`"
     ),
-    ("step_time", "timing_s/{gen,reward,reward_funcs,score,reference}"): "seconds of the step, and of its parts",
+    ("step_time", "timing_s/{gen,reward,reward_funcs,score,reference}"): (
+        "seconds of the step, and of its parts; of `reference` those that reading the answers did not hide"
+    ),
     ("step", "phase", "time"): "optimizer steps done in the phase; `sft` or `rl`; seconds since 1970",
 }
 

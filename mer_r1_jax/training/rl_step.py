@@ -1,5 +1,5 @@
-"""One RL step of MER-R1, top to bottom: encode, sample, read the answers, score them slow and fast, make advantages,
-score the reference, update. docs/method.md has the formulas.
+"""One RL step of MER-R1, top to bottom: encode, sample, score the reference, read the answers, score them slow and
+fast, make advantages, update. docs/method.md has the formulas.
 
     RlStep.rollout   the step up to its experience, in the order of the method
     rollout (of rl/rollout.py), score, logprobs, group_advantages, update
@@ -179,7 +179,18 @@ class RlStep:
         host: Completions = local_rows(completions, mesh)
         clock.lap("timing_s/gen")
 
-        # 4. Read the answers on the host: words, recall, precision, F1 and format of each, and its anchors (where its
+        # 4. Log-probabilities [B, G, C] under the reference, for the KL term; under the policy that sampled, where more
+        #    than one update is made from this rollout. (The first one takes its own, with the gradient stopped.) They
+        #    need nothing of what the host finds, so the device computes them while it reads.
+        reference_logprob_BGC = old_logprob_BGC = None
+        if reference is not None:
+            # Frozen towers are the policy's own, so their features are the reference's too.
+            seen = programs.encode(reference, with_clips) if self.towers_trained else prompts
+            reference_logprob_BGC = programs.logprobs(reference, seen, completion)
+        if config.num_iterations > 1:
+            old_logprob_BGC = programs.logprobs(params, prompts, completion)
+
+        # 5. Read the answers on the host: words, recall, precision, F1 and format of each, and its anchors (where its
         #    words are predicted, and the same answer once more behind an empty think block).
         truths = [visit.record.solution if visit.clips else None for visit in loaded]
         truths += [None] * (len(host_prompts.uid_B) - len(truths))  # rows that only pad the batch
@@ -187,7 +198,7 @@ class RlStep:
         stop.check()
         clock.lap("timing_s/reward")
 
-        # 5. Score the anchors with and without the reasoning: log-probabilities [B, G, W, Q] of the words' categories,
+        # 6. Score the anchors with and without the reasoning: log-probabilities [B, G, W, Q] of the words' categories,
         #    in nats, both from one forward pass. The user's reward functions run while the device does.
         anchors = put(groups.anchors, mesh)
         slow, fast = programs.score(params, prompts, completion, anchors, self.candidate_ids_ZY)
@@ -197,8 +208,12 @@ class RlStep:
         stop.check()
         if custom:
             clock.lap("timing_s/reward_funcs")
+        if reference_logprob_BGC is not None:
+            stop.wait(reference_logprob_BGC)
+            jax.block_until_ready(reference_logprob_BGC)
+        clock.lap("timing_s/reference")  # what the host's work did not hide
 
-        # 6. Advantages [B, G]: each reward normalised within its group, then added as the arm says. The method's:
+        # 7. Advantages [B, G]: each reward normalised within its group, then added as the arm says. The method's:
         #    A = z(R_R) + z(R_P) + lambda (z(R+) + z(R-)) + w z(R_F).
         custom_BG = tuple(scored.grid(host.length_BG.shape) for scored in custom.values())
         rewards = put(dataclasses.replace(groups.rewards, custom_BG=custom_BG), mesh)
@@ -207,19 +222,6 @@ class RlStep:
         stop.wait(scores)
         jax.block_until_ready(scores)
         clock.lap("timing_s/score")
-
-        # 7. Log-probabilities [B, G, C] under the reference, for the KL term; under the policy that sampled, where more
-        #    than one update is made from this rollout. (The first one takes its own, with the gradient stopped.)
-        reference_logprob_BGC = old_logprob_BGC = None
-        if reference is not None:
-            # Frozen towers are the policy's own, so their features are the reference's too.
-            seen = programs.encode(reference, with_clips) if self.towers_trained else prompts
-            reference_logprob_BGC = programs.logprobs(reference, seen, completion)
-            stop.wait(reference_logprob_BGC)
-            jax.block_until_ready(reference_logprob_BGC)
-        clock.lap("timing_s/reference")
-        if config.num_iterations > 1:
-            old_logprob_BGC = programs.logprobs(params, prompts, completion)
 
         # 8. Everything the update needs; it divides by the tokens of the whole step, so nothing is normalised here.
         calibrated = arm_of(config.arm).calibration_loss

@@ -1,5 +1,6 @@
 """The RL step on real clips and a small policy that has learnt to answer: rollout, scores, advantages, update."""
 
+import copy
 import dataclasses
 
 import jax
@@ -79,6 +80,25 @@ def masked_as(experience, mask_BGC):
     """The experience with other tokens in its loss."""
     targets = dataclasses.replace(experience.targets, mask_BGC=jnp.asarray(mask_BGC))
     return dataclasses.replace(experience, targets=targets)
+
+
+def test_the_device_has_the_reference_to_compute_while_the_host_reads_the_answers(small, maker, trained, rollout):
+    order, programs = [], RlPrograms(small.backbone, small.programs.config, small.programs.sampling)
+
+    def told(name, function):
+        def call(*arguments, **settings):
+            order.append(name)
+            return function(*arguments, **settings)
+
+        return call
+
+    programs.logprobs, programs.score = told("reference", programs.logprobs), told("score", programs.score)
+    scorer = copy.copy(maker.scorer)
+    scorer.groups = told("read", maker.scorer.groups)
+    again = rollout_of(small, dataclasses.replace(maker, programs=programs, scorer=scorer), trained, [0, 1, 2, 3])
+    assert order == ["reference", "read", "score"]
+    targets = again.experience.targets
+    np.testing.assert_array_equal(targets.reference_logprob_BGC, rollout.experience.targets.reference_logprob_BGC)
 
 
 def test_rollout_has_something_to_learn_from(rollout):
