@@ -196,6 +196,25 @@ def own_words(answers: Answers, groups: ScoredGroups) -> AskedWords:
     )
 
 
+def beside(one: AskedWords, other: AskedWords) -> AskedWords:
+    """Two texts of every prompt as two of its continuations, the shorter ones padded: they never see each other.
+
+    As sets of their own they would lie in one row, whose attention grows with the square of all their lengths.
+    """
+    longest = max(text.continuation.id_BGC.shape[-1] for text in (one, other))
+
+    def joined(name: str) -> np.ndarray:
+        parts = [np.asarray(getattr(text.continuation, name)) for text in (one, other)]
+        room = [(0, 0), (0, 0)]
+        return np.concatenate([np.pad(part, [*room, (0, longest - part.shape[-1])]) for part in parts], axis=1)
+
+    return AskedWords(
+        continuation=Continuations(id_BGC=joined("id_BGC"), exists_BGC=joined("exists_BGC")),
+        index_BGW=np.concatenate([one.index_BGW, other.index_BGW], axis=1),
+        set_BGWQ=np.concatenate([one.set_BGWQ, other.set_BGWQ], axis=1),
+    )
+
+
 def extended(prompt: Prompt, ids: np.ndarray) -> Prompt:
     """A prompt followed by text tokens, which take the positions a completion would: a forced prefix of its own.
 

@@ -15,7 +15,7 @@ import numpy as np
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES
-from mer_r1_jax.evaluation.answering import Answerer, AnsweringPolicy, Answers, own_words
+from mer_r1_jax.evaluation.answering import Answerer, AnsweringPolicy, Answers, beside, own_words
 from mer_r1_jax.evaluation.second_looks import FixedConfidence, FixedWords, SecondLooks, fixed_words, sampled_answers
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
@@ -181,14 +181,14 @@ class Evaluator:
         asked = {mode: own_words(given[mode], groups[mode]) for mode in modes}
         fixed = self._fixed_words(policy, given, groups, records)
         if fixed is not None:
-            asked |= {"fixed slow": fixed.slow, "fixed fast": fixed.fast}
+            asked = {mode: beside(asked[mode], fixed.asked[mode]) for mode in modes}
         probability = dict(zip(asked, policy.probabilities(prompts, list(asked.values())), strict=True))
         results = {
             mode: [_answer_of(given[mode], groups[mode], probability[mode], row) for row in range(len(batch))]
             for mode in modes
         }
         if fixed is not None:
-            found = fixed.confidences({mode: probability[f"fixed {mode}"] for mode in MODES}, len(batch))
+            found = fixed.confidences({mode: probability[mode][:, 1] for mode in modes}, len(batch))
             for mode in modes:
                 results[mode] = [
                     dataclasses.replace(answer, fixed=of_it and of_it[mode])

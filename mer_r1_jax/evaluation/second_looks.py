@@ -87,29 +87,28 @@ class FixedWords:
     """The fixed words of a batch, ready to be asked about.
 
     Attributes:
-        slow, fast: the words behind the policy's own reasoning, and at once.
+        asked: mode -> the words behind the policy's own reasoning (slow), and at once (fast).
         correct_BWQ: bool, the word's category is one of the truth's.
     """
 
-    slow: AskedWords
-    fast: AskedWords
+    asked: dict[str, AskedWords]
     correct_BWQ: np.ndarray
 
     def confidences(self, probabilities: dict[str, np.ndarray], rows: int) -> list[dict[str, FixedConfidence] | None]:
         """Mode -> confidence of each row; None where the slow answer has no reasoning or there is no word to ask about.
 
         Args:
-            probabilities: mode -> what `AnsweringPolicy.probabilities` gives for it.
+            probabilities: mode -> float32 [B, W, Q], what `AnsweringPolicy.probabilities` gives for these texts.
             rows: that are no padding.
         """
-        held_BWQ = self.slow.set_BGWQ[:, 0] != NO_SET
+        held_BWQ = self.asked["slow"].set_BGWQ[:, 0] != NO_SET
         return [
             {
                 mode: FixedConfidence(
-                    correct=_mean(probability_BGWQ[row, 0][held_BWQ[row] & self.correct_BWQ[row]]),
-                    wrong=_mean(probability_BGWQ[row, 0][held_BWQ[row] & ~self.correct_BWQ[row]]),
+                    correct=_mean(probability_BWQ[row][held_BWQ[row] & self.correct_BWQ[row]]),
+                    wrong=_mean(probability_BWQ[row][held_BWQ[row] & ~self.correct_BWQ[row]]),
                 )
-                for mode, probability_BGWQ in probabilities.items()
+                for mode, probability_BWQ in probabilities.items()
             }
             if held_BWQ[row].any()
             else None
@@ -154,15 +153,13 @@ def fixed_words(
     padded = [truth if own else None for truth, own in zip(truths, ids, strict=True)]
     anchors = scorer.groups(made, [*padded, *[None] * (rows - len(padded))]).anchors
 
-    return FixedWords(
-        slow=AskedWords(
-            continuation=Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC),
-            index_BGW=anchors.slow_BGW,
-            set_BGWQ=anchors.set_BGWQ,
-        ),
-        fast=AskedWords(continuation=anchors.fast, index_BGW=anchors.fast_BGW, set_BGWQ=anchors.set_BGWQ),
-        correct_BWQ=anchors.correct_BGWQ[:, 0],
+    slow = AskedWords(
+        continuation=Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC),
+        index_BGW=anchors.slow_BGW,
+        set_BGWQ=anchors.set_BGWQ,
     )
+    fast = AskedWords(continuation=anchors.fast, index_BGW=anchors.fast_BGW, set_BGWQ=anchors.set_BGWQ)
+    return FixedWords({"slow": slow, "fast": fast}, anchors.correct_BGWQ[:, 0])
 
 
 def _spliced(policy: AnsweringPolicy, reasoning: str | None, words: Sequence[str], longest: int) -> list[int]:

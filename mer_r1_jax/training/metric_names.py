@@ -75,7 +75,7 @@ METRICS: dict[tuple[str, ...], str] = {
         "for TPUs and GPUs of `training/device_metrics.py`"
     ),
     ("step_time", "timing_s/{gen,reward,reward_funcs,score,reference}"): (
-        "seconds of the step, and of its parts; of `reference` those that reading the answers did not hide"
+        "seconds of the step, and of its parts; of `reference` those that the host's work did not hide"
     ),
     ("step", "phase", "time"): "optimizer steps done in the phase; `sft` or `rl`; seconds since 1970",
 }

@@ -187,8 +187,10 @@ class RlStep:
             # Frozen towers are the policy's own, so their features are the reference's too.
             seen = programs.encode(reference, with_clips) if self.towers_trained else prompts
             reference_logprob_BGC = programs.logprobs(reference, seen, completion)
+            del seen
         if config.num_iterations > 1:
             old_logprob_BGC = programs.logprobs(params, prompts, completion)
+        clock.lap("timing_s/reference")
 
         # 5. Read the answers on the host: words, recall, precision, F1 and format of each, and its anchors (where its
         #    words are predicted, and the same answer once more behind an empty think block).
@@ -202,6 +204,7 @@ class RlStep:
         #    in nats, both from one forward pass. The user's reward functions run while the device does.
         anchors = put(groups.anchors, mesh)
         slow, fast = programs.score(params, prompts, completion, anchors, self.candidate_ids_ZY)
+        clock.lap("timing_s/score")
         custom: dict[str, Scored] = {}
         with contextlib.suppress(StopRequested):  # where a call was left, the check that follows raises it everywhere
             custom = self._custom_rewards(loaded, groups, host, stop)
@@ -280,7 +283,7 @@ class RlStep:
 
 
 class _Clock:
-    """Seconds between laps."""
+    """Seconds between laps, added up by name."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -288,7 +291,8 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
 
 
 def beta_at(config: RlConfig, step: int, total_steps: int) -> float:

@@ -6,17 +6,19 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support.rl_policy import bound, log_softmax, packed_hidden, policy, prompts, row_logits
+from support.rl_policy import bound, carried, log_softmax, packed_hidden, policy, prompts, row_logits
 from support.tiny_tokenizer import tiny_tokenizer
 
 from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
+from mer_r1_jax.evaluation.answering import beside
 from mer_r1_jax.rl import confidence
-from mer_r1_jax.rl.confidence import NO_SET, AnswerToScore, build_anchors, calibration
+from mer_r1_jax.rl.confidence import NO_SET, AnswerToScore, AskedWords, build_anchors, calibration
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
+from mer_r1_jax.training.rl_step import ask
 
 LENGTHS, WIDTH, LENGTH, WORDS, CONTEXT = (7, 9), 9, 64, 4, 48
 CONFIG = RlConfig(max_answer_words=WORDS, max_fast_context=CONTEXT)
@@ -170,6 +172,39 @@ def test_confidences_equal_brute_force(row, generation):
         np.testing.assert_allclose(slow[row, generation, w, wheel], slow_expected, atol=2e-4)
         np.testing.assert_allclose(fast[row, generation, w, wheel], fast_expected, atol=2e-4)
     assert len(words) == held.any(-1).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", (True, False))
+def test_words_of_several_texts_get_the_same_confidences_in_one_pass(packed):
+    """As an evaluation asks: each answer beside one with other words, and the fast contexts as texts of their own."""
+    anchors, _ = anchored()
+    id_BGC, length_BG = sampled()
+    exists_BGC = np.arange(LENGTH) < length_BG[..., None]
+    own = AskedWords(
+        continuation=Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC),
+        index_BGW=anchors.slow_BGW,
+        set_BGWQ=anchors.set_BGWQ,
+    )
+    # The last completion of a row and so on: nobody may see it, and its own words have their places.
+    twin = jax.tree.map(lambda leaf: leaf[:, ::-1], own)
+    fast = AskedWords(continuation=anchors.fast, index_BGW=anchors.fast_BGW, set_BGWQ=anchors.set_BGWQ)
+    asked = (beside(own, twin), beside(fast, fast))
+    tokens, features, next_position_B = prompts(LENGTHS, WIDTH)
+    slow, at_once = jax.jit(
+        lambda params, asked: ask(
+            bound(params), carried(tokens, features, next_position_B), asked, world()[2].ids_ZY, packed=packed
+        )
+    )(policy()[2], asked)
+    expected_slow, expected_fast, _, _ = scored()
+    held = anchors.set_BGWQ != NO_SET
+    assert held.sum() > 20
+    for found, expected in (
+        (slow[:, :5], expected_slow), (slow[:, :4:-1], expected_slow),
+        (at_once[:, :5], expected_fast), (at_once[:, 5:], expected_fast),
+    ):  # fmt: skip
+        np.testing.assert_allclose(np.asarray(found)[held], expected[held], atol=2e-4)
+    assert np.ptp(expected_slow[held]) > 1  # so that another word's value would be seen
 
 
 def loop_calibration(found, correct, sign):
