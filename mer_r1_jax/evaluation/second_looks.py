@@ -153,13 +153,13 @@ def fixed_words(
     padded = [truth if own else None for truth, own in zip(truths, ids, strict=True)]
     anchors = scorer.groups(made, [*padded, *[None] * (rows - len(padded))]).anchors
 
-    slow = AskedWords(
+    behind_reasoning = AskedWords(
         continuation=Continuations(id_BGC=id_BGC, exists_BGC=exists_BGC),
         index_BGW=anchors.slow_BGW,
         set_BGWQ=anchors.set_BGWQ,
     )
-    fast = AskedWords(continuation=anchors.fast, index_BGW=anchors.fast_BGW, set_BGWQ=anchors.set_BGWQ)
-    return FixedWords({"slow": slow, "fast": fast}, anchors.correct_BGWQ[:, 0])
+    at_once = AskedWords(continuation=anchors.fast, index_BGW=anchors.fast_BGW, set_BGWQ=anchors.set_BGWQ)
+    return FixedWords({"slow": behind_reasoning, "fast": at_once}, anchors.correct_BGWQ[:, 0])
 
 
 def _spliced(policy: AnsweringPolicy, reasoning: str | None, words: Sequence[str], longest: int) -> list[int]:
