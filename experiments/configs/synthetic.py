@@ -59,7 +59,7 @@ def _media(media):
 
 
 def _sft(sft):
-    sft.max_steps = 1500
+    sft.max_steps = 2000
     sft.prompts_per_step = 16
     sft.max_completion_length = 64
     sft.train_vision_tower = True
