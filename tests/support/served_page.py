@@ -65,7 +65,7 @@ def ask(address, body=b"clip", headers=(), **query):
     return 200, [json.loads(line) for line in done.text.splitlines()]
 
 
-def until(condition, seconds=60.0):
+def until(condition, seconds=10.0):
     """Waits until something holds, and fails where it does not."""
     end = time.monotonic() + seconds
     while not condition():
