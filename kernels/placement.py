@@ -49,6 +49,7 @@ class Placement:
 
 def device(placement: Placement | None) -> Any:
     """A jax.Device, which type checkers know nothing about, of the kind the call will run on."""
+    # The mesh decides, not this process: it may be of another chip, which a program is only compiled for.
     return jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
 
 
@@ -67,6 +68,7 @@ def on_each_device(call: Callable, placement: Placement | None, arguments: Seque
     """
     if placement is None or placement.mesh.size == 1:
         return call
+    # check_vma would have every kernel state over which mesh axes each of its outputs varies; ours state shapes only.
     return jax.shard_map(
         call,
         mesh=placement.mesh,

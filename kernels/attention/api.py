@@ -58,6 +58,7 @@ def attention(
     """
     _check(query_BTHh, key_BSKh, value_BSKh, query_segment_BT, key_segment_BS, causal, placement)
     scale = query_BTHh.shape[-1] ** -0.5 if scale is None else scale
+    # Scores of one head: the number of rows and heads multiplies the cost of both implementations alike.
     scores = query_BTHh.shape[1] * key_BSKh.shape[1]
     if choose(implementation, placement, worthwhile=scores >= _FEWEST_SCORES) == "pallas":
         # Imported where it is used: Pallas takes its time to load, and most processes never run a kernel.
@@ -138,6 +139,7 @@ def _check(query, key, value, query_segment, key_segment, causal: bool, placemen
         wrong.append(f"{H} query heads, expected a multiple of the {K} key heads")
     if causal and T != S:
         wrong.append(f"causal attention of {T} queries to {S} keys, expected equal numbers")
+    # shard_map cuts into equal parts. Key heads count, not query heads: those that share a key head stay with it.
     if placement is not None and B % placement.cut_rows:
         wrong.append(f"{B} rows, expected a multiple of the {placement.cut_rows} devices of mesh axes {placement.rows}")
     if placement is not None and K % placement.cut_heads:

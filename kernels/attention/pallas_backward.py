@@ -41,6 +41,8 @@ def _kernel(
     options: Options,
     key_offset: int,
 ):
+    # The grid is (row, key head, query head of its group, place in the list): whatever adds to the gradients of
+    # one key head runs in succession, so that their sums can stay in VMEM.
     row, key_head, group, place = (pl.program_id(axis) for axis in range(4))
     tile = tile_ref[row, place]
     factor = options.scale * math.log2(math.e)
@@ -68,6 +70,8 @@ def _kernel(
         q, do = q_ref[0, 0], do_ref[0, 0]
         segment_sl = turned(key_segment_ref[0]) if masked else None
         first_key = tiles.key_block_of(tile) * options.key_block
+        # Weights come straight from the saved log-sum-exp, without a maximum or a sum carried from piece to piece.
+        # Where a query sees nothing it is 1e30, and all its weights are 0.
         for begin, size in pieces(options.key_block, options.backward_piece):
             k, v = k_ref[0, 0, pl.ds(begin, size)], v_ref[0, 0, pl.ds(begin, size)]
             score_st = product(k, q, ROWS_BY_ROWS) * factor
@@ -82,8 +86,10 @@ def _kernel(
                 )
                 score_st = jnp.where(seen_st, score_st, MASKED)
             weight_st = jnp.exp2(score_st - lse_ref[0, 0])
+            # Blocks and pieces begin at multiples of 128; the compiler has to be told so to address whole tiles.
             keys = pl.ds(pl.multiple_of(first_key + begin, 128), size)
             dv_acc_ref[keys] += product(weight_st.astype(do.dtype), do, ROWS_BY_COLUMNS)
+            # The gradient of a softmax: weight x (cotangent of the weight - di); di is out . do, one number a query.
             slope_st = weight_st * (product(v, do, ROWS_BY_ROWS) - di_ref[0, 0])
             slope_st = slope_st.astype(q.dtype)
             dk_acc_ref[keys] += product(slope_st, q, ROWS_BY_COLUMNS)
@@ -99,6 +105,7 @@ def _kernel(
 
     @pl.when(tiles.is_last(tile))
     def finish_queries():
+        # The scale alone remains: log2(e) belongs to the exponent of base 2 and cancels in the gradient.
         dq_ref[0, 0] = (dq_acc_ref[...] * options.scale).astype(dq_ref.dtype)
 
     @pl.when((group == pl.num_programs(2) - 1) & (place == pl.num_programs(3) - 1))
@@ -147,6 +154,7 @@ def backward(q, k, v, query_segment, key_segment, tile, lse, di, do, options: Op
     key_segment_spec = pl.BlockSpec(
         (1, 1, options.key_block), lambda b, n, g, p, tile: (b, 0, tiles.key_block_of(tile[b, p]))
     )
+    # A pipelined block would leave VMEM as soon as a tile has other keys, so dk and dv are copied out by hand.
     hbm_spec = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(_kernel, options=options, key_offset=key_offset),
@@ -156,6 +164,8 @@ def backward(q, k, v, query_segment, key_segment, tile, lse, di, do, options: Op
             in_specs=[q_spec, kv_spec, kv_spec, q_spec, row_spec, row_spec, query_segment_spec, key_segment_spec],
             out_specs=[q_spec, hbm_spec, hbm_spec],
             scratch_shapes=[
+                # In float32, because the tiles of all Q heads add to one key. The two sums of S keys are what limits a
+                # span: 16 MiB for 16384 keys of 128.
                 pltpu.VMEM((options.query_block, h), jnp.float32),
                 pltpu.VMEM((S, h), jnp.float32),
                 pltpu.VMEM((S, h), jnp.float32),

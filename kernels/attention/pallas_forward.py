@@ -43,6 +43,7 @@ def _kernel(
     *,
     options: Options,
 ):
+    # The grid is (row, query head, place in the row's list of tiles); all heads of a row share the list.
     tile = tile_ref[pl.program_id(0), pl.program_id(2)]
     width = acc_ref.shape[1]
     factor = options.scale * math.log2(math.e)  # powers of 2 are what the hardware has
@@ -60,6 +61,7 @@ def _kernel(
             score_ts = jax.lax.dot_general(
                 q_ref[0, 0], k_ref[0, 0, keys], ROWS_BY_ROWS, preferred_element_type=jnp.float32
             )
+            # The scores are scaled and not the queries, which would be rounded to bfloat16 once more.
             score_ts *= factor
             if segment_tl is not None:
                 seen_ts = visible(
@@ -71,6 +73,7 @@ def _kernel(
                     query_axis=0,
                 )
                 score_ts = jnp.where(seen_ts, score_ts, MASKED)
+            # Online softmax: what was summed under an older maximum shrinks by 2 ** (older - newer).
             before_tl = max_ref[...]
             after_tl = jnp.maximum(before_tl, score_ts.max(axis=1, keepdims=True))
             max_ref[...] = after_tl
@@ -79,6 +82,7 @@ def _kernel(
             # Sums stay apart by lane until the query block is finished.
             sum_tl = sum(weight_ts[:, n * LANES : (n + 1) * LANES] for n in range(repeats))
             sum_ref[...] = sum_ref[...] * shrink_tl + sum_tl
+            # Weights are rounded to the values' dtype for the matrix unit; the sum over all keys stays in float32.
             part_th = jax.lax.dot_general(
                 weight_ts.astype(v_ref.dtype), v_ref[0, 0, keys], ROWS_BY_COLUMNS, preferred_element_type=jnp.float32
             )
@@ -101,6 +105,7 @@ def _kernel(
         inverse_tl = jnp.where(alone_tl, 0.0, 1.0 / total_tl)
         out_ref[0, 0] = (acc_ref[...] * _widened(inverse_tl, width)).astype(out_ref.dtype)
         if lse_ref is not None:
+            # The log-sum-exp leaves as a row [1, t]: as a column it would take 128 lanes a query in HBM.
             lse_tl = jnp.where(alone_tl, -FLOOR, max_ref[...] + jnp.log2(total_tl))
             lse_ref[0, 0] = lse_tl.T[:1]
 
@@ -134,17 +139,20 @@ def forward(q, k, v, query_segment, key_segment, tile, options: Options, *, keep
     def at_key(b, n, p, tile):
         return b, jax.lax.div(n, Q), tiles.key_block_of(tile[b, p]), 0
 
+    # A block whose index is that of the step before is not fetched again, so the end of a list costs no traffic.
     q_spec = pl.BlockSpec((1, 1, options.query_block, h), at_query)
     kv_spec = pl.BlockSpec((1, 1, options.key_block, h), at_key)
     lse_spec = pl.BlockSpec(
         (1, 1, 1, options.query_block), lambda b, n, p, tile: (b, n, 0, tiles.query_block_of(tile[b, p]))
     )
+    # Segments come as [B, 1, T]: the last two sizes of a block have to be whole tiles or the array's own.
     query_segment_spec = pl.BlockSpec(
         (1, 1, options.query_block), lambda b, n, p, tile: (b, 0, tiles.query_block_of(tile[b, p]))
     )
     key_segment_spec = pl.BlockSpec(
         (1, 1, options.key_block), lambda b, n, p, tile: (b, 0, tiles.key_block_of(tile[b, p]))
     )
+    # One number a query takes 128 lanes of VMEM in any case: the maximum fills them all, the sum is kept by lane.
     per_query = pltpu.VMEM((options.query_block, LANES), jnp.float32)
     return pl.pallas_call(
         functools.partial(_kernel, options=options),
@@ -159,6 +167,7 @@ def forward(q, k, v, query_segment, key_segment, tile, options: Options, *, keep
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32) if keep else None,
         ],
+        # Tiles carry one softmax and keep their order; rows and heads may be spread over the cores of a chip.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=options.vmem_bytes
         ),

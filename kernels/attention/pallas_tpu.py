@@ -73,6 +73,7 @@ def attention(
     query_segment_BT, key_segment_BS = _padded(query_segment_BT, query_block), _padded(key_segment_BS, key_block)
     find = functools.partial(schedule, causal=causal, shared_segment=shared_segment)
     tile_BP = find(query_segment_BT, key_segment_BS, query_block, key_block)
+    # The backward pass takes keys span by span, each with a list of its own that counts from its first key.
     whole = key_segment_BS.shape[1]
     span_tiles = (tile_BP,)
     if whole > span:
@@ -80,6 +81,7 @@ def attention(
             find(query_segment_BT, key_segment_BS[:, begin : begin + span], query_block, key_block, key_offset=begin)
             for begin in range(0, whole, span)
         )
+    # Heads go before tokens, so that a block's last two axes are tokens and h and fill whole tiles in HBM.
     blocks = ((query_BTHh, query_block), (key_BSKh, key_block), (value_BSKh, key_block))
     query, key, value = (checkpoint_name(_padded(x, block).swapaxes(1, 2), INPUTS) for x, block in blocks)
     out_BHTh = _attention(
@@ -110,6 +112,7 @@ def visited_share(segment_T, *, shared_segment: int | None, vmem_mib: int) -> fl
 
 
 def _sizes(vmem_mib: int) -> dict[str, int]:
+    # Sizes stand in falling order of VMEM: the first entry that the core can hold is the largest.
     return dict(next(sizes for least, sizes in _SIZES.items() if vmem_mib >= least))
 
 
@@ -133,11 +136,13 @@ def _attention_forward(q, k, v, query_segment, key_segment, tile, span_tiles, op
     out, lse = forward(q, k, v, query_segment, key_segment, tile, options, keep=True)
     # Named, so that a remat policy can keep them: a layer computed again then need not run the kernel again.
     out, lse = checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
+    # Residuals are as the kernels take them: q and out [B, H, T, h], k and v [B, K, S, h], lse [B, H, 1, T].
     return out, (q, k, v, query_segment, key_segment, span_tiles, out, lse)
 
 
 def _attention_backward(options: Options, residuals, do):
     q, k, v, query_segment, key_segment, span_tiles, out, lse = residuals
+    # Once a query, float32 [B, H, 1, T]: the kernel would have to fetch `out` for every tile to do the same.
     di = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(axis=-1)[:, :, None]
     parts = [
         backward(
@@ -158,6 +163,7 @@ def _attention_backward(options: Options, residuals, do):
     ]
     dq = jnp.asarray(sum(part[0] for part in parts)).astype(q.dtype)
     dk, dv = (jnp.concatenate([part[n] for part in parts], axis=2) for n in (1, 2))
+    # Segments and lists of tiles are integers: JAX puts zeros of float0 where it is given None.
     return dq, dk, dv, None, None, None, None
 
 

@@ -97,6 +97,7 @@ def shared_prompt_attention(
     own_BKGQCS = jnp.where(own_mask_BGCS[:, None, :, None], own_BKGQCS * scale, MASKED)
     # One softmax in two parts: put side by side, the scores would be copied there and back.
     top = jnp.maximum(prompt_BKGQCT.max(axis=-1, keepdims=True), own_BKGQCS.max(axis=-1, keepdims=True))
+    # The maximum cancels between weights and total, so no gradient has to flow through it.
     top = jax.lax.stop_gradient(top)
     prompt_BKGQCT, own_BKGQCS = jnp.exp(prompt_BKGQCT - top), jnp.exp(own_BKGQCS - top)
     total_BKGQC = prompt_BKGQCT.sum(axis=-1) + own_BKGQCS.sum(axis=-1)

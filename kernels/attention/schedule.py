@@ -15,6 +15,8 @@ import numpy as np
 # What a kernel does with a tile.
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
+# A tile is one int32 of scalar memory. From the lowest bit: first, last, 2 bits of state, 12 of key block and 15
+# of query block; the sign stays 0.
 _FIRST, _LAST, _STATE, _KEY, _QUERY = 0, 1, 2, 4, 16
 MAX_KEY_BLOCKS, MAX_QUERY_BLOCKS = 1 << (_QUERY - _KEY), 1 << (31 - _QUERY)
 
@@ -32,6 +34,7 @@ def candidates(
 
     A query block it leaves nothing for keeps its first tile.
     """
+    # In numpy, because these tiles follow from shapes alone and their number is the list's static length P.
     i, j = np.indices((I, J)).reshape(2, -1)
     kept = (key_offset + j * key_block < (i + 1) * query_block) | (j == 0) if causal else np.ones_like(i, bool)
     return i[kept].astype(np.int32), j[kept].astype(np.int32)
@@ -69,6 +72,7 @@ def schedule(
     )
     state_BP = _states(query_segment_BT, key_segment_BS, query_block, key_block, i_P, j_P, shared_segment)
     if causal:
+        # Where causal order cuts through a tile it needs a mask even if the segments agree throughout.
         first_query_P, last_query_P = i_P * query_block, (i_P + 1) * query_block - 1
         first_key_P, last_key_P = key_offset + j_P * key_block, key_offset + (j_P + 1) * key_block - 1
         state_BP = jnp.where(last_key_P > first_query_P, jnp.minimum(state_BP, PARTIAL), state_BP)
@@ -79,6 +83,7 @@ def schedule(
     opens_P = np.diff(i_P, prepend=-1) != 0
     visit_BP |= opens_P & (count_BI[:, i_P] == 0)
 
+    # The sort is stable: visited tiles come first and stay in the order of their query blocks.
     order_BP = jnp.argsort(~visit_BP, axis=1, stable=True)
     visit_BP, state_BP = (jnp.take_along_axis(x, order_BP, axis=1) for x in (visit_BP, state_BP))
     visits_B1 = visit_BP.sum(axis=1, keepdims=True)
@@ -94,6 +99,7 @@ def schedule(
 
 def _states(query_segment_BT, key_segment_BS, query_block, key_block, i_P, j_P, shared_segment):
     """EMPTY, PARTIAL or FULL by the segments; PARTIAL where a look at the blocks' extremes cannot tell."""
+    # Ranges that overlap need not share a segment: such a tile costs a masked visit and changes nothing.
     query_low_BI, query_high_BI, query_whole_BI = _extremes(query_segment_BT, query_block)
     key_low_BJ, key_high_BJ, key_whole_BJ = _extremes(key_segment_BS, key_block)
     query_low, query_high, query_whole = query_low_BI[:, i_P], query_high_BI[:, i_P], query_whole_BI[:, i_P]

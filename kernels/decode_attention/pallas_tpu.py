@@ -57,6 +57,7 @@ def _kernel(
     prompt_tokens: int,
     own_tokens: int,
 ):
+    # The grid is (row, step): the prompt's chunks, then completion by completion the chunks of its own tokens.
     K, G, q, h = acc_ref.shape
     row, step = pl.program_id(0), pl.program_id(1)
     prompt_chunk, own_chunk = prompt_k_ref.shape[3], own_k_ref.shape[4]
@@ -71,10 +72,12 @@ def _kernel(
 
     def visit(head: int, group, k_sh, v_sh, seen_1s):
         """Takes a chunk into the softmax of one key head and the completions `group` (a number, or all of them)."""
+        # Queries of all completions are rows of one product, so that a chunk of the prompt is loaded once for them.
         rows = (G if isinstance(group, slice) else 1) * q
         load = lambda ref: ref[head, group].reshape(rows, ref.shape[-1])  # noqa: E731
         query_rh = q_ref[0, head, group].reshape(rows, h).astype(k_sh.dtype)
         score_rs = jax.lax.dot_general(query_rh, k_sh, ROWS_BY_ROWS, preferred_element_type=jnp.float32) * factor
+        # This covers keys beyond the cache as well, whose scores may be NaN; only values need `existing`.
         score_rs = jnp.where(seen_1s, score_rs, MASKED)
         before_rl = load(max_ref)
         after_rl = jnp.maximum(before_rl, score_rs.max(axis=1, keepdims=True))
@@ -148,13 +151,16 @@ def decode_attention(
     B, G, H, h = query_BGHh.shape
     K, T = prompt_key_LBKTh.shape[2:4]
     C, Q = own_key_LBGKCh.shape[4], H // K
+    # Padding Q to the 8 sublanes of a float32 register lets [G, q, h] become [G * q, h] without moving a row.
     q = -(-Q // SUBLANES) * SUBLANES
     prompt_chunk, own_chunk = chunks(T, C, K, h, own_key_LBGKCh.dtype.itemsize)
     prompt_steps, own_steps = pl.cdiv(T, prompt_chunk), pl.cdiv(C, own_chunk)
 
     query_BKGqh = query_BGHh.reshape(B, G, K, Q, h).swapaxes(1, 2).astype(jnp.float32)
     query_BKGqh = jnp.pad(query_BKGqh, ((0, 0), (0, 0), (0, 0), (0, q - Q), (0, 0)))
+    # The mask is padded to whole chunks; the caches are not, since that would copy them.
     mask_B1T = jnp.pad(prompt_mask_BT, ((0, 0), (0, prompt_steps * prompt_chunk - T))).astype(jnp.int32)[:, None]
+    # A longer length would make visible what the last chunk reads behind the cache.
     own_length_BG = jnp.clip(own_length_BG, 0, C).astype(jnp.int32)
 
     def at_prompt(b, step, layer, prompt_chunks, own_length):
@@ -192,6 +198,7 @@ def decode_attention(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((B, K, G, q, h), jnp.float32),
+        # Steps of a row carry its softmaxes and keep their order; rows may be spread over cores.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=4 * B * G * H * h * (T + C),

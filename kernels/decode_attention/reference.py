@@ -53,5 +53,6 @@ def decode_attention(
         own_mask_BGC[:, :, None],
         scale=scale,
     )
+    # With everything masked alike, softmax gives the mean of the values; the contract says 0.
     alone_BG = ~prompt_mask_BT.any(axis=1, keepdims=True) & (own_length_BG <= 0)
     return jnp.where(alone_BG[..., None, None], 0, out_BGCHh[:, :, 0])

@@ -114,6 +114,7 @@ def gather_logprobs(
             interpret=interpret,
         )
         leading = hidden.shape[:-1]
+        # The pass scores a token in any case; -1 is in no vocabulary, and what it gives is dropped below.
         token_N = jnp.full(N, -1, jnp.int32) if token is None else token.reshape(N).astype(jnp.int32)
         set_NK = None if sets is None else sets.reshape(N, sets.shape[-1])
         results = one_pass.scores(plan, hidden.reshape(N, D), unembedding, token_N, set_NK, candidate_ids_ZY)
@@ -123,6 +124,7 @@ def gather_logprobs(
     if entropy is not None and not entropy_gradient:
         entropy = jax.lax.stop_gradient(entropy)
     if mask is not None:
+        # Chosen by where(), ignored rows get cotangents of 0 and add nothing to either gradient.
         logprob = logprob if logprob is None else jnp.where(mask, logprob, 0.0)
         entropy = entropy if entropy is None else jnp.where(mask, entropy, 0.0)
         set_logprob = set_logprob if set_logprob is None else jnp.where(mask[..., None], set_logprob, jnp.log(FLOOR))

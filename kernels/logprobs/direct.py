@@ -43,6 +43,8 @@ def scores(h, unembedding, token, sets, candidate_ids_ZY, *, temperature, vocab_
     count, parts = math.prod(leading), 1 if partition is None else partition.size(partition.rows)
     own = functools.partial(_own, settings)
     if partition is not None and parts > 1:
+        # The unembedding is whole along the row axes: shard_map's transposition sums its gradient over them. Axes that
+        # are not named stay with the compiler, those of the vocabulary among them.
         row = PartitionSpec(partition.rows)
         specs = dict(in_specs=(row, PartitionSpec(), row, row, PartitionSpec()), out_specs=row)
         axes = set(partition.rows)
@@ -70,6 +72,7 @@ def _own(settings: _Settings, x_ND, w, token_N, set_NK, ids_ZY):
         def of_sets(x_MD, set_MK):
             return reference.set_scores(settings.logits(x_MD, w), set_MK, ids_ZY)
 
+        # The gradient is derived here; checkpoint makes it compute a chunk's logits again instead of keeping all.
         set_logprob_NK = _map(settings.chunk, jax.checkpoint(of_sets), x_ND, set_NK)
     return logprob_N, entropy_N, set_logprob_NK
 
@@ -88,6 +91,7 @@ def _token_forward(settings: _Settings, x_ND, w, token_N):
         return picked_M - lse_M, lse_M - mean_M, lse_M
 
     logprob_N, entropy_N, lse_N = _map(settings.chunk, of_rows, x_ND, token_N)
+    # Besides the inputs, residuals are two float32 numbers a row; no logit is kept.
     return (logprob_N, entropy_N), (x_ND, w, token_N, entropy_N, lse_N)
 
 
@@ -112,6 +116,7 @@ def _token_backward(settings: _Settings, residuals, gradients):
         dw += jnp.einsum(to_dw, *pair, preferred_element_type=jnp.float32)
         return dw, jnp.einsum(to_dx, d_MV, w, preferred_element_type=jnp.float32)
 
+    # Rows that fill up the last chunk are 0 in every number, cotangents included, and add nothing to dw.
     dw, dx_JMD = jax.lax.scan(of_rows, jnp.zeros(w.shape, jnp.float32), _chunks(settings.chunk, rows))
     dx_ND = dx_JMD.reshape(-1, dx_JMD.shape[-1])[: x_ND.shape[0]]
     return dx_ND.astype(x_ND.dtype), dw.astype(w.dtype), None

@@ -112,6 +112,7 @@ def _scores_forward(plan, x_ND, w, token_N, set_NK, ids_ZY):
         total_NK = jnp.take_along_axis(set_NZ, jnp.maximum(set_NK, 0), axis=1)
         total_NK = jnp.where(set_NK >= 0, total_NK, 0.0)
         set_logprob_NK = jnp.log(jnp.maximum(total_NK, FLOOR))
+    # Besides the inputs: float32 lse [N], entropy [N] and probability of each set [N, K].
     residuals = (x_ND, w, token_N, set_NK, ids_ZY, lse_N, entropy_N, total_NK)
     return (picked_N - lse_N, entropy_N, set_logprob_NK), residuals
 
@@ -122,11 +123,13 @@ def _scores_backward(plan, residuals, gradients):
     constant_N = -on_logprob_N - on_entropy_N * (entropy_N - lse_N)
     weight_NZ = None
     if set_NK is not None:
+        # At the floor a result is constant and has no gradient, which also keeps 1 / S_k from becoming infinite.
         counts_NK = total_NK > FLOOR
         on_total_NK = jnp.where(counts_NK, on_set_NK / jnp.where(counts_NK, total_NK, 1.0), 0.0)
         constant_N -= jnp.sum(jnp.where(counts_NK, on_set_NK, 0.0), axis=1)
         Z = _sets(plan, ids_ZY)
         weight_NZ = jnp.zeros((x_ND.shape[0], Z), jnp.float32)
+        # Added, since a row may name a set twice; absent sets fall on row 0 of the table with a weight of 0.
         weight_NZ = weight_NZ.at[jnp.arange(x_ND.shape[0])[:, None], jnp.maximum(set_NK, 0)].add(on_total_NK)
     arguments = (x_ND, w, token_N, lse_N, on_logprob_N, constant_N, on_entropy_N, ids_ZY, weight_NZ)
     dx_ND, dw = _over_mesh(plan, _backward, backward=True)(*arguments)
@@ -161,6 +164,8 @@ def _forward(plan: Plan, x_ND, w, token_N, ids_ZY):
         return out
     axes = plan.partition.vocab
     own_lse_N, picked_N, mean_N, set_NZ = out
+    # Shares join like the tiles of an online softmax. Means and sets are relative to a share's own sum, hence
+    # weighed by its part of the whole; a token's logit is 0 on every share but one.
     top_N = lax.pmax(own_lse_N, axes)
     lse_N = top_N + jnp.log(lax.psum(jnp.exp(own_lse_N - top_N), axes))
     share_N = jnp.exp(own_lse_N - lse_N)
@@ -177,6 +182,7 @@ def _backward(plan: Plan, x_ND, w, token_N, lse_N, on_token_N, constant_N, slope
         dx_ND, dw = xla.backward(x_ND, w, rows, member_ZV, weight_NZ, chunk=plan.chunk, **settings)
     else:
         N, block = x_ND.shape[0], plan.tiles.grad_rows
+        # Tokens travel as float32, exact up to 2 ** 24. Rows of padding are 0 in every column and so is their gradient.
         columns = jnp.stack([row.astype(jnp.float32) for row in rows], axis=1)
         columns = jnp.pad(columns, ((0, 0), (0, pallas_tpu.COLUMNS - len(rows))))
         dx_ND, dw = pallas_tpu.backward(
@@ -195,6 +201,8 @@ def _backward(plan: Plan, x_ND, w, token_N, lse_N, on_token_N, constant_N, slope
         return dx_ND, dw
     if partition.vocab:
         dx_ND = lax.psum(dx_ND, partition.vocab)
+    # Devices of all row axes hold parts of dw: over `width` the sum is scattered, as the unembedding is stored, over
+    # the others it is whole on each.
     whole = tuple(axis for axis in partition.rows if axis not in partition.width)
     if whole:
         dw = lax.psum(dw, whole)
@@ -211,6 +219,7 @@ def _over_mesh(plan: Plan, function, *, backward: bool):
     p = plan.partition
     row = PartitionSpec(p.rows)
 
+    # Passes take the unembedding whole along D, so that it is gathered before them; its gradient leaves cut again.
     def weight(width):
         return PartitionSpec(p.vocab, width) if plan.vocab_first else PartitionSpec(width, p.vocab)
 

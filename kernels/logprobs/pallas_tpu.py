@@ -41,6 +41,7 @@ def columns_of(size: int) -> int:
 
 
 def _dot(a, b, dims):
+    # The matrix unit would otherwise take float32 operands rounded to bfloat16.
     precision = lax.Precision.HIGHEST if a.dtype == F32 else None
     return lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=F32, precision=precision)
 
@@ -84,6 +85,7 @@ def _forward_kernel(x_ref, w_ref, token_ref, *refs, V, bv, step, scale, vocab_fi
         member_ref, out_ref, set_ref, max_s, sum_s, mean_s, picked_s, set_s = refs
     else:
         out_ref, max_s, sum_s, mean_s, picked_s = refs
+    # The grid is (row block, vocabulary tile): sums of a row block stay in VMEM until its last tile.
     j = pl.program_id(1)
 
     @pl.when(j == 0)
@@ -99,6 +101,7 @@ def _forward_kernel(x_ref, w_ref, token_ref, *refs, V, bv, step, scale, vocab_fi
         )
         column = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + (j * bv + start)
         if V % bv:
+            # p is 0 there, and so is p * logits, since LOWEST is finite.
             logits = jnp.where(column < V, logits, LOWEST)
         picked_s[...] += jnp.sum(jnp.where(column == token_ref[...], logits, 0.0), 1, keepdims=True)
         before = max_s[...]
@@ -150,6 +153,7 @@ def forward(x_ND, w, token_N1, member_ZV, *, scale, vocab_first, tiles: Tiles, i
     in_specs = [pl.BlockSpec((bn, D), lambda i, j: (i, 0)), w_spec, pl.BlockSpec((bn, 1), lambda i, j: (i, 0))]
     out_specs = [pl.BlockSpec((bn, COLUMNS), lambda i, j: (i, 0))]
     out_shape = [jax.ShapeDtypeStruct((N, COLUMNS), F32)]
+    # Maximum, sum of exponentials, sum of p * logits, and the logit of the token.
     scratch = [pltpu.VMEM((bn, 1), F32)] * 4
     arguments = [x_ND, w, token_N1]
     Z = 0
@@ -195,6 +199,7 @@ def _backward_kernel(x_ref, w_ref, row_ref, *refs, V, bv, R, T, step, chunk, sca
     lead = R // 2 if cores == 2 else 0
     # This core comes to a block `lag` steps after the other one left it (to its own, one lap later, on a single core).
     lag = jnp.where(core == 0, lead, R - lead) if cores == 2 else R
+    # t counts this core's steps, T in all: R row blocks for each of its vocabulary tiles.
     t = j * R + i
 
     def block(step):
@@ -202,6 +207,8 @@ def _backward_kernel(x_ref, w_ref, row_ref, *refs, V, bv, R, T, step, chunk, sca
         return lax.rem(at + core * lead, R) if cores == 2 else at
 
     def copies(step, outward):
+        # A copy is waited for by a descriptor with the same ends and semaphore as the one that started it, so that
+        # both are built here. Two slots let a block arrive while the other is worked on.
         slot, at = lax.rem(step, 2), block(step)
         sem = write_sem if outward else read_sem
         for n, (ref, buf) in enumerate(zip(dx_refs, dx_bufs, strict=True)):
@@ -235,6 +242,7 @@ def _backward_kernel(x_ref, w_ref, row_ref, *refs, V, bv, R, T, step, chunk, sca
             d = d * scale
         if V % bv:
             d = _before(column, V, d)
+        # Kept as a whole tile in the operands' dtype: dx sums over its columns and dw over its rows.
         d_s[:, _at(start, step)] = d.astype(d_s.dtype)
 
     lax.fori_loop(0, bv // step, tile_gradient, None)
@@ -253,6 +261,7 @@ def _backward_kernel(x_ref, w_ref, row_ref, *refs, V, bv, R, T, step, chunk, sca
         for copy in copies(t + 1, False):
             copy.start()
 
+    # Started a step ago, this copy had that step's products and this step's logits to run behind.
     @pl.when(t >= lag)
     def _():
         for copy in copies(t, False):
@@ -270,6 +279,7 @@ def _backward_kernel(x_ref, w_ref, row_ref, *refs, V, bv, R, T, step, chunk, sca
         if V % bv:
             w = _before(lax.broadcasted_iota(jnp.int32, w.shape, 0 if vocab_first else 1) + first_column, V, w)
         dx = _dot(d_s[...], w, NN if vocab_first else NT)
+        # The first visit of a block fetched nothing: its buffer may hold NaN, which where() drops and 0 x would not.
         dx += jnp.where(fresh, 0.0, sum(buf[slot, :, at].astype(F32) for buf in dx_bufs))
         for buf, part in zip(dx_bufs, _halves(dx) if halves == 2 else (dx,), strict=True):
             buf[slot, :, at] = part
@@ -358,6 +368,7 @@ def backward(x_ND, w, row_NC, member_ZV, weight_NZ, *, scale, vocab_first, tiles
         out_shape=[dx_shape] * halves + [jax.ShapeDtypeStruct(w.shape, w.dtype)],
         grid=(cores, J // cores, R),
         in_specs=in_specs,
+        # The pipeline only writes output blocks; dx, a sum over tiles, has to be read back too and so stays in HBM.
         out_specs=[pl.BlockSpec(memory_space=pltpu.HBM)] * halves + [pl.BlockSpec(w_block, at_vocab)],
         scratch_shapes=[
             pltpu.VMEM(w_block, F32),
@@ -368,6 +379,7 @@ def backward(x_ND, w, row_NC, member_ZV, weight_NZ, *, scale, vocab_first, tiles
             pltpu.SemaphoreType.REGULAR,
         ],
         compiler_params=pltpu.CompilerParams(
+            # Both inner axes add to sums and keep their order; the outer one has a step for each core that shares them.
             dimension_semantics=("parallel" if cores == 2 else "arbitrary", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_bytes,
         ),

@@ -73,11 +73,15 @@ def tiles_for(N: int, D: int, V: int, Z: int, itemsize: int, device_kind: str) -
     limit = (chip.vmem_mib - COMPILER_MIB) * MIB
 
     def forward_bytes(rows: int, vocab: int) -> int:
+        # Blocks of x and the unembedding, two each because the pipeline fetches ahead. Then 8 columns [rows, 1], which
+        # take 128 lanes of float32 in VMEM: four scratches, and token and result twice.
         blocks = 2 * itemsize * D * (rows + vocab) + rows * LANES * 4 * 8
         return blocks + rows * 256 * 4 * 4 + (2 * 2 * Z * vocab + 3 * 4 * rows * Z)
 
     def backward_bytes(rows: int, vocab: int) -> int:
+        # Of w and of its gradient two blocks each, and between them the float32 sum.
         unembedding = D * vocab * (2 * itemsize + 4 + 2 * itemsize)
+        # dx takes 4 bytes a number in each of its two slots, as two bfloat16 halves or as one float32.
         hidden = rows * D * (2 * itemsize + 2 * 4) + rows * LANES * 4 * 2
         work = rows * vocab * itemsize + rows * 256 * 4 * 3 + chunk * (rows + vocab) * 4
         return unembedding + hidden + work + (2 * 2 * Z * vocab + 2 * 4 * rows * Z)
@@ -89,6 +93,7 @@ def tiles_for(N: int, D: int, V: int, Z: int, itemsize: int, device_kind: str) -
     return Tiles(
         rows=_block(N, forward[0], chip.cores),
         vocab=forward[1],
+        # A core adds to one block of dx while the next is fetched, so that it needs two.
         grad_rows=_block(N, backward[0], 2 * chip.cores),
         grad_vocab=backward[1],
         chunk=chunk,
@@ -103,6 +108,7 @@ def _cheapest(bytes_of, limit: int, V: int, cores: int, *, row_cost: int, vocab_
     for rows, lanes in itertools.product((1024, 512, 256, 128, 64), range(1, 17)):
         vocab = lanes * LANES
         count = -(-V // vocab)
+        # Cores that share the backward pass take alternate tiles and need the same number of them.
         if count % cores or bytes_of(rows, vocab) > limit:
             continue
         cost = count * vocab / V * (1 + row_cost / rows + vocab_cost / vocab)

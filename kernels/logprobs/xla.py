@@ -21,6 +21,7 @@ def _chunks(V: int, chunk: int) -> tuple[int, int]:
 
 def _columns(number, width: int, V: int):
     """First column of a chunk, its columns [v], and which of them no earlier chunk had: the last one may reach back."""
+    # The last chunk reaches back because padding V to whole chunks would copy the unembedding.
     wanted = number * width
     start = jnp.minimum(wanted, V - width)
     column_v = start + jnp.arange(width)
@@ -50,6 +51,7 @@ def forward(x_ND, w, token_N, member_ZV, *, scale: float, vocab_first: bool, chu
         top_N, total_N, mean_N, picked_N, set_NZ = carry
         start, column_v, fresh_v = _columns(number, width, V)
         logits_Nv = _logits(x_ND, _cut(w, start, width, axis), scale, vocab_first)
+        # Columns that were scored before get p = 0; LOWEST is finite, so p * logits is 0 too and not NaN.
         logits_Nv = jnp.where(fresh_v, logits_Nv, LOWEST)
         is_token_Nv = (column_v == token_N[:, None]) & fresh_v
         picked_N += jnp.sum(jnp.where(is_token_Nv, logits_Nv, 0.0), axis=1)
@@ -59,6 +61,7 @@ def forward(x_ND, w, token_N, member_ZV, *, scale: float, vocab_first: bool, chu
         total_N = decay_N * total_N + jnp.sum(p_Nv, axis=1)
         mean_N = decay_N * mean_N + jnp.sum(p_Nv * logits_Nv, axis=1)
         if set_NZ is not None:
+            # At the default precision a TPU would round the probabilities to bfloat16.
             part_NZ = jnp.einsum("Nv,Zv->NZ", p_Nv, _members(member_ZV, start, width, fresh_v), precision="highest")
             set_NZ = decay_N[:, None] * set_NZ + part_NZ
         return (now_N, total_N, mean_N, picked_N, set_NZ), None
@@ -96,6 +99,7 @@ def backward(x_ND, w, rows, member_ZV, weight_NZ, *, scale: float, vocab_first: 
         part = part.astype(dw.dtype) + _cut(dw, start, width, axis)
         return (dx_ND, lax.dynamic_update_slice_in_dim(dw, part, start, axis)), None
 
+    # dw needs no float32 sum: every column gets its whole gradient from one chunk.
     carry = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros_like(w))
     (dx_ND, dw), _ = lax.scan(step, carry, jnp.arange(count))
     return dx_ND.astype(x_ND.dtype), dw
