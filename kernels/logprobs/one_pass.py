@@ -27,7 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mer_r1_jax.kernels.logprobs import pallas_tpu, xla
 from mer_r1_jax.kernels.logprobs.reference import FLOOR
-from mer_r1_jax.kernels.logprobs.tiles import LANES, Tiles
+from mer_r1_jax.kernels.logprobs.tiles import Tiles, padded_sets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,15 +182,17 @@ def _backward(plan: Plan, x_ND, w, token_N, lse_N, on_token_N, constant_N, slope
         dx_ND, dw = xla.backward(x_ND, w, rows, member_ZV, weight_NZ, chunk=plan.chunk, **settings)
     else:
         N, block = x_ND.shape[0], plan.tiles.grad_rows
+        # Few rows fill fewer blocks than the kernel needs; what is missing is padding as well.
+        padded = block * max(-(-N // block), plan.tiles.fewest_grad_blocks)
         # Tokens travel as float32, exact up to 2 ** 24. Rows of padding are 0 in every column and so is their gradient.
         columns = jnp.stack([row.astype(jnp.float32) for row in rows], axis=1)
         columns = jnp.pad(columns, ((0, 0), (0, pallas_tpu.COLUMNS - len(rows))))
         dx_ND, dw = pallas_tpu.backward(
-            _pad(x_ND, block, 0),
+            _pad(x_ND, padded, 0),
             w,
-            _pad(columns, block, 0),
+            _pad(columns, padded, 0),
             member_ZV,
-            _pad(weight_NZ, block, 0),
+            _pad(weight_NZ, padded, 0),
             tiles=plan.tiles,
             interpret=plan.interpret,
             **settings,
@@ -253,7 +255,7 @@ def _own(plan: Plan, w, token_N, ids_ZY):
 def _sets(plan: Plan, ids_ZY) -> int:
     """Rows of the membership table: Z, for the kernels a multiple of 128."""
     Z = ids_ZY.shape[0]
-    return Z if plan.tiles is None else -(-Z // LANES) * LANES
+    return Z if plan.tiles is None else padded_sets(Z)
 
 
 def _pad(array, multiple: int, value):

@@ -312,18 +312,20 @@ def backward(x_ND, w, row_NC, member_ZV, weight_NZ, *, scale, vocab_first, tiles
     p = exp(z - lse).
 
     Args:
-        x_ND, w, member_ZV, scale, vocab_first, tiles, interpret: as `forward`; N a multiple of tiles.grad_rows.
+        x_ND, w, member_ZV, scale, vocab_first, tiles, interpret: as `forward`; N a multiple of tiles.grad_rows, and
+            at least tiles.fewest_grad_blocks times as many.
         row_NC: float32 [N, COLUMNS]: lse, on_token, constant, slope, token (a whole number), rest unused.
         weight_NZ: float32 weight of each set's tokens; None for no sets.
 
     Returns:
-        dx_ND and dw in the dtypes of x and w; both summed in float32 (see the head of this file).
+        dx_ND and dw in the dtypes of x and w; both summed in float32 (see the head of this file) over this device's
+        rows and vocabulary. Sums over devices, which `one_pass` takes, are of arrays in those dtypes.
     """
     N, D = x_ND.shape
     V = w.shape[0] if vocab_first else w.shape[1]
     bn, bv, cores = tiles.grad_rows, tiles.grad_vocab, tiles.cores
     R, J = N // bn, pl.cdiv(V, bv)
-    if N % bn or R < 2 * cores or J % cores or D % tiles.chunk:
+    if N % bn or R < tiles.fewest_grad_blocks or J % cores or D % tiles.chunk:
         raise ValueError(f"{N} rows, width {D} and vocabulary {V} cannot be cut by {tiles}")
     halves = 2 if x_ND.dtype == jnp.bfloat16 else 1
     lead = R // 2

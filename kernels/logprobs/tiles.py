@@ -58,6 +58,17 @@ class Tiles:
     cores: int
     vmem_bytes: int
 
+    @property
+    def fewest_grad_blocks(self) -> int:
+        """Row blocks without which the backward kernel does not run: padding makes them up where rows are few."""
+        # A core adds to one block of dx while the next is fetched, so that it needs two.
+        return 2 * self.cores
+
+
+def padded_sets(Z: int) -> int:
+    """Candidate sets of the table that the kernels are given: whole tiles of 128, 0 for none."""
+    return -(-Z // LANES) * LANES
+
 
 def tiles_for(N: int, D: int, V: int, Z: int, itemsize: int, device_kind: str) -> Tiles | None:
     """Tiles for N rows of width D, a vocabulary (or a shard of it) of V tokens and Z candidate sets.
@@ -71,6 +82,7 @@ def tiles_for(N: int, D: int, V: int, Z: int, itemsize: int, device_kind: str) -
         return None
     chunk = next(size for size in (512, 256, LANES) if D % size == 0)
     limit = (chip.vmem_mib - COMPILER_MIB) * MIB
+    Z = padded_sets(Z)
 
     def forward_bytes(rows: int, vocab: int) -> int:
         # Blocks of x and the unembedding, two each because the pipeline fetches ahead. Then 8 columns [rows, 1], which
@@ -93,8 +105,7 @@ def tiles_for(N: int, D: int, V: int, Z: int, itemsize: int, device_kind: str) -
     return Tiles(
         rows=_block(N, forward[0], chip.cores),
         vocab=forward[1],
-        # A core adds to one block of dx while the next is fetched, so that it needs two.
-        grad_rows=_block(N, backward[0], 2 * chip.cores),
+        grad_rows=_block(N, backward[0], 2 * chip.cores),  # as fewest_grad_blocks asks, as far as rows suffice
         grad_vocab=backward[1],
         chunk=chunk,
         cores=chip.cores,
@@ -118,7 +129,10 @@ def _cheapest(bytes_of, limit: int, V: int, cores: int, *, row_cost: int, vocab_
 
 
 def _block(N: int, most: int, fewest_blocks: int) -> int:
-    """Rows of a block: at most `most`, and N cut into at least `fewest_blocks` blocks that are nearly full."""
+    """Rows of a block: at most `most`, and N cut into blocks that are nearly full.
+
+    They are `fewest_blocks` or more, unless blocks of 16 rows are too large for that.
+    """
     blocks = max(-(-N // most), fewest_blocks)
     rows = -(-N // blocks)
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE

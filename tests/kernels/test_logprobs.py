@@ -134,6 +134,17 @@ def test_two_cores_share_the_backward_kernel_without_a_race():
     assert_close(got, scored(arrays, by_reference(arrays)), FLOAT32)
 
 
+@pytest.mark.parametrize(("rows", "cores"), [(1, 1), (16, 1), (10, 2), (48, 2), (70, 2)])
+def test_few_rows_are_padded_to_the_blocks_that_the_backward_kernel_needs(rows, cores):
+    """A block has 16 rows at least, and each core needs two: 17 rows on one core, 49 on two, are the first that fill them."""
+    arrays = case(rows, 128, 512)
+    block = tiles_for(rows, 128, 512 * 128, 5, 4, "TPU v5" if cores == 2 else "TPU v5e").grad_rows
+    tiles = dataclasses.replace(TILES, rows=16, grad_rows=block, cores=cores)
+    interpret = pltpu.InterpretParams(num_cores_or_threads=cores, dma_execution_mode="on_wait")
+    got = scored(arrays, by(arrays, implementation="pallas", tiles=tiles, interpret=interpret))
+    assert_close(got, scored(arrays, by_reference(arrays)), FLOAT32)
+
+
 @pytest.mark.parametrize("settings", [PALLAS, dict(implementation="xla"), CHUNKED], ids=["pallas", "xla", "direct"])
 def test_a_vocabulary_cut_over_devices_gives_the_same(settings):
     """Rows over data and fsdp, vocabulary over tensor, the stored unembedding's width over fsdp; the rows are odd."""
@@ -213,6 +224,8 @@ def test_tiles_fit_the_chips_and_the_implementation_follows_platform_and_shape()
             assert -(-V // tiles.grad_vocab) % chip.cores == 0 and D % tiles.chunk == 0
         few = tiles_for(40, 3584, 152064, 256, 2, kind)
         assert few.rows <= 48 and few.vocab == tiles_for(16384, 3584, 152064, 256, 2, kind).vocab
+        # The table of sets comes in whole tiles of 128, and they are what VMEM has to hold.
+        assert tiles_for(1024, 3584, 152064, 300, 2, kind) == tiles_for(1024, 3584, 152064, 384, 2, kind)
     assert tiles_for(64, 100, 152064, 0, 2, "TPU v5") is None and tiles_for(64, 128, 152064, 0, 2, "cpu") is None
 
     def primitives(D, V, **settings):

@@ -63,7 +63,13 @@ def test_on_v5p_cut_over_four_chips():
     assert compiled.memory_analysis().temp_size_in_bytes <= 2 * half + NAIVE_TEMP / 50
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.parametrize(("chip", "rows"), [("v5e", 16), ("v4", 40), ("v5p", 48)])
+def test_a_handful_of_rows_compiles_with_its_gradient(chip, rows):
+    slice_ = topology(chip)
+    compile_for(forward_and_backward(slice_), arrays(N=rows), slice_)
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p"])
 def test_candidate_sets_of_a_few_anchors_compile_with_their_gradient(chip):
     """As the confidences ask for them; no logits of the anchors exist as a whole."""
     slice_ = topology(chip)
