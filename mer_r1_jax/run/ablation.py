@@ -46,6 +46,7 @@ def ablate(plan: Plan, parallel: int, command: str, console: Console) -> int:
     jobs = plan.jobs()
     cores_for(parallel)  # refuses before anything is made
     with hold(plan.out, say) as folder:
+        # This is asked under the lock: until then runs of another attempt may be writing these folders.
         if differences := setting_differences(jobs):
             raise SettingsError(
                 f"{plan.out} holds runs with other settings, which cannot be put into one table with these:\n  "
@@ -53,6 +54,7 @@ def ablate(plan: Plan, parallel: int, command: str, console: Console) -> int:
                 + "\nSet these back to go on, or choose another --out for a new ablation."
             )
         resolve(plan.config, say)  # made and fetched once, before several runs look for it at the same time
+        # Signals are held while the tables are written too: after a stop these show what is finished.
         with StopSignals() as stop:
             outcome = run_jobs(jobs, folder, parallel, stop, _scores_of)
             _write_tables(plan, jobs, command, say)

@@ -174,6 +174,7 @@ def make_plan(
         for seed in seeds
         if (wrong := seed_bound.problem(_whole_number(seed)))
     ]
+    # Seeds are compared as numbers: 1 and 01 are one seed.
     for flag, values in (
         ("arms", arms),
         ("seeds", [_whole_number(seed) for seed in seeds]),
@@ -229,6 +230,7 @@ def setting_differences(jobs: Sequence[Job]) -> list[str]:
     lines = []
     for job in jobs:
         saved = job.folder / "config.json"
+        # A run's start writes config.json last: without it no step was made under any settings.
         if saved.is_file():
             was = json.loads(saved.read_text())
             planned = dataclasses.asdict(job.config)

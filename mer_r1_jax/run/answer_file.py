@@ -112,6 +112,7 @@ def answer_records(
         digests = {record.id: dataset_hash([record]) for record in records}
         _check_records(log, digests)
         reader, tried = None, set()
+        # There are two rounds: which slow answers `Auto` takes is known when the fast ones are in the log.
         for needed in (_at_first, _of_the_unsure):
             keys = needed(log, wanted)
             # What could not be asked a moment ago is tried again by the next command.
@@ -136,6 +137,7 @@ def answer_records(
             f"none of the {len(records)} records can be asked, the first for: {next(iter(failed.values()))}; look at "
             "them with `mer-r1 validate`"
         )
+    # It is written anew, whole, at the end of every command: what a command goes on from is the log.
     with writing("the answers", out):
         atomic_files.write_text(out, as_csv(rows) if out.suffix == ".csv" else as_json_lines(rows))
     gated = collections.Counter(row["mode"] for row in answered if "why" in row)
@@ -243,6 +245,7 @@ def _done(log: ResultLog, wanted: Iterable[tuple[Record, str]]) -> int:
 
 def _check_records(log: ResultLog, digests: Mapping[str, str]) -> None:
     """Refuses to go on where a record is not what it was when it was answered."""
+    # An answer to a record that the data no longer have stays in the log, and is in no row of the file.
     changed = [row["id"] for row in log.rows.values() if digests.get(row["id"], row["record"]) != row["record"]]
     if changed:
         raise AnswerFileError(

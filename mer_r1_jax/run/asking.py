@@ -138,6 +138,7 @@ def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
     used = {section: tuple(values[section]) for section in ("media", "emotion", "eval", "mesh")}
     used["data"] = ("system_prompt", "question", "max_prompt_length", "prompt_buckets")
     used["rl"] = ("max_completion_length", "max_fast_context", "max_answer_words")
+    # A checkpoint can be restored in the dtypes it was saved in; a Hugging Face directory is cast as it is read.
     if not is_run:
         used["model"] = ("param_dtype", "compute_dtype")
     return {f"{section}.{name}": values[section][name] for section, names in used.items() for name in names}
@@ -146,6 +147,7 @@ def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
 def _held_out(path: str, config: RunConfig | None) -> tuple[str, str]:
     """Where the synthetic world's held-out clips are: of the configuration, the run, or the run an export lies in."""
     for found in (config, *configs_of(path)):
+        # Benchmarks are read from a disk, so held-out clips in a bucket are passed over.
         if found is None or is_bucket(found.data.eval_path) or is_bucket(found.data.media_root):
             continue
         if (held_out := held_out_of(found))[0]:
@@ -162,6 +164,7 @@ def model_fingerprint(path: str, tokenizer_path: pathlib.Path, read: ReadStep | 
     """
     folder = pathlib.Path(path)
     if read is not None:
+        # A manifest has the checksum of every file of its step, so its hash stands for the weights.
         found: dict[str, Any] = {"checkpoint": read.step, "weights": read.manifest_sha256}
     else:
         files = sorted(folder.glob("*.safetensors"))
@@ -242,6 +245,7 @@ def ask(
     errors: dict[str, MediaError | PromptError] = {}
     silent: set[str] = set()
 
+    # It is called in several threads, so what becomes of a record is kept under its id.
     def load(record: Record) -> Prompt | str:
         try:
             prompt = source.load(record).prompt
@@ -258,10 +262,12 @@ def ask(
         dataclasses.replace(setup.config.data, media_root=str(media_root)),
         setup.config.media.decode_workers,
     )
+    # It gets a source of its own: the policy's looks for clips below another folder.
     source = PromptSource(dataclasses.replace(setup.config, data=data), setup.tokenizer, setup.backbone.config)
     try:
         for modes, asked in by_modes.items():
             prompts = decoded_ahead(load, asked, workers)
+            # Nobody reads the list of skipped records: `errors` holds the exceptions themselves.
             for batch, answers in evaluator.batches(policy.params, prompts, modes, [], stop):
                 yield [
                     Reply(record, mode, answers[mode][row], record.id in silent)

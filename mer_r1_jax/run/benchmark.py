@@ -81,6 +81,7 @@ def answer_benchmarks(
     """
     folder = BenchmarkFolder(request.out)
     folder.check_model(policy.fingerprint)
+    # One evaluator for all benchmarks: they share the shapes of batches, and so the compiled programs.
     evaluator = make_evaluator(policy.setup, tuple(record for data in datas for record in data.records))
     emotion = policy.setup.config.emotion
     wheels = {"wheel_dir": emotion.wheel_dir, "variant": emotion.variant}
@@ -89,6 +90,8 @@ def answer_benchmarks(
             _check_records(answers, data)
             # Before the first answer as well: what a kill leaves can be scored.
             folder.write_coverage(data, wheels=wheels, unusable={}, silent=())
+            # `there` is the log's own table and grows with every append. What cannot be asked is not in it, so that the
+            # next start tries it again.
             there, unusable = answers.rows, {}
             wanted = {(record.id, mode): (record, mode) for record in data.records for mode in request.modes}
             lacking = [asked for key, asked in wanted.items() if key not in there]
@@ -116,6 +119,7 @@ def answer_benchmarks(
 def _check_records(answers: ResultLog, data: BenchmarkData) -> None:
     """Refuses to go on where a clip's question, subtitle, files or truth have changed since it was answered."""
     digests = {record.id: dataset_hash([record]) for record in data.records}
+    # A clip that is not asked this time, as beyond a limit, keeps its answer.
     changed = [
         line["id"] for line in answers.rows.values() if digests.get(line["id"], line["record"]) != line["record"]
     ]
@@ -152,6 +156,7 @@ def answer_line(reply: Reply, answer: AnswerOf, metric: str) -> dict[str, Any]:
         "well_formed": bool(scored.parsed.format_reward),
         "silent_audio": reply.silent,
     }
+    # Records of the synthetic world bring the answer of one who knows the cues: the ceiling of its scores.
     if ORACLE_COLUMN in record.extra:
         line[ORACLE_COLUMN] = record.extra[ORACLE_COLUMN]
     return line
@@ -180,6 +185,7 @@ class PolicyAnswers:
                 yield one, Failure("clip_missing", f"{one.item.key}: the clip is not under {self._benchmark.root}")
             else:
                 present.append(one)
+        # Shapes of batches are planned from records, so there has to be one.
         if not present:
             return
         records = {one.item.key: record_of(one.item) for one in present}

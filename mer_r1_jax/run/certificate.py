@@ -172,12 +172,14 @@ def _certify_folder(certificate: Certificate, model: Path) -> bool:
     if (model / SUMS_FILE).exists():
         sound &= certificate.attempt(WRITTEN, lambda: folder_checks.compare_files(model, files))
     else:
+        # Without a list the files are read all the same: the page shows their sums, for a comparison by hand.
         sound &= certificate.attempt("The files can be read", lambda: folder_checks.compare_files(model, files))
         why = f"there is no {SUMS_FILE} beside them: compare the sums below with those where the model is from"
         certificate.leave(why, WRITTEN)
     if not sound:
         certificate.leave(RESTS_ON_A_FAILURE, WEIGHTS, TOKENS, ENDS)
         return False
+    # All three are looked at, whichever fails: none of them rests on another.
     config = load_config(model)
     sound &= certificate.attempt(WEIGHTS, lambda: folder_checks.match(model, config))
     sound &= certificate.attempt(TOKENS, lambda: folder_checks.look_at_tokens(model, config))
@@ -222,6 +224,7 @@ def _certify_against_transformers(certificate: Certificate, asked: Asked, params
         return
 
     def compare() -> str:
+        # Both compute in float32: a small mistake would be lost among the roundings of bfloat16.
         exact = dataclasses.replace(config, param_dtype="float32", compute_dtype="float32")
         # Weights are cast where they are used, so those of a bfloat16 file are its own numbers already.
         stored = {tensor.dtype for tensor in thinker_tensors(asked.model).values()}
@@ -261,6 +264,7 @@ def _certify_answers(certificate: Certificate, asked: Asked, setup: Setup, param
         def compare_on_a_probe() -> str:
             record = Record(id="probe", messages=({"role": "user", "content": _QUESTION},), subtitle=_SUBTITLE)
             prompt = setup.source.load(record).prompt
+            # Buckets are planned for records; this prompt has a shape of its own, in as many rows as the devices share.
             shape, cut = prompt_shape(prompt), row_cut(setup.backbone.mesh)
             bucket = dataclasses.replace(shape, rows=cut, tokens=-(-shape.tokens // LENGTH_STEP) * LENGTH_STEP)
             answerer = make_answerer(setup, eval_length(setup.config))
@@ -269,6 +273,7 @@ def _certify_answers(certificate: Certificate, asked: Asked, setup: Setup, param
         certificate.attempt(SAMPLER, compare_on_a_probe)
         certificate.leave("no records were given: --data=FILE, with a solution in each", GAP)
         return
+    # They are read once more: only the model says what records without a question of their own are asked.
     question = setup.config.data.question
     records = tuple(read_records(asked.data, asked.media_root, question=question, require=("solution",)))
     records = records[: asked.limit or None]
@@ -282,6 +287,7 @@ def _certify_answers(certificate: Certificate, asked: Asked, setup: Setup, param
     if not certificate.attempt(GAP, answer):
         certificate.leave("there are no answers to compare", SAMPLER)
         return
+    # Clips that could not be used are not among these records, so the first of them are the first batch.
     first = evaluation[0].records[: evaluator.buckets[0].rows]
     prompts = [prompt for _, prompt in load_prompts(setup, first) if isinstance(prompt, Prompt)]
     certificate.attempt(SAMPLER, lambda: _compare_sampler(certificate, evaluator, params, prompts))
@@ -318,12 +324,14 @@ def _compare_sampler(certificate: Certificate, evaluator: Evaluator, params: Par
         completion = Continuations(id_BGC=answers.completions.id_BGC, exists_BGC=answers.completions.exists_BGC)
         trained = programs.logprobs(params, encoded, completion)
     host = answers.host
+    # Rows after the prompts only fill up the batch; K counts the tokens that were sampled in all others.
     trained_BGC = local_rows({"trained": trained}, mesh)["trained"]
     mask_BGC = np.asarray(host.mask_BGC)[: len(prompts)]
     sampled_K, trained_K = (np.asarray(one)[: len(prompts)][mask_BGC] for one in (host.logprob_BGC, trained_BGC))
     gap_K = np.abs(sampled_K.astype(np.float64) - trained_K)
     certificate.figures["mean difference of sampler and trainer"] = f"{gap_K.mean():.2g} nats a token, in {dtype}"
     largest_number = float(np.abs(trained_K).max(initial=0))
+    # The rule is that of the parity checks: a share of the largest number, or of 10 where that is less.
     limit = LIMITS[dtype] * max(10.0, largest_number)
     name = f"log-probabilities of {gap_K.size} tokens"
     return _agreed(f"in {dtype}", Agreement(name, float(gap_K.max(initial=0)), largest_number, limit), "the sampler")

@@ -121,6 +121,7 @@ def _describe(buckets: Sequence[BatchShape], phase: str, added: str) -> list[str
 
 def conclude(folder: RunDirectory, benchmark: str) -> None:
     """Prints the evaluations before and after RL of a finished run, who is ahead, and where its results are."""
+    # Results go to standard output; what a run says on its way goes to standard error.
     output = screen.console()
     run = read_run(folder.path)
     if run.evaluations:

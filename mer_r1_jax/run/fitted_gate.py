@@ -53,6 +53,7 @@ def fitted_gate(model: str | pathlib.Path) -> FittedGate | None:
     if is_bucket(model) or (pathlib.Path(model) / RUN_MARKER).is_dir():
         return _newest(model)
     folder = pathlib.Path(model)
+    # An export has the file wherever it is copied; one that lacks it may still lie within its run.
     if (folder / GATE_FILE).is_file():
         return _gate(folder / GATE_FILE, _read(folder / GATE_FILE))
     run = folder.resolve().parent.parent  # <run>/export/hf
@@ -70,6 +71,7 @@ def threshold_of(model: str | pathlib.Path, given: float | None = None) -> float
         if not 0 <= given <= 1:
             raise GateError(f"threshold: got {given}, expected a probability in [0, 1]; change it")
         return given
+    # Otherwise a path that is no model's would be said to lack a threshold.
     if not is_bucket(model):
         require_model(model)
     found = fitted_gate(model)
@@ -137,6 +139,7 @@ def _gate(place: str | pathlib.Path, evaluation: dict[str, Any]) -> FittedGate |
     threshold = measured.get("threshold") if isinstance(measured, dict) else None
     if threshold is None or not isinstance(measured, dict):
         return None
+    # To Python `true` is a number in [0, 1]; nobody fitted it.
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise GateError(
             f"{printable(place)}: gate.threshold: got {printable(threshold)}, expected a probability in [0, 1]; give "

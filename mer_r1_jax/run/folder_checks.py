@@ -19,6 +19,7 @@ from mer_r1_jax.omni.hf.tensor_files import weight_files
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.storage import atomic_files
 
+# What prompts and answers hold: a subtitle, other scripts and white space, the answer's tags.
 _TEXTS = (
     "I never wanted it to end.",
     "她哭了 😢 — naïve\n\n\tvoice",
@@ -95,6 +96,7 @@ def look_at_ends(model: Path, config: ThinkerConfig) -> str:
     file = model / GENERATION_FILE
     given = read_json_object(file, CertificateError, "settings of generation") if file.exists() else {}
     ends = given.get("eos_token_id")
+    # transformers writes a single id, or a list of them.
     if end not in (ends if isinstance(ends, list) else [ends]):
         raise CertificateError(
             f"{GENERATION_FILE} gives the end tokens {ends}, expected {end} ({TURN_END}) among them: vLLM and "

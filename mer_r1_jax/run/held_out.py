@@ -85,6 +85,7 @@ def open_held_out(
         config = _evaluated_config(pathlib.Path(path))
         data, media_root = config.data.eval_path, media_root or config.data.media_root
         limit = limit or config.eval.limit
+    # The model comes first: its settings say what records without a question are asked.
     setup, params = open_model(path, {"data.media_root": media_root, **(overrides or {})})
     settings = setup.config.data
     records = read_records(
@@ -100,6 +101,7 @@ def open_held_out(
 def _evaluated_config(path: pathlib.Path) -> RunConfig:
     """The configuration, with its held-out file, of a run's folder or of the run that an export lies in."""
     for config in configs_of(path):
+        # Nothing is fetched here, so clips in a bucket are refused rather than passed over.
         require_files(config, ("data.eval_path", "data.media_root"))
         if file := held_out_of(config)[0]:
             return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=file))

@@ -50,6 +50,7 @@ def clip_record(
         voice: a sound file in place of the clip's own track.
     """
     real = {name: pathlib.Path(os.path.realpath(name)) for name in (video, voice) if name is not None}
+    # A record's paths stay below one media root: here the deepest folder that both files lie in.
     root = os.path.commonpath([path.parent for path in real.values()])
     sound = video if voice is None else voice
     return Record(
@@ -60,6 +61,7 @@ def clip_record(
         subtitle=subtitle,
         # What is hidden, or replaced, must not come with the frames.
         use_audio_in_video=None if audio and voice is None else False,
+        # There is no such file: its folder is the media root of a policy that has none set.
         file=os.path.join(root, "clip"),
     )
 
@@ -134,6 +136,7 @@ class Reader(Evaluator):
 
 def read(wheels: Wheels, policy: AnsweringPolicy, answers: Answers, rows: int = 1) -> list[Answer]:
     """The answers to the first rows of a batch, with their confidences; the other rows are padding."""
+    # Each row has one answer (G = 1), and no truth is given, so its rewards mean nothing.
     said = [
         policy.answerer.scorer.answer(ids, int(length), bool(how == STOP_LENGTH), ())
         for ids, length, how in zip(
@@ -157,7 +160,7 @@ def read(wheels: Wheels, policy: AnsweringPolicy, answers: Answers, rows: int = 
                 mode=answers.mode,
                 reasoning=one.parsed.reasoning,
                 words=words,
-                # mean over the word's wheels
+                # The mean is over the wheels on which the word has a category.
                 probabilities={word: float(row_Q[~np.isnan(row_Q)].mean()) for word, row_Q in on_wheels.items()},
                 categories={
                     word: tuple(wheels.category(word, wheel) for wheel in range(len(wheels))) for word in words

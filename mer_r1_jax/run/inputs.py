@@ -71,6 +71,7 @@ def _on_disk(config: RunConfig) -> RunConfig:
         address = lookup(config, dotted)
         if not is_bucket(address):
             continue
+        # Every process sees to its own copies: hosts need not share a disk, and what is there already is kept.
         copy = bucket.local_path(config.train.local_dir, _KIND, address)
         if dotted in FOLDERS:
             bucket.fetch_folder(address, copy)
@@ -90,6 +91,7 @@ def _with_world(config: RunConfig, say: Say) -> RunConfig:
         if done == total or done % _SAID_EVERY < 32:
             say(f"clips of the synthetic world: {done} of {total}")
 
+    # The first process makes it alone: several at once would write the same clips to the same files.
     with processes.one_after_first("the synthetic world"):
         world = make_world(
             data.synthetic_dir,

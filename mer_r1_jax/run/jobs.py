@@ -96,6 +96,7 @@ def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Every ablation has the folder of jobs: without it, what lies here is somebody else's.
         if (found := sorted(entry.name for entry in out.iterdir())) and JOBS not in found:
             raise JobsError(
                 f"{out} holds {', '.join(found[:5])} but no ablation: nothing was touched; choose another --out"
@@ -119,6 +120,7 @@ def hold(out: Path, say: Callable[[str], None], patience: float = ORPHAN_SECONDS
 
 def _locked(lock: IO[str]) -> bool:
     try:
+        # flock belongs to the open file, which jobs inherit; a record lock would be this process's alone.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -234,6 +236,7 @@ class _Runner:
 
     def _tell_all_to_stop(self) -> None:
         for process, (job, _, _) in self._running.items():
+            # Each is told once: a second signal would end a run without a checkpoint.
             if job.name not in self.outcome.stopped:
                 process.send_signal(signal.SIGTERM)
                 self.outcome.stopped.append(job.name)
@@ -253,6 +256,7 @@ class _Runner:
                 done = f"{len(self.outcome.finished)} of {self._total}"
                 self._say(f"{job.name}: finished after {seconds} s ({done}){self._scores_of(job)}")
             elif told_to_stop or process.returncode == EXIT_SAVED:
+                # A run that does not listen yet dies of the signal, with another status: it had made no step.
                 if not told_to_stop:
                     self.outcome.stopped.append(job.name)
                 self._say(f"{job.name}: stopped")
@@ -304,6 +308,7 @@ def main(arguments: list[str]) -> int:
 def _stop_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
+    # This is the signal that a user would send: the run saves at its next safe point and ends.
     os.kill(os.getpid(), signal.SIGTERM)
 
 

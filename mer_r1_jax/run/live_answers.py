@@ -80,6 +80,7 @@ class LiveAnswers:
 
     def __init__(self, setup: Setup, params: Params):
         self.setup = setup
+        # Parameters lie ready for decoding from one question to the next.
         self._stack = contextlib.ExitStack()
         self._policy = self._stack.enter_context(answerer_of(setup).holding(params))
 
@@ -103,6 +104,7 @@ class LiveAnswers:
         prompt = self._prompt(question)
         tell({"kind": "clip", **_shown(prompt)})
         answers = list(self._answers(prompt, question.modes, "", tell))
+        # Parts are hidden in the mode of the first answer; of a gated one that is the mode that was taken.
         for part in PARTS if question.hide else ():
             if why := _cannot_hide(part, question, prompt):
                 tell({"kind": "left_out", "hidden": part, "why": why})
@@ -130,6 +132,7 @@ class LiveAnswers:
             tell({"kind": "answer", "hidden": hidden, **as_json(answer), "wheel_confidences": on_wheels})
             return answer
 
+        # A mode that is asked for and that a gate takes as well is decoded, and told, once.
         once = functools.cache(decoded)
         for mode in modes:
             if isinstance(mode, Auto):

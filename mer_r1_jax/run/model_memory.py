@@ -132,6 +132,7 @@ def check_memory(path: str | Path, need: MemoryNeed, mesh_sizes: Sequence[int], 
         ModelMemoryError: it takes more, and `check` is "refuse".
     """
     total = need.total * mesh_sizes[0]
+    # A small model is spoken of only where it does not fit.
     if check == "off" or total < WORTH_SAYING and (free is None or total <= free):
         return
     copies = f", {mesh_sizes[0]} times (mesh.data)" if mesh_sizes[0] > 1 else ""
@@ -175,6 +176,7 @@ def free_on_host(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup
     except OSError:
         return None
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    # The kernel writes kB and means KiB.
     free = 1024 * (kilobytes.get("MemAvailable", 0) + kilobytes.get("SwapFree", 0))
     return min([free, *_left_in_groups(proc, groups)])
 
@@ -193,12 +195,14 @@ def _left_in_groups(proc: Path, groups: Path) -> Iterable[int]:
     except OSError:
         return
     for line in lines:
+        # A line reads `number:controllers:path`; that of version 2 names no controllers.
         _, kinds, path = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
             continue
         root, version = (groups / "memory", 1) if kinds else (groups, 0)
         limit, used, given_back = _GROUP_FILES[version]
         own = Path(path.strip("/"))
+        # A group has no more than each group above it leaves.
         for place in (own, *own.parents):
             try:
                 most = (root / place / limit).read_text().strip()

@@ -109,6 +109,7 @@ def load_run_adapters(run_dir: str | pathlib.Path) -> tuple[Any, Params, str]:
             f"{printable(run_dir)}: got a run with model.lora.rank=0, expected one that trained adapters: leave the "
             "flag out, and the whole model is exported"
         )
+    # A phase of 0 steps trains nothing, whatever its flags say.
     phases = [phase for phase in ("sft", "rl") if getattr(config, phase).max_steps]
     if trained := sorted({name for phase in phases for name, on in tower_flags(config, phase).items() if on}):
         raise PolicyError(
@@ -158,6 +159,7 @@ def _check_base(run_dir: str | pathlib.Path, path: str) -> None:
         content = bucket.read(file) if is_bucket(file) else pathlib.Path(file).read_bytes()
         kept = json.loads(content or b"")["fingerprints"]["model"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        # Earlier versions kept no such hash, and checkpoints may have been copied without the files beside them.
         log.warning("%s: it cannot be told whether %s is the base of this run (%s)", printable(file), path, error)
         return
     if kept != of_model(pathlib.Path(path)):
@@ -197,6 +199,7 @@ def refuse_in_run(out: str | pathlib.Path, flag: str = "--out") -> None:
         PolicyError: naming the run.
     """
     place = pathlib.Path(out).resolve()
+    # The nearest run above the place decides; beside what a run writes itself, its folder is free.
     for folder in (place, *place.parents):
         if (folder / RUN_MARKER).is_dir() and (folder / "config.json").is_file():
             if folder == place or place.relative_to(folder).parts[0] in RUN_PLACES:
@@ -234,6 +237,7 @@ def open_step(
     require_model(path)
     if _is_run(path):
         setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
+        # A set-up allocates no weights, so a model that does not fit is refused before its checkpoint is read.
         need = need_of_backbone(setup.backbone, setup.config.model.param_dtype)
         try:
             _check_memory(path, need, setup.config, devices)
@@ -242,6 +246,7 @@ def open_step(
             raise
         return setup, *checkpoint_params(setup, path)
     values = dataclasses.asdict(saved_config(path) or RunConfig())
+    # An export has sizes of its own, and adapters merged in: of the run's model settings only the dtypes apply.
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
     config = _without_data(from_mapping(values), overrides)
@@ -283,6 +288,7 @@ def saved_config(path: str | pathlib.Path) -> RunConfig | None:
 def configs_of(path: str | pathlib.Path) -> list[RunConfig]:
     """The configuration of the run in a folder, or of the run whose export lies there; none of another folder."""
     folder = pathlib.Path(path)
+    # An export lies in <run>/export/hf, so its run is two folders up.
     found = (saved_config(place) for place in (folder, folder.resolve().parent.parent) if _is_run(place))
     return [config for config in found if config is not None]
 
@@ -340,6 +346,7 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
     values["sft"]["max_steps"] = values["rl"]["max_steps"] = 0
     values["model"]["adapter_path"] = ""  # where training began; the checkpoint has what became of it
     values["train"]["report_to"] = ()  # what training told of itself may not be installed where a policy is asked
+    # Overrides come last, or data.media_root, which was just emptied, could not be set.
     for dotted, value in (overrides or {}).items():
         section, _, field = dotted.partition(".")
         values.setdefault(section, {})[field] = value

@@ -43,6 +43,7 @@ class ServedModel:
         return told_error(error, self._question(asked))
 
     def _question(self, asked: Asked) -> Question:
+        # Without a threshold the server refuses auto, so the 0 is never asked with.
         modes = {"both": ("slow", "fast"), "auto": (Auto(self._threshold or 0.0),)}.get(asked.mode, (asked.mode,))
         return Question(
             clip=asked.clip,

@@ -159,6 +159,7 @@ class Setup:
         )
         return ClipPrefetcher(
             stream,
+            # Without decoding processes (0 workers) a single thread decodes by itself.
             LoadThreads(
                 self.source.load, max(1, config.media.decode_workers), self.source.loader.longest_load(phase.records)
             ),
@@ -171,6 +172,7 @@ class Setup:
         """Shapes and shardings of the state that phase `sft` or `rl` keeps, whatever its data."""
         optimizer = getattr(self.config, phase).optimizer
         is_trainable = trained_in(self.config, phase)
+        # No shape hangs on the number of steps, and who reads a checkpoint has no data to count them from.
         return self.backbone.abstract_state(is_trainable, make_optimizer(optimizer, total_steps=1), optimizer.dtype)
 
 
@@ -208,6 +210,7 @@ def make_setup(
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
     compilation_cache.use(config.train.compilation_cache_dir, list(mesh.devices.flat))
+    # The settings keep the dtype they name: weights kept in another one give the same numbers, bit for bit.
     model = dataclasses.replace(config.model, param_dtype=kept_dtype or config.model.param_dtype)
     thinker, dtypes = thinker_config(model, tokenizer), param_dtypes(dataclasses.replace(config, model=model))
     if config.model.adapter_path:
@@ -262,6 +265,7 @@ def _read(config: RunConfig, wheels: Wheels) -> DataSets:
             )
         )
 
+    # SFT needs both: its fast targets are made of the solutions.
     sft = read(config.data.sft_path, "sft_path", config.sft.max_steps != 0, ("target", "solution"))
     rl = read(config.data.rl_path, "rl_path", config.rl.max_steps != 0, ("solution",))
     held_out = read(config.data.eval_path, "eval_path", bool(config.data.eval_path), ("solution",))

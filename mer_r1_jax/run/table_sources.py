@@ -77,6 +77,7 @@ def _read(folder: Path, name: str) -> tuple[list[Measured], list[str]]:
     """The rows of one folder, and what is left out of them."""
     rows: list[Measured] = []
     left_out: list[str] = []
+    # A folder may hold what several commands wrote: each reader takes what it knows and leaves the rest.
     for read in (_evaluated, _trained, _ablated, _kept_seeds):
         found, skipped = read(folder, name)
         rows += found
@@ -117,6 +118,7 @@ def _protocol_row(name: str, source: str, called: str, scores: Sequence[dict[str
         for mode, values in modes.items():
             complete = _is_complete(score, values)
             if benchmark in LAYOUTS:
+                # Where truths are numbers there is no set F, and the official score stands in its place.
                 kind = "headline" if score["metric"] == WAF else "set_f"
                 official[benchmark, mode] = _level(values["headline"]["score"], complete)
                 f1[benchmark, mode] = _level(values[kind]["score"], complete)
@@ -129,10 +131,12 @@ def _protocol_row(name: str, source: str, called: str, scores: Sequence[dict[str
                 assert benchmark == SYNTHETIC
                 # One data set by its folder: those of two evaluations may be different worlds.
                 data = f"synthetic clips of {score['coverage']['media_root']}"
+                # Recall is what a hit rate becomes where a clip has several true categories.
                 official[data, mode] = _level(values["set_f"]["recall"], True)
                 f1[data, mode] = _level(values["clip_f1"]["score"], True)
     return Measured(
         name=name,
+        # evaluate does not know how its model was trained: only the row's name can say so.
         arm=called if called in (*ARM_NAMES, _SFT, _PERMUTED) else "",
         source=source,
         data=data,
@@ -171,6 +175,7 @@ def _trained(folder: Path, name: str) -> tuple[list[Measured], list[str]]:
         data = _data_of(run.config, stages.end)
         arm = _arm_of(run.config) if stages.end_is_rl else _SFT
         rows.append(_run_row(called, arm, str(folder), [stages.end], data, steps))
+        # Where RL has made nothing yet, `end` is SFT's own evaluation and has its row already.
         if stages.end_is_rl and stages.start is not None:
             rows.append(_run_row(f"{called} before RL", _SFT, str(folder), [stages.start], data, "after SFT"))
     return rows, []
@@ -192,9 +197,11 @@ def _ablated(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
             left_out.append(f"{run_folder.name}: no evaluation that can be read: {'; '.join(run.missing)}")
             continue
         end = stages_of(run, next(iter(run.evaluations))).end
+        # Runs that were asked other clips are no seeds of one mean.
         groups.setdefault((match[1], _data_of(run.config, end)), []).append((run_folder, end))
     rows = []
     for (row, data), runs in groups.items():
+        # A run that is named by itself calls this control "permuted" too, so both ways lead to one arm.
         arm = row.removeprefix("control_") if row == f"control_{_PERMUTED}" else row
         rows.append(
             _run_row(f"{folder.name}/{row}", arm, str(folder), [end for _, end in runs], data, "a finished ablation")
@@ -210,6 +217,7 @@ def _run_row(name: str, arm: str, source: str, evaluations: Sequence[KeptEvaluat
     def level(mode: str, score: str) -> Level:
         values = [one.score(mode, _OF_EXPECTED_F1[score] if expected else score) for one in evaluations]
         known = [value for value in values if value is not None]
+        # A mean over fewer runs than `seeds` says would mislead, so there is none then.
         return Level.over_seeds(mean_over_seeds(known)) if len(known) == len(values) else Level(None)
 
     return Measured(
@@ -263,6 +271,7 @@ def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
             continue
         if not isinstance(content, dict) or not content.keys() >= _LAB_KEYS:
             continue  # another command's file
+        # Settings are nested, so their JSON is the key: files that differ in any of them are not averaged.
         group = groups.setdefault(
             json.dumps(
                 [content["world"], content.get("registered"), content.get("variant"), _shared(content["config"])],
@@ -279,6 +288,7 @@ def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
         try:
             rows += _rows_of_seeds(folder, group)
         except (KeyError, TypeError) as error:
+            # Another program's file may have the four keys and something else below them.
             names = ", ".join(path.name for path, _ in group)
             left_out.append(f"{names}: no results of the lab or the study ({error} is not as they write it)")
     return rows, left_out
@@ -287,6 +297,7 @@ def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
 def _rows_of_seeds(folder: Path, group: Sequence[tuple[Path, dict[str, Any]]]) -> list[Measured]:
     first_path, first = group[0]
     config, world = first["config"], first["world"]
+    # The lab's configuration has fields of its own; stage B of the study keeps the configuration of whole runs.
     if "eval_clips" in config:
         data = (
             f"{config['eval_clips']} clips of the lab's world {world}, a policy of {config['width']} units, "

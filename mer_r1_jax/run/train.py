@@ -115,6 +115,7 @@ def train(config: RunConfig) -> int:
     console = screen.console(stderr=True, quiet=not processes.is_first())
     config = checked(config)
     check_config(config)  # the same on all processes
+    # A missing library shows now: making or fetching data, which comes next, may take an hour.
     if is_bucket(config.train.output_dir):
         bucket.require()
     setup = make_setup(config, functools.partial(console.print, highlight=False))
@@ -123,8 +124,10 @@ def train(config: RunConfig) -> int:
             "there is nothing to do: sft.max_steps and rl.max_steps are 0 and data.eval_path is empty; set one of them"
         )
     check_data(setup.data)
+    # The folder comes after the set-up: hashes of data, tokenizer and model decide whether its run may go on.
     with _open_folder(setup, config) as folder, StopSignals(config.train.preemption_grace_seconds) as signals:
         try:
+            # No clip is decoded before: each is held against what earlier attempts saw under its name.
             setup.source.clips = ClipFingerprints(clip_label(setup.config))
             setup.source.clips.restore(read_clips(folder))
             return _stages(setup, folder, Stop(signals), console)
@@ -149,6 +152,7 @@ def _open_folder(setup: Setup, config: RunConfig) -> RunDirectory:
             resume=section.resume_from_checkpoint == "auto",
             local_dir=section.local_dir,
         )
+    # The others wait here until the folder is there: they write their logs into it.
     opened = processes.exchange("the run's folder", folder and (folder.attempt, folder.resumed))[0]
     return folder or RunDirectory.join(path, *opened, process=processes.index(), local_dir=section.local_dir)
 
@@ -166,6 +170,7 @@ def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) ->
 
     leave_out = left_out_of_checkpoints(setup.config)
 
+    # SFT and RL may train other parameters, and only a checkpoint's host state says which phase it is of.
     def abstract(step: int, host: dict[str, Any]) -> dict[str, Any]:
         check_host(host)
         return as_stored(setup.abstract_state_of(host["phase"]), leave_out)
@@ -175,9 +180,11 @@ def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) ->
         # The optimizer's moments too: broken ones break the next update.
         numbers = stored_params(restored.arrays) | named_leaves({"optimizer": restored.arrays["opt_state"]})
         check_numbers(numbers, f"{checkpoints.directory}/{restored.step}")
+        # Checkpoints of a run with adapters leave the base out: it comes from model.path, or was saved beside them.
         restored.arrays["frozen"] |= restore_base(setup, functools.partial(folder.open_checkpoints, BASE_FOLDER, 1))
     if processes.is_first():
         introduce(console, setup, folder, (sft, rl), restored)
+    # Metrics of later steps than the checkpoint's are set aside: these steps are made again.
     resume_at = (restored.host["phase"], restored.host["step"]) if restored else None
     first = processes.is_first()
     with MetricsWriter(folder, resume_at, section.report_to) if first else NoMetrics() as metrics:
@@ -235,6 +242,7 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
             saved = done
             for step in range(done + 1, phase.total_steps + 1):
                 steps.begin(step)
+                # It is taken before the load: one that is left may have listed broken clips of a step never made.
                 position = data.state()
                 try:
                     batch, tokens = phase.batch(data.next(step, run.stop.asked))
@@ -248,6 +256,7 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
                 # Donated: the old state's memory becomes the new one's.
                 state, metrics = sft_step(state, put(batch, run.backbone.mesh))
                 steps.add(step, {**metrics, **data.metrics(), "learning_rate": learning_rate}, tokens)
+                # All processes leave after the same step, or those left behind would wait in the next collective.
                 stopping = run.stop.agreed()
                 if step % config.save_steps == 0 or step == phase.total_steps or stopping:
                     save(run, phase, step, (state, data.state()), steps)
@@ -271,6 +280,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
         # Compiled when they are first called, with the first prompts.
         rl_step, update = run.rl_step(phase.buckets), run.programs.make_update(phase.optimizer)
         with StepLog(run, phase, done, num_tokens) as steps:
+            # One is due before the first update, and where an attempt was stopped between checkpoint and evaluation.
             try:
                 _evaluate_when_due(run, phase, state, done, steps)
             except StopRequested:
@@ -281,6 +291,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                 steps.begin(step)
                 first_update = (step - 1) % iterations == 0
                 if first_update:
+                    # It is taken before the load: a run that goes on from the step before draws these prompts again.
                     position = data.state()
                     try:
                         loaded = data.next(step, run.stop.asked)
@@ -308,6 +319,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
 
                 # Between two rollouts: save, stop or evaluate where that is due.
                 steps.flush()  # the next rollout needs the update anyhow, and what comes first is not its time
+                # A multiple of save_steps may lie inside a rollout: the step that ends the rollout is saved for it.
                 due = step % run.config.train.save_steps < iterations or step == phase.total_steps
                 stopping = run.stop.agreed()  # read once: a signal may come at any moment
                 if due or stopping:
@@ -318,6 +330,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                 try:
                     _evaluate_when_due(run, phase, state, step, steps)
                 except StopRequested:
+                    # A checkpoint that was due is there already; otherwise these updates are saved now.
                     if not due:
                         save(run, phase, step, (state, data.state()), steps, reference)
                     return None
@@ -334,6 +347,8 @@ def evaluate(run: Run, params: Params, phase: str, step: int) -> None:
     step += run.sft_steps if phase == "rl" else 0
     if not run.data.eval:
         return
+    # Scores are written after the answers, so where they stand the evaluation is whole. All processes go by what the
+    # first one sees: one that went on alone would wait for the others.
     if processes.from_first("evaluations", (run.folder.eval / f"{BENCHMARK}_{step:05d}.json").exists):
         return
     section = run.config.eval
@@ -373,6 +388,7 @@ def _fixed_words(run: Run) -> dict[str, list[str]] | None:
         rows = [json.loads(line) for line in json_texts(path.read_text(encoding="utf-8"))]
         return {row["id"]: row["fast"]["words"] for row in rows}
 
+    # On another host the local copy of a run in a bucket may have no evaluations, so the first process reads.
     return processes.from_first("the words of the first evaluation", read)
 
 
@@ -449,6 +465,7 @@ def save(
         steps.flush()
         run.metrics.sync()  # a checkpoint must not outlive its metrics
         write_clips(run, run.folder)  # nor what its clips were
+        # Checkpoints go to a bucket directly, so the files that must not be missing beside them go first.
         run.folder.publish()
         if reference is not None:
             reference.keep()
