@@ -133,6 +133,7 @@ class AnsweringPolicy:
         key = jax.random.key(0) if key is None else key
         completions = programs.sample(self.decoding, prompts, key, sampling, stop, watch)
         host = local_rows(completions, programs.backbone.mesh)
+        # Training would skip such a step, but an answer drawn from NaN would be read and scored like any other.
         check_finite(host)
         return Answers(mode, prompts, completions, host)
 

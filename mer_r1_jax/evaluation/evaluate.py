@@ -123,6 +123,7 @@ class Evaluator:
             records += rows
             for mode in modes:
                 answers[mode] += batch_answers[mode]
+        # The exchange comes before the check, so that a process without a usable clip takes part and all fail alike.
         records, answers, skipped = self._of_all(records, answers, skipped)
         if not records:
             raise EvaluationError(

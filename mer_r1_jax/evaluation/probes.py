@@ -150,12 +150,14 @@ def swap_modality(prober: Prober, before: Evaluation, modality: str) -> Swap:
         )
     parts = [getattr(record, field) for record in held]
     counts = np.asarray([1 if modality == "subtitle" else len(part) for part in parts])
+    # Messages may have a placeholder for each clip, so a partner has to bring as many.
     partner, sharing = partners(
         [record.solution for record in held], prober.wheels, prober.seed, counts[:, None] != counts[None, :]
     )
     chosen = np.flatnonzero(partner != ALONE)
     swapped = [dataclasses.replace(held[clip], **{field: parts[partner[clip]]}) for clip in chosen]
     after = prober.answers(swapped)
+    # Clips whose borrowed part cannot be used are missing from `after`, and so from both sides of the comparison.
     ids = tuple(record.id for record in after.records)
     return Swap(
         part=modality,
@@ -200,6 +202,7 @@ def swap_reasoning(prober: Prober, before: Evaluation) -> Swap:
     partner, sharing = partners([record.solution for record in records], prober.wheels, prober.seed)
     own = _continued(prober, records, prefixes)
     other = _continued(prober, records, [prefixes[clip] for clip in partner])
+    # Each pass loads the clips anew and may fail on others, so only clips that both passes answered are compared.
     present = [clip for clip, record in enumerate(records) if record.id in own and record.id in other]
     left_out["unusable"] = len(records) - len(present)
     ids = tuple(records[clip].id for clip in present)
@@ -209,6 +212,7 @@ def swap_reasoning(prober: Prober, before: Evaluation) -> Swap:
 
     sampled = {record.id: answer.answer for record, answer in zip(before.records, before.answers["slow"], strict=True)}
     partner_truths = [records[partner[clip]].solution for clip in present]
+    # This F1 is high where the answer says what the borrowed reasoning leads to.
     follows = [
         answer_rewards(other[clip].parsed.words, truth, prober.wheels).f1
         for clip, truth in zip(ids, partner_truths, strict=True)

@@ -133,6 +133,7 @@ def fixed_words(
         truths: words.
     """
     scorer, host = policy.answerer.scorer, slow.host
+    # Room for the longest reasoning plus an answer keeps the texts in one shape, so no batch compiles anew for them.
     rows, longest = len(host.length_BG), host.id_BGC.shape[-1] + scorer.longest_answer
     ids = [_spliced(policy, reasoning, given, longest) for reasoning, given in zip(reasonings, words, strict=True)]
     id_BGC = np.zeros((rows, 1, longest), np.int32)
@@ -142,6 +143,8 @@ def fixed_words(
         id_BGC[row, 0, : len(own)] = own
     exists_BGC = np.arange(longest) < length_BG[..., None]
     nothing = np.zeros((rows, 1, longest), np.float32)
+    # The texts take the form of completions, so that the scorer locates words as in sampled answers; it reads neither
+    # of the log-probabilities.
     made = Completions(
         id_BGC=id_BGC,
         length_BG=length_BG,
@@ -150,6 +153,7 @@ def fixed_words(
         logprob_BGC=nothing,
         sampling_logprob_BGC=nothing,
     )
+    # The scorer takes a row without a truth for padding, so a row without a text has no word to ask about.
     padded = [truth if own else None for truth, own in zip(truths, ids, strict=True)]
     anchors = scorer.groups(made, [*padded, *[None] * (rows - len(padded))]).anchors
 

@@ -97,6 +97,7 @@ class Backbone(Protocol):
 
         def differs(name: str, sharding: Any) -> bool:
             shape = self.shapes[name]
+            # This compares where arrays end up: specs that differ only over axes of one device place them alike.
             placed = sharding.is_equivalent_to(self.shardings[name], len(shape.shape))
             return shape.dtype != self.config.compute_dtype or not placed
 

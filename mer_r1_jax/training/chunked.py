@@ -65,6 +65,7 @@ def go_on(
 ) -> tuple[RolloutState, Array]:
     """One chunk more of a batch that began with the first of the sizes; returns what `begin` does."""
     state = advance(model, state, sampling, chunks.tokens)
+    # The host may skip sizes, so the need is reported for all of them.
     return state, compaction.rows_needed(state, sizes, chunks.devices, sampling.max_completion_length)
 
 

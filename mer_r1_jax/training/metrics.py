@@ -48,6 +48,7 @@ class MetricsWriter:
     ):
         self._path = run.metrics_file
         self._completions = run.completions
+        # Discarding replaces the file, so it comes before the opening: an older handle would write to the lost one.
         discard_after(run.metrics_file, run.attempt_logs / "metrics_discarded.jsonl", resume_at)
         with writing("metrics.jsonl", self._path):
             self._file = open(self._path, "ab", buffering=0)
@@ -74,6 +75,7 @@ class MetricsWriter:
         line |= {name: encode_number(value) for name, value in values.items()}
         with writing("metrics.jsonl", self._path):
             atomic_files.append(self._file, f"{json.dumps(line, allow_nan=False)}\n".encode())
+        # The file has the line before any reporter has a chance to fail.
         for name, reporter in self._reporters.items():
             self._attempt(name, lambda reporter=reporter: reporter.write(phase, step, values))
         return values
@@ -101,6 +103,7 @@ class MetricsWriter:
                 self.sync()
             finally:
                 self._file.close()
+        # Reporters may wait for a server, so they are closed after the lines are safe on disk.
         for name, reporter in self._reporters.items():
             self._attempt(name, reporter.close)
         self._reporters = {}
@@ -187,6 +190,7 @@ def _is_kept(line: str, resume_at: tuple[str, int] | None) -> bool:
         position = (PHASES.index(parsed["phase"]), parsed["step"])
     except (ValueError, KeyError, TypeError):
         return False
+    # The phase is compared first, because steps count from 1 again in RL.
     return position <= (PHASES.index(resume_at[0]), resume_at[1])
 
 

@@ -102,6 +102,7 @@ class OmniBackbone(Backbone):
 
     def bind(self, params: Params) -> Thinker:
         """As of `Backbone`; parameters without adapters give the model with its adapters switched off."""
+        # The reference of RL may come without adapters, and nnx cannot merge the adapted structure with fewer leaves.
         off = self.config.adapters is not None and not any(map(is_adapter, params))
         return bind(abstract_thinker(self.config.base)[0] if off else self.graphdef, nest(params))
 
@@ -111,6 +112,7 @@ class OmniBackbone(Backbone):
 
         def make(key: jax.Array) -> Params:
             params = flatten(init_params(self.config.base, key))
+            # Everything is made in `model.param_dtype`, while frozen parameters may be kept in `model.frozen_dtype`.
             return {name: leaf.astype(self.shapes[name].dtype) for name, leaf in params.items()}
 
         return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
@@ -168,6 +170,7 @@ def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:
     if model.path:
         if sizes:
             raise ConfigError(f"model.path is {model.path!r}, whose sizes are its own: leave {', '.join(sizes)} at 0")
+        # A checkpoint's config.json gives vocabulary and special ids, so only what training decides is put over it.
         return dataclasses.replace(load_config(model.path), **common)
     # Only the smallest preset takes its vocabulary from the tokenizer: no released weights fix it.
     if model.preset == "tiny" and tokenizer is not None:
@@ -218,6 +221,7 @@ def _resized(config: ThinkerConfig, sizes: dict[str, int | float]) -> ThinkerCon
     # Qwen gives a quarter of the frequencies to time and the rest to height and width in equal parts.
     spatial = half_head * 3 // 8
     text["mrope_section"] = (half_head - 2 * spatial, spatial, spatial)
+    # Features stand in for token embeddings, so both towers have to end at the language model's width.
     parts["vision"]["out_hidden_size"] = parts["audio"]["output_dim"] = width
     depth = parts["vision"].get("depth", config.vision.depth)
     parts["vision"]["fullatt_block_indexes"] = tuple(range(depth - 1, -1, -4))[::-1]

@@ -98,6 +98,7 @@ def total_steps(config: RunConfig, name: str, records: int) -> int:
         ConfigError: when a step takes more prompts than there are records.
     """
     section = getattr(config, name)
+    # The stream of prompts would refuse this too, but only when the phase begins, perhaps after hours of SFT.
     if section.prompts_per_step > records:
         raise ConfigError(
             f"{name}.prompts_per_step: got {section.prompts_per_step}, but data.{name}_path has {records} usable "

@@ -39,6 +39,7 @@ class StepProfiler:
             wait: comes back when the device is done with the step before, and in a run of several processes when all
                 have come; called where that one was to be traced, whether or not its trace could be begun here.
         """
+        # The test is on steps, not on `_open`: `wait` is for all processes alike, and a trace may have failed in one.
         if self._last in self._steps:
             wait()  # a step is dispatched long before it has run
             self.end()
@@ -56,6 +57,7 @@ class StepProfiler:
         """Writes the open trace, where there is one."""
         if self._open is None:
             return
+        # The trace counts as closed whatever follows, so a failure is reported once and not at every later step.
         step, self._open = self._open, None
         try:
             jax.profiler.stop_trace()

@@ -87,8 +87,11 @@ class Progress:
         if self.phase == "rl" and not self._hinted:
             self._hinted = True
             self.note(LOSS_HINT)
+        # The loss of RL says nothing about learning, so the line leaves it out.
         shown = {k: v for k, v in SHOWN.items() if k in metrics and not (k == "loss" and self.phase == "rl")}
         text = "  ".join(f"{label} {metrics[name]:{form}}" for name, (label, form) in shown.items())
+        # Without a terminal, a line is due at the first step of an attempt, at the last of the phase, and whenever a
+        # multiple of `_every` is reached or passed: with `train.logging_steps` not every step comes here.
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._done)

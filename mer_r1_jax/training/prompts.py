@@ -73,6 +73,7 @@ class PromptSource:
             PromptError: for a record that cannot become a prompt, such as one longer than the cap.
             ClipChangedError: for a clip that is not the one this run saw under its name.
         """
+        # Fingerprints are compared before decoding and kept after it, so that only usable clips count as seen.
         seen = self.clips.check(record, Path(self._media_root or Path(record.file).parent))
         clips = self.loader.load(record)
         self._say(record, clips)
@@ -137,6 +138,7 @@ def plan_buckets(config: RunConfig, thinker: ThinkerConfig, records: Sequence[Re
 def _audio_clips(record: Record, media: MediaConfig) -> int:
     if not interleaves(record, media):
         return len(record.audios)
+    # Here every video brings its own track, so its file among the audios adds none.
     return len(record.videos) + sum(name not in record.videos for name in record.audios)
 
 

@@ -74,6 +74,7 @@ def open_reporters(
         elif name == "wandb":
             opened["Weights & Biases"] = _Background(lambda: _WandbRun(run))
         else:
+            # The default argument binds the name now; the thread calls this after the loop has moved on.
             opened[name] = _Background(lambda name=name: _Call(own_function("train.report_to", name)))
     return opened
 
@@ -142,6 +143,7 @@ class _Background:
             self._thread.start()
         self._tell()
         try:
+            # The thread reads the line later, so it gets a copy; a full queue raises, because a run must not wait.
             self._lines.put_nowait((phase, step, dict(values)))
         except queue.Full:
             raise TimeoutError(f"it has taken none of the last {QUEUED:,} lines") from None
@@ -151,6 +153,7 @@ class _Background:
         if self._thread is None:
             return
         try:
+            # The thread sends the lines before the None, then closes the reporter and ends.
             self._lines.put_nowait(None)
         except queue.Full:
             pass  # the thread is stuck, which is told below
@@ -202,6 +205,7 @@ class _WandbRun:
         if not id_file.exists():
             atomic_files.write_text(id_file, uuid.uuid4().hex[:12])
         config = json.loads(run.config_file.read_text())
+        # `resume="allow"` creates the run at the first attempt and resumes it at every later one.
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "mer-r1"),
             name=config.get("train", {}).get("run_name") or config.get("name"),

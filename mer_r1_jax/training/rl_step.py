@@ -373,6 +373,7 @@ def group_advantages(
     )
     # What is logged is what was earned; the control shuffles afterwards.
     metrics = confidence_metrics(*slow_fast, anchors) | reward_metrics(rewards, config.format_weight)
+    # The number of categories is a fact about the answer and no reward, so the control leaves it where it is.
     named_BG = rewards.categories_BG
     if config.permute_rewards:
         rewards = permute_within_groups(rewards, key)
@@ -551,11 +552,13 @@ class RlPrograms:
         """
         stop.check()
         how = self.sampling if sampling is None else sampling
+        # A chunk as long as the cap would never give completions a chance to leave early.
         if 0 < self.chunks.tokens < how.max_completion_length:
             completions = self._sample_in_chunks(params, prompts, key, how, stop, watch)
         else:
             completions = self.rollout(params, prompts, key, how)
         faults.here("sampled", how.num_generations)
+        # The wait is here, where a signal can end it; reading the tokens would block until the program is done.
         stop.wait(completions)
         return completions
 

@@ -47,6 +47,7 @@ class RolloutLog:
         counts, table = collections.Counter(), collections.defaultdict(list)
         for part in parts:
             counts.update(part.counts)
+            # Columns are joined by name, because a process without answers of its own has a table without columns.
             for name, column in part.table.items():
                 table[name] += column
         return RolloutLog(
@@ -119,6 +120,7 @@ def completions_table(
                     "advantage": float(advantage_BG[row, column]),
                     "length": answer.length,
                     "truncated": bool(answer.truncated),
+                    # Each token outside the sample has 0, so the sum is the whole answer's, untempered and in nats.
                     "logprob": float(completions.logprob_BGC[row, column].sum()),
                 }
             )
@@ -129,6 +131,7 @@ def completions_table(
 def reward_metrics(rewards: Rewards, format_weight: float) -> dict[str, jax.Array]:
     """Means and spreads of each reward, for use inside `jit`. `reward` is F1 + w R_F whatever the arm, so that arms can
     be compared."""
+    # Answer rewards mean nothing where the truth is on no wheel, but the format of such answers counts all the same.
     held_BG = rewards.valid_BG & rewards.scored_BG
     kinds = {
         "recall": (rewards.recall_BG, held_BG),
@@ -171,6 +174,7 @@ def advantage_metrics(advantage_BG: jax.Array, rewards: Rewards, config: RlConfi
         if x_BG is not None
     }
     for name, field in (("calibration", "calibration_weight"), ("format", "format_weight")):
+        # Some arms put the term inside a z, so its share is found by computing the advantage again without it.
         without_BG = advantages(config.arm, rewards, dataclasses.replace(config, **{field: 0.0}))
         # The covariances of the terms with the whole add up to its variance.
         own = _sum_of_products(advantage_BG - without_BG, advantage_BG, held_BG)

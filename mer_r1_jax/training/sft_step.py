@@ -159,6 +159,7 @@ class SftPhase(Phase[SftConfig]):
     def batch(self, loaded: Sequence[LoadedItem]) -> tuple[SftBatch, int]:
         """The host batch of a step, and how many real tokens it has."""
         rows, tokens = loaded_rows(loaded, self.buckets, self.backbone.config)
+        # A broken clip keeps its row but gets no targets, so nothing of it is in the loss.
         targets = [self.targets[visit.record.id] if visit.clips else None for visit in loaded]
         count = rows.uid_B.shape[0]
         # [B, 1, C]: one continuation of each kind a prompt, padded to the longest target of the whole phase.
@@ -173,11 +174,13 @@ def _all_targets(
 ) -> tuple[dict[str, TargetIds], tuple[int, int]]:
     """Every record's targets by id, and the padded lengths of slow and fast ones (0: no fast targets)."""
     targets, problems = {}, []
+    # Every record is tried before the error is raised, so that one start names all targets that need mending.
     for record in records:
         try:
             reasoning, answer = record.target_reasoning, record.target_answer
             assert reasoning is not None and answer is not None, f"{record.where}: read for SFT, which wants both"
             slow = tags.slow_target(reasoning, answer)
+            # Only slow answers have a demonstration; the fast target lists the truth's words.
             fast = tags.fast_target(", ".join(record.solution)) if config.fast_fraction else None
         except TagError as error:
             problems.append(f"{record.where}: {record.id}: {error}")

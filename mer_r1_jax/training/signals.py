@@ -86,6 +86,7 @@ class StopSignals:
         if _active is not None:
             raise RuntimeError("another StopSignals is already entered: pass that one on instead")
         self._read_end, self._write_end = os.pipe()
+        # `set_wakeup_fd` refuses a descriptor that can block, because a signal handler must never wait.
         os.set_blocking(self._write_end, False)
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         # The handlers do nothing: they only keep the default action away, the thread below does the work.
@@ -100,6 +101,7 @@ class StopSignals:
         _active = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        # The descriptor is given up before the thread ends, so that no signal is written where nobody reads.
         signal.set_wakeup_fd(self._previous_fd)
         os.write(self._write_end, _END_WATCH)
         self._watcher.join()
@@ -111,6 +113,7 @@ class StopSignals:
             if not select.select([self._read_end], [], [], self._left())[0]:
                 self._end_of_grace()
                 continue
+            # Each signal is one byte, its number, and several may have arrived since the last read.
             for number in os.read(self._read_end, 64):
                 if number == _END_WATCH[0]:
                     return
@@ -133,6 +136,7 @@ class StopSignals:
             f"{over} the program has not come to a place where it can save: it compiles, or waits for the device. It "
             "ends now, and the last valid checkpoint counts: the same command goes on from there."
         )
+        # `sys.exit` would end this thread alone and leave the main thread inside its program.
         os._exit(EXIT_SAVED)
 
     def _take(self, received: signal.Signals) -> None:
@@ -141,6 +145,7 @@ class StopSignals:
                 return
             _tell(f"{received.name} again: stopping now, without saving. The newest checkpoint counts.")
             os._exit(128 + received)
+        # The name is set before the event, because the main thread reads it as soon as it sees the event.
         self.signal_name = received.name
         self._asked_at = time.monotonic()
         self._stop.set()

@@ -166,6 +166,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """AdamW with clipping of the global gradient norm."""
+    # Clipping comes first, because the moments would remember a single huge gradient for many steps.
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -189,6 +190,7 @@ def init_state(params: Params, is_trainable: Callable[[str], bool], optimizer: A
     return TrainState(
         step=zero(),
         params=params,
+        # Optax gives the moments the dtype of the parameters it is shown, so it is shown a cast copy.
         opt_state=optimizer.init(_cast(trained, dtype)),
         skipped=zero(),
         skipped_in_a_row=zero(),
@@ -208,6 +210,7 @@ def accumulate(
         parts: micro-batches, walked one after the other, so that the activations of one alone are held.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
+    # A single micro-batch needs no scan, which would hold running sums beside the gradients.
     if parts == 1:
         (value, metrics), gradients = gradient(trained, batch)
         return value, metrics, gradients
@@ -219,6 +222,7 @@ def accumulate(
     # [parts, rows / parts, ...], walked by a scan: one program for one part, compiled once.
     micro_batches = split_rows(batch, parts)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), micro_batches)
+    # The loss decides which metrics there are, so it is traced once to shape the zeros that the sums start from.
     (value, metrics), gradients = jax.eval_shape(gradient, trained, first)
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (value, metrics, gradients))
     total, _ = jax.lax.scan(add, zero, micro_batches)
@@ -247,6 +251,7 @@ def apply_gradients(
 
     new_state = dataclasses.replace(
         state,
+        # A skipped update counts as well: its prompts are used up, and the next one draws new dropout bits.
         step=state.step + 1,
         params=keep(updated, trained) | frozen,
         opt_state=keep(opt_state, state.opt_state),
@@ -271,6 +276,7 @@ def state_shardings(state: TrainState, shardings: Params, scalar: Any) -> TrainS
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        # Optax keeps moments in dictionaries under the parameters' names, so the last key says whose place they take.
         name = getattr(path[-1], "key", None)
         return shardings[name] if name in shardings else scalar
 
@@ -302,6 +308,7 @@ def check_host(host: Mapping[str, Any]) -> None:
     Raises:
         DamagedStepError: naming what is not as it ought to be.
     """
+    # This runs while a checkpoint is opened, and its error makes the reader fall back to the step before.
     counters, data = host.get("counters"), host.get("data")
     right = {
         "phase": host.get("phase") in ("sft", "rl"),

@@ -42,6 +42,7 @@ class Stop:
         if self.signals.should_stop():
             self._asked = True
             processes.announce(ANNOUNCED)
+        # Looking up announcements is a call to the coordinator over the network, so most polls of `wait` do without.
         elif time.monotonic() - self._looked_at > ANNOUNCEMENT_SECONDS:
             self._looked_at = time.monotonic()
             self._asked = processes.is_announced(ANNOUNCED)
@@ -65,10 +66,12 @@ class Stop:
         if self.signals is None:
             return
         leaves: list[Any] = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
+        # The arrays are polled, because `block_until_ready` would not return for a signal.
         for seconds in _polls():
             if self.asked() or all(leaf.is_ready() for leaf in leaves):
                 break
             time.sleep(seconds)
+        # The check also comes when the arrays are ready, because every process has to take part in it.
         self.check()
 
 
