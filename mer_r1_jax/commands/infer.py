@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -120,21 +121,25 @@ def _to_file() -> int:
     from mer_r1_jax.data.records import read_records
     from mer_r1_jax.run.answer_file import answer_records, check_out
     from mer_r1_jax.run.asking import open_policy
-    from mer_r1_jax.run.policy import refuse_in_run
+    from mer_r1_jax.run.policy import extra_columns_of, refuse_in_run
     from mer_r1_jax.training.stopping import Stop
 
     refuse_in_run(_OUT.value)
     modes = _modes()
     check_out(_OUT.value, modes)
+    changes = named_values(_SET.value)
+    read = functools.partial(
+        read_records, _DATA.value, _MEDIA_ROOT.value, extra_columns=extra_columns_of(_MODEL.value, changes)
+    )
     if _DATA.value:
-        read_records(_DATA.value, _MEDIA_ROOT.value)  # what is wrong with it shows before a model is loaded
+        read()  # what is wrong with it shows before a model is loaded
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignals(GRACE_SECONDS))
-        policy = open_policy(_MODEL.value, changes=named_values(_SET.value))
+        policy = open_policy(_MODEL.value, changes=changes)
         stack.callback(policy.setup.source.close)
         question = _QUESTION.value or policy.setup.config.data.question
         if _DATA.value:
-            records = read_records(_DATA.value, _MEDIA_ROOT.value, question=question)
+            records = read(question=question)
         else:
             clip = _clip(question)
             records = [dataclasses.replace(clip, id=pathlib.Path(clip.id).stem)]  # the challenge's `name`

@@ -7,6 +7,7 @@ from a fixed key. Slow and fast share a clip's media features; they differ in wh
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -151,9 +152,17 @@ class Evaluator:
             the records of a batch, and mode -> their answers.
         """
         with self.answerer.holding(params) as policy:
-            for batch in filled_up(batched(prompts, self.buckets[0].rows, skipped), at_least):
+            for batch in self._batches_of(prompts, skipped, at_least):
                 stop.check()
                 yield [record for record, _ in batch], self._answer(policy, batch, modes, stop)
+
+    def _batches_of(
+        self, prompts: Iterator[tuple[Record, Prompt | str]], skipped: list[tuple[Record, str]], at_least: int
+    ) -> Iterator[list[tuple[Record, Prompt]]]:
+        rows = self.buckets[0].rows
+        if processes.count() > row_share(self.answerer.programs.backbone.mesh).count:
+            return agreed_batches(prompts, rows, skipped, at_least)
+        return filled_up(batched(prompts, rows, skipped), at_least)
 
     def _of_all(self, *own: Any) -> tuple[list[Record], dict[str, list[AnswerOf]], list[tuple[Record, str]]]:
         """Records, answers and skipped records of all processes, in their order."""
@@ -255,6 +264,29 @@ def batched(
             batch = []
     if batch:
         yield batch
+
+
+def agreed_batches(
+    prompts: Iterator[tuple[Record, Prompt | str]], rows: int, skipped: list[tuple[Record, str]], at_least: int
+) -> Iterator[list[tuple[Record, Prompt]]]:
+    """Batches for processes of which some load the same rows: a clip that one of them cannot use, none uses.
+
+    Where a time limit passes in one alone, they would otherwise put different clips into one row. Each batch is what is
+    left of `rows` records, so that all processes ask each other equally often, whatever they skip.
+
+    Args:
+        prompts, rows, skipped: as of `batched`.
+        at_least: batches to go through, the last ones empty; processes with other rows may have more records.
+    """
+    made = 0
+    while (visits := list(itertools.islice(prompts, rows))) or made < at_least:
+        made += 1
+        own = {record.id: prompt for record, prompt in visits if isinstance(prompt, str)}
+        said = processes.exchange("the clips of a batch", own)
+        unusable = {name: why for one in said for name, why in one.items()}
+        skipped += [(record, unusable[record.id]) for record, _ in visits if record.id in unusable]
+        kept = [visit for visit in visits if visit[0].id not in unusable]
+        yield [(record, prompt) for record, prompt in kept if not isinstance(prompt, str)]
 
 
 def filled_up(batches: Iterator[list[Any]], at_least: int) -> Iterator[list[Any]]:

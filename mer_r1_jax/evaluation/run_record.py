@@ -40,6 +40,7 @@ class KeptEvaluation:
     step = property(lambda self: self.scores["step"])
     n = property(lambda self: self.scores.get("n", 0))
     n_unscorable = property(lambda self: self.scores.get("n_unscorable", 0))  # clips in no score: truth on no wheel
+    n_asked = property(lambda self: self.n + len(self.scores.get("skipped", ())))  # with those that could not be used
     n_scored = property(lambda self: self.n - self.n_unscorable)
 
     def score(self, mode: str, name: str) -> float | None:

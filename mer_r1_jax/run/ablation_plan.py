@@ -177,12 +177,12 @@ def make_plan(
     # Seeds are compared as numbers: 1 and 01 are one seed.
     for flag, values in (
         ("arms", arms),
-        ("seeds", [_whole_number(seed) for seed in seeds]),
+        ("seeds", [number for seed in seeds if not math.isnan(number := _whole_number(seed))]),
         ("controls", controls.names),
     ):
         if twice := sorted({str(value) for value in values if list(values).count(value) > 1}):
             problems.append(f"--{flag}: {', '.join(twice)} stands there twice")
-        if not values and flag != "controls":
+        if not {"arms": arms, "seeds": seeds}.get(flag, True):
             problems.append(f"--{flag}: got none, expected at least one")
     problems += _config_problems(config)
     if "sft" in controls.names and controls.sft_steps < 1:

@@ -124,7 +124,8 @@ def open_policy(
     require_model(path)
     # A clip without sound is answered from its frames, and counted.
     overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir())
-    if overrides.get("media.missing_audio", "error") == "error":
+    said = config or next(iter(configs_of(path)), None)
+    if said is None or said.media.missing_audio == "error":
         overrides["media.missing_audio"] = "skip"
     setup, params, read = open_step(path, overrides | dict(changes or {}), devices)
     return Policy(setup, params, model_fingerprint(path, setup.tokenizer_path, read), _held_out(path, config))

@@ -41,7 +41,7 @@ from mer_r1_jax.run import folder_checks
 from mer_r1_jax.run.asking import eval_length, load_prompts, make_answerer, make_evaluator
 from mer_r1_jax.run.folder_checks import CertificateError
 from mer_r1_jax.run.model_memory import BFLOAT16, thinker_tensors
-from mer_r1_jax.run.policy import PolicyError, open_model
+from mer_r1_jax.run.policy import PolicyError, extra_columns_of, open_model
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.training.state import Params, nest
@@ -151,7 +151,7 @@ def certify(asked: Asked) -> Certificate:
     if problem := path_problem(asked.model):
         raise PolicyError(problem)
     if asked.data:  # a mistake in them shows before hours have gone into the numbers
-        read_records(asked.data, asked.media_root, question=_QUESTION, require=("solution",))
+        _records_of(asked, _QUESTION)
     begun = time.monotonic()
     certificate = Certificate(printable(asked.model))
     if _certify_folder(certificate, asked.model):
@@ -163,6 +163,16 @@ def certify(asked: Asked) -> Certificate:
     certificate.figures["most memory of this process"] = f"{peak / 1e9:.2f} GB"
     certificate.figures["the whole took"] = f"{certificate.seconds:.0f} s, compiling included"
     return certificate
+
+
+def _records_of(asked: Asked, question: str) -> list[Record]:
+    return read_records(
+        asked.data,
+        asked.media_root,
+        question=question,
+        require=("solution",),
+        extra_columns=extra_columns_of(asked.model, asked.overrides),
+    )
 
 
 def _certify_folder(certificate: Certificate, model: Path) -> bool:
@@ -274,9 +284,7 @@ def _certify_answers(certificate: Certificate, asked: Asked, setup: Setup, param
         certificate.leave("no records were given: --data=FILE, with a solution in each", GAP)
         return
     # They are read once more: only the model says what records without a question of their own are asked.
-    question = setup.config.data.question
-    records = tuple(read_records(asked.data, asked.media_root, question=question, require=("solution",)))
-    records = records[: asked.limit or None]
+    records = tuple(_records_of(asked, setup.config.data.question))[: asked.limit or None]
     evaluator = make_evaluator(setup, records)
     evaluation: list[Evaluation] = []
 

@@ -13,7 +13,14 @@ from mer_r1_jax.evaluation.probes import Prober
 from mer_r1_jax.media.clips import interleaves
 from mer_r1_jax.run.asking import load_prompts, make_evaluator
 from mer_r1_jax.run.inputs import require_files
-from mer_r1_jax.run.policy import PolicyError, configs_of, held_out_of, open_model, require_model
+from mer_r1_jax.run.policy import (
+    PolicyError,
+    configs_of,
+    extra_columns_of,
+    held_out_of,
+    open_model,
+    require_model,
+)
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.training.state import Params
 
@@ -85,16 +92,13 @@ def open_held_out(
         config = _evaluated_config(pathlib.Path(path))
         data, media_root = config.data.eval_path, media_root or config.data.media_root
         limit = limit or config.eval.limit
-    # The model comes first: its settings say what records without a question are asked.
-    setup, params = open_model(path, {"data.media_root": media_root, **(overrides or {})})
-    settings = setup.config.data
-    records = read_records(
-        data,
-        media_root,
-        question=settings.question,
-        require=("solution",),
-        extra_columns=settings.extra_columns,
+    read = functools.partial(
+        read_records, data, media_root, require=("solution",), extra_columns=extra_columns_of(path, overrides)
     )
+    read()  # what is wrong with them shows before a model is loaded, which may take minutes
+    setup, params = open_model(path, {"data.media_root": media_root, **(overrides or {})})
+    # Only the model says what records without a question of their own are asked.
+    records = read(question=setup.config.data.question)
     return HeldOut(setup, params, tuple(records[: limit or None]))
 
 

@@ -28,6 +28,7 @@ from mer_r1_jax.training.signals import EXIT_SAVED, StopSignals
 
 PROGRAM = (sys.executable, "-m", "mer_r1_jax.run.jobs")
 FINISHED = "finished.json"  # in a run's folder: the process of the run ended well
+PARENT = "MER_R1_ABLATION_PROCESS"  # environment of a job: the process that started it
 JOBS, COMPILED = "jobs", "compiled"  # folders beside those of the runs
 POLL_SECONDS = 0.2
 PARENT_CHECK_SECONDS = 1.0
@@ -267,7 +268,7 @@ class _Runner:
 
 def _environment(out: Path) -> Mapping[str, str]:
     """That of a job's process. Its runs compile the same programs: once is enough, unless the user keeps them."""
-    return {"JAX_COMPILATION_CACHE_DIR": str(out / COMPILED)} | dict(os.environ)
+    return {"JAX_COMPILATION_CACHE_DIR": str(out / COMPILED)} | dict(os.environ) | {PARENT: str(os.getpid())}
 
 
 @contextlib.contextmanager
@@ -294,12 +295,15 @@ def _tail(log: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs, or goes on with, the run of a saved configuration; returns the exit code of `run.train.train`."""
+    # The watch begins before the imports, which take seconds. Its parent is told to it: one that is gone by now would
+    # have left this process to another, which lives on.
+    parent = int(os.environ.get(PARENT, os.getppid()))
+    threading.Thread(target=_stop_with_parent, args=(parent,), daemon=True).start()
     # Only a job trains: who starts jobs needs none of this.
     from mer_r1_jax.cli import ended, explained
     from mer_r1_jax.config.build import load_config
     from mer_r1_jax.run.train import train
 
-    threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     with explained():
         code = train(load_config(arguments[0]))
     return ended(code)

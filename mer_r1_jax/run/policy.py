@@ -293,6 +293,14 @@ def configs_of(path: str | pathlib.Path) -> list[RunConfig]:
     return [config for config in found if config is not None]
 
 
+def extra_columns_of(path: str | pathlib.Path, changes: dict[str, Any] | None = None) -> tuple[str, ...]:
+    """`data.extra_columns` before a model is open: a command's own, or that of the run that the model is or lies in."""
+    names = (changes or {}).get("data.extra_columns")
+    if names is not None:
+        return (names,) if isinstance(names, str) else tuple(names)
+    return next((config.data.extra_columns for config in configs_of(path)), ())
+
+
 def held_out_of(config: RunConfig) -> tuple[str, str]:
     """(file, media root) of the held-out clips a configuration names; empty strings where it names none."""
     data = config.data

@@ -172,7 +172,7 @@ def _trained(folder: Path, name: str) -> tuple[list[Measured], list[str]]:
         stages = stages_of(run, benchmark)
         called = name or folder.name
         steps = f"{stages.rl_step(stages.end)} of {_steps(run.config)} steps of RL" if stages.end_is_rl else "no RL yet"
-        data = _data_of(run.config, stages.end)
+        data = _counted_clips([stages.end], _clips_of(run.config, stages.end))
         arm = _arm_of(run.config) if stages.end_is_rl else _SFT
         rows.append(_run_row(called, arm, str(folder), [stages.end], data, steps))
         # Where RL has made nothing yet, `end` is SFT's own evaluation and has its row already.
@@ -181,9 +181,9 @@ def _trained(folder: Path, name: str) -> tuple[list[Measured], list[str]]:
     return rows, []
 
 
-def _ablated(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
+def _ablated(folder: Path, name: str) -> tuple[list[Measured], list[str]]:
     """A row for each arm and control of an ablation, over its finished seeds."""
-    groups: dict[tuple[str, str], list[tuple[Path, KeptEvaluation]]] = {}
+    groups: dict[tuple[str, str, int], list[tuple[Path, KeptEvaluation]]] = {}
     left_out = []
     for run_folder in sorted(folder.iterdir()):
         match = _RUN_OF_AN_ABLATION.fullmatch(run_folder.name)
@@ -197,15 +197,16 @@ def _ablated(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
             left_out.append(f"{run_folder.name}: no evaluation that can be read: {'; '.join(run.missing)}")
             continue
         end = stages_of(run, next(iter(run.evaluations))).end
-        # Runs that were asked other clips are no seeds of one mean.
-        groups.setdefault((match[1], _data_of(run.config, end)), []).append((run_folder, end))
+        # Runs that were asked other clips are no seeds of one mean; one that could not use a clip is.
+        key = match[1], _clips_of(run.config, end), end.n_asked
+        groups.setdefault(key, []).append((run_folder, end))
     rows = []
-    for (row, data), runs in groups.items():
+    for (row, clips, _), runs in groups.items():
         # A run that is named by itself calls this control "permuted" too, so both ways lead to one arm.
         arm = row.removeprefix("control_") if row == f"control_{_PERMUTED}" else row
-        rows.append(
-            _run_row(f"{folder.name}/{row}", arm, str(folder), [end for _, end in runs], data, "a finished ablation")
-        )
+        ends = [end for _, end in runs]
+        called = f"{name or folder.name}/{row}"
+        rows.append(_run_row(called, arm, str(folder), ends, _counted_clips(ends, clips), "a finished ablation"))
     return rows, left_out
 
 
@@ -244,22 +245,27 @@ def _steps(config: dict[str, Any]) -> str:
     return "?" if steps is None else "an epoch's" if steps == -1 else str(steps)
 
 
-def _data_of(config: dict[str, Any], evaluation: KeptEvaluation) -> str:
-    """The held-out clips in words: two runs with the same words were asked the same clips."""
+def _clips_of(config: dict[str, Any], evaluation: KeptEvaluation) -> str:
+    """The set that held-out clips come from, in words."""
     data = config.get("data", {})
-    clips = f"{evaluation.n_scored} held-out clips"
     if data.get("eval_path"):
-        return f"{clips} of {data['eval_path']}"
+        return f"held-out clips of {data['eval_path']}"
     if data.get("synthetic_dir"):
         world = data.get("synthetic_world", "concluding")  # runs of before worlds had names
-        return f"{clips} of the synthetic world {world}, drawn by seed {data.get('synthetic_seed', 0)}"
-    return f"{clips} of {evaluation.benchmark}"
+        return f"held-out clips of the synthetic world {world}, drawn by seed {data.get('synthetic_seed', 0)}"
+    return f"held-out clips of {evaluation.benchmark}"
+
+
+def _counted_clips(evaluations: Sequence[KeptEvaluation], clips: str) -> str:
+    """The clips with the number that was scored; where runs could not use the same number, with the range."""
+    fewest, most = (of(one.n_scored for one in evaluations) for of in (min, max))
+    return f"{fewest} {clips}" if fewest == most else f"{fewest} to {most} {clips}"
 
 
 # ------------------------------------------------------------------------------------------------------- lab and study
 
 
-def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
+def _kept_seeds(folder: Path, name: str) -> tuple[list[Measured], list[str]]:
     """A row for each arm of the lab's experiments and of the study's summaries, over the seeds of equal settings."""
     groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     left_out = []
@@ -286,7 +292,7 @@ def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
     rows = []
     for group in groups.values():
         try:
-            rows += _rows_of_seeds(folder, group)
+            rows += _rows_of_seeds(folder, name or folder.name, group)
         except (KeyError, TypeError) as error:
             # Another program's file may have the four keys and something else below them.
             names = ", ".join(path.name for path, _ in group)
@@ -294,7 +300,7 @@ def _kept_seeds(folder: Path, _: str) -> tuple[list[Measured], list[str]]:
     return rows, left_out
 
 
-def _rows_of_seeds(folder: Path, group: Sequence[tuple[Path, dict[str, Any]]]) -> list[Measured]:
+def _rows_of_seeds(folder: Path, called: str, group: Sequence[tuple[Path, dict[str, Any]]]) -> list[Measured]:
     first_path, first = group[0]
     config, world = first["config"], first["world"]
     # The lab's configuration has fields of its own; stage B of the study keeps the configuration of whole runs.
@@ -325,7 +331,7 @@ def _rows_of_seeds(folder: Path, group: Sequence[tuple[Path, dict[str, Any]]]) -
         if all(row in content["rows"] for _, content in group):
             rows.append(
                 Measured(
-                    name=f"{folder.name}/{first_path.stem}/{row}",
+                    name=f"{called}/{first_path.stem}/{row}",
                     arm=row,
                     source=str(folder),
                     data=data,

@@ -223,8 +223,9 @@ def _resized(config: ThinkerConfig, sizes: dict[str, int | float]) -> ThinkerCon
     text["mrope_section"] = (half_head - 2 * spatial, spatial, spatial)
     # Features stand in for token embeddings, so both towers have to end at the language model's width.
     parts["vision"]["out_hidden_size"] = parts["audio"]["output_dim"] = width
-    depth = parts["vision"].get("depth", config.vision.depth)
-    parts["vision"]["fullatt_block_indexes"] = tuple(range(depth - 1, -1, -4))[::-1]
+    if depth := parts["vision"].get("depth"):
+        # Every fourth layer sees the whole frame pair, the last one among them; a preset's own depth has its own list.
+        parts["vision"]["fullatt_block_indexes"] = tuple(range(depth - 1, -1, -4))[::-1]
     return dataclasses.replace(
         config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in parts.items()}
     )

@@ -95,13 +95,18 @@ class TensorBoard:
         self._events: Any = event_pb2
         self._summaries: Any = summary_pb2
         self._writer = event_file_writer.EventsWriter
-        self._folder, self._attempt, self._resume_at = folder, attempt, resume_at
+        self._folder, self._attempt = folder, attempt
         self._files: dict[str, Any] = {}
+        # Whoever starts in SFT makes all of RL anew.
+        self._rl_is_new = resume_at is None or resume_at[0] == "sft"
 
     def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Appends one event."""
         if phase not in self._files:
             self._files[phase] = self._open(phase, step)
+            # An earlier attempt's curve would stand until RL begins.
+            if self._rl_is_new and phase == "sft" and (self._folder / "rl").is_dir():
+                self._files["rl"] = self._open("rl", 0)
         event = self._events.Event(wall_time=time.time(), step=step)
         for name, value in values.items():
             event.summary.value.append(self._summaries.Summary.Value(tag=printable(name), simple_value=value))

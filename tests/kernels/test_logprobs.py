@@ -136,7 +136,7 @@ def test_two_cores_share_the_backward_kernel_without_a_race():
 
 @pytest.mark.parametrize(("rows", "cores"), [(1, 1), (16, 1), (10, 2), (48, 2), (70, 2)])
 def test_few_rows_are_padded_to_the_blocks_that_the_backward_kernel_needs(rows, cores):
-    """A block has 16 rows at least, and each core needs two: 17 rows on one core, 49 on two, are the first that fill them."""
+    """A block has 16 rows at least, and each core needs two: below 17 rows, or 49 on two, some are padding."""
     arrays = case(rows, 128, 512)
     block = tiles_for(rows, 128, 512 * 128, 5, 4, "TPU v5" if cores == 2 else "TPU v5e").grad_rows
     tiles = dataclasses.replace(TILES, rows=16, grad_rows=block, cores=cores)

@@ -39,6 +39,19 @@ def test_all_processes_take_the_largest_bucket_that_one_of_them_needs(lost):
     assert [said(ended)["bucket"] for ended in lost[:2]] == [8, 8]
 
 
+def test_processes_with_the_same_rows_put_the_same_clips_into_them(lost):
+    """A clip that one process cannot use, and another could, is in no batch; all ask each other equally often."""
+    expected = {
+        "batches": [["0"], ["2"], [], []],
+        "skipped": [
+            ["1", "no such file"],
+            ["3", "decoding took too long"],
+            ["4", "decoding took too long"],
+        ],
+    }
+    assert [said(ended)["batches"] for ended in lost[:2]] == [expected, expected]
+
+
 def test_another_configuration_is_refused_by_the_name_of_its_field_on_every_process(lost):
     for ended in lost[:2]:
         told = said(ended)["config"]

@@ -124,6 +124,25 @@ def test_an_ablation_is_a_mean_over_its_finished_seeds(tmp_path, capsys):
     assert "1 thing found and in no table." in page and "rd\\_seed0: not finished" in page
 
 
+def test_seeds_of_which_one_could_not_use_a_clip_are_one_row(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / "study" / f"ad_seed{seed}", seed=seed)
+    end = tmp_path / "study" / "ad_seed1" / "eval" / "synthetic_00020.json"
+    content = json.loads(end.read_text())
+    end.write_text(json.dumps(content | {"n": 7, "skipped": [{"id": "7", "reason": "decoding took too long"}]}))
+    (row,) = read_tables([str(tmp_path / "study")]).rows
+    assert row.seeds == 2 and row.data.startswith("7 to 8 held-out clips of the synthetic world U")
+
+
+def test_folders_of_one_name_are_told_apart_by_the_name_they_are_given(tmp_path):
+    for place in "xy":
+        write_run(tmp_path / place / "abl" / "ad_seed0")
+    x, y = (str(tmp_path / place / "abl") for place in "xy")
+    with pytest.raises(TablesError, match="NAME=FOLDER"):
+        read_tables([x, y])
+    assert [row.name for row in read_tables([f"first={x}", y]).rows] == ["first/ad", "abl/ad"]
+
+
 def test_a_single_run_shows_its_sft_too_and_never_shares_a_column_with_other_clips(tmp_path):
     write_run(tmp_path / "one", arm="mer_r1", finished=False)
     lab = {

@@ -20,6 +20,7 @@ import numpy as np
 from mer_r1_jax.cli import explained
 from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.data.records import Record
+from mer_r1_jax.evaluation.evaluate import agreed_batches
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.config import ThinkerConfig
@@ -41,6 +42,7 @@ def main(ending: str) -> None:
         "gather": processes.gather("a list", [own]),
         "from_first": processes.from_first("a choice", lambda: f"made by {own}"),
         "bucket": batch_of(6 if own else 3).shape[1],
+        "batches": agreed(own),
         "config": refusal_of(check_config, config(beta=0.04 + own, decode_workers=own)),
         "data": refusal_of(check_data, data_of("sad" if own else "happy")),
         "length": refusal_of(check_data, data_of("happy", records=1 + own)),
@@ -59,18 +61,31 @@ def main(ending: str) -> None:
     time.sleep(600)
 
 
-def batch_of(length: int) -> np.ndarray:
-    """Token rows of a batch whose one prompt has so many tokens; a bucket holds 4 of them, the other 8."""
-    prompt = Prompt(
+def prompt_of(length: int) -> Prompt:
+    return Prompt(
         id="1",
         ids=np.ones(length, np.int32),
         source=np.tile(np.array([-1, 0], np.int32), (length, 1)),
         position=np.zeros((3, length), np.int32),
         next_position=length,
     )
+
+
+def batch_of(length: int) -> np.ndarray:
+    """Token rows of a batch whose one prompt has so many tokens; a bucket holds 4 of them, the other 8."""
     empty = {"vision_clips": 0, "frame_pairs": 0, "patches": 0, "audio_clips": 0, "audio_units": 0}
     buckets = [BatchShape(rows=1, tokens=tokens, **empty) for tokens in (4, 8)]
-    return prompt_rows([prompt], buckets, ThinkerConfig.tiny(), [1]).tokens.id_BT
+    return prompt_rows([prompt_of(length)], buckets, ThinkerConfig.tiny(), [1]).tokens.id_BT
+
+
+def agreed(own: int) -> dict[str, list]:
+    """Batches of two of five records of which each process cannot use another one."""
+    records = [Record(id=str(number), messages=({"role": "user", "content": "Feel?"},)) for number in range(5)]
+    broken = {1: "no such file"} if own == 0 else {3: "decoding took too long", 4: "decoding took too long"}
+    prompts = ((record, broken.get(number, prompt_of(4))) for number, record in enumerate(records))
+    skipped: list = []
+    batches = [[record.id for record, _ in batch] for batch in agreed_batches(prompts, 2, skipped, at_least=4)]
+    return {"batches": batches, "skipped": [(record.id, why) for record, why in skipped]}
 
 
 def refusal_of(check, argument) -> str | None:

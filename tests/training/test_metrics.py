@@ -138,6 +138,15 @@ def test_tensorboard_has_one_file_a_phase_and_attempt_and_restarts_at_the_resume
     assert restarts == [2]
 
 
+@pytest.mark.parametrize("resume_at", [("sft", 1), None])
+def test_tensorboard_forgets_all_of_rl_when_sft_is_taken_up_again(tmp_path, resume_at):
+    write_attempt(tmp_path, None, sft=range(3), rl=range(4))
+    write_attempt(tmp_path, resume_at, sft=[2])
+    _, second = sorted((tmp_path / "tensorboard" / "rl").iterdir(), key=lambda path: path.name[-1])
+    restarts = [e.step for e in read_events(second) if e.session_log.status == event_pb2.SessionLog.START]
+    assert restarts == [0]
+
+
 def test_broken_tensorboard_is_named_once_and_training_goes_on(tmp_path, caplog):
     with RunDirectory.open(tmp_path, CONFIG) as run:
         run.tensorboard.rmdir()
