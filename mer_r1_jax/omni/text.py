@@ -6,7 +6,7 @@ Letters besides those of `omni.batch`: Y = h / 2 rotation angles of a head, f wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from flax import nnx
 from mer_r1_jax.kernels.attention.api import attention, choose, shared_prompt_attention
 from mer_r1_jax.kernels.decode_attention.api import decode_attention
 from mer_r1_jax.kernels.logprobs.api import Partition, Scores, gather_logprobs
+from mer_r1_jax.kernels.placement import device
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array
 from mer_r1_jax.omni.config import TextConfig
 from mer_r1_jax.omni.layers import (
@@ -41,6 +42,11 @@ MLP_BGCD = ("mlp_batch", "group", "length", None)
 MLP_BGCF = ("mlp_batch", "group", "length", "mlp")
 
 
+def one_a_layer(stacked: Array) -> tuple[Array, ...]:
+    """An array [L, ...] as L arrays."""
+    return tuple(jax.lax.index_in_dim(stacked, number, keepdims=False) for number in range(stacked.shape[0]))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptCache:
@@ -55,6 +61,10 @@ class PromptCache:
     v_LBTKh: Array
     valid_BT: Array
 
+    def unstacked(self) -> PromptCache:
+        """With a tuple of arrays, one a layer, in place of each stacked one."""
+        return dataclasses.replace(self, k_LBTKh=one_a_layer(self.k_LBTKh), v_LBTKh=one_a_layer(self.v_LBTKh))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,20 @@ class Cache:
 
     k_LBGCKh: Array
     v_LBGCKh: Array
+
+    def unstacked(self) -> Cache:
+        """With a tuple of arrays, one a layer, in place of each stacked one."""
+        return Cache(k_LBGCKh=one_a_layer(self.k_LBGCKh), v_LBGCKh=one_a_layer(self.v_LBGCKh))
+
+    def stacked(self) -> Cache:
+        """What `unstacked` was made of, or this cache itself."""
+        if not isinstance(self.k_LBGCKh, tuple):
+            return self
+        return Cache(k_LBGCKh=jnp.stack(self.k_LBGCKh), v_LBGCKh=jnp.stack(self.v_LBGCKh))
+
+
+# (token_BG, position_BG, slot, prompt cache, cache) -> (h_BGD, the cache with the token): see `Thinker.decode`.
+Decode = Callable[[Array, Array, Array, PromptCache, Cache], tuple[Array, Cache]]
 
 
 class Attention(nnx.Module):
@@ -235,6 +259,44 @@ class TextDecoder(nnx.Module):
         per_layer = (numbers, prompt.k_LBTKh, prompt.v_LBTKh)
         (h_BGCD, k_LBGCKh, v_LBGCKh), _ = scan_layers(self.layers, step, carry, per_layer)
         return self.norm(h_BGCD[:, :, 0]), Cache(k_LBGCKh=k_LBGCKh, v_LBGCKh=v_LBGCKh)
+
+    def slices_are_copied(self) -> bool:
+        """Whether the platform copies a layer's slice of a stacked array before it multiplies with it, as GPUs do."""
+        return device(placement("batch", "kv_heads")).platform == "gpu"
+
+    def unstacked_layers(self) -> tuple[TextLayer, ...]:
+        """The layers one by one, each with arrays of its own, which takes a copy of them all."""
+        graphdef, params = nnx.split(self.layers)
+        arrays, structure = jax.tree.flatten(params)
+        by_layer = zip(*map(one_a_layer, arrays), strict=True)
+        return tuple(nnx.merge(graphdef, jax.tree.unflatten(structure, of_layer)) for of_layer in by_layer)
+
+    @jax.named_scope("text_decoder")
+    def token_by_layers(
+        self, layers: Sequence[TextLayer], x_BGD: jax.Array, position_BG, slot, prompt: PromptCache, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """`token` with layers (`unstacked_layers`) and caches (`unstacked`) that are not stacked, one by one."""
+        position_BG1 = position_BG[..., None]
+        cos_BGCY, sin_BGCY = self.rotary(jnp.broadcast_to(position_BG1, (3, *position_BG1.shape)))
+        B, G, C = cache.k_LBGCKh[0].shape[:3]
+        past_BGCS = jnp.broadcast_to(jnp.arange(C) <= slot, (B, G, 1, C))
+        x_BGCD, kept = x_BGD[:, :, None], []
+        arrays = (prompt.k_LBTKh, prompt.v_LBTKh, cache.k_LBGCKh, cache.v_LBGCKh)
+        for layer, prompt_k, prompt_v, own_k, own_v in zip(layers, *arrays, strict=True):
+
+            def attend(q_BGCHh, k_BGCKh, v_BGCKh, prompt_kv=(prompt_k, prompt_v), own=(own_k, own_v)):
+                # Each layer's cache is an array of its own, so the token is written where it lies.
+                own_k, own_v = (
+                    jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, slot, 0, 0))
+                    for old, new in zip(own, (k_BGCKh, v_BGCKh), strict=True)
+                )
+                kept.append((own_k, own_v))
+                own_k, own_v = own_k.astype(k_BGCKh.dtype), own_v.astype(v_BGCKh.dtype)
+                return shared_prompt_attention(q_BGCHh, *prompt_kv, prompt.valid_BT, own_k, own_v, past_BGCS)
+
+            x_BGCD = layer.completions(x_BGCD, cos_BGCY, sin_BGCY, attend)
+        k_LBGCKh, v_LBGCKh = zip(*kept, strict=True)
+        return self.norm(x_BGCD[:, :, 0]), Cache(k_LBGCKh=k_LBGCKh, v_LBGCKh=v_LBGCKh)
 
     @jax.named_scope("text_decoder")
     def contexts(self, x_BGCD: jax.Array, segment_BGC, position_BGC, prompt: PromptCache) -> jax.Array:

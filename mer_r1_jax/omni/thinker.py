@@ -18,7 +18,7 @@ from mer_r1_jax.omni.audio import AudioTower
 from mer_r1_jax.omni.batch import AudioClips, FeatureLayout, Tokens, VisionClips
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.layers import Settings, constrain
-from mer_r1_jax.omni.text import BTD, Cache, PromptCache, TextDecoder
+from mer_r1_jax.omni.text import BTD, Cache, Decode, PromptCache, TextDecoder
 from mer_r1_jax.omni.vision import VisionTower
 
 Params = dict[str, Any]
@@ -129,6 +129,24 @@ class Thinker(nnx.Module):
         """
         x_BGD = self.text.embed(token_BG)
         return self.text.token(x_BGD, position_BG, slot, prompt_cache, cache)
+
+    def for_decoding(self, prompt_cache: PromptCache, cache: Cache) -> tuple[Decode, PromptCache, Cache]:
+        """How a loop over tokens decodes, and the caches as it reads them; call it outside the loop.
+
+        Where the platform copies slices of stacked arrays, layers and caches are taken apart once, which takes the
+        decoder's layers once more in memory for as long as the loop runs.
+
+        Returns:
+            a function like `decode`, and the caches for it; `Cache.stacked` undoes what is done to the second.
+        """
+        if not self.text.slices_are_copied():
+            return self.decode, prompt_cache, cache
+        layers = self.text.unstacked_layers()
+
+        def decode(token_BG, position_BG, slot, prompt_cache, cache):
+            return self.text.token_by_layers(layers, self.text.embed(token_BG), position_BG, slot, prompt_cache, cache)
+
+        return decode, prompt_cache.unstacked(), cache.unstacked()
 
     def contexts(
         self, id_BGC: jax.Array, segment_BGC: jax.Array, position_BGC: jax.Array, prompt_cache: PromptCache

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mer_r1_jax.kernels.logprobs.api import Scores
 from mer_r1_jax.omni.batch import Array, AudioClips, FeatureLayout, Tokens, VisionClips
-from mer_r1_jax.omni.text import Cache, PromptCache
+from mer_r1_jax.omni.text import Cache, Decode, PromptCache
 
 
 @runtime_checkable
@@ -47,6 +47,13 @@ class BoundModel(Protocol):
         self, token_BG: Array, position_BG: Array, slot: Array, prompt_cache: PromptCache, cache: Cache
     ) -> tuple[Array, Cache]:
         """One token of every completion: hidden states [B, G, D], and the cache with the token in its slot."""
+        ...
+
+    def for_decoding(self, prompt_cache: PromptCache, cache: Cache) -> tuple[Decode, PromptCache, Cache]:
+        """`decode` for a loop over tokens, and the caches as it takes them: both as they are, or as the platform likes.
+
+        The loop hands the cache back through `Cache.stacked`.
+        """
         ...
 
     def logits(self, h: Array) -> Array:

@@ -161,6 +161,8 @@ def advance(model: BoundModel, state: RolloutState, sampling: SamplingConfig, st
     Calling it again goes on where it stopped, so a host can cut a long rollout into calls (and donate the state).
     """
     last = jnp.minimum(state.step + steps, sampling.max_completion_length)
+    # Before the loop: what it would do anew for every token is done once.
+    decode, prompt_cache, cache = model.for_decoding(state.prompt_cache, state.cache)
 
     # Over all rows of all devices, so that every device leaves the loop at the same token.
     def unfinished(state: RolloutState):
@@ -171,10 +173,14 @@ def advance(model: BoundModel, state: RolloutState, sampling: SamplingConfig, st
         slot = state.step - 1
         token_BG = jax.lax.dynamic_index_in_dim(state.sampled.id_BGC, slot, axis=-1, keepdims=False)
         position_BG = jnp.broadcast_to((state.position_B + slot)[:, None], token_BG.shape)
-        h_BGD, cache = model.decode(token_BG, position_BG, slot, state.prompt_cache, state.cache)
+        h_BGD, cache = decode(token_BG, position_BG, slot, state.prompt_cache, state.cache)
         return _append(model, dataclasses.replace(state, cache=cache), h_BGD, sampling)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    ready = dataclasses.replace(state, prompt_cache=prompt_cache, cache=cache)
+    done = jax.lax.while_loop(unfinished, step, ready)
+    if cache is state.cache:
+        return done
+    return dataclasses.replace(done, prompt_cache=state.prompt_cache, cache=done.cache.stacked())
 
 
 def finish(sampled: Sampled, forced_ids: tuple[int, ...] = ()) -> Completions:

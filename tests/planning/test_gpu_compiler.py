@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 
 import pytest
-from support.loops import token_loop
+from support.loops import loops
 from support.tiny_plan import tiny_config
 
 from mer_r1_jax.planning.chips import topology_devices
@@ -71,17 +71,18 @@ def test_every_product_of_the_update_is_found(sheet, config):
     assert update.held["optimizer"] == pytest.approx(8 * trained, rel=1e-3)
 
 
-def test_a_token_reads_its_weights(sheet):
+def test_a_token_reads_its_weights_and_little_else(sheet):
     decode = next(program for program in sheet.programs if program.name == "decode")
     needed = 2 * (LAYERS * LAYER + WIDTH * VOCABULARY)
-    assert needed <= decode.work.hbm_bytes / CHUNK
+    # 2.1 times as much while each layer's slice of the stacked weights was copied.
+    assert needed <= decode.work.hbm_bytes / CHUNK <= 1.2 * needed
     assert decode.bound == decode.seconds["memory"] >= CHUNK * needed / 3.35e12
 
 
-@pytest.mark.xfail(strict=True, reason="stacked weights are sliced, and so copied, for every layer and token on GPUs")
-def test_the_token_loop_copies_no_weight(sheet, config, cache):
+def test_the_token_loop_copies_no_weight(config, cache):
     run = RunPrograms(config, topology_devices(CARD))
     (decode,) = [one for one in run.rl(run.buckets("rl")[-1]) if one.name == "decode"]
-    inside = token_loop(compile_program(decode, CARD, cache).text)
+    (inside,) = loops(compile_program(decode, CARD, cache).text, fused=False)
+    # The logits are larger than the attention's matrices, whose copies would show in the traffic above.
     made = {one.opcode for one in inside if any(array.bytes >= 2 * WIDTH * FEED_FORWARD for array in one.arrays)}
-    assert made <= IN_PLACE
+    assert "get-tuple-element" in made and made <= IN_PLACE

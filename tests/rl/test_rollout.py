@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.rl_policy import bound, carried, log_softmax, packed_hidden, policy, prompts, row_logits, sampled, uids
 
+from mer_r1_jax.omni.text import TextDecoder
 from mer_r1_jax.rl import losses
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.rollout import STOP_ABSENT, STOP_EOS, STOP_LENGTH, advance, finish, start
@@ -54,6 +55,26 @@ def test_greedy_decoding_equals_full_recomputation(forced_ids):
         assert len(ids) > 0
         np.testing.assert_array_equal(ids, logits.argmax(-1))
         np.testing.assert_array_equal(completions.id_BGC[row, 1:], completions.id_BGC[row, :-1])
+
+
+def test_layers_taken_apart_for_the_loop_sample_the_same_in_one_call_or_in_several(monkeypatch):
+    """As on GPUs, where slices of stacked arrays would be copied at every token."""
+    expected = rolled()
+    monkeypatch.setattr(TextDecoder, "slices_are_copied", lambda self: True)
+    sampling = dataclasses.replace(setting(), num_generations=GENERATIONS)
+
+    def run(params, prompts, steps):
+        model = bound(params)
+        state = start(model, prompts, KEY, sampling)
+        for _ in range(-(-LENGTH // steps)):
+            state = advance(model, state, sampling, steps)
+        return finish(state.sampled), state.cache
+
+    for steps in (LENGTH, 5):
+        completions, cache = jax.jit(run, static_argnums=2)(policy()[2], carried(*prompts(LENGTHS, WIDTH), None), steps)
+        np.testing.assert_array_equal(completions.id_BGC, expected.id_BGC)
+        np.testing.assert_allclose(completions.logprob_BGC, expected.logprob_BGC, rtol=0, atol=1e-5)
+        assert cache.k_LBGCKh.shape[:4] == (policy()[0].text.num_hidden_layers, len(LENGTHS), GENERATIONS, LENGTH)
 
 
 @pytest.mark.parametrize("forced_ids", [(), (70, 71, 72)])

@@ -10,8 +10,12 @@ from mer_r1_jax.planning.hlo import Computation, Instruction, parse
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.<>-]+)")
 
 
-def loops(text: str) -> list[list[Instruction]]:
-    """The instructions of every outermost loop, whatever it calls included."""
+def loops(text: str, fused: bool = True) -> list[list[Instruction]]:
+    """The instructions of every outermost loop, whatever it calls included.
+
+    Args:
+        fused: with those inside fusions, whose results are never in memory.
+    """
     computations, entry = parse(text)
     found: list[list[Instruction]] = []
 
@@ -19,7 +23,7 @@ def loops(text: str) -> list[list[Instruction]]:
         for instruction in computations[name].values():
             if instruction.opcode == "while":
                 body = re.search(r"\bbody=%?([\w.<>-]+)", instruction.attributes).group(1)
-                found.append(list(_inside(computations, body)))
+                found.append(list(_inside(computations, body, fused)))
             elif instruction.opcode in ("call", "conditional"):
                 for called in instruction.called:
                     look(called)
@@ -34,9 +38,11 @@ def token_loop(text: str) -> list[Instruction]:
     return found
 
 
-def _inside(computations: dict[str, Computation], name: str) -> Iterator[Instruction]:
+def _inside(computations: dict[str, Computation], name: str, fused: bool) -> Iterator[Instruction]:
     for instruction in computations[name].values():
         yield instruction
+        if instruction.opcode == "fusion" and not fused:
+            continue
         for called in _CALLED.findall(instruction.attributes):
             if called in computations:
-                yield from _inside(computations, called)
+                yield from _inside(computations, called, fused)
