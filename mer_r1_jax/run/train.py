@@ -70,6 +70,7 @@ from mer_r1_jax.training.signals import EXIT_SAVED, StopRequested, StopSignals
 from mer_r1_jax.training.state import (
     Params,
     TrainState,
+    applied_before,
     as_stored,
     check_host,
     check_numbers,
@@ -251,11 +252,9 @@ def train_sft(run: Run, phase: SftPhase, restored: Restored | None) -> Params | 
                         save(run, phase, step - 1, (state, position), steps)
                     return None
                 faults.here("sft_step", step)
-                # Counted from 0, before the update counts one more.
-                learning_rate = float(np.asarray(phase.schedule(step - 1)))
                 # Donated: the old state's memory becomes the new one's.
                 state, metrics = sft_step(state, put(batch, run.backbone.mesh))
-                steps.add(step, {**metrics, **data.metrics(), "learning_rate": learning_rate}, tokens)
+                steps.add(step, metrics | data.metrics(), tokens)
                 # All processes leave after the same step, or those left behind would wait in the next collective.
                 stopping = run.stop.agreed()
                 if step % config.save_steps == 0 or step == phase.total_steps or stopping:
@@ -310,8 +309,8 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                 state, metrics = update(state, rollout.experience, np.float32(beta))
                 if reference is not None:
                     reference.follow(state, step)
-                metrics |= {"beta": beta, "learning_rate": float(np.asarray(phase.schedule(step - 1)))}
-                steps.add(step, metrics | rollout.metrics | data.metrics(), rollout.tokens if first_update else 0)
+                metrics |= {"beta": beta} | rollout.metrics | data.metrics()
+                steps.add(step, metrics, rollout.tokens if first_update else 0)
                 if first_update:
                     _log_completions(run, phase, steps, step, rollout)
                 if step % iterations:
@@ -531,7 +530,7 @@ class StepLog:
     """
 
     def __init__(self, run: Run, phase: Phase, done: int, num_tokens: int):
-        self._run, self._phase = run, phase.name
+        self._run, self._phase, self._schedule = run, phase.name, phase.schedule
         self._nowhere = None if processes.is_first() else open(os.devnull, "w")
         self._progress = Progress(phase.name, phase.total_steps, done, self._nowhere)
         self._pending: tuple[int, dict[str, Any], int] | None = None
@@ -593,6 +592,8 @@ class StepLog:
         metrics |= memory_metrics() | self._utilisation.of_step(tokens, seconds)
         # Looked at every step, also where nothing is logged.
         skipped_in_a_row = int(metrics.pop("skipped_in_a_row"))
+        count = applied_before(step, int(metrics["skipped_steps"]), skipped_in_a_row)
+        metrics["learning_rate"] = float(np.asarray(self._schedule(count)))
         if step % config.logging_steps == 0:
             self._progress.update(step, self._run.metrics.write(self._phase, step, metrics))
         if skipped_in_a_row >= config.max_nonfinite_steps:

@@ -373,12 +373,11 @@ def group_advantages(
     )
     # What is logged is what was earned; the control shuffles afterwards.
     metrics = confidence_metrics(*slow_fast, anchors) | reward_metrics(rewards, config.format_weight)
-    # The number of categories is a fact about the answer and no reward, so the control leaves it where it is.
-    named_BG = rewards.categories_BG
+    earned = rewards
     if config.permute_rewards:
         rewards = permute_within_groups(rewards, key)
     advantage_BG = advantages(config.arm, rewards, config)
-    metrics |= advantage_metrics(advantage_BG, dataclasses.replace(rewards, categories_BG=named_BG), config)
+    metrics |= advantage_metrics(advantage_BG, rewards, earned, config)
     metrics["frac_reward_zero_std"] = mean_of(
         zero_spread(advantage_BG, rewards.valid_BG), jnp.any(rewards.valid_BG, -1)
     )

@@ -157,22 +157,31 @@ def reward_metrics(rewards: Rewards, format_weight: float) -> dict[str, jax.Arra
     return metrics | {"reward": mean_of(total_BG, held_BG), "reward_std": mean_of(spread_B, jnp.any(held_BG, -1))}
 
 
-def advantage_metrics(advantage_BG: jax.Array, rewards: Rewards, config: RlConfig) -> dict[str, jax.Array]:
+def advantage_metrics(
+    advantage_BG: jax.Array, rewards: Rewards, earned: Rewards, config: RlConfig
+) -> dict[str, jax.Array]:
     """What an arm's advantage is made of and where it pushes, for use inside `jit`.
 
+    Args:
+        advantage_BG: the advantages.
+        rewards: what they were made of: under `rl.permute_rewards` another answer's of the group.
+        earned: each answer's own.
+        config: static.
+
     Returns:
-        advantages/corr/{recall,precision,categories}: correlation within groups with each; a positive one with the
-        categories named draws answers out, however alike two arms' advantages are otherwise.
+        advantages/corr/{recall,precision,categories}: correlation within groups with what the answers earned, around 0
+        for the control; a positive one with the categories named draws answers out, however alike two arms' advantages
+        are otherwise.
         advantages/share/{calibration,format}: share of the advantage's variance that is gone where that term's weight
         is 0; exact where the arm adds its terms.
     """
-    held_BG = rewards.valid_BG & rewards.scored_BG
-    with_BG = {"recall": rewards.recall_BG, "precision": rewards.precision_BG, "categories": rewards.categories_BG}
+    with_BG = {"recall": earned.recall_BG, "precision": earned.precision_BG, "categories": earned.categories_BG}
     metrics = {
-        f"advantages/corr/{name}": within_groups(advantage_BG, x_BG, held_BG)
+        f"advantages/corr/{name}": within_groups(advantage_BG, x_BG, earned.valid_BG & earned.scored_BG)
         for name, x_BG in with_BG.items()
         if x_BG is not None
     }
+    held_BG = rewards.valid_BG & rewards.scored_BG
     for name, field in (("calibration", "calibration_weight"), ("format", "format_weight")):
         # Some arms put the term inside a z, so its share is found by computing the advantage again without it.
         without_BG = advantages(config.arm, rewards, dataclasses.replace(config, **{field: 0.0}))

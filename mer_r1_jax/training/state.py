@@ -262,6 +262,18 @@ def apply_gradients(
     return new_state, {"grad_norm": grad_norm} | metrics
 
 
+def applied_before(step: int, skipped: int, skipped_in_a_row: int) -> int:
+    """What the optimizer counts at an update, which is where its learning rate stands in the schedule.
+
+    An update that is left out takes no step of the schedule: the next one has its learning rate.
+
+    Args:
+        step: updates attempted with this one, from 1.
+        skipped, skipped_in_a_row: metrics of this update.
+    """
+    return step - skipped - (skipped_in_a_row == 0)
+
+
 def _cast(params: Params, dtype: str) -> Params:
     return {name: value.astype(dtype) for name, value in params.items()}
 

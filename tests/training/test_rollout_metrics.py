@@ -57,7 +57,7 @@ def test_spreads_and_the_correlation_of_rewards_are_within_groups(rewards):
 def test_an_advantage_is_held_against_rewards_and_the_number_of_categories(rewards):
     config = RlConfig(arm="mer_r1", calibration_weight=0.5)
     given = np.asarray(advantages("mer_r1", rewards, config))
-    metrics = jax.device_get(jax.jit(advantage_metrics, static_argnums=2)(given, rewards, config))
+    metrics = jax.device_get(jax.jit(advantage_metrics, static_argnums=3)(given, rewards, rewards, config))
     held = rewards.valid_BG
     for name in ("recall", "precision", "categories"):
         other = centred(getattr(rewards, f"{name}_BG"), held)
@@ -75,10 +75,26 @@ def test_where_nothing_varies_everything_is_zero(rewards):
     flat = jax.tree.map(lambda x: np.ones_like(x), rewards)
     config = RlConfig(arm="ad")
     given = advantages("ad", flat, config)
-    metrics = jax.device_get(advantage_metrics(given, flat, config) | reward_metrics(flat, 0.1))
+    metrics = jax.device_get(advantage_metrics(given, flat, flat, config) | reward_metrics(flat, 0.1))
     for name in ("advantages/corr/recall", "advantages/share/format", "rewards/recall/precision_corr"):
         assert metrics[name] == 0
     assert metrics["rewards/f1/group_std"] == 0
+
+
+def test_the_controls_advantage_is_held_against_what_each_answer_earned_itself(rewards):
+    """Handed to the answer beside it, rewards still make up the whole advantage, and say nothing about an answer."""
+    config = RlConfig(arm="ad", calibration_weight=0.0)
+    given_away = jax.tree.map(lambda x: np.roll(x, 1, axis=-1), rewards)
+    given = np.asarray(advantages("ad", given_away, config))
+    metrics = jax.device_get(advantage_metrics(given, given_away, rewards, config))
+    held = rewards.valid_BG & rewards.scored_BG
+    expected = np.corrcoef(centred(given, held), centred(rewards.recall_BG, held))[0, 1]
+    assert metrics["advantages/corr/recall"] == pytest.approx(expected, abs=1e-4)
+    assert (
+        metrics["advantages/corr/recall"]
+        < 0.3
+        < np.corrcoef(centred(given, held), centred(given_away.recall_BG, held))[0, 1]
+    )
 
 
 def test_words_of_a_category_named_before_are_repeats():

@@ -12,6 +12,7 @@ from mer_r1_jax.config.schema import OptimizerConfig, RlConfig
 from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.rl_step import beta_at
 from mer_r1_jax.training.state import (
+    applied_before,
     apply_gradients,
     as_stored,
     flatten,
@@ -134,6 +135,21 @@ def test_update_that_is_not_finite_is_left_out_and_counted(loss, changes):
     good, metrics = update(again, gradients(), jnp.float32(1))
     assert (float(metrics["skipped_steps"]), float(metrics["skipped_in_a_row"])) == (2, 0)
     assert not np.array_equal(good.params["text/a"], before.params["text/a"])
+
+
+def test_the_learning_rate_that_is_told_is_the_one_an_update_had():
+    """Of constant gradients every update of Adam is as long as its learning rate; two of these are left out."""
+    settings = OptimizerConfig(learning_rate=0.1, warmup_ratio=0.3, weight_decay=0.0, max_grad_norm=1e9)
+    optimizer, schedule = make_optimizer(settings, total_steps=10), learning_rate_schedule(settings, total_steps=10)
+    update = jax.jit(lambda state, grads, loss: apply_gradients(state, grads, loss, optimizer, "float32"))
+    state = fresh_state(optimizer)
+    for step in range(1, 9):
+        before, loss = np.asarray(state.params["text/b"]), jnp.float32(np.nan if step in (3, 4) else 1.0)
+        state, metrics = update(state, gradients(), loss)
+        count = applied_before(step, int(metrics["skipped_steps"]), int(metrics["skipped_in_a_row"]))
+        had = 0.0 if step in (3, 4) else float(schedule(count))
+        np.testing.assert_allclose(before - state.params["text/b"], had, atol=1e-5, rtol=0)
+        assert count == (step - 1 if step <= 3 else 2 if step <= 5 else step - 3)
 
 
 def test_a_stored_state_keeps_trained_and_frozen_parameters_apart_and_comes_back():
