@@ -18,7 +18,10 @@ from mer_r1_jax.evaluation.bootstrap import POINTS
 from mer_r1_jax.evaluation.over_seeds import Resampled, crossed_difference
 
 # (seeds, clips, training noise a seed in points)
-CASES = ((3, 320, 0.0), (3, 320, 0.7), (3, 4000, 0.7), (5, 320, 0.7), (5, 4000, 0.7), (10, 4000, 0.7), (3, 320, 1.5))
+CASES = (
+    *((3, 320, 0.0), (3, 320, 0.7), (3, 4000, 0.7), (5, 320, 0.7), (5, 4000, 0.7)),
+    *((5, 4000, 1.5), (10, 4000, 1.5), (3, 1000, 3.0), (5, 1000, 3.0)),
+)
 OF_CLIP, OF_REST = 5.0, 16.0
 
 

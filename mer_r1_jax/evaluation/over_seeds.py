@@ -3,14 +3,20 @@
 Both seeds and clips are drawn from many, and every seed answers the same clips. A paired difference d of two arms then
 has three kinds of noise: of the seed (training), of the clip (which all seeds share), and the rest. The mean squares of
 a two-way analysis of variance with one value a cell estimate them, and Satterthwaite (1946) gives the degrees of
-freedom of their sum (`crossed_difference`). How often 95% intervals hold the truth, by simulation (300 draws each by
-tools/interval_coverage.py; training noise in points a seed, 5 points of a clip, 16 of the rest):
+freedom of their sum (`crossed_difference`). How often 95% intervals hold the truth, by simulation (by
+tools/interval_coverage.py: 300 draws each of the first four rows, 600 of the others, so give or take 2.5 or 1.8 points;
+training noise in points a seed, 5 points of a clip, 16 of the rest; runs of the synthetic world's default have some 3):
 
     seeds x clips, noise of a seed    this    t over seeds    crossed percentile bootstrap
     3 x 320, 0                         97%             94%                             99%
     3 x 320, 0.7                       96%             94%                             98%
     3 x 4000, 0.7                      95%             96%                             88%
     5 x 320, 0.7                       96%             93%                             98%
+    5 x 4000, 0.7                      95%             96%                             92%
+    5 x 4000, 1.5                      96%             96%                             88%
+    10 x 4000, 1.5                     92%             92%                             90%
+    3 x 1000, 3                        94%             94%                             78%
+    5 x 1000, 3                        95%             95%                             87%
 
 t over the seeds' means leaves out the clips that all seeds share. The bootstrap of seeds and clips (Owen 2007) is too
 narrow where few seeds are the larger noise. It stays for orders, which have no closed form.
