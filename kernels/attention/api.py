@@ -6,14 +6,15 @@ Masks are described by segments and not by matrices, so that an implementation m
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from mer_r1_jax.kernels.attention import reference
+from mer_r1_jax.kernels.attention import cudnn, reference
 from mer_r1_jax.kernels.placement import Placement, device, on_each_device, vmem_mib
 
-IMPLEMENTATIONS = ("xla", "pallas")
+IMPLEMENTATIONS = ("xla", "pallas", "cudnn")
 
 # Below this many scores a head the kernel's fixed cost per tile exceeds what it saves; README.md has the figures.
 _FEWEST_SCORES = 256 * 256
@@ -44,10 +45,10 @@ def attention(
         causal: queries and keys are the same tokens (T = S) and see no later ones.
         shared_segment: segment seen from every other, or None.
         scale: factor on the scores; None means h ** -0.5.
-        implementation: one of IMPLEMENTATIONS; None chooses: "pallas" on TPUs from 256 x 256 scores on, else "xla".
-            "pallas" is interpreted, slowly, on other platforms.
-        placement: the mesh and the axes that cut rows and heads; None means one device. "xla" leaves the cut to the
-            compiler.
+        implementation: one of IMPLEMENTATIONS; None chooses, from 256 x 256 scores on: "pallas" on TPUs, "cudnn" on
+            GPUs where it applies (`cudnn.applies`); else "xla". "pallas" is interpreted, slowly, on other platforms.
+        placement: the mesh and the axes that cut rows and heads; None means one device. "xla" and "cudnn" leave the cut
+            to the compiler.
 
     Returns:
         out_BTHh in the dtype of the queries.
@@ -59,8 +60,12 @@ def attention(
     _check(query_BTHh, key_BSKh, value_BSKh, query_segment_BT, key_segment_BS, causal, placement)
     scale = query_BTHh.shape[-1] ** -0.5 if scale is None else scale
     # Scores of one head: the number of rows and heads multiplies the cost of both implementations alike.
-    scores = query_BTHh.shape[1] * key_BSKh.shape[1]
-    if choose(implementation, placement, worthwhile=scores >= _FEWEST_SCORES) == "pallas":
+    tokens = query_BTHh.shape[1], key_BSKh.shape[1]
+    worthwhile = math.prod(tokens) >= _FEWEST_SCORES
+    if implementation is None and worthwhile and cudnn.applies(query_BTHh, tokens, placement):
+        implementation = "cudnn"
+    chosen = choose(implementation, placement, worthwhile=worthwhile)
+    if chosen == "pallas":
         # Imported where it is used: Pallas takes its time to load, and most processes never run a kernel.
         from mer_r1_jax.kernels.attention import pallas_tpu
 
@@ -75,7 +80,8 @@ def attention(
         call = on_each_device(call, placement, ("BTHh", "BSKh", "BSKh", "BT", "BS"), "BTHh")
         return call(query_BTHh, key_BSKh, value_BSKh, query_segment_BT, key_segment_BS)
     mask_BTS = reference.segment_mask(query_segment_BT, key_segment_BS, causal=causal, shared_segment=shared_segment)
-    out_BTHh = reference.attention(query_BTHh, key_BSKh, value_BSKh, mask_BTS, scale=scale)
+    compute = cudnn.attention if chosen == "cudnn" else reference.attention
+    out_BTHh = compute(query_BTHh, key_BSKh, value_BSKh, mask_BTS, scale=scale)
     return checkpoint_name(out_BTHh, reference.RESIDUALS)
 
 
@@ -89,14 +95,18 @@ def shared_prompt_attention(
     own_mask_BGCS: jax.Array,
     *,
     scale: float | None = None,
+    placement: Placement | None = None,
 ) -> jax.Array:
     """Attention of G completions to the one prompt they share and each to its own tokens; see the reference.
 
-    For several tokens of every completion at once. While a completion grows token by token,
-    `kernels.decode_attention` computes the same straight from the stacked caches.
+    For several tokens of every completion at once, on GPUs by cuDNN where it applies. While a completion grows token by
+    token, `kernels.decode_attention` computes the same straight from the stacked caches.
     """
     scale = query_BGCHh.shape[-1] ** -0.5 if scale is None else scale
-    return reference.shared_prompt_attention(
+    tokens = query_BGCHh.shape[2], prompt_key_BTKh.shape[1] + own_key_BGSKh.shape[2]
+    fused = math.prod(tokens) >= _FEWEST_SCORES and cudnn.applies(query_BGCHh, tokens, placement)
+    compute = cudnn.shared_prompt_attention if fused else reference.shared_prompt_attention
+    return compute(
         query_BGCHh,
         prompt_key_BTKh,
         prompt_value_BTKh,
@@ -109,7 +119,7 @@ def shared_prompt_attention(
 
 
 def choose(implementation: str | None, placement: Placement | None, *, worthwhile: bool = True) -> str:
-    """The implementation to use.
+    """The implementation to use, "cudnn" only where it is asked for by name: sizes and dtypes decide about it too.
 
     Args:
         implementation: what the caller asks for, or None.

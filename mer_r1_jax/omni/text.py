@@ -313,9 +313,12 @@ class TextDecoder(nnx.Module):
         alike_BGCS = segment_BGC[..., :, None] == segment_BGC[..., None, :]
         past_BGCS = (jnp.arange(C)[:, None] >= jnp.arange(C)) & alike_BGCS & (segment_BGC != PADDING)[..., None, :]
 
+        place = placement("batch", "kv_heads")
+
         def step(layer: TextLayer, x_BGCD, prompt_kv):
             def attend(q_BGCHh, k_BGCKh, v_BGCKh):
-                return shared_prompt_attention(q_BGCHh, *prompt_kv, prompt.valid_BT, k_BGCKh, v_BGCKh, past_BGCS)
+                own = (k_BGCKh, v_BGCKh, past_BGCS)
+                return shared_prompt_attention(q_BGCHh, *prompt_kv, prompt.valid_BT, *own, placement=place)
 
             return layer.completions(x_BGCD, cos_BGCY, sin_BGCY, attend), None
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mer_r1_jax.omni.batch import BatchShape
@@ -102,6 +102,8 @@ def traced_flops(jaxpr: Any, longest_loop: int = 1) -> float:
             total += longest_loop * traced_flops(params["body_jaxpr"], longest_loop)
         elif name == "cond":
             total += max(traced_flops(branch, longest_loop) for branch in params["branches"])
+        elif fused := re.fullmatch(r"dot_product_attention_(fwd|bwd)\w*", name):
+            total += _fused_attention_flops(*(one.aval.shape for one in equation.invars[:2]), fused.group(1) == "bwd")
         elif name == "pallas_call":
             total += _kernel_flops(params, longest_loop)
         elif name == "shard_map":  # what it holds is one chip's share
@@ -111,6 +113,11 @@ def traced_flops(jaxpr: Any, longest_loop: int = 1) -> float:
         else:
             total += sum(traced_flops(inner, longest_loop) for inner in _inner(params))
     return total
+
+
+def _fused_attention_flops(query_BTHh: Sequence[int], key_BSKh: Sequence[int], backward: bool) -> float:
+    """Of cuDNN's attention, masked scores included: two products forward, five backward."""
+    return (5 if backward else 2) * 2.0 * math.prod(query_BTHh) * key_BSKh[1]
 
 
 def _kernel_flops(params: dict[str, Any], longest_loop: int) -> float:
@@ -150,6 +157,7 @@ def product_flops(instruction: Instruction, computation: Computation) -> float:
     return 2.0 * outputs * inputs * pairs
 
 
+_FUSED_ATTENTION = re.compile(r"__cudnn\$fmha\w*?Softmax(Backward)?\"")
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
@@ -163,6 +171,9 @@ def library_flops(call: Instruction, computation: Computation) -> float | None:
         left = computation[call.operands[0]].arrays[0].sizes
         axes = [int(axis.strip('" ')) for axis in match.group(1).split(",") if axis]
         return 2.0 * math.prod(call.arrays[0].sizes) * math.prod(left[axis] for axis in axes)
+    if fused := _FUSED_ATTENTION.search(call.attributes):
+        query, key = (computation[name].arrays[0].sizes for name in call.operands[:2])
+        return _fused_attention_flops(query, key, bool(fused.group(1)))
     if "__cudnn$convForward" in call.attributes or "__cudnn$convBiasActivationForward" in call.attributes:
         return product_flops(call, computation)
     return None

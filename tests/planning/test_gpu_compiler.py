@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import pytest
 from support.loops import loops
 from support.tiny_plan import tiny_config
 
+from mer_r1_jax.kernels.attention import cudnn
 from mer_r1_jax.planning.chips import topology_devices
 from mer_r1_jax.planning.compilation import compile_program
 from mer_r1_jax.planning.markdown import markdown
@@ -53,6 +55,25 @@ def test_a_run_is_planned_for_a_card_that_is_not_there(sheet):
     page = markdown(sheet)
     assert "1 x NVIDIA H100 80GB HBM3" in page
     assert "`update`" in page and "`decode`" in page
+
+
+@pytest.mark.skipif(
+    not cudnn.is_there(), reason="cuDNN is not installed, expected for its attention: nvidia-cudnn-cu13"
+)
+def test_attention_is_cudnns_and_no_scores_are_in_memory(config, cache):
+    """At the tiny plan's sizes attention is too small for it, so prompts and completions are as long as a run's."""
+    long = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, max_prompt_length=1024, prompt_buckets=(1024,)),
+        rl=dataclasses.replace(config.rl, max_completion_length=512),
+    )
+    run = RunPrograms(long, topology_devices(CARD))
+    (update,) = [one for one in run.rl(run.buckets("rl")[-1]) if one.name == "update"]
+    text = compile_program(update, CARD, cache).text
+    calls = re.findall(r'custom_call_target="__cudnn\$fmha\w*?Softmax(Backward)?"', text)
+    assert calls.count("Backward") >= 2 and calls.count("") >= 2  # of prompts and of completions
+    scores = re.findall(r"f32\[(?:\d+,)*\d+,(?:1024,1024|512,1024|512,1536)\]", text)
+    assert not scores
 
 
 def test_every_product_of_the_update_is_found(sheet, config):
