@@ -175,14 +175,14 @@ def _plane(axes: Axes, result: LabResult) -> None:
     margin = 0.12 * (high - low) + 1
     axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
     axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
-    _contours(axes)
+    contours(axes)
     axes.set_xlabel("recall")
     axes.set_ylabel("precision")
     axes.set_title(f"World {result.world}: slow answers, from SFT to the end of RL")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _contours(axes: Axes) -> None:
+def contours(axes: Axes) -> None:
     """Lines of equal harmonic mean of the axes. Means over clips of F1 itself lie a little lower."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     recall, precision = np.meshgrid(np.linspace(left, right, 80), np.linspace(low, high, 80))
