@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from mer_r1_jax.kernels.attention import cudnn
 from mer_r1_jax.parallel import VARIABLE
 from mer_r1_jax.planning.chips import Chip, chip_of
 from mer_r1_jax.planning.flops import traced_flops
@@ -26,6 +27,7 @@ from mer_r1_jax.storage.atomic_files import writing
 # What a message says in which the compiler refuses tiles of Triton's.
 TRITON = r"output tile sizes|shared memory size limit|triton"
 _CUDA_PLUGIN = "jax-cuda13-plugin"
+_WITHOUT_CUDNN = "attention by plain XLA, as cuDNN is not installed (pip install --no-deps nvidia-cudnn-cu13)"
 _WITHOUT_TRITON = "every product by cuBLAS (xla_gpu_enable_triton_gemm=false), as Triton's tiles were refused"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 _OVER = re.compile(
@@ -79,6 +81,8 @@ def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.P
     asked = traced_flops(traced.jaxpr, program.longest_loop)
     compiled = _compile_for_gpu(lowered) if chip.cuda else _compile(lowered)
     compiled = dataclasses.replace(compiled, traced_flops=asked)
+    if chip.cuda and asked and not cudnn.is_there():  # a card has the library, and a run takes it
+        compiled = dataclasses.replace(compiled, note="; ".join(filter(None, (_WITHOUT_CUDNN, compiled.note))))
     with writing("a compiled answer", cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
     if compiled.text:

@@ -14,7 +14,7 @@ from mer_r1_jax.storage.checkpoints import AllDamagedError, CheckpointError, Che
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.storage.step_store import DamagedStepError
 from mer_r1_jax.training.phase import Phase
-from mer_r1_jax.training.reference import Reference, switched_off, synced_at
+from mer_r1_jax.training.reference import Reference, dtypes_in_memory, switched_off, synced_at
 from mer_r1_jax.training.state import Params, TrainState, as_stored, partition, stored_params
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,12 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
     if not config.beta:
         return None
     is_off = switched_off(run.config)
+
+    def of(params: Params) -> Reference:
+        dtypes = dtypes_in_memory(params, run.backbone, config)
+        held = {n: array if array.dtype == dtypes[n] else array.astype(dtypes[n]) for n, array in params.items()}
+        return Reference(held, config, kept)
+
     needed = 1 + run.config.train.save_total_limit if config.sync_ref_model else 1
     kept = run.folder.open_checkpoints("reference", max_to_keep=needed)
     if done is None:
@@ -62,7 +68,7 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
         reference = {name: array.copy() for name, array in trained.items() if not is_off(name)}
         if reference:
             kept.save(0, reference, {})
-        return Reference(reference, config, kept)
+        return of(reference)
     # Restored where each parameter lives in training, as the policy's own are.
     shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
     abstract = {
@@ -71,12 +77,12 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
         if not is_off(name)
     }
     if not abstract:
-        return Reference({}, config, kept)
+        return of({})
     number = synced_at(config, done)
     try:
         # One that follows the policy is that of this very step; later and earlier ones may lie beside it.
         if (restored := kept.restore(abstract, step=number if config.sync_ref_model else None)) is not None:
-            return Reference(restored.arrays, config, kept)
+            return of(restored.arrays)
         lost = f"{kept.directory} holds nothing"
     except CheckpointError as error:
         if not (config.sync_ref_model or isinstance(error, AllDamagedError)):
@@ -91,7 +97,7 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
     reference, origin = _start_of_rl(run, phase, abstract, lost)
     log.warning("the reference was lost and is made again from %s. %s", origin, lost)
     kept.save(0, reference, {})
-    return Reference(reference, config, kept)
+    return of(reference)
 
 
 def _start_of_rl(run: StoredRun, phase: Phase, abstract: Params, lost: str) -> tuple[Params, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from mer_r1_jax.config.schema import RlConfig, RunConfig
 from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.storage.checkpoints import Checkpoints
+from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.state import Params, TrainState
 
 
@@ -47,6 +49,20 @@ def synced_at(config: RlConfig, step: int) -> int:
     return step - step % config.ref_model_sync_steps if config.sync_ref_model else 0
 
 
+def dtypes_in_memory(params: Params, backbone: Backbone, config: RlConfig) -> dict[str, Any]:
+    """The dtype each parameter of the reference has while a run uses it; on disk they have the policy's.
+
+    What decoding reads is cast to the compute dtype wherever it is used, so a reference in that dtype gives the same
+    bits in half of float32's memory. One that follows the policy keeps its own, as the share of a mix may be small.
+
+    Args:
+        params: arrays or their shapes.
+    """
+    dtype = jnp.dtype(backbone.config.compute_dtype)
+    cast = () if config.sync_ref_model else backbone.decode_shardings
+    return {name: dtype if name in cast else array.dtype for name, array in params.items()}
+
+
 class Reference:
     """The reference of one run, and what is kept of it on disk.
 
@@ -55,7 +71,7 @@ class Reference:
             the reference. Frozen parameters are the policy's own.
 
     Args:
-        params: as they are kept already.
+        params: as they are kept already, in the dtypes of `dtypes_in_memory`.
         config: of RL.
         kept: where references are kept, numbered as `synced_at` says.
     """

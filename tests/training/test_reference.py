@@ -1,16 +1,21 @@
 """The reference that follows the policy: mixed as TRL mixes it, and the same one again in a run that goes on."""
 
+import dataclasses
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.small_run import small_setup, visits_of
 
 from mer_r1_jax.config.schema import RlConfig
+from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.run.stored_reference import ReferenceLostError, open_reference
 from mer_r1_jax.storage.checkpoints import Checkpoints
-from mer_r1_jax.training.reference import Reference, mixed, synced_at
+from mer_r1_jax.training.prompts import loaded_rows
+from mer_r1_jax.training.reference import Reference, dtypes_in_memory, mixed, synced_at
 
 CONFIG = RlConfig(sync_ref_model=True, ref_model_mixup_alpha=0.25, ref_model_sync_steps=3)
 SAVED = (2, 4, 5, 8)  # steps with a checkpoint
@@ -78,7 +83,12 @@ def attempt(tmp_path):
         ),
         folder=Folder(tmp_path),
         sft_steps=0,
-        backbone=types.SimpleNamespace(shapes=shapes, shardings=dict.fromkeys(shapes, place)),
+        backbone=types.SimpleNamespace(
+            shapes=shapes,
+            shardings=dict.fromkeys(shapes, place),
+            decode_shardings=dict.fromkeys(shapes, place),
+            config=types.SimpleNamespace(compute_dtype="bfloat16"),
+        ),
         initial_params=lambda: policy(0),
     )
 
@@ -116,3 +126,26 @@ def test_one_that_is_lost_is_refused_by_its_number(attempt, tmp_path):
     # That of the start is made again.
     (tmp_path / "reference/0/manifest.json").write_bytes(b"[")
     assert (attempt(2, 3)[3] == 0).all()
+
+
+def test_in_the_compute_dtype_it_takes_half_the_memory_and_gives_the_same_bits(small_folder, compiled, tmp_path):
+    """From the beginning and from disk, where it is kept in the policy's dtype; one that is mixed stays in that."""
+    model, rl = {"compute_dtype": "bfloat16"}, {"sync_ref_model": False}
+    setup = small_setup(small_folder, model=model, media={"decode_workers": 0}, rl=rl)
+    phase, programs = setup.rl_phase(), setup.programs
+    state = phase.new_state(setup.initial_params())
+    run = types.SimpleNamespace(config=setup.config, folder=Folder(tmp_path), sft_steps=0, backbone=setup.backbone)
+    rows, _ = loaded_rows(visits_of(setup, setup.data.rl, [0, 1]), phase.buckets, setup.backbone.config)
+    prompts = programs.encode(state.params, put(rows, setup.backbone.mesh))
+    shape = (rows.uid_B.shape[0], setup.config.rl.num_generations, setup.config.rl.max_completion_length)
+    completion = Continuations(id_BGC=np.full(shape, 7, np.int32), exists_BGC=np.ones(shape, bool))
+    expected = np.asarray(programs.logprobs(state.params, prompts, completion))
+    for done in (None, 3):
+        reference = open_reference(run, phase, state, done)
+        text = {name: array for name, array in reference.params.items() if name.startswith("text/")}
+        assert text and {array.dtype for array in text.values()} == {jnp.dtype("bfloat16")}
+        towers = reference.params.keys() - text.keys()
+        assert all(reference.params[name].dtype == state.params[name].dtype for name in towers)
+        np.testing.assert_array_equal(programs.logprobs(reference.over(state), prompts, completion), expected)
+    mixing = dataclasses.replace(setup.config.rl, sync_ref_model=True)
+    assert set(dtypes_in_memory(state.split()[0], setup.backbone, mixing).values()) == {jnp.dtype("float32")}
