@@ -1,7 +1,8 @@
 """MER-R1's recipe on Qwen2.5-Omni-7B: SFT on 5,000 clips, then RL on the rest of MER-Caption+, towers frozen.
 
-`omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. Training needs weights
-and data: --config.model.path=... --config.data.sft_path=... --config.data.rl_path=...; what a run would take of it,
+`omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. `omni_7b.py:h100:1`
+trains low-rank adapters on one card of 80 GB, which cannot hold moments of all weights. Training needs weights and
+data: --config.model.path=... --config.data.sft_path=... --config.data.rl_path=...; what a run would take of it,
 `mer-r1 plan` says without them.
 """
 
@@ -15,14 +16,23 @@ SLICES = {
 }
 
 
+# Card -> prompts of a step, with adapters in place of the weights.
+ADAPTED = {"h100:1": 8}
+
+
 def get_config(slice_name: str = "v5p:2x2x4"):
-    """The recipe, laid out for a slice."""
-    if slice_name not in SLICES:
-        raise ValueError(f"slice {slice_name!r}: expected one of {', '.join(SLICES)}, or set mesh.* yourself")
+    """The recipe, laid out for a slice or for a card."""
+    if slice_name not in SLICES and slice_name not in ADAPTED:
+        known = ", ".join([*SLICES, *ADAPTED])
+        raise ValueError(f"slice {slice_name!r}: expected one of {known}, or set mesh.* yourself")
     config = recipe()
     config.name = "omni_7b"
     config.model.preset = "7b"
-    lay_out(config, *SLICES[slice_name])
+    if slice_name in SLICES:
+        lay_out(config, *SLICES[slice_name])
+    else:
+        lay_out_on_cards(config, ADAPTED[slice_name])
+        adapt(config)
     return config
 
 
@@ -55,6 +65,24 @@ def lay_out(config, prompts: int, tensor: int, remat: str):
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = tensor
+
+
+def lay_out_on_cards(config, prompts: int, parts: int = 1):
+    """The same for GPUs; an update in more than one part needs a second buffer of gradients."""
+    lay_out(config, prompts, 1, "nothing")
+    config.model.packed_rows = False  # no kernel of a GPU skips what a packed row's mask forbids
+    config.rl.decode_chunk = 128
+    for phase in (config.sft, config.rl):
+        phase.gradient_accumulation_steps = parts
+
+
+def adapt(config):
+    """Low-rank adapters of the language model in place of its weights; rank and learning rates are ours, not tried."""
+    config.model.frozen_dtype = "bfloat16"
+    config.model.lora.rank = 32
+    config.model.lora.alpha = 64.0
+    config.sft.optimizer.learning_rate = 1e-4
+    config.rl.optimizer.learning_rate = 1e-5
 
 
 def _media(media):

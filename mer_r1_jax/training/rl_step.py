@@ -502,7 +502,8 @@ class RlPrograms:
             with self.backbone.rules(decode=decode):
                 return function(self.backbone.bind(params), *arguments)
 
-        return jax.jit(bound, **settings)
+        options = chunked.compiler_options(self.backbone.mesh) if decode else None
+        return jax.jit(bound, compiler_options=options, **settings)
 
     # What needs more than one program, or the host beside them.
 

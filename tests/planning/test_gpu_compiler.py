@@ -100,6 +100,16 @@ def test_a_token_reads_its_weights_and_little_else(sheet):
     assert decode.bound == decode.seconds["memory"] >= CHUNK * needed / 3.35e12
 
 
+def test_adapters_add_little_to_what_a_token_reads(config, cache):
+    """Their products share an operand with the weights', which the compiler would put side by side with them."""
+    lora = dataclasses.replace(config.model.lora, rank=32)
+    model = dataclasses.replace(config.model, lora=lora, frozen_dtype="bfloat16")
+    sheet = plan(dataclasses.replace(config, model=model), CARD, cache_dir=cache, only=["decode"])
+    (decode,) = (program for program in sheet.programs if program.name == "decode")
+    needed = 2 * (LAYERS * LAYER + WIDTH * VOCABULARY)
+    assert needed <= decode.work.hbm_bytes / CHUNK <= 1.3 * needed
+
+
 def test_the_token_loop_copies_no_weight(config, cache):
     run = RunPrograms(config, topology_devices(CARD))
     (decode,) = [one for one in run.rl(run.buckets("rl")[-1]) if one.name == "decode"]
