@@ -267,9 +267,21 @@ def test_a_convolution_of_cudnn_counts_like_any_other():
     assert found[0].hbm_bytes == found[1].hbm_bytes
 
 
-def test_attention_of_cudnn_is_a_kernel_that_states_nothing():
-    line = '%z = (bf16[8,32,64]{2,1,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"'
-    assert gpu_work(line).silent_kernels == 1
+def test_attention_of_cudnn_counts_by_its_shapes():
+    """Two products forward, five backward, of every query with every key."""
+    B, T, H, K, S, h = 2, 32, 4, 2, 48, 64
+    query, key = f"bf16[{B},{T},{H},{h}]{{3,2,1,0}}", f"bf16[{B},{S},{K},{h}]{{3,2,1,0}}"
+    given = f"{GPU}  %q = {query} constant({{...}})\n  %k = {key} constant({{...}})\n"
+
+    def work(target):
+        call = f'  %z = ({query}, u8[0]{{0}}) custom-call(%q, %k, %k), custom_call_target="__cudnn${target}"'
+        return work_of(f"{given}{call}\n}}\n")
+
+    for target, products in (("fmhaSoftmax", 2), ("fmhaScaleBiasSoftmax", 2), ("fmhaScaleBiasSoftmaxBackward", 5)):
+        found = work(target)
+        assert (found.flops, found.silent_kernels) == (products * 2 * B * H * T * S * h, 0)
+    unknown = work("normForward")
+    assert (unknown.flops, unknown.silent_kernels) == (0, 1)
 
 
 def test_a_layer_sliced_beside_other_work_moves_the_layer():
