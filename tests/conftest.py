@@ -85,6 +85,8 @@ MARKED = {
         *("media/test_resize.py", "media/test_vision.py", "media/test_processor_parity.py"),
         *("media/test_media_tokenizer.py",),
     ),
+    # What an index of packages has of the released model, and sizes that ask for a machine's memory: never in CI.
+    "released": ("released",),
 }
 
 
@@ -92,8 +94,11 @@ LANES = {
     "fast": "no test with a marker, with programs compiled quickly",
     "torch": "those that compare with PyTorch, with programs compiled as users' are",
     "rest": "all others, with programs compiled quickly",
+    "released": "those on the released tokenizer, real clips and true sizes, whose files pip brings",
 }
-LEFT_OUT = {"fast": set(MARKED), "rest": {"torch"}}  # markers that keep a test out of a lane
+OPT_IN = {"released"}  # lanes that run only where somebody asks for them
+# Markers that keep a test out of a lane; out of none, where everything else runs, those of lanes that are asked for.
+LEFT_OUT = {None: OPT_IN, "fast": set(MARKED), "rest": {"torch"} | OPT_IN, "released": set()}
 
 
 def pytest_addoption(parser):
@@ -121,7 +126,9 @@ def pytest_ignore_collect(collection_path, config):
         if collection_path.suffix != ".py" or "torch" in markers:
             return None
         return None if "@pytest.mark.torch" in collection_path.read_text() else True
-    return True if markers & LEFT_OUT.get(lane, set()) else None
+    if lane in OPT_IN:
+        return None if collection_path.suffix != ".py" or lane in markers else True
+    return True if markers & LEFT_OUT[lane] else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -133,7 +140,7 @@ def pytest_collection_modifyitems(config, items):
     kept, rest = [], []
     for item in items:
         markers = {marker.name for marker in item.iter_markers()}
-        fits = "torch" in markers if lane == "torch" else not markers & left_out
+        fits = lane in markers if lane in {"torch"} | OPT_IN else not markers & left_out
         (kept if fits else rest).append(item)
     if rest:
         config.hook.pytest_deselected(items=rest)

@@ -23,7 +23,7 @@ from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.atomic_files import writing
-from mer_r1_jax.training.chunked import GPU_OPTIONS
+from mer_r1_jax.training.backbone import GPU_DECODING
 
 # What a message says in which the compiler refuses tiles of Triton's.
 TRITON = r"output tile sizes|shared memory size limit|triton"
@@ -104,7 +104,7 @@ def _fingerprint(module: str, topology: str, chip: Chip) -> str:
     flags = os.environ.get("XLA_FLAGS" if chip.cuda else VARIABLE, "")
     parts = [topology, json.dumps(versions(chip)), flags, module]
     if chip.cuda:
-        parts += [chip.cuda.text(chip.hbm_bandwidth), json.dumps(GPU_OPTIONS)]
+        parts += [chip.cuda.text(chip.hbm_bandwidth), json.dumps(GPU_DECODING)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 

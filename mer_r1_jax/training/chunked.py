@@ -26,10 +26,6 @@ from mer_r1_jax.rl.compaction import Kept, Size
 from mer_r1_jax.rl.rollout import Completions, RolloutState, Sampled, advance, finish, start
 from mer_r1_jax.rl.sampling import SamplingConfig
 
-# XLA for GPUs makes one product of those that share an operand, and puts their weights side by side for it at every
-# token: with adapters at 3B 19 GB are moved a token, where 8.5 are without.
-GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
-
 
 class Chunks(NamedTuple):
     """How rollouts are cut; static.
@@ -121,11 +117,6 @@ def state_formats(mesh: Mesh) -> RolloutState:
         return Format(Layout(major_to_minor=tuple(order)), sharding)
 
     return jax.tree_util.tree_map_with_path(one, shardings)
-
-
-def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What the compiler is told of programs that decode; None on all platforms but GPUs."""
-    return GPU_OPTIONS if device(_placement(mesh)).platform == "gpu" else None
 
 
 def _placement(mesh: Mesh) -> Placement:

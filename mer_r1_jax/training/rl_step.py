@@ -61,7 +61,7 @@ from mer_r1_jax.rl.rollout import Completions, Sampled, rollout
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.rl.scoring import AnswerScorer, ScoredGroups
 from mer_r1_jax.training import chunked
-from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.backbone import Backbone, compiler_options
 from mer_r1_jax.training.dropout import dropout_of
 from mer_r1_jax.training.prompts import loaded_rows
 from mer_r1_jax.training.rollout_log import RolloutLog, advantage_metrics, completions_table, mean_of, reward_metrics
@@ -493,7 +493,8 @@ class RlPrograms:
 
     def make_update(self, optimizer: Any) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
         """The jitted `update(state, experience, beta) -> (state, metrics)`; the state is donated."""
-        return jax.jit(functools.partial(update, self.backbone, self.config, optimizer), donate_argnums=0)
+        step = functools.partial(update, self.backbone, self.config, optimizer)
+        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(self.backbone))
 
     def _jit(self, function: Callable[..., Any], *, decode: bool = False, **settings: Any) -> Callable[..., Any]:
         """Jits a function of (model, *arrays) as one of (params, *arrays), under the rules of training or decoding."""
@@ -502,8 +503,7 @@ class RlPrograms:
             with self.backbone.rules(decode=decode):
                 return function(self.backbone.bind(params), *arguments)
 
-        options = chunked.compiler_options(self.backbone.mesh) if decode else None
-        return jax.jit(bound, compiler_options=options, **settings)
+        return jax.jit(bound, compiler_options=compiler_options(self.backbone, decode=decode), **settings)
 
     # What needs more than one program, or the host beside them.
 

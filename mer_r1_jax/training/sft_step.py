@@ -21,7 +21,7 @@ from mer_r1_jax.omni.batch import Array, Prompts
 from mer_r1_jax.rl.losses import token_logprobs
 from mer_r1_jax.rl.packing import Continuations, continuation_hidden
 from mer_r1_jax.rl.tags import AnswerTags, TagError
-from mer_r1_jax.training.backbone import Backbone
+from mer_r1_jax.training.backbone import Backbone, compiler_options
 from mer_r1_jax.training.dropout import dropout_of
 from mer_r1_jax.training.phase import Phase, phase_parts
 from mer_r1_jax.training.prompts import loaded_rows
@@ -114,7 +114,7 @@ def make_sft_step(
         state, update_metrics = apply_gradients(state, gradients, value, optimizer, config.optimizer.dtype)
         return state, {"loss": value} | metrics | update_metrics
 
-    return jax.jit(sft_step, donate_argnums=0)
+    return jax.jit(sft_step, donate_argnums=0, compiler_options=compiler_options(backbone))
 
 
 class TargetError(ValueError):

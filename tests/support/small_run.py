@@ -137,8 +137,10 @@ def command(script: str, *arguments: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "experiments" / script), *arguments]
 
 
-def run_command(script: str, *arguments: str, cache: Path | None = None, cwd=None) -> subprocess.CompletedProcess:
+def run_command(
+    script: str, *arguments: str, cache: Path | None = None, cwd=None, seconds: int = 500
+) -> subprocess.CompletedProcess:
     """Runs it to its end."""
     return subprocess.run(
-        command(script, *arguments), env=environment(cache), cwd=cwd, capture_output=True, text=True, timeout=500
+        command(script, *arguments), env=environment(cache), cwd=cwd, capture_output=True, text=True, timeout=seconds
     )
