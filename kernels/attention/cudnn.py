@@ -11,11 +11,14 @@ Shape letters are those of `reference`.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from mer_r1_jax.kernels.placement import Placement, device
+
+How = Literal["xla", "cudnn"]  # of jax.nn
 
 _WIDEST_HEAD = 128
 _MULTIPLE = 8  # of head widths and of numbers of tokens
@@ -52,7 +55,7 @@ def is_there() -> bool:
     return True
 
 
-def attention(query_BTHh, key_BSKh, value_BSKh, mask_BTS, *, scale: float, implementation="cudnn") -> jax.Array:
+def attention(query_BTHh, key_BSKh, value_BSKh, mask_BTS, *, scale: float, implementation: How = "cudnn") -> jax.Array:
     """As `reference.attention`; `implementation` is jax.nn's, "xla" for the same call on other platforms."""
     return jax.nn.dot_product_attention(
         query_BTHh, key_BSKh, value_BSKh, mask=mask_BTS[:, None], scale=scale, implementation=implementation
@@ -69,7 +72,7 @@ def shared_prompt_attention(
     own_mask_BGCS,
     *,
     scale: float,
-    implementation="cudnn",
+    implementation: How = "cudnn",
 ) -> jax.Array:
     """As `reference.shared_prompt_attention`: each completion is a row, behind a copy of the prompt's keys and values.
 

@@ -128,9 +128,8 @@ def _to_file() -> int:
     modes = _modes()
     check_out(_OUT.value, modes)
     changes = named_values(_SET.value)
-    read = functools.partial(
-        read_records, _DATA.value, _MEDIA_ROOT.value, extra_columns=extra_columns_of(_MODEL.value, changes)
-    )
+    extra_columns = extra_columns_of(_MODEL.value, changes)
+    read = functools.partial(read_records, str(_DATA.value), _MEDIA_ROOT.value, extra_columns=extra_columns)
     if _DATA.value:
         read()  # what is wrong with it shows before a model is loaded
     with contextlib.ExitStack() as stack:

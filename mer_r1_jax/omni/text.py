@@ -266,6 +266,7 @@ class TextDecoder(nnx.Module):
 
     def unstacked_layers(self) -> tuple[TextLayer, ...]:
         """The layers one by one, each with arrays of its own, which takes a copy of them all."""
+        graphdef: Any  # what it merges to is a TextLayer, which nnx's types do not know
         graphdef, params = nnx.split(self.layers)
         arrays, structure = jax.tree.flatten(params)
         by_layer = zip(*map(one_a_layer, arrays), strict=True)

@@ -103,7 +103,8 @@ def traced_flops(jaxpr: Any, longest_loop: int = 1) -> float:
         elif name == "cond":
             total += max(traced_flops(branch, longest_loop) for branch in params["branches"])
         elif fused := re.fullmatch(r"dot_product_attention_(fwd|bwd)\w*", name):
-            total += _fused_attention_flops(*(one.aval.shape for one in equation.invars[:2]), fused.group(1) == "bwd")
+            query, key, *_ = (one.aval.shape for one in equation.invars)
+            total += _fused_attention_flops(query, key, fused.group(1) == "bwd")
         elif name == "pallas_call":
             total += _kernel_flops(params, longest_loop)
         elif name == "shard_map":  # what it holds is one chip's share
