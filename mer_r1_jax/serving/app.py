@@ -213,6 +213,7 @@ class _Server:
                 return
             yield _line_of({"kind": "queued", "before": before})
         self._thread.submit(job.run)
+        looked = time.monotonic()
         while True:
             event = None
             with contextlib.suppress(TimeoutError):
@@ -222,8 +223,11 @@ class _Server:
                 yield _line_of(event)
                 if event["kind"] in ("done", "error"):
                     return
-            elif await request.is_disconnected():
-                return
+            # Also while events come without a pause: what is sent to a closed page is dropped, and raises nothing.
+            if time.monotonic() - looked >= _LOOK_SECONDS:
+                looked = time.monotonic()
+                if await request.is_disconnected():
+                    return
 
 
 class _Told(StreamingResponse):

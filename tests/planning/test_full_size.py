@@ -51,7 +51,8 @@ def test_both_programs_fit(sheets, programs):
         assert sheet.fits
         assert sheet.advice == ()
     assert programs["update"].held["parameters"] == pytest.approx(4 * PARAMETERS / CHIPS, rel=1e-3)
-    assert programs["update"].held["reference"] == programs["update"].held["parameters"]
+    # In bfloat16, the compute dtype.
+    assert programs["update"].held["reference"] == programs["update"].held["parameters"] // 2
     assert programs["update"].held["optimizer"] == pytest.approx(8 * PARAMETERS / CHIPS, rel=1e-3)
 
 
