@@ -47,8 +47,8 @@ def attention(
         scale: factor on the scores; None means h ** -0.5.
         implementation: one of IMPLEMENTATIONS; None chooses, from 256 x 256 scores on: "pallas" on TPUs, "cudnn" on
             GPUs where it applies (`cudnn.applies`); else "xla". "pallas" is interpreted, slowly, on other platforms.
-        placement: the mesh and the axes that cut rows and heads; None means one device. "xla" and "cudnn" leave the cut
-            to the compiler.
+        placement: the mesh and the axes that cut rows and heads; None means one device. "xla" leaves the cut to the
+            compiler.
 
     Returns:
         out_BTHh in the dtype of the queries.
@@ -80,8 +80,13 @@ def attention(
         call = on_each_device(call, placement, ("BTHh", "BSKh", "BSKh", "BT", "BS"), "BTHh")
         return call(query_BTHh, key_BSKh, value_BSKh, query_segment_BT, key_segment_BS)
     mask_BTS = reference.segment_mask(query_segment_BT, key_segment_BS, causal=causal, shared_segment=shared_segment)
-    compute = cudnn.attention if chosen == "cudnn" else reference.attention
-    out_BTHh = compute(query_BTHh, key_BSKh, value_BSKh, mask_BTS, scale=scale)
+    if chosen == "cudnn":
+        # Left to cut the call, the compiler asks for the same cut of all arguments, and refuses the gradient's.
+        fused = functools.partial(cudnn.attention, scale=scale)
+        fused = on_each_device(fused, placement, ("BTHh", "BSKh", "BSKh", "BTS"), "BTHh")
+        out_BTHh = fused(query_BTHh, key_BSKh, value_BSKh, mask_BTS)
+    else:
+        out_BTHh = reference.attention(query_BTHh, key_BSKh, value_BSKh, mask_BTS, scale=scale)
     return checkpoint_name(out_BTHh, reference.RESIDUALS)
 
 
@@ -103,10 +108,7 @@ def shared_prompt_attention(
     token, `kernels.decode_attention` computes the same straight from the stacked caches.
     """
     scale = query_BGCHh.shape[-1] ** -0.5 if scale is None else scale
-    tokens = query_BGCHh.shape[2], prompt_key_BTKh.shape[1] + own_key_BGSKh.shape[2]
-    fused = math.prod(tokens) >= _FEWEST_SCORES and cudnn.applies(query_BGCHh, tokens, placement)
-    compute = cudnn.shared_prompt_attention if fused else reference.shared_prompt_attention
-    return compute(
+    arguments = (
         query_BGCHh,
         prompt_key_BTKh,
         prompt_value_BTKh,
@@ -114,8 +116,13 @@ def shared_prompt_attention(
         own_key_BGSKh,
         own_value_BGSKh,
         own_mask_BGCS,
-        scale=scale,
     )
+    tokens = query_BGCHh.shape[2], prompt_key_BTKh.shape[1] + own_key_BGSKh.shape[2]
+    if math.prod(tokens) >= _FEWEST_SCORES and cudnn.applies(query_BGCHh, tokens, placement):
+        fused = functools.partial(cudnn.shared_prompt_attention, scale=scale)
+        letters = ("BGCHh", "BTKh", "BTKh", "BT", "BGSKh", "BGSKh", "BGCS")
+        return on_each_device(fused, placement, letters, "BGCHh")(*arguments)
+    return reference.shared_prompt_attention(*arguments, scale=scale)
 
 
 def choose(implementation: str | None, placement: Placement | None, *, worthwhile: bool = True) -> str:

@@ -11,7 +11,7 @@ Shape letters are those of `reference`.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,20 @@ def applies(query: jax.Array, tokens: tuple[int, ...], placement: Placement | No
     card, width = device(placement), query.shape[-1]
     return (
         card.platform == "gpu"
-        and float(getattr(card, "compute_capability", _AMPERE)) >= _AMPERE
+        and _capability(card) >= _AMPERE
         and query.dtype in (jnp.bfloat16, jnp.float16)
         and width <= _WIDEST_HEAD
         and not any(size % _MULTIPLE for size in (width, *tokens))
         and is_there()
     )
+
+
+def _capability(card: Any) -> float:
+    """CUDA's compute capability; 0 for a card of another maker."""
+    try:
+        return float(getattr(card, "compute_capability", 0))
+    except ValueError:
+        return 0.0
 
 
 @functools.cache

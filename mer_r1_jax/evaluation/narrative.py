@@ -157,7 +157,7 @@ def headline(stages: Stages) -> tuple[str, str]:
         said = f"Before RL {_ahead(before)}; after it {_ahead(after)}."
         if before.is_clear and after.is_clear and before.points < 0 < after.points:
             said = f"RL turned the order round, as the paper has it. {said}"
-    # Runs of the control move by two or three points either way, each clearly so over its clips.
+    # Single runs of the control moved by as much as 3.5 points either way, clearly so over their clips.
     clips = counted(after.clips, "held-out clip")
     return said, (
         f"In points of {IN_WORDS[name]}, slow minus fast, 95% intervals over {clips}: of this one run, as another seed "

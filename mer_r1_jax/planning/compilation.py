@@ -82,7 +82,8 @@ def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.P
     asked = traced_flops(traced.jaxpr, program.longest_loop)
     compiled = _compile_for_gpu(lowered) if chip.cuda else _compile(lowered)
     compiled = dataclasses.replace(compiled, traced_flops=asked)
-    if chip.cuda and asked and not cudnn.is_there():  # a card has the library, and a run takes it
+    # A card has the library, and a run takes it for all but a token's attention.
+    if chip.cuda and asked and program.name != "decode" and not cudnn.is_there():
         compiled = dataclasses.replace(compiled, note="; ".join(filter(None, (_WITHOUT_CUDNN, compiled.note))))
     with writing("a compiled answer", cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def _fingerprint(module: str, topology: str, chip: Chip) -> str:
     flags = os.environ.get("XLA_FLAGS" if chip.cuda else VARIABLE, "")
     parts = [topology, json.dumps(versions(chip)), flags, module]
     if chip.cuda:
-        parts += [chip.cuda.text(chip.hbm_bandwidth), json.dumps(GPU_DECODING)]
+        parts += [chip.cuda.text(chip.hbm_bandwidth), json.dumps(GPU_DECODING), f"cuDNN: {cudnn.is_there()}"]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 

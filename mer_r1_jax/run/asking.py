@@ -22,7 +22,15 @@ from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel.mesh import row_cut
 from mer_r1_jax.rl.sampling import greedy
-from mer_r1_jax.run.policy import RUN_MARKER, ReadStep, configs_of, held_out_of, open_step, require_model
+from mer_r1_jax.run.policy import (
+    RUN_MARKER,
+    ReadStep,
+    configs_of,
+    held_out_of,
+    open_step,
+    remembered,
+    require_model,
+)
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.training.prompts import PromptSource, plan_buckets
@@ -124,7 +132,7 @@ def open_policy(
     require_model(path)
     # A clip without sound is answered from its frames, and counted.
     overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir())
-    said = config or next(iter(configs_of(path)), None)
+    said = config or remembered(path)
     if said is None or said.media.missing_audio == "error":
         overrides["media.missing_audio"] = "skip"
     setup, params, read = open_step(path, overrides | dict(changes or {}), devices)

@@ -286,7 +286,10 @@ def saved_config(path: str | pathlib.Path) -> RunConfig | None:
 
 
 def configs_of(path: str | pathlib.Path) -> list[RunConfig]:
-    """The configuration of the run in a folder, or of the run whose export lies there; none of another folder."""
+    """The configuration of the run in a folder, or of the run whose export lies there; none of another folder.
+
+    Only a run's own says where its data are; the settings that went with an export, `remembered` has.
+    """
     folder = pathlib.Path(path)
     # An export lies in <run>/export/hf, so its run is two folders up.
     found = (saved_config(place) for place in (folder, folder.resolve().parent.parent) if _is_run(place))
@@ -298,7 +301,13 @@ def extra_columns_of(path: str | pathlib.Path, changes: dict[str, Any] | None = 
     names = (changes or {}).get("data.extra_columns")
     if names is not None:
         return (names,) if isinstance(names, str) else tuple(names)
-    return next((config.data.extra_columns for config in configs_of(path)), ())
+    config = remembered(path)
+    return () if config is None else config.data.extra_columns
+
+
+def remembered(path: str | pathlib.Path) -> RunConfig | None:
+    """The settings a model was trained with: of its run, those beside an export wherever it was copied, or None."""
+    return saved_config(path) or next(iter(configs_of(path)), None)
 
 
 def held_out_of(config: RunConfig) -> tuple[str, str]:

@@ -57,7 +57,10 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
 
     def of(params: Params) -> Reference:
         dtypes = dtypes_in_memory(params, run.backbone, config)
-        held = {n: array if array.dtype == dtypes[n] else array.astype(dtypes[n]) for n, array in params.items()}
+        held = {}
+        for name in list(params):
+            array = params.pop(name)  # freed one by one: both of them together are half as much again
+            held[name] = array if array.dtype == dtypes[name] else array.astype(dtypes[name])
         return Reference(held, config, kept)
 
     needed = 1 + run.config.train.save_total_limit if config.sync_ref_model else 1

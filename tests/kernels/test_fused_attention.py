@@ -95,7 +95,11 @@ def test_it_is_taken_on_a_gpu_where_its_kernels_apply(monkeypatch):
 
     assert applies() and applies(width=80) and applies(dtype=jnp.float16) and applies(compute_capability="8.0")
     assert not applies(platform="cpu") and not applies(platform="tpu")
-    assert not applies(compute_capability="7.5") and not applies(dtype=jnp.float32)
+    assert (
+        not applies(compute_capability="gfx942")
+        and not applies(compute_capability="7.5")
+        and not applies(dtype=jnp.float32)
+    )
     assert not applies(width=256) and not applies(width=100) and not applies(tokens=(513, 2560))
     monkeypatch.setattr(cudnn, "is_there", lambda: False)
     assert not applies()

@@ -57,22 +57,23 @@ def test_a_run_is_planned_for_a_card_that_is_not_there(sheet):
     assert "`update`" in page and "`decode`" in page
 
 
-@pytest.mark.skipif(
-    not cudnn.is_there(), reason="cuDNN is not installed, expected for its attention: nvidia-cudnn-cu13"
-)
-def test_attention_is_cudnns_and_no_scores_are_in_memory(config, cache):
+@pytest.mark.skipif(not cudnn.is_there(), reason="cuDNN is not installed: pip install --no-deps nvidia-cudnn-cu13")
+@pytest.mark.parametrize(("card", "mesh"), [(CARD, {}), ("h100:8", {"fsdp": 4, "tensor": 2})])
+def test_attention_is_cudnns_and_no_scores_are_in_memory(config, cache, card, mesh):
     """At the tiny plan's sizes attention is too small for it, so prompts and completions are as long as a run's."""
     long = dataclasses.replace(
         config,
+        mesh=dataclasses.replace(config.mesh, **mesh),
         data=dataclasses.replace(config.data, max_prompt_length=1024, prompt_buckets=(1024,)),
-        rl=dataclasses.replace(config.rl, max_completion_length=512),
+        rl=dataclasses.replace(config.rl, max_completion_length=512, prompts_per_step=8 if mesh else 2),
     )
-    run = RunPrograms(long, topology_devices(CARD))
+    run = RunPrograms(long, topology_devices(card))
     (update,) = [one for one in run.rl(run.buckets("rl")[-1]) if one.name == "update"]
-    text = compile_program(update, CARD, cache).text
-    calls = re.findall(r'custom_call_target="__cudnn\$fmha\w*?Softmax(Backward)?"', text)
+    compiled = compile_program(update, card, cache)
+    assert not compiled.error
+    calls = re.findall(r'custom_call_target="__cudnn\$fmha\w*?Softmax(Backward)?"', compiled.text)
     assert calls.count("Backward") >= 2 and calls.count("") >= 2  # of prompts and of completions
-    scores = re.findall(r"f32\[(?:\d+,)*\d+,(?:1024,1024|512,1024|512,1536)\]", text)
+    scores = re.findall(r"f32\[(?:\d+,)*\d+,(?:1024,1024|512,1024|512,1536)\]", compiled.text)
     assert not scores
 
 
