@@ -134,6 +134,10 @@ def test_in_the_compute_dtype_it_takes_half_the_memory_and_gives_the_same_bits(s
     setup = small_setup(small_folder, model=model, media={"decode_workers": 0}, rl=rl)
     phase, programs = setup.rl_phase(), setup.programs
     state = phase.new_state(setup.initial_params())
+    # Scales of 1 and biases of 0 would be the same in either dtype.
+    rng = np.random.default_rng(0)
+    moved = {n: leaf + jnp.asarray(0.05 * rng.normal(size=leaf.shape), leaf.dtype) for n, leaf in state.params.items()}
+    state = dataclasses.replace(state, params=moved)
     run = types.SimpleNamespace(config=setup.config, folder=Folder(tmp_path), sft_steps=0, backbone=setup.backbone)
     rows, _ = loaded_rows(visits_of(setup, setup.data.rl, [0, 1]), phase.buckets, setup.backbone.config)
     prompts = programs.encode(state.params, put(rows, setup.backbone.mesh))
