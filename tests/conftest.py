@@ -1,4 +1,6 @@
-"""Every test runs on the CPU with eight emulated devices, so that sharded programs are really sharded."""
+"""Every test runs on the CPU with eight emulated devices, so that sharded programs are really sharded.
+
+Those of the lane `gpu` alone run on a card."""
 
 import atexit
 import os
@@ -16,7 +18,8 @@ from support.compile_flags import QUICK_COMPILES  # noqa: E402
 
 EMULATED_DEVICES = 8
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+ON_A_CARD = "--lane=gpu" in sys.argv  # read here, since jax is told before pytest has read its options
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_A_CARD else "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What one test compiles the next one loads, also in commands of their own; none writes to the home of whoever runs it.
@@ -39,9 +42,12 @@ settings.load_profile("any_machine")
 
 
 def pytest_sessionstart(session):
-    """Fails the run, rather than skipping tests, when the emulated devices are missing."""
+    """Fails the run, rather than skipping tests, when the emulated devices, or the card, are missing."""
     import jax
 
+    if ON_A_CARD:
+        jax.devices()  # names the missing card
+        return
     if jax.device_count() != EMULATED_DEVICES:
         raise RuntimeError(
             f"the tests need {EMULATED_DEVICES} emulated CPU devices and got {jax.device_count()}: "
@@ -87,6 +93,8 @@ MARKED = {
     ),
     # What an index of packages has of the released model, and sizes that ask for a machine's memory: never in CI.
     "released": ("released",),
+    # What needs a GPU, which CI has not.
+    "gpu": ("gpu",),
 }
 
 
@@ -95,10 +103,11 @@ LANES = {
     "torch": "those that compare with PyTorch, with programs compiled as users' are",
     "rest": "all others, with programs compiled quickly",
     "released": "those on the released tokenizer, real clips and true sizes, whose files pip brings",
+    "gpu": "those on a GPU",
 }
-OPT_IN = {"released"}  # lanes that run only where somebody asks for them
+OPT_IN = {"released", "gpu"}  # lanes that run only where somebody asks for them
 # Markers that keep a test out of a lane; out of none, where everything else runs, those of lanes that are asked for.
-LEFT_OUT = {None: OPT_IN, "fast": set(MARKED), "rest": {"torch"} | OPT_IN, "released": set()}
+LEFT_OUT = {None: OPT_IN, "fast": set(MARKED), "rest": {"torch"} | OPT_IN, "released": set(), "gpu": set()}
 
 
 def pytest_addoption(parser):

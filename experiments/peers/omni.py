@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mer_r1_jax.config.build import from_mapping
@@ -19,8 +20,9 @@ from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.peers.timing import WHOLE, Laps, Stopwatch
 from mer_r1_jax.rl.rollout import STOP_EOS, Completions
 from mer_r1_jax.run.setup import Setup, make_setup
-from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
-from mer_r1_jax.training.rl_step import RlPrograms, beta_at
+from mer_r1_jax.training.prompts import LoadedPrompt, plan_buckets, prompt_rows
+from mer_r1_jax.training.reference import dtypes_in_memory
+from mer_r1_jax.training.rl_step import RlPrograms, Watch, beta_at
 from mer_r1_jax.training.state import make_optimizer, nest, trainable_names
 
 SAMPLE, SCORE, REFERENCE, UPDATE = "sample", "score", "reference", "update"
@@ -82,10 +84,12 @@ class OmniJob:
         return beta_at(self.setup.config.rl, 0, 1)
 
 
-def make_job(setup: Setup, records: Sequence[Record]) -> OmniJob:
-    """A job of the records, which need demonstrations; decodes their clips."""
+def make_job(setup: Setup, records: Sequence[Record], prompts: Sequence[LoadedPrompt] | None = None) -> OmniJob:
+    """A job of the records, which need demonstrations; decodes their clips, where their prompts are not given."""
+    if prompts is None:
+        prompts = [setup.source.load(record) for record in records]
     visits = [Item(record, epoch=0, global_index=number) for number, record in enumerate(records)]
-    loaded = tuple(LoadedItem(visit, setup.source.load(visit.record), None, 0.0) for visit in visits)
+    loaded = tuple(LoadedItem(visit, prompt, None, 0.0) for visit, prompt in zip(visits, prompts, strict=True))
     vocabulary = setup.backbone.config.text.vocab_size
     settings = setup.programs.sampling
     endless = dataclasses.replace(
@@ -159,7 +163,9 @@ class OmniSide:
         params = setup.backbone.init(setup.config.train.seed)
         is_trainable = trainable_names(train_audio=False, train_vision=False)
         self._state = setup.backbone.new_state(params, is_trainable, optimizer, rl.optimizer.dtype)
-        self._reference = jax.tree.map(lambda leaf: leaf.copy(), self._state.split()[0])
+        trained, _ = self._state.split()
+        dtypes = dtypes_in_memory(trained, setup.backbone, rl)
+        self._reference = {name: jnp.array(leaf, dtypes[name], copy=True) for name, leaf in trained.items()}
         self._steps = 0
         self.metrics: dict[str, float] = {}
 
@@ -167,15 +173,19 @@ class OmniSide:
         """Writes the weights as they are now for the other side."""
         export_model(directory, self.job.setup.backbone.config, nest(self._state.params))
 
-    def sampled_ids(self) -> np.ndarray:
-        """int32 [B, G, C], what the policy samples before the script takes its place."""
+    def sampled(self, watch: Watch | None = None) -> Completions:
+        """What the policy samples before the script takes its place; `watch` as `RlPrograms.sample` has it."""
         setup, job = self.job.setup, self.job
         rows = prompt_rows(job.prompts, self._buckets, setup.backbone.config, [v.item.uid for v in job.loaded])
         params = self._state.params
         prompts = self._programs.encode(params, put(rows, setup.backbone.mesh))
         sample = super(ScriptedPrograms, self._programs).sample
         with self._programs.rollout_params(params) as decoding:
-            completions = sample(decoding, prompts, jax.random.fold_in(jax.random.key(0), 0))
+            return sample(decoding, prompts, jax.random.fold_in(jax.random.key(0), 0), watch=watch)
+
+    def sampled_ids(self) -> np.ndarray:
+        """int32 [B, G, C], the ids of that; -1 behind an end."""
+        completions = self.sampled()
         return np.where(completions.mask_BGC, completions.id_BGC, -1)
 
     def step(self) -> Laps:

@@ -90,7 +90,7 @@ def _endless(job) -> Iterator[list[str]]:
 
 def _omni(settings: Settings, folder: pathlib.Path) -> Section:
     from mer_r1_jax.peers.omni import REFERENCE, SAMPLE, SCORE, UPDATE, OmniSide, synthetic_job
-    from mer_r1_jax.peers.omni_torch import OmniPeer
+    from mer_r1_jax.peers.omni_torch import OmniPeer, load
 
     config = importlib.import_module("mer_r1_jax.configs.synthetic").get_config()
     # A schedule would only make the two sides' learning rates harder to compare.
@@ -99,7 +99,7 @@ def _omni(settings: Settings, folder: pathlib.Path) -> Section:
     job = synthetic_job(config, folder)
     side = OmniSide(job)
     side.export(folder / "export")
-    peer = OmniPeer(job, folder / "export")
+    peer = OmniPeer(job, *load(folder / "export"))
     losses = []
 
     def ours() -> Laps:

@@ -186,7 +186,8 @@ class TextSide:
 
     def _new_state(self):
         is_trainable = trainable_names(train_audio=False, train_vision=False)
-        return self.backbone.new_state(self.params, is_trainable, self._optimizer, self.config.optimizer.dtype)
+        params = {name: leaf.copy() for name, leaf in self.params.items()}  # a state takes what it is given
+        return self.backbone.new_state(params, is_trainable, self._optimizer, self.config.optimizer.dtype)
 
     def _sample(self, rows: Prompts, params, generations: int):
         self._rollouts += 1

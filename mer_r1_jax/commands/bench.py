@@ -5,12 +5,19 @@ GRPO step of a text model beside transformers and TRL; one MER-R1 step on clips 
 transformers' Thinker. Prints a table; --out also writes it into a page of Markdown, between two marker lines. Takes
 about five minutes and needs torch and trl (pip install -e '.[test]').
 
-Exit code 0 when every gate is met, 1 when one is not, 2 when nothing could be measured.
+With --platform=gpu: one MER-R1 step of 3B at its real size, on one card of 80 GB, and the same torch loop on that card
+after it, since each fills it; takes about ten minutes. --out and the figures are written even where one side fails.
+
+Exit code 0 when every gate is met, 1 when one is not (or a side on the card failed), 2 when nothing could be measured.
 """
 
 import importlib.util
+import json
 import os
 import pathlib
+import subprocess
+import sys
+import tempfile
 
 from absl import app, flags
 
@@ -27,15 +34,23 @@ _DEVICES = flags.DEFINE_integer(
     "Devices our side cuts its threads into; training on a CPU has one unless XLA_FLAGS says otherwise.",
     lower_bound=1,
 )
+_PLATFORM = flags.DEFINE_enum(
+    "platform", "cpu", ["cpu", "gpu"], "cpu: --tasks, on cores; gpu: one step of --size on a card."
+)
+_SIZE = flags.DEFINE_string("size", "3b", "With --platform=gpu, the job: 3b, or tiny to try the command out.")
+_SECONDS = flags.DEFINE_integer("seconds", 400, "With --platform=gpu, the most either side may take.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "", "Page to write the tables into, such as docs/performance.md.")
 _NEEDED = ("torch", "trl", "datasets")
 
 START, END = "<!-- measured: start -->", "<!-- measured: end -->"
+CARD_START, CARD_END = "<!-- measured on a card: start -->", "<!-- measured on a card: end -->"
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if _PLATFORM.value == "gpu":
+        return _on_a_card()
     from mer_r1_jax.peers import tasks
 
     if problem := _problem(tasks.TASKS):
@@ -61,13 +76,60 @@ def main(argv: list[str]) -> int:
         repeats=_REPEATS.value,
     )
     screen.say(f"\n{measured}")
-    if _OUT.value:
-        out = pathlib.Path(_OUT.value)
-        text = out.read_text(encoding="utf-8") if out.exists() else ""
-        with explained():
-            atomic_files.write_text(out, page.replaced(text, measured, START, END))
+    _write(measured, START, END)
     rows = [row for section in sections for row in section.rows if row.target]
     return 0 if all(row.comparison.ratio >= row.target.gate for row in rows) else 1
+
+
+def _on_a_card() -> int:
+    """Both sides in processes of their own, and the page of what they measured."""
+    from mer_r1_jax.peers import one_side, real_page
+    from mer_r1_jax.peers.real_size import SIZES
+
+    problem = f"--size={_SIZE.value}: expected one of {', '.join(SIZES)}" if _SIZE.value not in SIZES else ""
+    if not problem and importlib.util.find_spec("torch") is None:
+        problem = "torch not installed: the other side needs it; pip install torch"
+    if problem:
+        screen.say(f"error: {problem}", error=True)
+        return 2
+    repeats, failed, figures = min(_REPEATS.value, 5), [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for side in one_side.SIDES:
+            arguments = [side, _SIZE.value, str(repeats if side == "ours" else 1), folder]
+            try:
+                # The module sets what jax and torch read at their start, so a process of its own begins with it.
+                command = [sys.executable, "-m", "mer_r1_jax.peers.one_side", *arguments]
+                code = subprocess.run(command, timeout=_SECONDS.value, check=False).returncode
+                told = f"ended with exit code {code}" if code else ""
+            except subprocess.TimeoutExpired:
+                told = f"was stopped after --seconds={_SECONDS.value}"
+            if told:
+                failed.append(side)
+                screen.say(f"error: the side {side!r} {told}; what it had measured is kept", error=True)
+            path = pathlib.Path(folder) / f"{side}.json"
+            figures[side] = json.loads(path.read_text()) if path.exists() else {}
+    if not any("steps" in one for one in figures.values()):
+        return 2
+    command = f"mer-r1 bench --platform=gpu --size={_SIZE.value} --repeats={repeats}"
+    measured = real_page.markdown(SIZES[_SIZE.value], figures["ours"], figures["theirs"], command=command)
+    screen.say(f"\n{measured}")
+    _write(measured, CARD_START, CARD_END)
+    if _OUT.value:
+        with explained():
+            atomic_files.write_json(pathlib.Path(_OUT.value).with_suffix(".json"), figures)
+    return 1 if failed else 0
+
+
+def _write(measured: str, start: str, end: str) -> None:
+    """Puts the tables into the page of --out, between two marker lines."""
+    if not _OUT.value:
+        return
+    from mer_r1_jax.peers import page
+
+    out = pathlib.Path(_OUT.value)
+    text = out.read_text(encoding="utf-8") if out.exists() else ""
+    with explained():
+        atomic_files.write_text(out, page.replaced(text, measured, start, end))
 
 
 def _problem(known: tuple[str, ...]) -> str:

@@ -117,11 +117,20 @@ class Backbone(Protocol):
     def new_state(
         self, params: Mapping[str, Any], is_trainable: Callable[[str], bool], optimizer: Any, dtype: str
     ) -> TrainState:
-        """A fresh train state around parameters, every array made where it will live."""
+        """A fresh train state around parameters, every array made where it will live.
+
+        Args:
+            params: donated: whoever still needs them keeps a copy.
+            is_trainable: the predicate of those that are trained.
+            optimizer: of the phase.
+            dtype: of both moments.
+        """
         abstract = self.abstract_state(is_trainable, optimizer, dtype)
         make = functools.partial(init_state, is_trainable=is_trainable, optimizer=optimizer, dtype=dtype)
-        # Made in place by a program: a moment that was made first and cut then would be whole on one device.
-        return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(params)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        # Made in place by a program: a moment that was made first and cut then would be whole on one device. Without
+        # the donation all parameters would lie in memory twice while it runs: at 3B in float32 another 19 GB.
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(dict(params))
 
 
 # Bytes of weights in the compute dtype from which on a copy of them is what decides whether a machine is large enough.

@@ -8,7 +8,7 @@ from support.small_run import with_config
 
 from mer_r1_jax.peers import page, timing
 from mer_r1_jax.peers.omni import PARTS, OmniSide, make_job
-from mer_r1_jax.peers.omni_torch import OmniPeer
+from mer_r1_jax.peers.omni_torch import OmniPeer, load
 from mer_r1_jax.peers.text import END, TextJob, TextSide
 from mer_r1_jax.peers.text_torch import TextPeer
 
@@ -43,7 +43,7 @@ def omni(small, tmp_path_factory):  # noqa: F811
     side, export = OmniSide(job), tmp_path_factory.mktemp("omni") / "export"
     side.export(export)
     torch.set_num_threads(1)
-    peer = OmniPeer(job, export)
+    peer = OmniPeer(job, *load(export))
     metrics, laps = [], []
     for _ in range(2):
         laps.append((side.step(), peer.step()))
