@@ -20,7 +20,6 @@ from mer_r1_jax.storage import atomic_files
 SIDES = ("ours", "theirs")
 _FEW = 8  # tokens of the sampling whose time is taken off, so that prefill does not count as decoding
 _GIB = 2**30
-_SHOWN = 10  # kernels of the torch side's update
 
 
 class Figures:
@@ -37,8 +36,8 @@ class Figures:
         screen.say(f"[{time.perf_counter() - self._start:6.1f} s] {self._path.stem}: {name} = {value}")
 
 
-def measure_ours(figures: Figures, size_name: str, repeats: int, folder: pathlib.Path) -> None:
-    """Whole steps of ours with their parts, tokens decoded, memory, and the operations of an update."""
+def measure_ours(figures: Figures, size_name: str, repeats: int, folder: pathlib.Path) -> Any:
+    """Whole steps of ours with their parts, tokens decoded, memory, operations of an update. Returns the side."""
     import jax
 
     from mer_r1_jax.parallel import set_gpu_memory
@@ -76,6 +75,7 @@ def measure_ours(figures: Figures, size_name: str, repeats: int, folder: pathlib
     tokens = job.setup.config.rl.decode_chunk
     figures.add("encode_cast_prefill_and_first_chunk_s", marks[0] - start if marks else None)
     figures.add("decode_ms", [1e3 * (b - a) / tokens for a, b in zip(marks, marks[1:], strict=False)])
+    return side
 
 
 def measure_theirs(figures: Figures, size_name: str, repeats: int, folder: pathlib.Path) -> None:
@@ -122,16 +122,16 @@ def warmed_up(peer: Any, figures: Figures, seconds: Callable[[Callable[[], Any]]
     import torch
 
     whole, parts = peer.rows(), peer.parts()
-    figures.add("first_sample_few_s", seconds(lambda: peer.sampled_ids(whole, _FEW)))
-    figures.add("sample_few_s", seconds(lambda: peer.sampled_ids(whole, _FEW)))
     with torch.no_grad():
         figures.add("first_encode_s", seconds(lambda: [peer.encode(part.rows) for part in parts]))
         figures.add("encode_s", seconds(lambda: [peer.encode(part.rows) for part in parts]))
     figures.add("update_of_a_part", update_of_a_part(peer, parts[0], seconds))
+    figures.add("first_sample_few_s", seconds(lambda: peer.sampled_ids(whole, _FEW)))
+    figures.add("sample_few_s", seconds(lambda: peer.sampled_ids(whole, _FEW)))
 
 
 def update_of_a_part(peer: Any, part: Any, seconds: Callable[[Callable[[], Any]], float]) -> dict[str, Any]:
-    """Seconds of one micro-batch's forward pass (with and without gradient) and backward pass, and its kernels."""
+    """Seconds of one micro-batch's forward pass (with and without gradient) and of its backward pass."""
     import torch
 
     advantage = torch.ones(part.at.stop - part.at.start)[: len(part.rows["input_ids"])]
@@ -150,16 +150,6 @@ def update_of_a_part(peer: Any, part: Any, seconds: Callable[[Callable[[], Any]]
     figures: dict[str, Any] = {"forward_without_gradient_s": without}
     for name in ("first", "second"):
         figures[f"{name}_forward_s"], figures[f"{name}_backward_s"] = seconds(forward), seconds(backward)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if peer.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        forward()
-        backward()
-        synchronize(peer.device)
-    of = "self_device_time_total" if peer.device.type == "cuda" else "self_cpu_time_total"
-    averages = sorted(profile.key_averages(), key=lambda one: -getattr(one, of, 0))[:_SHOWN]
-    figures["kernels_ms"] = {one.key[:100]: [round(getattr(one, of, 0) / 1e3, 2), one.count] for one in averages}
     for weight in peer.policy.parameters():
         weight.grad = None
     peer.policy.eval()

@@ -46,7 +46,7 @@ def test_rows_by_cudnn_are_those_of_the_reference(name):
     *arrays, gradient = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
     gradient = jnp.where((segment > 0)[..., None, None], gradient, 0)  # what sees nothing has no meaning
     assert cudnn.applies(arrays[0], segment.shape[1:] * 2, None), "cuDNN has to be what is tested"
-    mask = reference.segment_mask(segment, segment, causal=causal)
+    mask = reference.segment_mask(segment, segment, causal=causal, shared_segment=None)
     got = pulled(lambda q, k, v: api.attention(q, k, v, segment, segment, causal=causal), arrays, gradient)
     want = in_float32(lambda q, k, v: reference.attention(q, k, v, mask, scale=width**-0.5), arrays, gradient)
     for part, one, other in zip(("result", "query", "key", "value"), got, want, strict=True):
