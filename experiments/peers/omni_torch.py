@@ -77,26 +77,18 @@ class OmniPeer:
 
     def step(self) -> Laps:
         """One whole step; leaves its metrics in `metrics`."""
-        job, script = self.job, self.job.script
+        job = self.job
         watch = Stopwatch()
         self.sampled_ids(self.rows())
         self._lap(watch, SAMPLE)
         parts = self.parts()
-        groups = job.setup.scorer.groups(script, [record.solution for record in job.records])
-        anchors, fast = groups.anchors, groups.anchors.fast
-        with torch.no_grad():
-            # Slow minus fast, for each word and wheel: [B, G, W, Q].
-            difference = [
-                self._confidences(part, script.id_BGC, script.exists_BGC, anchors.slow_BGW, anchors.set_BGWQ)
-                - self._confidences(part, fast.id_BGC, fast.exists_BGC, anchors.fast_BGW, anchors.set_BGWQ)
-                for part in parts
-            ]
-            advantage = self._advantages(groups, torch.cat(difference).cpu().view(anchors.set_BGWQ.shape))
+        groups = job.setup.scorer.groups(job.script, [record.solution for record in job.records])
+        advantage = self.advantages_of(parts, groups)
         self._lap(watch, SCORE)
         with torch.no_grad():
             reference = [self.logprobs(part, self.reference) for part in parts]
         self._lap(watch, REFERENCE)
-        self._update(parts, advantage, reference)
+        self.learn(parts, advantage, reference)
         self._lap(watch, UPDATE)
         return watch.stop()
 
@@ -177,6 +169,18 @@ class OmniPeer:
         total_RWQ = (picked * (tokens_RWQY >= 0)).sum(-1)
         return total_RWQ.clamp(min=FLOOR).log()
 
+    @torch.no_grad()
+    def advantages_of(self, parts: list[Part], groups) -> torch.Tensor:
+        """Advantages [B, G] of the script's completions, which the scorer has read."""
+        script, anchors, fast = self.job.script, groups.anchors, groups.anchors.fast
+        # Slow minus fast, for each word and wheel: [B, G, W, Q].
+        difference = [
+            self._confidences(part, script.id_BGC, script.exists_BGC, anchors.slow_BGW, anchors.set_BGWQ)
+            - self._confidences(part, fast.id_BGC, fast.exists_BGC, anchors.fast_BGW, anchors.set_BGWQ)
+            for part in parts
+        ]
+        return self._advantages(groups, torch.cat(difference).cpu().view(anchors.set_BGWQ.shape))
+
     def _advantages(self, groups, difference_BGWQ: torch.Tensor) -> torch.Tensor:
         """MER-R1's advantages [B, G]."""
         rewards = {
@@ -200,7 +204,7 @@ class OmniPeer:
             + self.rl.format_weight * _zscore(rewards["format"], rewards["valid"])
         )
 
-    def _update(self, parts: list[Part], advantage_BG: torch.Tensor, reference: list[torch.Tensor]) -> None:
+    def learn(self, parts: list[Part], advantage_BG: torch.Tensor, reference: list[torch.Tensor]) -> None:
         """The clipped policy loss with its KL term over all tokens, and one step of AdamW."""
         # Transformers recomputes in training mode alone, in which it keeps no cache while it samples. Nothing else
         # hangs on the mode: the Thinker has no dropout.

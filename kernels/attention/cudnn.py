@@ -3,7 +3,7 @@
 Scores of plain XLA are float32 arrays of all queries and keys, written and read several times; cuDNN keeps them on the
 chip. Masks become a bias in the queries' dtype, [B, 1, T, S]: the one large array that is left. A query that sees
 nothing gets a finite value without meaning, as in `reference`. The tests compile it for an H100 and hold it against
-`reference` through the same calls of jax.nn without cuDNN; it has not yet run on a GPU.
+`reference` through the same calls of jax.nn without cuDNN; those of tests/gpu hold cuDNN's own against it, on a card.
 
 Shape letters are those of `reference`.
 """

@@ -1,14 +1,16 @@
 """Both sides of `mer-r1 bench` do the same work: same weights, same tokens, same numbers."""
 
+import jax
 import numpy as np
 import pytest
 import torch
 from support.small_fixtures import compiled, small, small_folder  # noqa: F401
 from support.small_run import with_config
 
-from mer_r1_jax.peers import page, timing
+from mer_r1_jax.peers import page, real_page, timing
 from mer_r1_jax.peers.omni import PARTS, OmniSide, make_job
 from mer_r1_jax.peers.omni_torch import OmniPeer, load
+from mer_r1_jax.peers.real_size import SIZES, real_job, useful_flops
 from mer_r1_jax.peers.text import END, TextJob, TextSide
 from mer_r1_jax.peers.text_torch import TextPeer
 
@@ -109,3 +111,63 @@ def test_a_page_keeps_what_is_around_its_tables():
     assert new == "# Title\n\nbefore\n\n<a>\nnew\n<b>\n\nafter\n"
     assert page.replaced(new, "new\n", "<a>", "<b>") == new
     assert "<a>\nnew\n<b>" in page.replaced("", "new\n", "<a>", "<b>")
+
+
+def test_both_sides_learn_the_same_of_the_job_of_a_card(tmp_path):
+    """At a small size: in float32, from one export, the torch side in micro-batches that recompute."""
+    size = SIZES["tiny"]
+    job = real_job(size, tmp_path, devices=jax.devices()[:1])
+    side = OmniSide(job)
+    side.export(tmp_path / "export")
+    peer = OmniPeer(job, *load(tmp_path / "export"), rows_at_once=size.torch_rows)
+    side.step()
+    parts, reference = peer.parts(), [peer.logprobs(part, peer.reference).detach() for part in peer.parts()]
+    assert [len(part.rows["input_ids"]) for part in parts] == [3, 1]
+    groups = job.setup.scorer.groups(job.script, [record.solution for record in job.records])
+    peer.learn(parts, peer.advantages_of(parts, groups), reference)
+    assert side.metrics == pytest.approx(peer.metrics, rel=1e-3, abs=1e-6)
+    assert side.metrics["grad_norm"] > 0.01
+    # Answers as long as reasoning has them, and a count of operations that follows from them.
+    lengths = job.script.length_BG
+    assert (lengths > 0.75 * size.completion).all() and (lengths <= size.completion).all()
+    text = job.setup.backbone.config.text
+    tokens = sum(len(prompt.ids) for prompt in job.prompts) + int(lengths.sum())
+    weights = text.num_hidden_layers * (
+        2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+        + 3 * text.hidden_size * text.intermediate_size
+    )
+    products = 6 * (weights * tokens + text.hidden_size * text.vocab_size * int(lengths.sum()))
+    assert products < useful_flops(job) < 2 * products  # the rest is attention
+
+
+OURS = {
+    "device": "card",
+    "prompt_tokens": [10, 12],
+    "tokens_in_loss": 99,
+    "update_flops": 200e12,
+    "peak_flops": 1000e12,
+    "steps": [{"sample": 2.0, "score": 0.5, "reference": 0.1, "update": 0.4, "whole": 3.0}],
+    "decode_ms": [4.0, 5.0, 9.0],
+    "memory": {"perf/peak_memory_gib": 60.0},
+}
+THEIRS = {
+    "device": "the same",
+    "steps": [{"sample": 10.0, "score": 4.0, "reference": 3.0, "update": 20.0, "whole": 37.0}],
+    "encode_s": 1.0,
+    "decode_ms": [20.0],
+}
+
+
+def test_a_page_of_a_card_has_both_ratios_where_their_update_is_odd():
+    text = real_page.markdown(SIZES["3b"], OURS, THEIRS, command="mer-r1 bench")
+    assert "|whole MER-R1 step|3|37|12.3|" in text
+    assert "|one more token of all completions, ms|5|20|4.0|" in text
+    assert "utilisation of our update: 50.0%" in text
+    # Encoded once, and four passes of the rest: 1 + 4 x (3 - 1) = 9 in place of 20, so 26 for 3 and 9 for 0.4.
+    assert "should take 9.0 s" in text and "took 20.0" in text and "step is 8.7, of the update 22.5" in text
+
+
+def test_a_page_of_a_card_says_what_was_not_measured():
+    text = real_page.markdown(SIZES["3b"], OURS, {"encode_s": 1.0}, command="mer-r1 bench")
+    assert "|whole MER-R1 step|3|not measured||" in text and "theirs: not measured" in text
+    assert "should take" not in text
