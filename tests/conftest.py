@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from support.compile_flags import QUICK_COMPILES  # noqa: E402
 
+from mer_r1_jax.planning import without_devices  # noqa: E402
+
 EMULATED_DEVICES = 8
 
 ON_A_CARD = "--lane=gpu" in sys.argv  # read here, since jax is told before pytest has read its options
@@ -31,10 +33,8 @@ if COMPILED not in os.environ:
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[COMPILED]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# libtpu, installed for ahead-of-time compiles, looks for a TPU host when jax is imported; these keep it quiet.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+if not ON_A_CARD:
+    without_devices()  # libtpu, installed for ahead-of-time compiles, would look for a TPU host when jax is imported
 
 # On a busy machine any example can take longer than hypothesis' 200 ms.
 settings.register_profile("any_machine", deadline=None)

@@ -20,6 +20,7 @@ from mer_r1_jax.media.clips import AudioInput, Clips, laid_out
 from mer_r1_jax.media.mel import mel_frames
 from mer_r1_jax.media.prompt import PromptBuilder
 from mer_r1_jax.peers.omni import OmniJob, make_job
+from mer_r1_jax.planning.flops import TRAINED, text_flops
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.training.prompts import LoadedPrompt
 
@@ -108,9 +109,6 @@ def real_job(size: RealSize, folder: pathlib.Path, devices: Any = None, seed: in
 
 def useful_flops(job: OmniJob) -> float:
     """Operations that an update is there for: three passes over real tokens, each prompt once, none done again."""
-    # Not before the devices are there: the planner's package tells jax to look for none.
-    from mer_r1_jax.planning.flops import TRAINED, text_flops
-
     text = job.setup.backbone.config.text
     passes = 0.0
     for prompt, length_G in zip(job.prompts, job.script.length_BG, strict=True):

@@ -37,6 +37,9 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.rl.prompts_per_step=32")
+    from mer_r1_jax.planning import without_devices
+
+    without_devices()
     from mer_r1_jax.planning.markdown import markdown
     from mer_r1_jax.planning.planner import PROGRAMS, plan
     from mer_r1_jax.run.inputs import FOLDERS, require_files

@@ -1,10 +1,11 @@
 """What a run will take of TPUs or GPUs nobody has yet: its programs compiled by the real compiler, and their sheet.
 
-The settings under which that compiler works on a machine without one come first: jax looks for a TPU host the moment
-it is imported.
+Importing this changes nothing: a run that trains reads its advice too. A process that compiles for devices it has not
+calls `without_devices` first.
 """
 
 import os
+from collections.abc import MutableMapping
 
 from mer_r1_jax.parallel import set_tpu_flags
 
@@ -18,7 +19,12 @@ _SETTINGS = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-for _name, _value in _SETTINGS.items():
-    os.environ.setdefault(_name, _value)
 
-set_tpu_flags()
+def without_devices(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Has the real compilers work in this process without a chip, and jax look for none.
+
+    It has to come before jax is imported, which looks for a TPU host the moment it is. What the user has set stays.
+    """
+    for name, value in _SETTINGS.items():
+        environment.setdefault(name, value)
+    set_tpu_flags(environment)

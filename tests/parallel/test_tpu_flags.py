@@ -1,10 +1,11 @@
 """What every command says to XLA: ours is added, the user's stays."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-import mer_r1_jax.planning  # noqa: F401 - importing it sets them
 from mer_r1_jax.cli import parse_flags
 from mer_r1_jax.parallel import (
     FLAGS,
@@ -14,6 +15,7 @@ from mer_r1_jax.parallel import (
     set_gpu_memory,
     set_tpu_flags,
 )
+from mer_r1_jax.planning import without_devices
 
 OURS = [f"--{name}={value}" for name, value in FLAGS.items()]
 
@@ -34,9 +36,27 @@ def test_what_the_user_set_stays():
     assert sum(name in word for word in words) == 1
 
 
-def test_commands_and_plans_set_them(monkeypatch):
-    """Before anything can load the compiler: a plan when it is imported, a command before it reads its own flags."""
-    assert set(OURS) <= set(os.environ[VARIABLE].split())
+def test_plans_look_for_no_device():
+    environment = {"TPU_ACCELERATOR_TYPE": "v5e-8"}
+    without_devices(environment)
+    assert environment["JAX_PLATFORMS"] == "cpu" and environment[VARIABLE].split() == OURS
+    assert environment["TPU_ACCELERATOR_TYPE"] == "v5e-8"  # the user's
+
+
+def test_a_run_looks_for_its_devices():
+    """What training imports says nothing to jax; a planner's settings would have it run on the CPU of a machine that
+    has a GPU or a TPU, and say nothing."""
+    told = "import os; before = dict(os.environ); import mer_r1_jax.run.train, mer_r1_jax.planning.advice, "
+    told += "mer_r1_jax.planning.programs; print({k for k in os.environ if os.environ[k] != before.get(k)})"
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "ALLOW_"))}
+    mine.pop(VARIABLE, None)
+    done = subprocess.run([sys.executable, "-c", told], env=mine, capture_output=True, text=True, check=True)
+    changed = done.stdout.strip()
+    assert "JAX_PLATFORMS" not in changed and VARIABLE not in changed and "TPU_ACCELERATOR_TYPE" not in changed
+
+
+def test_commands_set_them(monkeypatch):
+    """Before anything can load the compiler: a command before it reads its own flags."""
     monkeypatch.delenv(VARIABLE)
     monkeypatch.delenv(GPU_MEMORY_VARIABLE, raising=False)
     with pytest.raises(SystemExit):
