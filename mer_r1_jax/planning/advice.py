@@ -141,6 +141,9 @@ def _cures(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> 
         cures.append(f"{phase}.gradient_accumulation_steps={more}, which about halves the temporary memory")
     if trains and config.model.remat != "nothing":
         cures.append("model.remat=nothing, which keeps nothing of a layer")
+    steps = section.steps_per_generation if phase == "rl" else 1
+    if not trains and steps > 1:
+        cures.append(f"rl.steps_per_generation={steps // 2}, which makes rollouts of fewer prompts")
     if not trains and section.prompts_per_step > cut and section.prompts_per_step % (2 * cut) == 0:
         cures.append(f"{phase}.prompts_per_step={section.prompts_per_step // 2}, which halves the rows of a chip")
     tensor = 2 * config.mesh.tensor
