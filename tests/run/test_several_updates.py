@@ -1,4 +1,4 @@
-"""A run whose rollouts are learnt from in three updates each; stopped and killed inside one, it ends as if left alone."""
+"""A run that learns from a rollout in three updates; stopped and killed between them, it ends as one left alone."""
 
 import json
 import re
