@@ -297,6 +297,7 @@ class TrainConfig:
     log_completions: bool = True  # write sampled completions as a table
     num_completions_to_print: FewOrZero = 1  # completions shown on the console at a logging step
     report_to: tuple[ReportTo, ...] = ("tensorboard",)  # where metrics go besides metrics.jsonl; may be a function
+    warm_up_longest: Literal["auto", "always", "never"] = "auto"  # longest shapes run before step 1; auto: not on CPUs
     profile_steps: tuple[Count, ...] = ()  # steps of each phase that jax.profiler traces, into logs/attempt_<n>/profile
     resume_from_checkpoint: Literal["auto", "never"] = "auto"  # auto (newest valid) | never
     max_nonfinite_steps: Count = 10  # updates skipped for a non-finite loss or gradient before the run stops

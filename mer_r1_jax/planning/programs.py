@@ -37,7 +37,7 @@ from mer_r1_jax.training.chunked import state_shardings
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
 from mer_r1_jax.training.phase import banned_ids_of, check_rows, prompts_at_once, sampling_config, steps_of
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
-from mer_r1_jax.training.reference import dtypes_in_memory, switched_off
+from mer_r1_jax.training.reference import abstract_reference, switched_off
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
 from mer_r1_jax.training.state import (
@@ -180,9 +180,7 @@ class RunPrograms:
         state, optimizer = self._state("rl")
         with_clips = self._prompts(bucket)
         is_off = switched_off(self.config)
-        reference = {name: leaf for name, leaf in state.split()[0].items() if config.beta and not is_off(name)}
-        dtypes = dtypes_in_memory(reference, self.backbone, config)
-        reference = {name: self._recast(leaf, dtypes[name]) for name, leaf in reference.items()}
+        reference = abstract_reference(self.config, state, self.backbone)
         compared = {name: leaf for name, leaf in state.params.items() if not (config.beta and is_off(name))} | reference
         held = _held(state) | {"reference": reference, "batch": with_clips}
         per_rollout = 1 / config.updates_per_rollout
@@ -308,10 +306,6 @@ class RunPrograms:
         settings = getattr(self.config, phase).optimizer
         optimizer = make_optimizer(settings, self.steps(phase))
         return self.backbone.abstract_state(trained_in(self.config, phase), optimizer, settings.dtype), optimizer
-
-    @staticmethod
-    def _recast(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
     def _rollout_weights(self, recast: Params) -> Params:
         shardings, dtype = self.backbone.decode_shardings, jnp.dtype(self.backbone.config.compute_dtype)

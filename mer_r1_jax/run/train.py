@@ -54,6 +54,7 @@ from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.stored_base import BASE_FOLDER, begin, restore_base
 from mer_r1_jax.run.stored_reference import StoredRun, open_reference
+from mer_r1_jax.run.warm_up import is_wanted, warm_up
 from mer_r1_jax.storage import bucket
 from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
@@ -170,6 +171,10 @@ def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) ->
     checkpoints = folder.open_checkpoints(RUN_MARKER, section.save_total_limit)
 
     leave_out = left_out_of_checkpoints(setup.config)
+
+    if is_wanted(setup):  # before anything lies in the devices' memory
+        done = processes.from_first("the checkpoint a warm-up goes by", checkpoints.latest_step) or 0
+        warm_up(setup, sft, rl, done, functools.partial(console.print, highlight=False))
 
     # SFT and RL may train other parameters, and only a checkpoint's host state says which phase it is of.
     def abstract(step: int, host: dict[str, Any]) -> dict[str, Any]:

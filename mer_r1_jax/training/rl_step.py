@@ -487,6 +487,7 @@ class RlPrograms:
     def __init__(self, backbone: Backbone, config: RlConfig, sampling: SamplingConfig):
         self.backbone, self.config = backbone, config
         self.sampling: SamplingConfig = sampling
+        self._updates: dict[Any, Callable[..., tuple[TrainState, dict[str, Array]]]] = {}
         mesh, packed = backbone.mesh, backbone.packed_rows
         self.encode_media = self._jit(encode_media)
         self.cast = jax.jit(
@@ -516,9 +517,15 @@ class RlPrograms:
         self.end = jax.jit(functools.partial(chunked.end, mesh), static_argnums=2)  # sampling
 
     def make_update(self, optimizer: Any) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-        """The jitted `update(state, experience, beta) -> (state, metrics)`; the state is donated."""
-        step = functools.partial(update, self.backbone, self.config, optimizer)
-        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(self.backbone))
+        """The jitted `update(state, experience, beta) -> (state, metrics)`; the state is donated.
+
+        One an optimizer, whoever asks: what was compiled for a warm-up is what the run then calls.
+        """
+        if optimizer not in self._updates:
+            step = functools.partial(update, self.backbone, self.config, optimizer)
+            options = compiler_options(self.backbone)
+            self._updates[optimizer] = jax.jit(step, donate_argnums=0, compiler_options=options)
+        return self._updates[optimizer]
 
     def _jit(self, function: Callable[..., Any], *, decode: bool = False, **settings: Any) -> Callable[..., Any]:
         """Jits a function of (model, *arrays) as one of (params, *arrays), under the rules of training or decoding."""
