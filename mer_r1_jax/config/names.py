@@ -27,8 +27,9 @@ KNOWN_ELSEWHERE = {
     "lambda": "rl.calibration_weight",
     "multi_objective_aggregation": "rl.arm (rd: rewards added, then normalised; ad: normalised, then added; gdpo: ad, "
     "then whitened over the step, as TRL's normalize_then_sum)",
-    "steps_per_generation": "rl.num_iterations (updates made from one rollout, each from the whole of it)",
-    "generation_batch_size": "rl.prompts_per_step (prompts, not completions)",
+    "generation_batch_size": "rl.prompts_per_step x rl.steps_per_generation (prompts, not completions)",
+    "ppo_mini_batch_size": "rl.prompts_per_step, of which a rollout has rl.steps_per_generation times as many",
+    "ppo_epochs": "rl.num_iterations",
     "custom_reward_function": "rl.reward_funcs (package.module.function)",
     "external_plugins": "rl.reward_funcs (package.module.function)",
     "vllm_importance_sampling_correction": "rl.sampler_correction (none: off)",

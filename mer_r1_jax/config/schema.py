@@ -199,10 +199,11 @@ class RlConfig:
     arm: Annotated[str, NameOrPath(ARM_NAMES)] = "mer_r1"  # how rewards become advantages (rl/advantage.py)
     max_steps: Steps = 0  # optimizer steps; 0 skips RL, -1 means num_train_epochs
     num_train_epochs: Epochs = 1.0  # used when max_steps is -1
-    prompts_per_step: Rows = 16  # unique prompts of one rollout (TRL's batch counts completions: prompts x generations)
+    prompts_per_step: Rows = 16  # unique prompts of one update (TRL's batch counts completions: prompts x generations)
     num_generations: GroupSize = 4  # completions sampled for each prompt (verl: rollout.n)
     gradient_accumulation_steps: Rows = 1  # micro-batches the update is cut into
-    num_iterations: Annotated[int, Number(1, 1000)] = 1  # updates made from one rollout
+    steps_per_generation: Annotated[int, Number(1, 1000)] = 1  # updates that share a rollout, each with its own prompts
+    num_iterations: Annotated[int, Number(1, 1000)] = 1  # times that a rollout is learnt from
     max_completion_length: Tokens = 1024  # tokens sampled at most (verl: max_response_length)
     temperature: Temperature = 0.9  # sampling temperature; policy log-probabilities use logits / temperature too
     temper_logprobs: bool = True  # False: the loss takes log-probabilities of logits, whatever the temperature
@@ -243,6 +244,16 @@ class RlConfig:
     max_fast_context: Tokens = 64  # tokens of a fast scoring context: the empty think block and the answer
     max_answer_words: Annotated[int, Number(1, 4096)] = 16  # emotion words given a confidence; further ones are counted
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that are sampled, scored and given advantages at once."""
+        return self.prompts_per_step * self.steps_per_generation
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Updates made from one rollout; the policy is the one that sampled in the first alone."""
+        return self.steps_per_generation * self.num_iterations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,6 +297,7 @@ class TrainConfig:
     log_completions: bool = True  # write sampled completions as a table
     num_completions_to_print: FewOrZero = 1  # completions shown on the console at a logging step
     report_to: tuple[ReportTo, ...] = ("tensorboard",)  # where metrics go besides metrics.jsonl; may be a function
+    warm_up_longest: Literal["auto", "always", "never"] = "auto"  # longest shapes run before step 1; auto: not on CPUs
     profile_steps: tuple[Count, ...] = ()  # steps of each phase that jax.profiler traces, into logs/attempt_<n>/profile
     resume_from_checkpoint: Literal["auto", "never"] = "auto"  # auto (newest valid) | never
     max_nonfinite_steps: Count = 10  # updates skipped for a non-finite loss or gradient before the run stops

@@ -81,6 +81,7 @@ PURPOSES = {
 _ONLY_IN_RUNS = (
     *("entropy_coef", "top_entropy_quantile", "sampler_correction", "sync_ref_model"),
     *("temper_logprobs", "wheels_without_truth", "untagged_answer", "format_reward"),
+    *("steps_per_generation", "num_iterations"),
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.planning.chips import GIB, MOST_GPUS, Chip
@@ -77,6 +77,7 @@ REFUSALS = (
         ("mesh.tensor=1 and mesh.fsdp=-1, which cut parameters alone", "mesh.data=-1 and mesh.fsdp=1"),
     ),
 )
+STATE = "state"  # in place of a program's name: parameters, optimizer and reference
 UNKNOWN = Refusal(
     "",
     "in words this package does not know, so the fault may be the compiler's or ours",
@@ -99,72 +100,87 @@ def advise(config: RunConfig, programs: Sequence[ProgramSheet], chip: Chip, chip
 
 
 def _line(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> str:
+    cures = cures_of(config, program.phase, program.name, program.held, bool(chip.cuda), chips)
     if program.error and not program.over:
         refusal = refusal_of(program.error)
-        cures = list(refusal.cures) or _cures(config, program, chip, chips)
         said = program.error.rstrip(".")
-        return f"{program.name}: the compiler refuses it: {refusal.reason}. {_tried(cures)}. It says: {said}"
+        return (
+            f"{program.name}: the compiler refuses it: {refusal.reason}. {tried(refusal.cures or cures)}. "
+            f"It says: {said}"
+        )
     held = sum(program.held.values())
     over, hbm = program.over / GIB, program.hbm / GIB
     if program.error:
         # The compiler counts the program's own arguments; what is held besides them comes on top.
         size = f"{program.name}: more than {hbm:.1f} GiB, {over:.2f} GiB or more too many"
-        cause = f"{held / GIB:.2f} GiB are held ({_largest(program.held)}), the rest is temporary"
+        cause = f"{held / GIB:.2f} GiB are held ({largest(program.held)}), the rest is temporary"
     else:
         size = f"{program.name}: {program.total / GIB:.2f} GiB of {hbm:.1f} GiB, {over:.2f} GiB too many"
-        cause = f"largest: {_largest({**program.held, 'cache': program.cache, 'temp': program.temp})}"
-    return f"{size}; {cause}. {_tried(_cures(config, program, chip, chips))}"
+        cause = f"largest: {largest({**program.held, 'cache': program.cache, 'temp': program.temp})}"
+    return f"{size}; {cause}. {tried(cures)}"
 
 
-def _tried(cures: Sequence[str]) -> str:
+def tried(cures: Sequence[str]) -> str:
+    """What to try, as a sentence without its full stop."""
     return "Try " + "; or ".join(cures)
 
 
-def _largest(parts: dict[str, int], count: int = 3) -> str:
+def largest(parts: Mapping[str, int], count: int = 3) -> str:
+    """The largest parts of a memory, GiB each."""
     ordered = sorted(parts.items(), key=lambda item: -item[1])[:count]
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in ordered)
 
 
-def _cures(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> list[str]:
-    """Settings that would make up for what is too much, those that change nothing else first."""
-    phase, section = program.phase, getattr(config, program.phase)
-    cures = []
+def cures_of(config: RunConfig, phase: str, name: str, held: Mapping[str, int], gpu: bool, chips: int) -> list[str]:
+    """Settings that would make up for too much memory, those that change nothing else first.
+
+    Args:
+        config: the configuration.
+        phase, name: of the program that does not fit; `STATE` where the phase's state alone does not.
+        held: bytes a chip that live while it runs, by part.
+        gpu: whether the chips are GPUs.
+        chips: how many there are.
+    """
+    section, cures = getattr(config, phase), []
     if config.mesh.data > 1:
         cures.append(f"mesh.fsdp={config.mesh.data * max(config.mesh.fsdp, 1)} and mesh.data=1, which cut what is held")
-    if chip.cuda and config.model.packed_rows and program.name in ("sft_step", "score", "reference", "update"):
+    if gpu and config.model.packed_rows and name in ("sft_step", "score", "reference", "update"):
         cures.append("model.packed_rows=False, as without a TPU's kernel a packed row scores every token against all")
     rows = section.prompts_per_step // section.gradient_accumulation_steps
     cut = chips // config.mesh.tensor
-    trains = program.name in ("sft_step", "update")
+    trains = name in ("sft_step", "update")
     if trains and rows > cut and rows % (2 * cut) == 0:
         more = 2 * section.gradient_accumulation_steps
         cures.append(f"{phase}.gradient_accumulation_steps={more}, which about halves the temporary memory")
     if trains and config.model.remat != "nothing":
         cures.append("model.remat=nothing, which keeps nothing of a layer")
-    if not trains and section.prompts_per_step > cut and section.prompts_per_step % (2 * cut) == 0:
+    steps = section.steps_per_generation if phase == "rl" else 1
+    if not trains and name != STATE and steps > 1:
+        cures.append(f"rl.steps_per_generation={steps // 2}, which makes rollouts of fewer prompts")
+    if not trains and name != STATE and section.prompts_per_step > cut and section.prompts_per_step % (2 * cut) == 0:
         cures.append(f"{phase}.prompts_per_step={section.prompts_per_step // 2}, which halves the rows of a chip")
     tensor = 2 * config.mesh.tensor
     if rows <= cut and tensor <= chips:
         cures.append(f"mesh.tensor={tensor}, as one row a chip cannot be cut further otherwise")
     if section.optimizer.dtype == "float32":
-        saved = program.held.get("optimizer", 0) / 2 / GIB
+        saved = held.get("optimizer", 0) / 2 / GIB
         cures.append(f"{phase}.optimizer.dtype=bfloat16, which saves {saved:.2f} GiB")
     own = config.model.frozen_dtype == "param_dtype"  # what is not trained is held as the rest is
     frozen = ("base", "towers")
     if (config.model.param_dtype if own else config.model.frozen_dtype) == "float32":
-        saved = sum(program.held.get(part, 0) for part in frozen) / 2 / GIB
+        saved = sum(held.get(part, 0) for part in frozen) / 2 / GIB
         if saved:
             cures.append(f"model.frozen_dtype=bfloat16, which saves {saved:.2f} GiB and rounds no update")
     if config.model.param_dtype == "float32":
         parts = ("parameters", "reference", *(frozen if own else ()))
-        saved = sum(program.held.get(part, 0) for part in parts) / 2 / GIB
+        saved = sum(held.get(part, 0) for part in parts) / 2 / GIB
         cures.append(f"model.param_dtype=bfloat16, which saves {saved:.2f} GiB and rounds every update")
-    cures.append(_more(chip, chips))
+    cures.append(_more(gpu, chips))
     return cures
 
 
-def _more(chip: Chip, chips: int) -> str:
-    if not chip.cuda:
+def _more(gpu: bool, chips: int) -> str:
+    if not gpu:
         return f"a larger slice: {2 * chips} chips halve what is held"
     if 2 * chips <= MOST_GPUS:
         return f"more cards: {2 * chips} halve what is held"

@@ -136,7 +136,7 @@ def _compiled(lowered: jax.stages.Lowered, options: dict[str, Any]) -> Compiled:
         compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         seconds = time.perf_counter() - start
-        return Compiled(seconds=seconds, error=_first_lines(str(error)), over_bytes=_over_bytes(str(error)))
+        return Compiled(seconds=seconds, error=first_lines(str(error)), over_bytes=_over_bytes(str(error)))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     assert memory is not None  # the compilers of TPUs and GPUs give one
@@ -166,7 +166,7 @@ def _over_bytes(message: str) -> int:
     return int(float(match.group(5)) * _UNITS[match.group(6).upper()]) if match else 0
 
 
-def _first_lines(message: str) -> str:
+def first_lines(message: str) -> str:
     """The head of a message that goes on for pages."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:3])[:600]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mer_r1_jax.parallel import GPU_MEMORY_SHARE, GPU_MEMORY_VARIABLE
 from mer_r1_jax.planning.chips import GB, GIB
 from mer_r1_jax.planning.sheet import PARTS, ProgramSheet, Sheet
+from mer_r1_jax.training.phase import prompts_at_once
 
 LISTED = 5  # collectives of a program
 
@@ -101,12 +102,15 @@ def _epochs(sheet: Sheet) -> str:
     lines = []
     for phase, steps in sheet.epoch_steps.items():
         hours = sheet.epoch_hours(phase)
-        prompts = getattr(sheet.config, phase).prompts_per_step
+        updates = sheet.config.rl.updates_per_rollout if phase == "rl" else 1
+        name = "steps" if updates == 1 else "rollouts"
+        count = f"{steps} {name} of {prompts_at_once(getattr(sheet.config, phase))} prompts"
         if hours is None:
-            lines.append(f"- {phase}: unknown, as not every program is compiled ({steps} steps of {prompts} prompts)")
-        else:
-            seconds = sheet.step_seconds(phase)
-            lines.append(f"- {phase}: at least **{hours:.2f} h** ({steps} steps of {prompts} prompts, {seconds:.2f} s)")
+            lines.append(f"- {phase}: unknown, as not every program is compiled ({count})")
+            continue
+        seconds = f"{sheet.step_seconds(phase):.2f} s"
+        took = seconds if updates == 1 else f"{updates} updates each, {seconds} an update with its share of the rollout"
+        lines.append(f"- {phase}: at least **{hours:.2f} h** ({count}, {took})")
     return "## One epoch of the paper's data\n\n" + "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ the next one's arguments by `jax.eval_shape`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mer_r1_jax.config.schema import RunConfig
-from mer_r1_jax.data.pipeline import steps_for_epochs
 from mer_r1_jax.emotion.candidates import CandidateTable, WordTable
 from mer_r1_jax.emotion.wheels import load_wheels
 from mer_r1_jax.kernels.attention.pallas_tpu import visited_share
@@ -35,9 +35,9 @@ from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.tags import AnswerTags
 from mer_r1_jax.training.chunked import state_shardings
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
-from mer_r1_jax.training.phase import banned_ids_of, check_rows, sampling_config
+from mer_r1_jax.training.phase import banned_ids_of, check_rows, prompts_at_once, sampling_config, steps_of
 from mer_r1_jax.training.prompts import plan_buckets, prompt_rows
-from mer_r1_jax.training.reference import dtypes_in_memory, switched_off
+from mer_r1_jax.training.reference import abstract_reference, switched_off
 from mer_r1_jax.training.rl_step import Experience, RlPrograms
 from mer_r1_jax.training.sft_step import SftBatch, Targets, make_sft_step
 from mer_r1_jax.training.state import (
@@ -124,19 +124,16 @@ class RunPrograms:
 
     def buckets(self, phase: str) -> list[BatchShape]:
         """Shapes of the phase's prompts, the largest last."""
-        rows = getattr(self.config, phase).prompts_per_step
+        rows = prompts_at_once(getattr(self.config, phase))
         return plan_buckets(self.config, self.backbone.config, [self.workload.record()], rows)
 
     def steps(self, phase: str) -> int:
         """Optimizer steps of a phase."""
-        section = getattr(self.config, phase)
-        if section.max_steps >= 0:
-            return section.max_steps
-        return steps_for_epochs(self._records(phase), section.prompts_per_step, section.num_train_epochs)
+        return steps_of(getattr(self.config, phase), self._records(phase))
 
     def epoch_steps(self, phase: str) -> int:
         """Rollouts (of RL) or optimizer steps (of SFT) that one pass over the workload's records takes."""
-        return math.ceil(self._records(phase) / getattr(self.config, phase).prompts_per_step)
+        return math.ceil(self._records(phase) / prompts_at_once(getattr(self.config, phase)))
 
     def _records(self, phase: str) -> int:
         return self.workload.sft_records if phase == "sft" else self.workload.rl_records
@@ -172,19 +169,21 @@ class RunPrograms:
         )
 
     def rl(self, bucket: BatchShape) -> list[PlannedProgram]:
-        """Encoding, rollout (its weights first), scoring, reference and update of one RL step."""
+        """Encoding, rollout (its weights first), scoring, reference and update of one RL step.
+
+        Args:
+            bucket: of a rollout; an update has its rows over `rl.steps_per_generation`.
+        """
         config, programs = self.config.rl, self.programs
         towers = tower_flags(self.config, "rl")
         towers_trained = any(towers.values())
         state, optimizer = self._state("rl")
         with_clips = self._prompts(bucket)
         is_off = switched_off(self.config)
-        reference = {name: leaf for name, leaf in state.split()[0].items() if config.beta and not is_off(name)}
-        dtypes = dtypes_in_memory(reference, self.backbone, config)
-        reference = {name: self._recast(leaf, dtypes[name]) for name, leaf in reference.items()}
+        reference = abstract_reference(self.config, state, self.backbone)
         compared = {name: leaf for name, leaf in state.params.items() if not (config.beta and is_off(name))} | reference
         held = _held(state) | {"reference": reference, "batch": with_clips}
-        per_rollout = 1 / config.num_iterations
+        per_rollout = 1 / config.updates_per_rollout
 
         def planned(name: str, function: Any, args: tuple[Any, ...], **more: Any) -> PlannedProgram:
             calls = more.pop("calls", per_rollout)
@@ -226,7 +225,7 @@ class RunPrograms:
             programs.logprobs,
             (compared, prompts, completion),
             cache_bytes=self._cache_bytes(bucket, 0),
-            calls=per_rollout * (bool(config.beta) + (config.num_iterations > 1)),
+            calls=per_rollout * (bool(config.beta) + (config.updates_per_rollout > 1)),
             useful=self._text_flops(bucket, (slow,), scored=math.prod(slow)),
             visited=self._visited(bucket, (slow,)),
         )
@@ -239,13 +238,18 @@ class RunPrograms:
                 advantage_BG=self._array((bucket.rows, config.num_generations), np.float32),
                 mask_BGC=completions.mask_BGC,
                 present_BG=self._array((bucket.rows, config.num_generations), bool),
-                old_logprob_BGC=logprob_BGC if config.num_iterations > 1 else None,
+                old_logprob_BGC=logprob_BGC if config.updates_per_rollout > 1 else None,
                 reference_logprob_BGC=logprob_BGC if config.beta else None,
             ),
             sampling_logprob_BGC=logprob_BGC,
             anchors=anchors if calibrated else None,
             candidate_ids_ZY=ids_ZY if calibrated else None,
         )
+        # The rollout stays while its minibatches, one after the other, are learnt from.
+        if (parts := config.steps_per_generation) > 1:
+            cut = functools.partial(programs.cut_minibatch, parts=parts)
+            experience = self._placed(jax.eval_shape(cut, experience, np.int32(0)))
+            bucket, media = dataclasses.replace(bucket, rows=bucket.rows // parts), media / parts
         learnt, scored = ((slow, fast), math.prod(slow) + anchored) if calibrated else ((slow,), math.prod(slow))
         update = planned(
             "update",
@@ -302,10 +306,6 @@ class RunPrograms:
         settings = getattr(self.config, phase).optimizer
         optimizer = make_optimizer(settings, self.steps(phase))
         return self.backbone.abstract_state(trained_in(self.config, phase), optimizer, settings.dtype), optimizer
-
-    @staticmethod
-    def _recast(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
     def _rollout_weights(self, recast: Params) -> Params:
         shardings, dtype = self.backbone.decode_shardings, jnp.dtype(self.backbone.config.compute_dtype)

@@ -174,7 +174,7 @@ class Sheet:
         seconds = self.step_seconds(phase)
         if seconds is None:
             return None
-        updates = self.config.rl.num_iterations if phase == "rl" else 1
+        updates = self.config.rl.updates_per_rollout if phase == "rl" else 1
         return seconds * updates * self.epoch_steps[phase] / 3600
 
     def to_json(self) -> dict[str, Any]:

@@ -54,25 +54,34 @@ class StepTotals:
         tokens: tokens in the loss.
         completions: completions of rows that exist, including those masked out of the loss (as TRL counts them).
         micro_batches: micro-batches of the step (bnpo averages over them).
+        dapo_tokens: what dapo divides by: `tokens`, or, where a rollout is cut into several steps, the mean of theirs,
+            so that every token of the rollout weighs the same (as in TRL).
     """
 
     tokens: Array
     completions: Array
     micro_batches: Array
+    dapo_tokens: Array
 
 
-def step_totals(mask: Array, present: Array, micro_batches: int = 1) -> StepTotals:
+def step_totals(
+    mask: Array, present: Array, micro_batches: int = 1, rollout_mean_tokens: Array | None = None
+) -> StepTotals:
     """Totals from the masks of a whole step.
 
     Args:
         mask: bool [..., C], tokens in the loss.
         present: bool [...], completions of rows that exist.
         micro_batches: micro-batches the step is cut into.
+        rollout_mean_tokens: float32 scalar, tokens in the loss of the rollout, over the steps it is cut into; None
+            where it is one step.
     """
+    tokens = jnp.sum(mask, dtype=jnp.float32)
     return StepTotals(
-        tokens=jnp.sum(mask, dtype=jnp.float32),
+        tokens=tokens,
         completions=jnp.sum(present, dtype=jnp.float32),
         micro_batches=jnp.float32(micro_batches),
+        dapo_tokens=tokens if rollout_mean_tokens is None else rollout_mean_tokens,
     )
 
 
@@ -197,9 +206,10 @@ def policy_loss(
         totals: denominators of the whole optimizer step.
         config: static. `loss_type` says how token losses are averaged: grpo, the mean over each completion, then over
             completions; bnpo, the mean over the micro-batch's tokens, then over micro-batches; dr_grpo, the sum over
-            tokens divided by completions x max_completion_length; dapo, the mean over the tokens of the whole step.
-            `importance_sampling_level` token has a ratio per token, sequence one per completion: exp of the mean log
-            ratio (GSPO). The ratio is clipped to [1 - epsilon, 1 + epsilon_high], and where it is not, cut at `delta`.
+            tokens divided by completions x max_completion_length; dapo, the mean over the tokens of the whole step,
+            or `totals.dapo_tokens`. `importance_sampling_level` token has a ratio per token, sequence one per
+            completion: exp of the mean log ratio (GSPO). The ratio is clipped to [1 - epsilon, 1 + epsilon_high], and
+            where it is not, cut at `delta`.
         entropy_BGC: float32, of the distribution each token is scored under; read with `entropy_coef`, through which
             its gradient flows, and `top_entropy_quantile`.
 
@@ -267,7 +277,7 @@ def _reduce(token_loss: Array, mask: Array, totals: StepTotals, config: RlConfig
     if config.loss_type == "dr_grpo":
         return jnp.sum(sum_) / (completions * config.max_completion_length)
     if config.loss_type == "dapo":
-        return jnp.sum(sum_) / jnp.maximum(totals.tokens, 1)
+        return jnp.sum(sum_) / jnp.maximum(totals.dapo_tokens, 1)
     return own_function("rl.loss_type", config.loss_type)(token_loss, mask, totals, config)
 
 

@@ -31,7 +31,7 @@ from mer_r1_jax.run.inputs import Say, fetch_clips, resolve
 from mer_r1_jax.storage import compilation_cache
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.omni_backbone import OmniBackbone, thinker_config
-from mer_r1_jax.training.phase import Phase, banned_ids_of, check_rows, phase_parts, sampling_config
+from mer_r1_jax.training.phase import Phase, banned_ids_of, check_rows, phase_parts, prompts_at_once, sampling_config
 from mer_r1_jax.training.prompts import PromptSource
 from mer_r1_jax.training.reporters import check_report_to
 from mer_r1_jax.training.rl_step import RlPrograms, RlStep
@@ -148,11 +148,11 @@ class Setup:
         )
 
     def prompts_of(self, phase: Phase) -> ClipPrefetcher:
-        """The stream of a phase's prompts, loaded ahead of use: this process's share of every step."""
+        """The stream of a phase's prompts, loaded ahead of use: this process's share of every batch."""
         config, share = self.config, self.share
         stream = PromptStream(
             phase.records,
-            phase.config.prompts_per_step,
+            prompts_at_once(phase.config),
             seed=config.train.seed * 2 + (phase.name == "rl"),  # the two phases walk their records in other orders
             process_index=share.index,
             process_count=share.count,

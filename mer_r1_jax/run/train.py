@@ -54,6 +54,7 @@ from mer_r1_jax.run.policy import RUN_MARKER, SETTINGS_FILE, write_settings
 from mer_r1_jax.run.setup import Setup, make_setup
 from mer_r1_jax.run.stored_base import BASE_FOLDER, begin, restore_base
 from mer_r1_jax.run.stored_reference import StoredRun, open_reference
+from mer_r1_jax.run.warm_up import is_wanted, warm_up
 from mer_r1_jax.storage import bucket
 from mer_r1_jax.storage.checkpoints import Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
@@ -171,6 +172,10 @@ def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) ->
 
     leave_out = left_out_of_checkpoints(setup.config)
 
+    if is_wanted(setup):  # before anything lies in the devices' memory
+        done = processes.from_first("the checkpoint a warm-up goes by", checkpoints.latest_step) or 0
+        warm_up(setup, sft, rl, done, functools.partial(console.print, highlight=False))
+
     # SFT and RL may train other parameters, and only a checkpoint's host state says which phase it is of.
     def abstract(step: int, host: dict[str, Any]) -> dict[str, Any]:
         check_host(host)
@@ -272,7 +277,7 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
     Returns:
         All parameters, or None when a signal stopped the run (a checkpoint was saved).
     """
-    iterations = phase.config.num_iterations  # updates made from one rollout
+    updates = phase.config.updates_per_rollout
     with run.prompts_of(phase) as data:
         state, done, num_tokens = _begin(phase, params, restored, data)
         reference = open_reference(run, phase, state, None if restored is None else done)
@@ -288,15 +293,14 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
             saved = done
             for step in range(done + 1, phase.total_steps + 1):
                 steps.begin(step)
-                first_update = (step - 1) % iterations == 0
-                if first_update:
+                rollout_step, number = divmod(step - 1, updates)  # the rollout, and which of its updates
+                if number == 0:
                     # It is taken before the load: a run that goes on from the step before draws these prompts again.
                     position = data.state()
                     try:
                         loaded = data.next(step, run.stop.asked)
                         # The reference has the policy's own frozen towers: only what is trained is held twice.
                         held_against = None if reference is None else reference.over(state)
-                        rollout_step = (step - 1) // iterations
                         rollout = rl_step.rollout(state.params, held_against, loaded, rollout_step, run.stop)
                     except StopRequested:
                         steps.note(f"the rollout of rl step {step} was left; the run that goes on samples it again")
@@ -306,20 +310,21 @@ def train_rl(run: Run, phase: Phase[RlConfig], params: Params | None, restored: 
                     faults.here("rl_update", step)
                 # A scalar of the program, not static: it falls with every step, and nothing compiles anew.
                 beta = beta_at(phase.config, step - 1, phase.total_steps)
-                state, metrics = update(state, rollout.experience, np.float32(beta))
+                minibatch = run.programs.minibatch(rollout.experience, number)
+                state, metrics = update(state, minibatch, np.float32(beta))
                 if reference is not None:
                     reference.follow(state, step)
                 metrics |= {"beta": beta} | rollout.metrics | data.metrics()
-                steps.add(step, metrics, rollout.tokens if first_update else 0)
-                if first_update:
+                steps.add(step, metrics, rollout.tokens if number == 0 else 0)
+                if number == 0:
                     _log_completions(run, phase, steps, step, rollout)
-                if step % iterations:
+                if step % updates:
                     continue
 
                 # Between two rollouts: save, stop or evaluate where that is due.
                 steps.flush()  # the next rollout needs the update anyhow, and what comes first is not its time
                 # A multiple of save_steps may lie inside a rollout: the step that ends the rollout is saved for it.
-                due = step % run.config.train.save_steps < iterations or step == phase.total_steps
+                due = step % run.config.train.save_steps < updates or step == phase.total_steps
                 stopping = run.stop.agreed()  # read once: a signal may come at any moment
                 if due or stopping:
                     save(run, phase, step, (state, data.state()), steps, reference)
@@ -507,7 +512,7 @@ def _log_completions(run: Run, phase: Phase[RlConfig], steps: StepLog, step: int
     """Writes the table of a rollout, and shows some of it, where a logging step is among its updates."""
     config = run.config.train
     # A rollout serves several updates; its table is written if any of them is logged.
-    last = step + phase.config.num_iterations - 1
+    last = step + phase.config.updates_per_rollout - 1
     if not config.log_completions or last // config.logging_steps == (step - 1) // config.logging_steps:
         return
     run.metrics.write_completions(step, rollout.table)

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     "train.log_completions", "train.num_completions_to_print", "train.report_to", "train.resume_from_checkpoint",
     "train.export", "train.local_dir", "train.compilation_cache_dir", "data.cache_dir", "media.decode_workers",
     "rl.reward_timeout", "rl.max_faulty_rollouts", "train.preemption_grace_seconds", "train.profile_steps",
-    "eval.clip_megabytes",
+    "eval.clip_megabytes", "train.warm_up_longest",
     # What a worker may use: a clip that decodes within it is the same clip, and one that is quarantined stays so.
     "media.decode_timeout", "media.decode_memory_mb", "eval.memory_check",
 )  # fmt: skip

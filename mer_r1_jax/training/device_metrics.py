@@ -69,9 +69,10 @@ class Utilisation:
         # Under adapters the rest is frozen. In passes over all layers.
         self._update = _UPDATE - (_UPDATE - _UPDATE_OF_FROZEN) * (layers - adapters) / layers if adapters else _UPDATE
         self._peak = sum(PEAK_FLOPS.get(device.device_kind, math.nan) for device in devices)
-        self._rollout = 0
+        self._rollout, self._minibatches = 0, 1
         if isinstance(config, RlConfig):
-            self._rollout = 2 + bool(config.beta) + (config.num_iterations > 1)
+            self._rollout = 2 + bool(config.beta) + (config.updates_per_rollout > 1)
+            self._minibatches = config.steps_per_generation
         self._tokens = 0  # of the rollout that later updates are made from
 
     def of_step(self, tokens: int, seconds: float) -> dict[str, float]:
@@ -84,5 +85,6 @@ class Utilisation:
         if math.isnan(self._peak):
             return {}
         self._tokens = tokens or self._tokens
-        passes = self._update + (self._rollout if tokens else 0)
-        return {"perf/mfu": passes * self._operations * self._tokens / (seconds * self._peak)}
+        # An update sees its own part of the rollout; parts are taken to be equally long.
+        seen = self._update * self._tokens / self._minibatches + self._rollout * tokens
+        return {"perf/mfu": seen * self._operations / (seconds * self._peak)}

@@ -43,7 +43,7 @@ METRICS: dict[tuple[str, ...], str] = {
     ("sampling/importance_sampling_ratio/{mean,beyond}",): (
         "with `rl.sampler_correction`: weights of tokens, or of answers, and the share beyond a bound"
     ),
-    ("clip_ratio/{low,high,region}_mean",): "share of clipped tokens; 0 with one update a rollout",
+    ("clip_ratio/{low,high,region}_mean",): "share of clipped tokens; 0 in the first update of a rollout",
     ("completions/{mean,min,max,mean_terminated}_length", "completions/count"): (
         "length of the sampled answers in tokens, `mean_terminated` without those that were cut; their number"
     ),

@@ -74,9 +74,9 @@ def phase_parts(config: RunConfig, name: str, records: tuple[Record, ...], backb
     section, towers = getattr(config, name), tower_flags(config, name)
     steps = total_steps(config, name, len(records))
     if name == "rl":
-        _check_iterations(config, steps)
-    # Of this process; all of them together make the step's batch.
-    rows = row_share(backbone.mesh).of(section.prompts_per_step)
+        _check_updates(config, steps)
+    # Of this process; all of them together make the step's batch, or the rollout.
+    rows = row_share(backbone.mesh).of(prompts_at_once(section))
     return {
         "name": name,
         "config": section,
@@ -91,37 +91,52 @@ def phase_parts(config: RunConfig, name: str, records: tuple[Record, ...], backb
     }
 
 
-def total_steps(config: RunConfig, name: str, records: int) -> int:
-    """Optimizer steps of a phase: the number given, or what its epochs take.
+def prompts_at_once(section: SftConfig | RlConfig) -> int:
+    """Prompts of a batch, all processes together: those of an SFT step, or of a rollout."""
+    return section.prompts_per_rollout if isinstance(section, RlConfig) else section.prompts_per_step
 
-    Raises:
-        ConfigError: when a step takes more prompts than there are records.
-    """
-    section = getattr(config, name)
-    # The stream of prompts would refuse this too, but only when the phase begins, perhaps after hours of SFT.
-    if section.prompts_per_step > records:
-        raise ConfigError(
-            f"{name}.prompts_per_step: got {section.prompts_per_step}, but data.{name}_path has {records} usable "
-            "records; lower it"
-        )
+
+def steps_of(section: SftConfig | RlConfig, records: int) -> int:
+    """Optimizer steps of a phase over so many records: the number given, or what its epochs take."""
     # -1 asks for epochs.
     if section.max_steps >= 0:
         return section.max_steps
-    return steps_for_epochs(records, section.prompts_per_step, section.num_train_epochs)
+    batches = steps_for_epochs(records, prompts_at_once(section), section.num_train_epochs)
+    return batches * (section.updates_per_rollout if isinstance(section, RlConfig) else 1)
 
 
-def _check_iterations(config: RunConfig, steps: int) -> None:
-    """Refuses step counts that would cut the updates made from one rollout in two."""
-    iterations = config.rl.num_iterations
-    if steps % iterations:
+def total_steps(config: RunConfig, name: str, records: int) -> int:
+    """`steps_of` a phase.
+
+    Raises:
+        ConfigError: when a batch takes more prompts than there are records.
+    """
+    section = getattr(config, name)
+    # The stream of prompts would refuse this too, but only when the phase begins, perhaps after hours of SFT.
+    if prompts_at_once(section) > records:
+        rollout = section.prompts_per_step < prompts_at_once(section)
         raise ConfigError(
-            f"rl.max_steps: got {steps} updates, expected a multiple of rl.num_iterations={iterations}: a rollout is "
-            "used up before the run ends"
+            f"{name}.prompts_per_step: got {section.prompts_per_step}"
+            + (f" x rl.steps_per_generation={section.steps_per_generation}" if rollout else "")
+            + f", but data.{name}_path has {records} usable records; lower it"
         )
-    if config.eval.eval_steps % iterations:
+    return steps_of(section, records)
+
+
+def _check_updates(config: RunConfig, steps: int) -> None:
+    """Refuses step counts that would cut the updates made from one rollout in two."""
+    updates = config.rl.updates_per_rollout
+    settings = ("steps_per_generation", "num_iterations")
+    product = " x ".join(f"rl.{name}={size}" for name in settings if (size := getattr(config.rl, name)) > 1)
+    if steps % updates:
         raise ConfigError(
-            f"eval.eval_steps: got {config.eval.eval_steps}, expected a multiple of rl.num_iterations={iterations}: "
-            "evaluations come between rollouts"
+            f"rl.max_steps: got {steps} updates, expected a multiple of {product}: a rollout is used up before the "
+            "run ends"
+        )
+    if config.eval.eval_steps % updates:
+        raise ConfigError(
+            f"eval.eval_steps: got {config.eval.eval_steps}, expected a multiple of {product}: evaluations come "
+            "between rollouts"
         )
 
 

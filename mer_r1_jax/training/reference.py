@@ -63,6 +63,22 @@ def dtypes_in_memory(params: Params, backbone: Backbone, config: RlConfig) -> di
     return {name: dtype if name in cast else array.dtype for name, array in params.items()}
 
 
+def abstract_reference(config: RunConfig, state: TrainState, backbone: Backbone) -> Params:
+    """Shapes, dtypes and places of the parameters that a reference holds of its own; none without a KL term.
+
+    Args:
+        config: of the run.
+        state: of RL, with arrays or their shapes.
+        backbone: where its parameters live.
+    """
+    is_off = switched_off(config)
+    held = {name: leaf for name, leaf in state.split()[0].items() if config.rl.beta and not is_off(name)}
+    return {
+        name: jax.ShapeDtypeStruct(held[name].shape, dtype, sharding=backbone.shardings[name])
+        for name, dtype in dtypes_in_memory(held, backbone, config.rl).items()
+    }
+
+
 class Reference:
     """The reference of one run, and what is kept of it on disk.
 

@@ -2,7 +2,7 @@
 fast, make advantages, update. docs/method.md has the formulas.
 
     RlStep.rollout   the step up to its experience, in the order of the method
-    rollout (of rl/rollout.py), score, logprobs, group_advantages, update
+    rollout (of rl/rollout.py), score, logprobs, group_advantages, cut_minibatch, update
                      the programs: pure functions of arrays, in the order in which the step calls them
     RlPrograms       the one table in which they are jitted; the planner (planning/programs.py) reads the same table
 
@@ -32,7 +32,7 @@ from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.omni.batch import Array, AudioClips, BatchShape, Prompts, VisionClips
-from mer_r1_jax.parallel.rows import local_rows, put, row_share
+from mer_r1_jax.parallel.rows import local_rows, put, row_shardings, row_share, split_rows
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl import compaction
 from mer_r1_jax.rl.advantage import Rewards, advantages, arm_of, permute_within_groups, zero_spread
@@ -84,6 +84,8 @@ class Experience:
         sampling_logprob_BGC: float32, under the distribution each token was drawn from; for a metric and a correction.
         anchors: answer words and fast contexts, for the arm with a calibration loss; None otherwise.
         candidate_ids_ZY: int32, the candidate sets of those anchors; None otherwise.
+        rollout_mean_tokens: float32 scalar of a minibatch, tokens in the loss of the whole rollout over its number of
+            minibatches; None where the rollout is one.
     """
 
     prompts: Prompts
@@ -92,6 +94,7 @@ class Experience:
     sampling_logprob_BGC: Array
     anchors: Anchors | None = None
     candidate_ids_ZY: Array | None = None
+    rollout_mean_tokens: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Rollout:
     """What one rollout gives.
 
     Attributes:
-        experience: for the update.
+        experience: for the update, or for several (`RlPrograms.minibatch`).
         metrics: scalars, on host or device; over all processes on the first one.
         table: columns of the sampled completions, likewise.
         tokens: real tokens of this process's prompts and completions.
@@ -116,7 +119,8 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RlStep:
-    """Makes experience with the policy as it is. One step is `rollout` and then the jitted `update`.
+    """Makes experience with the policy as it is. One step is `rollout` and then the jitted `update`; with
+    `rl.steps_per_generation` and `rl.num_iterations` several updates follow one rollout.
 
     Attributes:
         config: the settings of RL.
@@ -146,13 +150,13 @@ class RlStep:
         rollout_step: int,
         stop: Stop = NEVER,
     ) -> Rollout:
-        """Samples and scores the groups of one step's prompts.
+        """Samples and scores the groups of one rollout's prompts.
 
         Args:
             params: of the policy.
             reference: parameters of the reference, without adapters where they are switched off; None when there is
                 no KL term.
-            loaded: the step's prompts; a broken clip's row stays, empty.
+            loaded: the rollout's prompts; a broken clip's row stays, empty.
             rollout_step: how many rollouts came before.
             stop: asked between the parts, and while the device or a reward function is waited for.
 
@@ -188,7 +192,7 @@ class RlStep:
             seen = programs.encode(reference, with_clips) if self.towers_trained else prompts
             reference_logprob_BGC = programs.logprobs(reference, seen, completion)
             del seen
-        if config.num_iterations > 1:
+        if config.updates_per_rollout > 1:
             old_logprob_BGC = programs.logprobs(params, prompts, completion)
         clock.lap("timing_s/reference")
 
@@ -402,7 +406,8 @@ def update(
     """
     parts = config.gradient_accumulation_steps
     # Denominators of the whole step: micro-batches divide by them and simply add up, whatever their masks.
-    totals = step_totals(experience.targets.mask_BGC, experience.targets.present_BG, parts)
+    targets = experience.targets
+    totals = step_totals(targets.mask_BGC, targets.present_BG, parts, experience.rollout_mean_tokens)
     words = None if experience.anchors is None else calibration_words(experience.anchors)
     trained, frozen = state.split()
 
@@ -436,7 +441,9 @@ def update(
 
         # Metrics in nats a token. Sampling and scoring run other kernels on the same tokens: their gap should be tiny.
         tokens = jnp.maximum(totals.tokens, 1)
-        gap_BGC = jnp.where(targets.mask_BGC, jnp.abs(micro_batch.sampling_logprob_BGC - logprob_BGC), 0.0)
+        # A policy that has moved since is not held against its sampler: the one that sampled is.
+        old_BGC = logprob_BGC if targets.old_logprob_BGC is None else targets.old_logprob_BGC
+        gap_BGC = jnp.where(targets.mask_BGC, jnp.abs(micro_batch.sampling_logprob_BGC - old_BGC), 0.0)
         metrics["entropy"] = jnp.sum(jnp.where(targets.mask_BGC, entropy_BGC, 0.0)) / tokens
         metrics["sampling/sampling_logp_difference/mean"] = jnp.sum(gap_BGC) / tokens
         return value, jax.lax.stop_gradient(metrics)
@@ -445,6 +452,22 @@ def update(
         value, metrics, gradients = accumulate(loss, trained, experience, parts)
     state, update_metrics = apply_gradients(state, gradients, value, optimizer, config.optimizer.dtype)
     return state, {"loss": value} | metrics | update_metrics
+
+
+def cut_minibatch(backbone: Backbone, experience: Experience, number: Array, parts: int) -> Experience:
+    """One of the minibatches that a rollout is cut into: whole groups, as they follow each other in the rollout.
+
+    Args:
+        backbone: static; its mesh is what rows are cut over.
+        experience: of the rollout.
+        number: int32 scalar, which, from 0.
+        parts: how many; static.
+    """
+    # In the order of the prompts, which is the same on every mesh: rows move between devices here, once an update.
+    cut = jax.tree.map(lambda leaf: leaf[number], split_rows(experience, parts))
+    cut = jax.tree.map(jax.lax.with_sharding_constraint, cut, row_shardings(cut, backbone.mesh))
+    tokens = jnp.sum(experience.targets.mask_BGC, dtype=jnp.float32)
+    return dataclasses.replace(cut, rollout_mean_tokens=tokens / parts)
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -464,6 +487,7 @@ class RlPrograms:
     def __init__(self, backbone: Backbone, config: RlConfig, sampling: SamplingConfig):
         self.backbone, self.config = backbone, config
         self.sampling: SamplingConfig = sampling
+        self._updates: dict[Any, Callable[..., tuple[TrainState, dict[str, Array]]]] = {}
         mesh, packed = backbone.mesh, backbone.packed_rows
         self.encode_media = self._jit(encode_media)
         self.cast = jax.jit(
@@ -474,6 +498,7 @@ class RlPrograms:
         self.score = self._jit(functools.partial(score, packed=packed))
         self.ask = self._jit(functools.partial(ask, packed=packed))
         self.advantages = jax.jit(group_advantages, static_argnames="config")
+        self.cut_minibatch = jax.jit(functools.partial(cut_minibatch, backbone), static_argnames="parts")
         self.logprobs = self._jit(functools.partial(logprobs, temperature=loss_temperature(config), packed=packed))
         # A rollout in chunks (chunked.py). Its state stays where it is and is donated from chunk to chunk.
         self.chunks = chunked.Chunks.on(mesh, config.decode_chunk)
@@ -492,9 +517,15 @@ class RlPrograms:
         self.end = jax.jit(functools.partial(chunked.end, mesh), static_argnums=2)  # sampling
 
     def make_update(self, optimizer: Any) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-        """The jitted `update(state, experience, beta) -> (state, metrics)`; the state is donated."""
-        step = functools.partial(update, self.backbone, self.config, optimizer)
-        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(self.backbone))
+        """The jitted `update(state, experience, beta) -> (state, metrics)`; the state is donated.
+
+        One an optimizer, whoever asks: what was compiled for a warm-up is what the run then calls.
+        """
+        if optimizer not in self._updates:
+            step = functools.partial(update, self.backbone, self.config, optimizer)
+            options = compiler_options(self.backbone)
+            self._updates[optimizer] = jax.jit(step, donate_argnums=0, compiler_options=options)
+        return self._updates[optimizer]
 
     def _jit(self, function: Callable[..., Any], *, decode: bool = False, **settings: Any) -> Callable[..., Any]:
         """Jits a function of (model, *arrays) as one of (params, *arrays), under the rules of training or decoding."""
@@ -510,6 +541,19 @@ class RlPrograms:
     def encode(self, params: Params, prompts: Prompts) -> Prompts:
         """The prompts with their clips' features in the place of the clips."""
         return prompts.encoded(self.encode_media(params, prompts.vision, prompts.audio))
+
+    def minibatch(self, experience: Experience, number: int) -> Experience:
+        """What one of the updates of a rollout learns from: all of it with `rl.steps_per_generation` 1, or its part.
+
+        As in TRL the parts are walked through in order, and again for each of `rl.num_iterations`; TRL shuffles the
+        completions of a rollout once before it cuts it, while groups stay together here.
+
+        Args:
+            experience: of the rollout.
+            number: which update of that rollout, from 0.
+        """
+        parts = self.config.steps_per_generation
+        return experience if parts == 1 else self.cut_minibatch(experience, np.int32(number % parts), parts=parts)
 
     @contextlib.contextmanager
     def rollout_params(self, params: Params) -> Iterator[Params]:

@@ -7,6 +7,7 @@ micro-batch divides by the tokens of the whole optimizer step, so micro-batches 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -153,7 +154,11 @@ class SftPhase(Phase[SftConfig]):
         return cls(**parts, targets=targets, lengths=lengths)
 
     def make_step(self) -> Callable[[TrainState, SftBatch], tuple[TrainState, dict[str, jax.Array]]]:
-        """The jitted `step(state, batch) -> (state, metrics)` of this phase; the state is donated."""
+        """The jitted `step(state, batch) -> (state, metrics)` of this phase, one whoever asks; the state is donated."""
+        return self._step
+
+    @functools.cached_property
+    def _step(self) -> Callable[[TrainState, SftBatch], tuple[TrainState, dict[str, jax.Array]]]:
         return make_sft_step(self.backbone, self.optimizer, self.config, self.towers_trained)
 
     def batch(self, loaded: Sequence[LoadedItem]) -> tuple[SftBatch, int]:

@@ -208,6 +208,11 @@ def accumulate(
         trained: the parameters that the gradient is taken by.
         batch: of the whole step; its rows are cut into `parts`.
         parts: micro-batches, walked one after the other, so that the activations of one alone are held.
+
+    Returns:
+        Loss, metrics and gradients. Of several micro-batches gradients are float32 where the parameters are narrower:
+        bfloat16 has eight bits, and a share 256 times as small as the sum so far would leave it as it is. The sums so
+        take 4 bytes a trained parameter in place of 2; what is float32 already costs nothing.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
     # A single micro-batch needs no scan, which would hold running sums beside the gradients.
@@ -217,14 +222,16 @@ def accumulate(
 
     def add(total, micro_batch):
         (value, metrics), gradients = gradient(trained, micro_batch)
-        return jax.tree.map(jnp.add, total, (value, metrics, gradients)), None
+        new = (value, metrics, gradients)
+        return jax.tree.map(lambda so_far, one: so_far + one.astype(so_far.dtype), total, new), None
 
     # [parts, rows / parts, ...], walked by a scan: one program for one part, compiled once.
     micro_batches = split_rows(batch, parts)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), micro_batches)
     # The loss decides which metrics there are, so it is traced once to shape the zeros that the sums start from.
     (value, metrics), gradients = jax.eval_shape(gradient, trained, first)
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (value, metrics, gradients))
+    sums = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.promote_types(leaf.dtype, jnp.float32)), gradients)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (value, metrics, sums))
     total, _ = jax.lax.scan(add, zero, micro_batches)
     return total
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.small_run import small_setup, visits_of
+from support.small_run import small_setup, visits_of, with_config
 
-from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.parallel.rows import put, row_shardings
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.sft_step import make_sft_step
@@ -108,3 +108,24 @@ def test_cut_rollout_and_update_equal_those_on_one_device(small, cut, trained):
     for name in ("entropy", "sampling/sampling_logp_difference/mean"):
         np.testing.assert_allclose(cut_metrics[name], metrics[name], rtol=1e-4, err_msg=name)
     assert 0 <= cut_metrics["kl"] < 1e-9
+
+
+def test_minibatches_of_a_cut_rollout_are_its_prompts_in_their_order(cut, trained):
+    """Its rows lie on half of the devices first, and on all of them afterwards."""
+    setup = with_config(cut, rl={"steps_per_generation": 2})
+    rows = setup.config.rl.prompts_per_rollout
+    buckets = plan_buckets(setup.config, setup.backbone.config, setup.data.rl, rows)
+    policy = placed(setup, trained)
+    visits = visits_of(setup, setup.data.rl, [0, 1, None, 3, 4, 5, 0, 2])
+    experience = setup.rl_step(buckets).rollout(policy, policy, visits, 0).experience
+    whole = jax.tree.map(np.asarray, experience)
+    for number in range(2):
+        part, at = setup.programs.minibatch(experience, number), slice(4 * number, 4 * number + 4)
+        wanted = row_shardings(part, setup.backbone.mesh)
+        for leaf, sharding in zip(jax.tree.leaves(part), jax.tree.leaves(wanted), strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        np.testing.assert_array_equal(part.prompts.uid_B, whole.prompts.uid_B[at])
+        np.testing.assert_array_equal(part.prompts.features_BRD, whole.prompts.features_BRD[at])
+        np.testing.assert_array_equal(part.targets.advantage_BG, whole.targets.advantage_BG[at])
+        np.testing.assert_array_equal(part.targets.old_logprob_BGC, whole.targets.old_logprob_BGC[at])
+        assert float(part.rollout_mean_tokens) == whole.targets.mask_BGC.sum() / 2

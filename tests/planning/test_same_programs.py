@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import Literal
-from support.small_run import visits_of
+from support.small_run import visits_of, with_config
 
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.planning.programs import RunPrograms
@@ -72,7 +72,15 @@ def planned(small, sft_phase):
 
 @pytest.fixture(scope="module")
 def called(small, sft_phase):
-    """What one step of each phase calls: (jitted function, its arguments) by the plan's name.
+    """What one step of each phase calls: (jitted function, its arguments) by the plan's name."""
+    batch, _ = sft_phase.batch(visits_of(small, small.data.sft, NUMBERS))
+    step = make_sft_step(small.backbone, sft_phase.optimizer, sft_phase.config, sft_phase.towers_trained)
+    state = zeros(small.abstract_state_of("sft"))
+    return {"sft_step": (step, (state, put(batch, small.backbone.mesh)))} | called_by_rl(small)
+
+
+def called_by_rl(small):
+    """What one rollout and its first update call.
 
     The host's part is done for real, on real clips. Programs give zeros of their results' shapes, as only what they are
     called with matters here.
@@ -85,11 +93,6 @@ def called(small, sft_phase):
             return zeros(function.eval_shape(*args))
 
         return call
-
-    state = zeros(small.abstract_state_of("sft"))
-    batch, _ = sft_phase.batch(visits_of(small, small.data.sft, NUMBERS))
-    step = make_sft_step(small.backbone, sft_phase.optimizer, sft_phase.config, sft_phase.towers_trained)
-    calls["sft_step"] = (step, (state, put(batch, small.backbone.mesh)))
 
     phase, programs = small.rl_phase(), small.programs
     state = zeros(small.abstract_state_of("rl"))
@@ -108,7 +111,7 @@ def called(small, sft_phase):
         programs.__dict__.clear()
         programs.__dict__.update(before)
     update = programs.make_update(phase.optimizer)
-    calls["update"] = (update, (state, rollout.experience, np.float32(0.04)))
+    calls["update"] = (update, (state, programs.minibatch(rollout.experience, 0), np.float32(0.04)))
     return calls
 
 
@@ -116,3 +119,16 @@ def called(small, sft_phase):
 def test_the_plan_traces_what_the_run_calls(planned, called, name):
     function, args = called[name]
     assert program(planned[name].function, (*planned[name].args, *planned[name].static)) == program(function, args)
+
+
+@pytest.mark.parametrize("name", ["sample", "score", "update"])
+def test_so_it_does_where_a_rollout_is_learnt_from_in_two_updates(small, name):
+    several = {"prompts_per_step": 2, "steps_per_generation": 2}
+    setup = with_config(small, rl=several, eval={"eval_steps": 0})
+    run = RunPrograms(setup.config, jax.devices()[:1])
+    planned = {program.name: program for program in run.of_phase("rl", run.buckets("rl")[-1])}
+    function, args = called_by_rl(setup)[name]
+    assert program(planned[name].function, (*planned[name].args, *planned[name].static)) == program(function, args)
+    # Of a step's work: one update, half of the sampling, scoring and reference, and the old log-probabilities.
+    expected = {"encode": 0.5, "sample": 0.5, "score": 0.5, "reference": 1.0, "update": 1.0}
+    assert {one.name: one.calls for one in planned.values()} == expected

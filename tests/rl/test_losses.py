@@ -60,11 +60,15 @@ def trl_ratio(trained, sampling, mask, config):
     return np.where((ratio < low) | (ratio > high), 0, ratio)
 
 
-def trl_loss(tensors, config, beta, num_items, accumulation=1):
+def trl_loss(tensors, config, beta, num_items, accumulation=1, generation=None):
     """TRL's `_compute_loss`, called unbound: the trainer's model is replaced by the log-probabilities themselves.
 
     Everything between log-probabilities and loss is TRL's code; what it needs of the trainer is its settings, a place
     for metrics, and an accelerator of one process.
+
+    Args:
+        accumulation: micro-batches of an optimizer step.
+        generation: micro-batches that a rollout is cut into, where these are more; `num_items` are its tokens.
 
     Returns:
         loss, gradient with respect to the log-probabilities (and to the entropies, where there are any), TRL's metrics.
@@ -95,7 +99,9 @@ def trl_loss(tensors, config, beta, num_items, accumulation=1):
         _entropy_bonus_enabled=config.entropy_coef != 0,
         current_gradient_accumulation_steps=accumulation,
         args=types.SimpleNamespace(
-            delta=config.delta or None, use_bias_correction_kl=False, steps_per_generation=accumulation
+            delta=config.delta or None,
+            use_bias_correction_kl=False,
+            steps_per_generation=generation or accumulation,
         ),
         model=types.SimpleNamespace(training=True),
         accelerator=types.SimpleNamespace(
@@ -319,6 +325,34 @@ def test_micro_batches_add_up_as_in_trl(loss_type):
         whole, gradient, _ = own_loss(tensors, config, beta, step_totals(tensors["mask"], np.ones(8, bool)))
         np.testing.assert_allclose(sum(values), whole, rtol=2e-5)
         np.testing.assert_allclose(np.concatenate(gradients), gradient, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
+def test_updates_of_one_rollout_have_the_losses_and_clips_of_trl(loss_type):
+    """A rollout of twelve completions, learnt from in two updates of three micro-batches each."""
+    tensors, updates, parts, beta = batch(4, rows=12), 2, 3, 0.04
+    config = RlConfig(loss_type=loss_type, max_completion_length=9, steps_per_generation=updates)
+    tokens, clips = int(tensors["mask"].sum()), 0.0
+    for number in range(updates):
+        update = slice(6 * number, 6 * number + 6)
+        mask = tensors["mask"][update]
+        totals = step_totals(mask, np.ones(6, bool), parts, jnp.float32(tokens / updates))
+        region, expected_clips = 0.0, []
+        for part in range(parts):
+            at = slice(6 * number + 2 * part, 6 * number + 2 * part + 2)
+            cut = {name: value[at] for name, value in tensors.items()}
+            value, gradient, metrics = own_loss(cut, config, beta, totals)
+            # In TRL `steps_per_generation` counts micro-batches.
+            trl = trl_loss(cut, config, beta, tokens, accumulation=parts, generation=parts * updates)
+            np.testing.assert_allclose(value, trl[0], rtol=2e-5, atol=1e-7)
+            np.testing.assert_allclose(gradient, trl[1], rtol=2e-5, atol=1e-7)
+            region += float(metrics["clip_ratio/region_mean"])
+            # A mean over the micro-batch's own tokens.
+            expected_clips.append(trl[2]["clip_ratio/region_mean"] * max(1, cut["mask"].sum()))
+        np.testing.assert_allclose(region, sum(expected_clips) / mask.sum(), rtol=1e-5)
+        clips += region
+    assert clips > 0
 
 
 @pytest.mark.slow

@@ -86,6 +86,14 @@ def test_record_that_cannot_be_used_is_named_with_file_and_line(refusal, config_
         ({"sft": {"gradient_accumulation_steps": 4}}, ["4 micro-batch(es), 1 rows each", "try 16"]),
         ({"rl": {"num_iterations": 4}}, ["rl.max_steps: got 6", "rl.num_iterations=4"]),
         ({"rl": {"num_iterations": 2}}, ["eval.eval_steps: got 3", "multiple of rl.num_iterations=2"]),
+        (
+            {"rl": {"num_iterations": 2, "steps_per_generation": 2, "prompts_per_step": 2}},
+            ["rl.max_steps: got 6", "multiple of rl.steps_per_generation=2 x rl.num_iterations=2"],
+        ),
+        (
+            {"rl": {"steps_per_generation": 2}},
+            ["rl.prompts_per_step: got 4 x rl.steps_per_generation=2", "6 usable records"],
+        ),
         ({"rl": {"reward_funcs": ("no.such_reward",)}}, ["rl.reward_funcs", "no.such_reward", "cannot be imported"]),
         (
             {"rl": {"reward_funcs": ("support.reward_functions.needs_more",)}},

@@ -42,14 +42,17 @@ def test_memory_is_that_of_the_fullest_device_that_tells():
         (RlConfig(), 6),  # update, sampling, scoring, reference
         (RlConfig(beta=0.0), 5),
         (RlConfig(num_iterations=2), 7),
+        (RlConfig(steps_per_generation=2), 5.5),  # an update sees half of what is sampled and scored
     ],
 )
 def test_utilisation_counts_two_operations_a_parameter_token_and_pass(config, passes):
     told = Utilisation(SHAPES, [device(), device()], config)
     expected = passes * 2 * 1000 * 50 / (2.0 * 2 * 121e12)
     assert told.of_step(50, 2.0)["perf/mfu"] == pytest.approx(expected)
-    if config == RlConfig(num_iterations=2):  # the second update of a rollout samples and scores nothing
-        assert told.of_step(0, 2.0)["perf/mfu"] == pytest.approx(expected * 3 / passes)
+    # The second update of a rollout samples and scores nothing.
+    if config in (RlConfig(num_iterations=2), RlConfig(steps_per_generation=2)):
+        update = 3 / config.steps_per_generation
+        assert told.of_step(0, 2.0)["perf/mfu"] == pytest.approx(expected * update / passes)
 
 
 def test_frozen_layers_under_adapters_count_one_pass_less():

@@ -12,6 +12,7 @@ from mer_r1_jax.config.schema import OptimizerConfig, RlConfig
 from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.rl_step import beta_at
 from mer_r1_jax.training.state import (
+    accumulate,
     applied_before,
     apply_gradients,
     as_stored,
@@ -150,6 +151,31 @@ def test_the_learning_rate_that_is_told_is_the_one_an_update_had():
         had = 0.0 if step in (3, 4) else float(schedule(count))
         np.testing.assert_allclose(before - state.params["text/b"], had, atol=1e-5, rtol=0)
         assert count == (step - 1 if step <= 3 else 2 if step <= 5 else step - 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small_shares_of_the_gradient_are_not_lost_among_micro_batches(dtype):
+    """One share of 1 and 1,023 of 1/1024: each is below half a step of bfloat16 at 1, and together they are 1."""
+    share_B = jnp.full(1024, 1 / 1024).at[0].set(1.0)
+    trained = {"text/a": jnp.ones(3, dtype)}
+
+    def loss(trained, batch):
+        value = jnp.sum(trained["text/a"]) * jnp.sum(batch["share_B"]).astype(dtype)
+        return value.astype(jnp.float32), {"share": jnp.sum(batch["share_B"])}
+
+    value, metrics, gradients = jax.jit(lambda *args: accumulate(loss, *args, 1024))(trained, {"share_B": share_B})
+    expected = 1 + 1023 / 1024
+    assert gradients["text/a"].dtype == jnp.float32  # also for the optimizer, which casts by itself
+    np.testing.assert_array_equal(gradients["text/a"], np.full(3, expected, np.float32))
+    np.testing.assert_allclose([float(value), float(metrics["share"])], [3 * expected, expected])
+
+
+def test_sums_over_micro_batches_of_float32_parameters_need_no_conversion():
+    def loss(trained, batch):
+        return jnp.sum(trained["text/a"] * batch["share_B"]), {}
+
+    arguments = {"text/a": jnp.ones(())}, {"share_B": jnp.ones(4)}
+    assert "convert_element_type" not in str(jax.make_jaxpr(lambda *given: accumulate(loss, *given, 2)[2])(*arguments))
 
 
 def test_a_stored_state_keeps_trained_and_frozen_parameters_apart_and_comes_back():
