@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from support.tiny_plan import tiny_config
 
 from mer_r1_jax.config.build import load_config
@@ -170,6 +172,17 @@ def test_larger_batches_are_tried_until_one_does_not_fit(sheet):
     page = markdown(dataclasses.replace(sheet, alternatives=found))
     assert "| attention | 16 | yes |" in page
     assert "| dots | 4 | no, over by 3.00 |" in page
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+def test_a_chip_has_the_memory_that_its_compiler_gives_out(topology):
+    """The compiler says it of a program that takes too much; parameters that are no argument count on top of that."""
+    mesh = Mesh(np.array(topology_devices(topology)), "x")
+    array = jax.ShapeDtypeStruct((2**35,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+        jax.jit(lambda x: x + 1).trace(array).lower(lowering_platforms=("tpu",)).compile()
+    gives = re.search(r"available HBM \(([\d.]+)G\)", str(refused.value))
+    assert gives and float(gives.group(1)) == pytest.approx(chip_of(topology).hbm_bytes / GIB, abs=0.005)
 
 
 @pytest.mark.parametrize("topology", ["v5p:3x5", "h100:2x2"])
