@@ -14,6 +14,7 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.planning.chips import GIB, MOST_GPUS, Chip
 from mer_r1_jax.planning.compilation import TRITON
 from mer_r1_jax.planning.sheet import ProgramSheet
+from mer_r1_jax.planning.workload import ANSWERING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,8 @@ def _largest(parts: dict[str, int], count: int = 3) -> str:
 
 def _cures(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> list[str]:
     """Settings that would make up for what is too much, those that change nothing else first."""
+    if program.phase == ANSWERING:
+        return _answering_cures(config, chip, chips)
     phase, section = program.phase, getattr(config, program.phase)
     cures = []
     if config.mesh.data > 1:
@@ -161,6 +164,17 @@ def _cures(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> 
         cures.append(f"model.param_dtype=bfloat16, which saves {saved:.2f} GiB and rounds every update")
     cures.append(_more(chip, chips))
     return cures
+
+
+def _answering_cures(config: RunConfig, chip: Chip, chips: int) -> list[str]:
+    cures = []
+    if (rows := config.eval.prompts_per_batch) > 1:
+        cures.append(f"eval.prompts_per_batch={rows // 2}, which halves the rows of a batch")
+    if config.model.compute_dtype == "float32":
+        cures.append("model.compute_dtype=bfloat16, in which weights are kept then")
+    if chips > config.mesh.tensor:
+        cures.append(f"mesh.tensor={2 * config.mesh.tensor}, which cuts the weights that decoding takes")
+    return [*cures, _more(chip, chips)]
 
 
 def _more(chip: Chip, chips: int) -> str:

@@ -196,11 +196,29 @@ def test_rows_the_slice_cannot_share_are_refused_before_compiling(tmp_path):
         plan(tiny_config(prompts_per_step=6), SLICE, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["omni_7b.py", "omni_7b.py:v5e:16x16", "omni_7b.py:v6e:4x4", "omni_3b.py", "omni_3b.py:v5p:2x2x4"]
-)
+RECIPES = ["omni_7b.py", "omni_7b.py:v5e:16x16", "omni_7b.py:v6e:4x4", "omni_7b.py:v5e:2x4"]
+RECIPES += ["omni_3b.py", "omni_3b.py:v5p:2x2x4", "omni_3b.py:v5e:2x4"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_shipped_configs_are_the_papers_recipe(name):
     config = load_config(f"{CONFIGS}/{name}")
     assert (config.rl.num_generations, config.rl.temperature, config.rl.arm) == (4, 0.9, "mer_r1")
     assert (config.data.max_prompt_length, config.rl.max_completion_length) == (2048, 1024)
     assert not config.model.train_vision_tower and not config.sft.train_vision_tower
+
+
+@pytest.mark.parametrize(("name", "rank", "tensor"), [("omni_3b.py", 0, 1), ("omni_7b.py", 32, 4)])
+def test_eight_small_chips_have_a_layout_of_each_model(name, rank, tensor):
+    """All weights of 3B, and adapters of 7B on a base in bfloat16; rows are shared evenly."""
+    config = load_config(f"{CONFIGS}/{name}:v5e:2x4")
+    run = RunPrograms(config, topology_devices("v5e:2x4"))
+    assert dict(run.backbone.mesh.shape) == {"data": 1, "fsdp": 8 // tensor, "tensor": tensor}
+    assert config.model.lora.rank == rank
+    text = run.backbone.shapes["text/layers/mlp/up/kernel"].dtype
+    assert text == ("bfloat16" if rank else "float32")
+
+
+def test_a_slice_without_a_layout_is_refused_with_those_that_have_one():
+    with pytest.raises(ValueError, match=r"slice 'v5e:1x1': expected one of v5e:4x4, v5e:2x4, v5p:2x2x4, h100:1"):
+        load_config(f"{CONFIGS}/omni_3b.py:v5e:1x1")
