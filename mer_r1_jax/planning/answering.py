@@ -101,7 +101,9 @@ class AnsweringPrograms(RunPrograms):
         prompts = with_clips.encoded(features)
         recast = {name: params[name] for name in backbone.recast}
         cast = planned("cast", programs.cast, (recast,))
-        held["rollout"] = weights = self._rollout_weights(recast)  # as long as batches are answered
+        weights = self._rollout_weights(recast)
+        if recast:
+            held["rollout"] = weights  # as long as batches are answered
         sample_args = (params | weights, prompts, self._scalar(jax.random.key(0)))
         rollout = self._rollout(sample_args, planned, bucket)
         length = self.config.rl.max_completion_length
