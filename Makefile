@@ -39,7 +39,8 @@ test: $(TEST_BIN)/.installed $(TRANSFORMERS4)/.installed
 
 # Sheets of docs/plans: minutes of compiling each, without a TPU. One of them: make plan PLANS=omni_3b.py:v5e:4x4
 # Those of GPUs need the extra plan-gpu as well: make plan PLANS=omni_3b.py:h100:1
-PLANS ?= omni_3b.py:v5e:4x4 omni_3b.py:v5p:2x2x4 omni_7b.py:v5p:2x2x4 omni_7b.py:v6e:4x4 omni_7b.py:v5e:16x16
+PLANS ?= omni_3b.py:v5e:4x4 omni_3b.py:v5e:2x4 omni_7b.py:v5e:2x4 omni_3b.py:v5p:2x2x4 omni_7b.py:v5p:2x2x4 \
+	omni_7b.py:v6e:4x4 omni_7b.py:v5e:16x16
 
 plan: $(BIN)/.installed-plan
 	set -e; for plan in $(PLANS); do \

@@ -1,7 +1,8 @@
 """MER-R1's recipe on Qwen2.5-Omni-3B: that of `omni_7b.py`, for the smaller model, smaller slices and GPUs.
 
-`omni_3b.py:h100:1` lays it out for one H100 of 80 GB, `omni_3b.py:h100:8` for eight. `omni_3b.py:rtx4090:1` and `:l4:1`
-train low-rank adapters on one card of 24 GB, which cannot hold moments of all weights.
+`omni_3b.py:v5e:2x4` lays it out for eight v5e chips, which Kaggle lends; `omni_3b.py:h100:1` for one H100 of 80 GB,
+`omni_3b.py:h100:8` for eight. `omni_3b.py:rtx4090:1` and `:l4:1` train low-rank adapters on one card of 24 GB, which
+cannot hold moments of all weights.
 """
 
 from mer_r1_jax.config.build import other_config
@@ -9,6 +10,7 @@ from mer_r1_jax.config.build import other_config
 # Slice -> prompts of a step, devices along mesh.tensor (the rest are fsdp), and what the backward pass keeps.
 SLICES = {
     "v5e:4x4": (16, 1, "attention"),
+    "v5e:2x4": (8, 1, "attention"),
     "v5p:2x2x4": (16, 1, "dots"),
 }
 # Cards of 80 GB -> prompts of a step, and parts the update is cut into. Eight cards have not been planned.

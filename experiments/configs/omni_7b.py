@@ -1,9 +1,9 @@
 """MER-R1's recipe on Qwen2.5-Omni-7B: SFT on 5,000 clips, then RL on the rest of MER-Caption+, towers frozen.
 
-`omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. `omni_7b.py:h100:1`
-trains low-rank adapters on one card of 80 GB, which cannot hold moments of all weights. Training needs weights and
-data: --config.model.path=... --config.data.sft_path=... --config.data.rl_path=...; what a run would take of it,
-`mer-r1 plan` says without them.
+`omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. `omni_7b.py:v5e:2x4` and
+`omni_7b.py:h100:1` train low-rank adapters, on eight chips of 16 GB and on one card of 80 GB, which cannot hold moments
+of all weights. Training needs weights and data: --config.model.path=... --config.data.sft_path=...
+--config.data.rl_path=...; what a run would take of it, `mer-r1 plan` says without them.
 """
 
 from mer_r1_jax.config.build import config_dict
@@ -14,22 +14,25 @@ SLICES = {
     "v5e:16x16": (64, 4, "attention"),
     "v6e:4x4": (16, 1, "attention"),
 }
-
-
+# Likewise, with adapters in place of the weights: moments of all of them would not fit.
+ADAPTED_SLICES = {"v5e:2x4": (8, 4, "attention")}
 # Card -> prompts of a step, with adapters in place of the weights.
 ADAPTED = {"h100:1": 8}
 
 
 def get_config(slice_name: str = "v5p:2x2x4"):
     """The recipe, laid out for a slice or for a card."""
-    if slice_name not in SLICES and slice_name not in ADAPTED:
-        known = ", ".join([*SLICES, *ADAPTED])
-        raise ValueError(f"slice {slice_name!r}: expected one of {known}, or set mesh.* yourself")
+    known = [*SLICES, *ADAPTED_SLICES, *ADAPTED]
+    if slice_name not in known:
+        raise ValueError(f"slice {slice_name!r}: expected one of {', '.join(known)}, or set mesh.* yourself")
     config = recipe()
     config.name = "omni_7b"
     config.model.preset = "7b"
     if slice_name in SLICES:
         lay_out(config, *SLICES[slice_name])
+    elif slice_name in ADAPTED_SLICES:
+        lay_out(config, *ADAPTED_SLICES[slice_name])
+        adapt(config)
     else:
         lay_out_on_cards(config, ADAPTED[slice_name])
         adapt(config)

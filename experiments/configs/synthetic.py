@@ -1,20 +1,21 @@
 """The synthetic world on one machine: real mp4 clips, a tiny Thinker trained from scratch, SFT then MER-R1.
 
-`synthetic.py` is the full run of `make train`; `synthetic.py:smoke` runs the same pipeline in a few minutes.
+`synthetic.py` is the full run of `make train`; `synthetic.py:smoke` runs the same pipeline in a few minutes, and
+`synthetic.py:rl` the RL of the full run alone, from the export that --config.model.path names.
 """
 
 from mer_r1_jax.config.build import config_dict
 
 
 def get_config(setting: str = "full"):
-    """The run's configuration; `setting` is full or smoke."""
+    """The run's configuration; `setting` is full, smoke or rl."""
     config = config_dict()
     config.name = "synthetic" if setting == "full" else f"synthetic_{setting}"
-    _model(config.model)
+    _model(config.model, sizes=setting != "rl")
     _media(config.media)
     config.data.max_prompt_length = 192
     config.data.prompt_buckets = (144, 192)
-    config.data.synthetic_dir = "synthetic_data" if setting == "full" else f"synthetic_data_{setting}"
+    config.data.synthetic_dir = "synthetic_data_smoke" if setting == "smoke" else "synthetic_data"
     config.data.synthetic_sft_clips = 4000
     config.data.synthetic_rl_clips = 1200
     config.data.synthetic_eval_clips = 1000
@@ -26,16 +27,20 @@ def get_config(setting: str = "full"):
     config.train.save_steps = 50
     if setting == "smoke":
         _smoke(config)
+    elif setting == "rl":
+        config.sft.max_steps = 0
     elif setting != "full":
-        raise ValueError(f"setting {setting!r}: expected full or smoke")
+        raise ValueError(f"setting {setting!r}: expected full, smoke or rl")
     return config
 
 
-def _model(model):
+def _model(model, sizes: bool):
     model.preset = "tiny"
     model.compute_dtype = "float32"
     model.initializer_range = 0.05
     model.remat = "nothing"
+    if not sizes:  # an export has its own
+        return
     model.text_hidden_size = 96
     model.text_layers = 3
     # Qwen's base, 1e6, would leave most of these few frequencies almost still over a prompt of 192 tokens.

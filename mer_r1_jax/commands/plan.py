@@ -1,6 +1,7 @@
 """Plans a run on hardware nobody has yet: mer-r1 plan --config=omni_7b --topology=v5p:2x2x4[,v5e:16x16]
 
     mer-r1 plan --config=omni_3b --topology=h100:1[,h100:8,a100:1,l4:1,rtx4090:1]
+    mer-r1 plan --config=omni_3b --topology=v5e:1x1 --answering
 
 Compiles every program of the run with the real compiler for that TPU slice, or for so many cards of a GPU, on this
 machine, and prints and saves what each takes: memory by part, operations, traffic, collectives, a lower bound of its
@@ -30,6 +31,9 @@ _TOPOLOGY = flags.DEFINE_list(
 _OUT = flags.DEFINE_string("out", "docs/plans", "Folder the sheets are written to, as Markdown and JSON.")
 _CACHE = flags.DEFINE_string("cache_dir", "plan_cache", "Folder compiled answers are kept in.")
 _PROGRAMS = flags.DEFINE_list("programs", [], "Programs to compile, such as encode,update; empty = all of them.")
+_ANSWERING = flags.DEFINE_bool(
+    "answering", False, "Plan what the run's export takes to answer clips, eval.prompts_per_batch at a time."
+)
 _OTHERS = flags.DEFINE_bool("try_others", False, "Compile the RL update under other remat settings and batches too.")
 flags.mark_flag_as_required("config")
 
@@ -55,10 +59,11 @@ def main(argv: list[str]) -> int:
                 cache_dir=pathlib.Path(_CACHE.value),
                 only=_PROGRAMS.value or PROGRAMS,
                 try_others=_OTHERS.value,
+                answering=_ANSWERING.value,
                 progress=screen.say,
             )
             sheet = dataclasses.replace(sheet, command=_command(topology))
-            name = f"{config.name}_{topology.replace(':', '_')}"
+            name = f"{sheet.config.name}_{topology.replace(':', '_')}"
             folder = pathlib.Path(_OUT.value)
             with writing("the plan", folder):
                 folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.bootstrap import POINTS, Difference, paired_difference
+from mer_r1_jax.evaluation.run_record import EXPECTED_F1, is_number
 from mer_r1_jax.json_lines import json_texts
 
 SCORES = ("f1", "precision", "recall")
@@ -98,7 +99,8 @@ class SamplesComparison:
     """Two sets of samples files held against each other.
 
     Attributes:
-        comparisons: every score of slow and fast answers, and the gap between the two.
+        comparisons: every score of slow and fast answers, expected F1 where all files have it, and the gap between
+            the two.
         gaps: slow minus fast F1 at "before" and "after", each with its own interval.
         lengths: "before" and "after": means over clips of a slow answer's tokens and of its reasoning's words, and the
             distinct slow answers of each file.
@@ -156,10 +158,14 @@ def compare_samples(
     def scores(side: str, mode: str, name: str) -> np.ndarray:
         return np.asarray([[rows[clip][mode][name] for clip in ids] for rows in sides[side]], np.float64)
 
+    # Where the clips' world is known, F1 without the draw of their truths, which is half of its noise.
+    drawn = all(is_number(rows[clip][mode].get(EXPECTED_F1)) for rows in files for clip in ids for mode in MODES)
     comparisons = [
-        Comparison(f"{mode} {name}", ids, scores("before", mode, name), scores("after", mode, name), seed)
+        Comparison(
+            f"{mode} {name.replace('_', ' ')}", ids, scores("before", mode, name), scores("after", mode, name), seed
+        )
         for mode in MODES
-        for name in SCORES
+        for name in (*SCORES, *([EXPECTED_F1] if drawn else []))
     ]
     gap = {side: scores(side, "slow", "f1") - scores(side, "fast", "f1") for side in sides}
     comparisons.append(Comparison(GAP, ids, gap["before"], gap["after"], seed))

@@ -14,6 +14,7 @@ from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.planning.chips import GIB, MOST_GPUS, Chip
 from mer_r1_jax.planning.compilation import TRITON
 from mer_r1_jax.planning.sheet import ProgramSheet
+from mer_r1_jax.planning.workload import ANSWERING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,8 @@ def cures_of(config: RunConfig, phase: str, name: str, held: Mapping[str, int], 
         gpu: whether the chips are GPUs.
         chips: how many there are.
     """
+    if phase == ANSWERING:
+        return _answering_cures(config, gpu, chips)
     section, cures = getattr(config, phase), []
     if config.mesh.data > 1:
         cures.append(f"mesh.fsdp={config.mesh.data * max(config.mesh.fsdp, 1)} and mesh.data=1, which cut what is held")
@@ -177,6 +180,17 @@ def cures_of(config: RunConfig, phase: str, name: str, held: Mapping[str, int], 
         cures.append(f"model.param_dtype=bfloat16, which saves {saved:.2f} GiB and rounds every update")
     cures.append(_more(gpu, chips))
     return cures
+
+
+def _answering_cures(config: RunConfig, gpu: bool, chips: int) -> list[str]:
+    cures = []
+    if (rows := config.eval.prompts_per_batch) > 1:
+        cures.append(f"eval.prompts_per_batch={rows // 2}, which halves the rows of a batch")
+    if config.model.compute_dtype == "float32":
+        cures.append("model.compute_dtype=bfloat16, in which weights are kept then")
+    if chips > config.mesh.tensor:
+        cures.append(f"mesh.tensor={2 * config.mesh.tensor}, which cuts the weights that decoding takes")
+    return [*cures, _more(gpu, chips)]
 
 
 def _more(gpu: bool, chips: int) -> str:

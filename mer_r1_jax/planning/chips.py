@@ -24,8 +24,8 @@ class Chip:
 
     Attributes:
         flops: dense bf16 operations a second, sums in float32.
-        hbm_bytes: memory a run can have. The TPU pages give 95 GB and 16 GB where the compiler accepts 95 GiB and
-            16 GiB less a little; where it refuses a program, its word counts. Of a GPU, what commands reserve.
+        hbm_bytes: memory a run can have: of a TPU what its compiler gives out, which is not what the pages state (16
+            GB of a v5e, 95 of a v5p, 32 of a v6e; v4's is the page's). Of a GPU, what commands reserve.
         hbm_bandwidth: bytes a second.
         link_bandwidth: bytes a second that one chip can send over all its links (half the figure for both directions).
         clock: cycles a second, for the compiler's estimates; not stated officially (v6e's is inferred). 0 where the
@@ -59,12 +59,14 @@ def _gpu(cuda: CudaTarget, source: str, **figures: Any) -> Chip:
 # Links of a GPU are NVLink's, or a card's PCI Express 4.0 x16.
 CHIPS: dict[str, Chip] = {
     "v4": _tpu("v4", flops=275e12, hbm_bytes=32 * GIB, hbm_bandwidth=1200 * GB, link_bandwidth=300 * GB, clock=1.05e9),
-    "v5e": _tpu("v5e", flops=197e12, hbm_bytes=16 * GIB, hbm_bandwidth=819 * GB, link_bandwidth=200 * GB, clock=1.5e9),
+    "v5e": _tpu(
+        "v5e", flops=197e12, hbm_bytes=int(15.75 * GIB), hbm_bandwidth=819 * GB, link_bandwidth=200 * GB, clock=1.5e9
+    ),
     "v5p": _tpu(
-        "v5p", flops=459e12, hbm_bytes=95 * GIB, hbm_bandwidth=2765 * GB, link_bandwidth=600 * GB, clock=1.75e9
+        "v5p", flops=459e12, hbm_bytes=int(95.73 * GIB), hbm_bandwidth=2765 * GB, link_bandwidth=600 * GB, clock=1.75e9
     ),
     "v6e": _tpu(
-        "v6e", flops=918e12, hbm_bytes=32 * GIB, hbm_bandwidth=1638 * GB, link_bandwidth=400 * GB, clock=1.75e9
+        "v6e", flops=918e12, hbm_bytes=int(31.24 * GIB), hbm_bandwidth=1638 * GB, link_bandwidth=400 * GB, clock=1.75e9
     ),
     "h100": _gpu(
         CudaTarget(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mer_r1_jax.parallel import GPU_MEMORY_SHARE, GPU_MEMORY_VARIABLE
 from mer_r1_jax.planning.chips import GB, GIB
 from mer_r1_jax.planning.sheet import PARTS, ProgramSheet, Sheet
+from mer_r1_jax.planning.workload import ANSWERING
 from mer_r1_jax.training.phase import prompts_at_once
 
 LISTED = 5  # collectives of a program
@@ -14,7 +15,8 @@ def markdown(sheet: Sheet) -> str:
     """The whole page."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in sheet.mesh.items())
     versions = ", ".join(f"{name} {version}" for name, version in sheet.versions.items())
-    chips = f"{sheet.chips} chips" if not sheet.chip.cuda else f"{sheet.chips} x {sheet.chip.cuda.name}"
+    count = "1 chip" if sheet.chips == 1 else f"{sheet.chips} chips"
+    chips = count if not sheet.chip.cuda else f"{sheet.chips} x {sheet.chip.cuda.name}"
     device = "GPU" if sheet.chip.cuda else "TPU"
     parts = [
         f"# {sheet.config.name} on {sheet.topology}",
@@ -99,6 +101,8 @@ def _work(sheet: Sheet) -> str:
 
 
 def _epochs(sheet: Sheet) -> str:
+    if ANSWERING in sheet.buckets:
+        return _batch(sheet)
     lines = []
     for phase, steps in sheet.epoch_steps.items():
         hours = sheet.epoch_hours(phase)
@@ -112,6 +116,13 @@ def _epochs(sheet: Sheet) -> str:
         took = seconds if updates == 1 else f"{updates} updates each, {seconds} an update with its share of the rollout"
         lines.append(f"- {phase}: at least **{hours:.2f} h** ({count}, {took})")
     return "## One epoch of the paper's data\n\n" + "\n".join(lines)
+
+
+def _batch(sheet: Sheet) -> str:
+    """How long a batch of answers takes at least."""
+    seconds, rows = sheet.step_seconds(ANSWERING), sheet.buckets[ANSWERING].rows
+    took = "unknown, as not every program is compiled" if seconds is None else f"at least **{seconds:.2f} s**"
+    return f"## One batch of slow answers\n\n- {rows} at a time: {took}"
 
 
 def _alternatives(sheet: Sheet) -> str:
@@ -157,9 +168,8 @@ def _shapes(sheet: Sheet) -> str:
         for phase, shape in sheet.buckets.items()
     ]
     rl = sheet.config.rl
-    lines.append(
-        f"- {rl.num_generations} completions a prompt, each taken to be {rl.max_completion_length} tokens long"
-    )
+    said = "one answer" if ANSWERING in sheet.buckets else f"{rl.num_generations} completions"
+    lines.append(f"- {said} a prompt, each taken to be {rl.max_completion_length} tokens long")
     return "\n".join(lines)
 
 
@@ -170,7 +180,8 @@ def _notes(sheet: Sheet) -> str:
         f"- Peaks of a chip: {chip.flops / 1e12:.0f} TFLOP/s in bf16, {chip.hbm_bandwidth / GB:.0f} GB/s of memory, "
         f"{chip.link_bandwidth / GB:.0f} GB/s sent over links ({chip.source})."
     )
-    return "\n".join(["## How to read it\n", *_NOTES, *own, figures, _LEFT_OUT])
+    left_out = _ANSWERING_LEFT_OUT if ANSWERING in sheet.buckets else _LEFT_OUT
+    return "\n".join(["## How to read it\n", *_NOTES, *own, figures, _PARTS, left_out])
 
 
 _NOTES = (
@@ -197,8 +208,12 @@ _GPU_NOTES = (
     "- *HBM* counts what passes from one kernel to the next, though arrays that fit the second-level cache may stay in "
     "it: in a program of many small kernels that bound is a little high.",
 )
-_LEFT_OUT = (
+_PARTS = (
     "- *batch* holds prompts with their clips, *experience* completions and anchors, *cache* the keys and values "
-    "within the temporary memory, *other* new outputs, code and loose arguments.\n"
-    "- Advantages (arrays of one number a completion) and evaluation are not compiled."
+    "within the temporary memory, *other* new outputs, code and loose arguments."
+)
+_LEFT_OUT = "- Advantages (arrays of one number a completion) and evaluation are not compiled."
+_ANSWERING_LEFT_OUT = (
+    "- Weights are kept as a released model's files are; those of a run that keeps float32 are cast for decoding, and "
+    "take three times as much. `ask` gives the confidences of an answer's words. A fast answer is shorter."
 )

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mer_r1_jax.config.schema import ConfigError, RunConfig
 from mer_r1_jax.planning.advice import advise, refusal_of
+from mer_r1_jax.planning.answering import AnsweringPrograms, as_opened
 from mer_r1_jax.planning.chips import chip_of, topology_devices
 from mer_r1_jax.planning.compilation import compile_program, versions
 from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.sheet import ProgramSheet, Sheet, program_sheet
 from mer_r1_jax.planning.work import work_of
 
-PROGRAMS = ("sft_step", "encode", "cast", "sample", "decode", "score", "reference", "update")
+PROGRAMS = ("sft_step", "encode", "cast", "sample", "decode", "ask", "score", "reference", "update")
 
 
 def plan(
@@ -27,6 +28,7 @@ def plan(
     cache_dir: pathlib.Path,
     only: Sequence[str] = PROGRAMS,
     try_others: bool = False,
+    answering: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Sheet:
     """The sheet of a configuration on a slice, each phase in its largest bucket of prompts.
@@ -37,6 +39,7 @@ def plan(
         cache_dir: where compiled answers are kept.
         only: programs to compile, of PROGRAMS; the others are left off the sheet, and with them the hours.
         try_others: compile the RL update under other remat settings and batches too.
+        answering: plan what the run's export takes to answer clips, in place of the run.
         progress: called with a line as each program is done.
 
     Raises:
@@ -44,10 +47,16 @@ def plan(
     """
     if unknown := sorted(set(only) - set(PROGRAMS)):
         raise ConfigError(f"unknown programs {', '.join(unknown)}: expected some of {', '.join(PROGRAMS)}")
+    if answering and try_others:
+        raise ConfigError("--try_others compiles the RL update, which answering has not: leave one of the two out")
     chip = chip_of(topology)
-    run = RunPrograms(config, topology_devices(topology))
+    config = as_opened(config) if answering else config
+    run = (AnsweringPrograms if answering else RunPrograms)(config, topology_devices(topology))
     if not run.phases():
-        raise ConfigError("nothing to plan: sft.max_steps and rl.max_steps are both 0, so the run trains nothing")
+        raise ConfigError(
+            "nothing to plan: sft.max_steps and rl.max_steps are both 0, so the run trains nothing; --answering plans "
+            "what a model takes to answer"
+        )
     buckets = {phase: run.buckets(phase)[-1] for phase in run.phases()}
     sheets: list[ProgramSheet] = []
     missing: list[str] = []
@@ -75,7 +84,7 @@ def plan(
         versions=versions(chip),
         buckets=buckets,
         programs=tuple(sheets),
-        epoch_steps={phase: run.epoch_steps(phase) for phase in buckets},
+        epoch_steps={} if answering else {phase: run.epoch_steps(phase) for phase in buckets},
         missing=tuple(missing),
         advice=advise(config, sheets, chip, mesh.size),
         alternatives=tuple(alternatives(config, update_of)) if try_others and "rl" in buckets else (),

@@ -56,8 +56,8 @@ class PlannedProgram:
     """One jitted program of a run and what it is called with.
 
     Attributes:
-        name: sft_step, encode, cast, sample, decode (chunks after the first), score, reference, update.
-        phase: sft or rl.
+        name: sft_step, encode, cast, sample, decode (chunks after the first), ask, score, reference, update.
+        phase: sft, rl, or ANSWERING.
         function: the jitted function.
         args: abstract arguments.
         static: the static ones, which come after them.

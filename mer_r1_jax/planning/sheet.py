@@ -136,7 +136,7 @@ class Sheet:
         versions: of the compiler.
         buckets: the prompt shape of each phase.
         programs: one sheet each.
-        epoch_steps: steps that one pass over a phase's records takes.
+        epoch_steps: steps that one pass over a phase's records takes; empty where a model only answers.
         missing: programs of these phases that were left out on purpose.
         advice: what would make it fit, one line each; empty when it fits.
         alternatives: the RL update under other settings; empty where they were not tried.
@@ -193,7 +193,7 @@ class Sheet:
             "advice": list(self.advice),
             "missing": list(self.missing),
             "epoch_steps": self.epoch_steps,
-            "step_seconds_lower_bound": {phase: self.step_seconds(phase) for phase in self.epoch_steps},
+            "step_seconds_lower_bound": {phase: self.step_seconds(phase) for phase in self.buckets},
             "epoch_hours_lower_bound": {phase: self.epoch_hours(phase) for phase in self.epoch_steps},
             "programs": [_program_json(program) for program in self.programs],
             "alternatives": [

@@ -7,6 +7,8 @@ import dataclasses
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
 
+ANSWERING = "answer"  # what a plan has in place of a run's phases where a model only answers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:

@@ -187,3 +187,12 @@ def test_a_config_file_may_have_the_name_of_the_one_it_begins_from(tmp_path):
     body = 'other_config("omni_3b", __file__).get_config()'
     own.write_text(f"from mer_r1_jax.config.build import other_config\n\ndef get_config():\n    return {body}\n")
     assert load_config(own) == load_config("omni_3b")
+
+
+def test_rl_alone_of_the_synthetic_run_differs_in_nothing_else():
+    """What an export brings of its own, its sizes, is left to it; so `rl` continues what `make train` begins."""
+    whole, alone = (dataclasses.asdict(load_config(CONFIGS / f"synthetic.py{part}")) for part in ("", ":rl"))
+    changed = difference(whole, alone)
+    assert changed.pop("name") == ("synthetic", "synthetic_rl")
+    assert changed.pop("sft.max_steps") == (2000, 0)
+    assert changed and all(name.startswith("model.") and not after for name, (_, after) in changed.items())

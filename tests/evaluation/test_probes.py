@@ -266,6 +266,27 @@ def test_samples_of_several_seeds_are_compared(tmp_path):
     assert paired.difference == slow.difference and paired.by_seed == slow.by_seed
 
 
+def test_expected_f1_is_compared_where_every_answer_has_one(tmp_path):
+    """It is known of a synthetic world alone; a file without it leaves it out of the whole comparison."""
+
+    def expecting(name, slow, fast):
+        plain = write_samples(tmp_path / name, [0.5, 1, 0], [0, 0, 0])
+        rows = [json.loads(line) for line in plain.read_text().splitlines()]
+        for row, values in zip(rows, zip(slow, fast, strict=True), strict=True):
+            row["slow"]["expected_f1"], row["fast"]["expected_f1"] = values
+        plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return plain
+
+    before = expecting("before.jsonl", [0.2, 0.4, 0.6], [0.5, 0.5, 0.5])
+    after = expecting("after.jsonl", [0.3, 0.5, 0.7], [0.5, 0.4, 0.3])
+    found = {one.name: one.difference.points for one in compare_samples([before], [after]).comparisons}
+    assert found["slow expected f1"] == pytest.approx(10) and found["fast expected f1"] == pytest.approx(-10)
+    assert found["slow f1"] == 0
+    for lacking in (write_samples(tmp_path / "plain.jsonl", [0.5, 1, 0], [0, 0, 0]),
+                    expecting("some.jsonl", [0.3, None, 0.7], [0.5, 0.4, 0.3])):  # fmt: skip
+        assert not [one for one in compare_samples([before], [lacking]).comparisons if "expected" in one.name]
+
+
 def test_compare_reads_what_an_evaluation_writes(before, prober, tmp_path, capsys):
     rows = samples(before, prober.wheels)
     path, out = tmp_path / "a.samples.jsonl", tmp_path / "out.json"

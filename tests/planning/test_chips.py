@@ -108,6 +108,6 @@ def test_the_page_of_plans_has_the_same_figures():
     assert list(told) == list(CHIPS)
     for name, chip in CHIPS.items():
         memory = chip.hbm_bytes / GIB
-        sizes = [f"{chip.flops / 1e12:.0f}", f"{memory:.1f}" if chip.cuda else f"{memory:.0f}"]
+        sizes = [f"{chip.flops / 1e12:.0f}", f"{memory:.1f}" if chip.cuda else f"{memory:.4g}"]
         rates = [f"{chip.hbm_bandwidth / GB:.0f}", f"{chip.link_bandwidth / GB:.0f}"]
         assert told[name] == [*sizes, *rates, chip.source], name

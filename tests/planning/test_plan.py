@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from support.tiny_plan import tiny_config
 
 from mer_r1_jax.config.build import load_config
@@ -172,6 +174,17 @@ def test_larger_batches_are_tried_until_one_does_not_fit(sheet):
     assert "| dots | 4 | no, over by 3.00 |" in page
 
 
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+def test_a_chip_has_the_memory_that_its_compiler_gives_out(topology):
+    """The compiler says it of a program that takes too much; parameters that are no argument count on top of that."""
+    mesh = Mesh(np.array(topology_devices(topology)), "x")
+    array = jax.ShapeDtypeStruct((2**35,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+        jax.jit(lambda x: x + 1).trace(array).lower(lowering_platforms=("tpu",)).compile()
+    gives = re.search(r"available HBM \(([\d.]+)G\)", str(refused.value))
+    assert gives and float(gives.group(1)) == pytest.approx(chip_of(topology).hbm_bytes / GIB, abs=0.005)
+
+
 @pytest.mark.parametrize("topology", ["v5p:3x5", "h100:2x2"])
 def test_an_unknown_slice_is_refused_by_name(tmp_path, topology):
     with pytest.raises(TopologyError, match=topology):
@@ -183,11 +196,29 @@ def test_rows_the_slice_cannot_share_are_refused_before_compiling(tmp_path):
         plan(tiny_config(prompts_per_step=6), SLICE, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["omni_7b.py", "omni_7b.py:v5e:16x16", "omni_7b.py:v6e:4x4", "omni_3b.py", "omni_3b.py:v5p:2x2x4"]
-)
+RECIPES = ["omni_7b.py", "omni_7b.py:v5e:16x16", "omni_7b.py:v6e:4x4", "omni_7b.py:v5e:2x4"]
+RECIPES += ["omni_3b.py", "omni_3b.py:v5p:2x2x4", "omni_3b.py:v5e:2x4"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_shipped_configs_are_the_papers_recipe(name):
     config = load_config(f"{CONFIGS}/{name}")
     assert (config.rl.num_generations, config.rl.temperature, config.rl.arm) == (4, 0.9, "mer_r1")
     assert (config.data.max_prompt_length, config.rl.max_completion_length) == (2048, 1024)
     assert not config.model.train_vision_tower and not config.sft.train_vision_tower
+
+
+@pytest.mark.parametrize(("name", "rank", "tensor"), [("omni_3b.py", 0, 1), ("omni_7b.py", 32, 4)])
+def test_eight_small_chips_have_a_layout_of_each_model(name, rank, tensor):
+    """All weights of 3B, and adapters of 7B on a base in bfloat16; rows are shared evenly."""
+    config = load_config(f"{CONFIGS}/{name}:v5e:2x4")
+    run = RunPrograms(config, topology_devices("v5e:2x4"))
+    assert dict(run.backbone.mesh.shape) == {"data": 1, "fsdp": 8 // tensor, "tensor": tensor}
+    assert config.model.lora.rank == rank
+    text = run.backbone.shapes["text/layers/mlp/up/kernel"].dtype
+    assert text == ("bfloat16" if rank else "float32")
+
+
+def test_a_slice_without_a_layout_is_refused_with_those_that_have_one():
+    with pytest.raises(ValueError, match=r"slice 'v5e:1x1': expected one of v5e:4x4, v5e:2x4, v5p:2x2x4, h100:1"):
+        load_config(f"{CONFIGS}/omni_3b.py:v5e:1x1")
