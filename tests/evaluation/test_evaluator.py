@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from support.small_run import visits_of
+from support.small_run import visits_of, with_config
 
 from mer_r1_jax.data.synthetic.oracle import Oracle
 from mer_r1_jax.data.synthetic.world import WorldConfig, load_lexicon
@@ -68,6 +68,19 @@ def test_confidence_is_the_probability_of_the_words_categories(evaluation):
             assert all(value is None or 0 < value <= 1 for value in (right, wrong))
             if answer.answer.rewards.f1 == 1:
                 assert right is not None and wrong is None
+
+
+def test_a_slow_answer_too_long_for_a_fast_context_keeps_its_confidences(small, trained, evaluation):
+    """They are asked for behind its own reasoning. A fast answer is its own fast context, and has none."""
+    room = len(small.tags.empty_think)  # for no word
+    short = with_config(small, rl={"max_fast_context": room})
+    found = make_evaluator(short, short.data.rl).run(trained, iter(prompts_of(short, range(6))))
+    asked = 0
+    for one, usual in zip(found.answers["slow"], evaluation.answers["slow"], strict=True):
+        np.testing.assert_allclose(one.confidence_WQ, usual.confidence_WQ, rtol=1e-4)
+        asked += (~np.isnan(usual.confidence_WQ)).sum()
+    assert asked > 6
+    assert all(np.isnan(one.confidence_WQ).all() for one in found.answers["fast"])
 
 
 def test_answers_do_not_depend_on_the_batch_they_are_in(small, trained, evaluator, evaluation):
