@@ -4,6 +4,7 @@
 """
 
 from mer_r1_jax.config.build import config_dict
+from mer_r1_jax.data.synthetic.wording import QUESTION
 
 
 def get_config(setting: str = "full"):
@@ -12,6 +13,7 @@ def get_config(setting: str = "full"):
     config.name = "synthetic" if setting == "full" else f"synthetic_{setting}"
     _model(config.model)
     _media(config.media)
+    config.data.question = QUESTION  # of its records, so what the trained model is asked about other clips
     config.data.max_prompt_length = 192
     config.data.prompt_buckets = (144, 192)
     config.data.synthetic_dir = "synthetic_data" if setting == "full" else f"synthetic_data_{setting}"

@@ -63,7 +63,7 @@ def _serve(stack: contextlib.ExitStack) -> int:
     from mer_r1_jax.run.fitted_gate import fitted_gate, threshold_of
     from mer_r1_jax.run.live_answers import LiveAnswers
     from mer_r1_jax.run.policy import open_model
-    from mer_r1_jax.run.served_model import ServedModel
+    from mer_r1_jax.run.served_model import ServedModel, name_of
     from mer_r1_jax.serving.app import Limits, make_app
     from mer_r1_jax.serving.listening import is_local, listening, names_of, serve
 
@@ -79,7 +79,7 @@ def _serve(stack: contextlib.ExitStack) -> int:
     stack.callback(setup.source.close)
     answers = LiveAnswers(setup, params)  # what decoding holds goes with the process: it may still be decoding
     folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mer-r1-serve-")))
-    served = ServedModel(answers, pathlib.Path(_MODEL.value).resolve().name, threshold)
+    served = ServedModel(answers, name_of(_MODEL.value), threshold)
     name = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
     screen.say(f"http://{name}:{listener.getsockname()[1]}/ until Ctrl-C")
     if not is_local(_HOST.value):
