@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from absl import flags, logging
 
@@ -48,16 +49,21 @@ def _of_disk(error: OSError) -> WriteError:
 
 
 def ended(code: int) -> int:
-    """The exit status of a command that is done; one that a signal stopped ends here and now.
-
-    Python's own way out waits for what still runs on the device, which may be a rollout of minutes.
-    """
+    """The exit status of a command that is done; one that a signal stopped ends here and now."""
     if code == EXIT_SAVED:
-        stdlib_logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        left(code)
     return code
+
+
+def left(code: int) -> NoReturn:
+    """Ends the process here and now.
+
+    Python's own way out waits for threads and for what still runs on the device, which may be a rollout of minutes.
+    """
+    stdlib_logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def show(text: str) -> None:

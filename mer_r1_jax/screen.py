@@ -174,4 +174,8 @@ def _show_bug(kind: Any, value: Any, trace: Any) -> None:
     """A traceback as Python shows it, printable."""
     if issubclass(kind, SystemExit):
         return
+    # Ctrl-C is no bug. Python ends the process as that signal ends one, whatever is shown here.
+    if issubclass(kind, KeyboardInterrupt):
+        say("interrupted", error=True)
+        return
     say("".join(traceback.format_exception(kind, value, trace)).rstrip("\n"), error=True)

@@ -80,7 +80,7 @@ MARKED = {
         *("planning", "synthetic", "test_process_pool.py", "media/test_opening.py", "media/test_pool.py"),
         *("rl/test_rollout.py", "rl/test_compaction.py", "rl/test_packing.py", "rl/test_reward_funcs.py"),
         *("rl/test_sampling.py", "rl/test_text_to_advantage.py", "rl/test_other_tokenizers.py"),
-        *("lab", "data/test_prefetch.py", "emotion/test_score.py", "serving/test_page.py"),
+        *("lab", "data/test_prefetch.py", "emotion/test_score.py", "serving/test_page.py", "serving/test_ending.py"),
         *("media/test_clip_times.py", "media/test_clip_sound.py"),
         *("media/test_loader.py", "media/test_cache.py", "media/test_decode.py"),
     ),

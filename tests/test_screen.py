@@ -42,6 +42,12 @@ def test_printable_keeps_letters_of_every_script_and_writes_out_the_rest():
     assert is_clean(printable(EVIL)) and printable(EVIL).isprintable() and printable(None) == "None"
 
 
+def test_ctrl_c_is_no_bug_to_show_and_ends_a_command_as_the_signal_does():
+    program = "from mer_r1_jax import screen; screen.guard_terminal(); import os; os.kill(os.getpid(), 2); input()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (-2, "interrupted\n")
+
+
 def test_consoles_tables_lines_and_bars_show_text_as_it_is(capsys):
     console = screen.console()
     table = Table(EVIL, "n", title=EVIL)

@@ -5,6 +5,7 @@
 """
 
 from mer_r1_jax.config.build import config_dict
+from mer_r1_jax.data.synthetic.wording import QUESTION
 
 
 def get_config(setting: str = "full"):
@@ -13,6 +14,7 @@ def get_config(setting: str = "full"):
     config.name = "synthetic" if setting == "full" else f"synthetic_{setting}"
     _model(config.model, sizes=setting != "rl")
     _media(config.media)
+    config.data.question = QUESTION  # of its records, so what the trained model is asked about other clips
     config.data.max_prompt_length = 192
     config.data.prompt_buckets = (144, 192)
     config.data.synthetic_dir = "synthetic_data_smoke" if setting == "smoke" else "synthetic_data"

@@ -1,7 +1,7 @@
 """Benchmarks of a model, slow and fast.
 
-    mer-r1 evaluate --model=HF_DIR_OR_RUN --benchmark=NAME[,NAME] --mode=slow|fast|both --out=DIR
-        [--benchmark_root=DIR] [--config=FILE.py] [--limit=N] [--rescore]
+    mer-r1 evaluate --model=HF_DIR_OR_RUN --benchmark=NAME[,NAME] --mode=slow|fast|both|auto --out=DIR
+        [--benchmark_root=DIR] [--config=FILE.py] [--limit=N] [--threshold=P] [--rescore]
 
 Benchmarks: mer_unibench (all nine sets), or ovmerd_plus, mer2023, mer2024, meld, iemocap, cmu_mosi, cmu_mosei, ch_sims,
 ch_sims_v2 one by one, from their official folders below --benchmark_root; synthetic, the synthetic world's held-out
@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from mer_r1_jax import screen
 from mer_r1_jax.cli import ended, explained
 from mer_r1_jax.config.build import from_mapping
+from mer_r1_jax.emotion.answer_form import AUTO, MODES
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError, Request, benchmark_names, title_of
 from mer_r1_jax.evaluation.benchmarks.word_protocol import POLARITY_CHOICES, WORDS_CHOICES
 from mer_r1_jax.faults import StopRequested
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from mer_r1_jax.evaluation.benchmarks.word_protocol import Extractor
     from mer_r1_jax.run.asking import Policy
 
-MODES = ("slow", "fast")
 MME_EMOTION = "mme_emotion"
 MME_FOLDER = "MME-Emotion"  # below --benchmark_root
 
@@ -44,7 +44,20 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _MODEL = flags.DEFINE_string("model", "", "A run's folder, its export, or a Hugging Face directory.")
 _BENCHMARK = flags.DEFINE_list("benchmark", [], "What to evaluate.")
-_MODE = flags.DEFINE_enum("mode", "both", (*MODES, "both"), "Answer after reasoning, at once, or both.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "both",
+    (*MODES, "both", AUTO),
+    "Answer after reasoning, at once, or both; auto: at once, and after reasoning where the model is less sure of that "
+    "than the threshold.",
+)
+_THRESHOLD = flags.DEFINE_float(
+    "threshold",
+    None,
+    "--mode=auto: confidence from which on a fast answer stands; empty = what the model's run fitted.",
+    0,
+    1,
+)
 _OUT = flags.DEFINE_string("out", None, "Folder of answers, scores and report.", required=True)
 _ROOT = flags.DEFINE_string("benchmark_root", "", "Folder that holds the sets' official folders.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "First so many clips of each benchmark; 0 = all.", lower_bound=0)
@@ -130,7 +143,8 @@ def _request() -> Request:
     names = [name for name in _BENCHMARK.value if name != MME_EMOTION]
     return Request(
         benchmarks=benchmark_names(names) if names or not _asks_mme() else (),
-        modes=MODES if _MODE.value == "both" else (_MODE.value,),
+        modes={"both": MODES, AUTO: ("fast",)}.get(_MODE.value, (_MODE.value,)),
+        threshold=_threshold(),
         out=pathlib.Path(_OUT.value),
         root=_ROOT.value,
         limit=_LIMIT.value,
@@ -139,6 +153,30 @@ def _request() -> Request:
         wheel_dir=_WHEELS.value,
         variant=_VARIANT.value,
     )
+
+
+def _threshold() -> float | None:
+    """Of gated answers; None where none are asked for, or --rescore takes what they were asked with."""
+    from mer_r1_jax.run.fitted_gate import threshold_of
+
+    if _MODE.value != AUTO:
+        if _THRESHOLD.value is not None:
+            raise BenchmarkError(
+                f"--threshold: got it beside --mode={_MODE.value}, expected --mode=auto, which alone compares with it; "
+                "change the mode, or leave it out"
+            )
+        return None
+    if _asks_mme():
+        raise BenchmarkError(
+            "--mode: got auto for mme_emotion, expected slow, fast or both: its answers have no confidence; ask it "
+            "by a command of its own"
+        )
+    if _THRESHOLD.value is None and not _MODEL.value:
+        raise BenchmarkError(
+            "--mode=auto: got neither --threshold nor --model, expected one of them: a model's run may have fitted a "
+            "threshold; give one (answers asked with --mode=auto are scored again by their own without this flag)"
+        )
+    return threshold_of(_MODEL.value, _THRESHOLD.value)
 
 
 def _policy(stack: contextlib.ExitStack) -> Policy:
@@ -222,7 +260,7 @@ def _print(scored: list[dict[str, Any]], folder: BenchmarkFolder) -> None:
         for mode, values in score["modes"].items():
             interval = values["headline"]["score"]
             bounds = "–" if interval["low"] is None else f"{percent(interval['low'])} to {percent(interval['high'])}"
-            against = "" if difference is None or mode == "fast" else signed(difference["points"])
+            against = "" if difference is None or mode != "slow" else signed(difference["points"])
             counts = (str(values["n_scored"]), str(values["n_labelled"]))
             metric = METRIC_TITLES[score["metric"]]
             table.add_row(

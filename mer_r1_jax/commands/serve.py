@@ -6,6 +6,8 @@ for, with what becomes of the answer when face, voice or subtitle is hidden.
 
 The page loads nothing from elsewhere and is reached from this machine alone (--host opens it to others; there is no
 password). One question is answered at a time. A clip is deleted once it is answered. Needs the extra `[serve]`.
+
+Ctrl-C ends it, with exit code 0; an answer that is under way is not waited for.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import pathlib
 import signal
 import sys
 import tempfile
+import threading
 from typing import Any
 
 from absl import app, flags
 
 from mer_r1_jax import screen
-from mer_r1_jax.cli import explained
+from mer_r1_jax.cli import explained, left
 from mer_r1_jax.config.command_line import named_values
 from mer_r1_jax.config.schema import ConfigError
 
@@ -47,36 +50,51 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     with explained(), contextlib.ExitStack() as stack:
-        _require_extra()
-        from mer_r1_jax.run.fitted_gate import fitted_gate, threshold_of
-        from mer_r1_jax.run.live_answers import LiveAnswers
-        from mer_r1_jax.run.policy import open_model
-        from mer_r1_jax.run.served_model import ServedModel
-        from mer_r1_jax.serving.app import Limits, make_app
-        from mer_r1_jax.serving.listening import is_local, listening, names_of, serve
+        code = _serve(stack)
+        # A signal may come while an answer is decoded or compiled for, and Python waits for threads, for minutes.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end it before clips are deleted
+        stack.close()
+        left(code)
 
-        # What a person would have to wait for in vain comes before the model is loaded.
-        hosts = names_of(_HOST.value, _ALLOWED.value)
-        listener = stack.enter_context(contextlib.closing(listening(_HOST.value, _PORT.value)))
-        threshold = _THRESHOLD.value
-        if threshold is not None or fitted_gate(_MODEL.value):
-            threshold = threshold_of(_MODEL.value, threshold)
-        limits = Limits(_MAX_MB.value, _UPLOAD_SECONDS.value, _MAX_SECONDS.value, _WAITING.value)
-        overrides: dict[str, Any] = {"media.missing_audio": "skip", "rl.decode_chunk": CHUNK_TOKENS}
-        setup, params = open_model(_MODEL.value, overrides | named_values(_SET.value))
-        stack.callback(setup.source.close)
-        answers = stack.enter_context(LiveAnswers(setup, params))
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mer-r1-serve-")))
-        served = ServedModel(answers, pathlib.Path(_MODEL.value).resolve().name, threshold)
-        name = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
-        screen.say(f"http://{name}:{listener.getsockname()[1]}/ until Ctrl-C")
-        if not is_local(_HOST.value):
-            screen.say("others who reach this machine reach the page too: there is no password", error=True)
-        # However it ends, clips are deleted: the server would let these signals end the process where it stands.
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-        with contextlib.suppress(KeyboardInterrupt):
-            serve(make_app(served, limits, hosts, folder), listener).run(sockets=[listener])
+
+def _serve(stack: contextlib.ExitStack) -> int:
+    """Serves until a signal, and returns the exit code; `stack` gets what there is to close."""
+    _require_extra()
+    from mer_r1_jax.run.fitted_gate import fitted_gate, threshold_of
+    from mer_r1_jax.run.live_answers import LiveAnswers
+    from mer_r1_jax.run.policy import open_model
+    from mer_r1_jax.run.served_model import ServedModel, name_of
+    from mer_r1_jax.serving.app import Limits, make_app
+    from mer_r1_jax.serving.listening import is_local, listening, names_of, serve
+
+    # What a person would have to wait for in vain comes before the model is loaded.
+    hosts = names_of(_HOST.value, _ALLOWED.value)
+    listener = stack.enter_context(contextlib.closing(listening(_HOST.value, _PORT.value)))
+    threshold = _THRESHOLD.value
+    if threshold is not None or fitted_gate(_MODEL.value):
+        threshold = threshold_of(_MODEL.value, threshold)
+    limits = Limits(_MAX_MB.value, _UPLOAD_SECONDS.value, _MAX_SECONDS.value, _WAITING.value)
+    overrides: dict[str, Any] = {"media.missing_audio": "skip", "rl.decode_chunk": CHUNK_TOKENS}
+    setup, params = open_model(_MODEL.value, overrides | named_values(_SET.value))
+    stack.callback(setup.source.close)
+    answers = LiveAnswers(setup, params)  # what decoding holds goes with the process: it may still be decoding
+    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mer-r1-serve-")))
+    served = ServedModel(answers, name_of(_MODEL.value), threshold)
+    name = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
+    screen.say(f"http://{name}:{listener.getsockname()[1]}/ until Ctrl-C")
+    if not is_local(_HOST.value):
+        screen.say("others who reach this machine reach the page too: there is no password", error=True)
+    # However it ends, clips are deleted: the server would let these signals end the process where it stands.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    ending = threading.Event()
+    try:
+        serve(make_app(served, limits, hosts, folder, ending), ending).run(sockets=[listener])
+    except KeyboardInterrupt:  # as it was told to end
+        return 0
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 def _require_extra() -> None:

@@ -148,8 +148,12 @@ class AnsweringPolicy:
             require_format: a slow answer that is not well-formed has no confidences. (A fast one never is.)
         """
         padded = [*truths, *[None] * (len(answers.host.length_BG) - len(truths))]
-        require_format = require_format and answers.mode == "slow"
-        return self.answerer.scorer.groups(answers.host, padded, require_format=require_format)
+        slow = answers.mode == "slow"
+        # The words of a slow answer are asked about behind its own reasoning (`own_words`), so however long the answer
+        # is, it needs no fast context.
+        return self.answerer.scorer.groups(
+            answers.host, padded, require_format=require_format and slow, fast_contexts=not slow
+        )
 
     def probabilities(self, prompts: Prompts, asked: Sequence[AskedWords]) -> list[np.ndarray]:
         """What the policy gives to the categories of words, all texts in one forward pass behind the prompts.

@@ -17,11 +17,13 @@ from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.answering import Answerer, AnsweringPolicy, Answers, beside, own_words
+from mer_r1_jax.evaluation.gate import mean_confidence
 from mer_r1_jax.evaluation.second_looks import FixedConfidence, FixedWords, SecondLooks, fixed_words, sampled_answers
 from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.rows import row_share
+from mer_r1_jax.rl.confidence import NO_SET
 from mer_r1_jax.rl.scoring import ScoredAnswer, ScoredGroups
 from mer_r1_jax.training.prompts import uid_of
 from mer_r1_jax.training.state import Params
@@ -43,6 +45,8 @@ class AnswerOf:
             None where it has none with a confidence.
         confidence_WQ: float32, probability given to the category of each of its words (at most `rl.max_answer_words`)
             on each wheel; NaN where the word, or the truth, has none there.
+        confidence: how sure the policy is of the answer (`gate.mean_confidence`), whatever the truth has: what a gate
+            goes by. None where no word has a confidence.
         sampled: answers of the same mode that were sampled besides.
         fixed: how sure the policy is, in this mode, of the words that every evaluation of a run is asked about.
     """
@@ -52,6 +56,7 @@ class AnswerOf:
     confidence_correct: float | None
     confidence_wrong: float | None
     confidence_WQ: np.ndarray
+    confidence: float | None = None
     sampled: tuple[ScoredAnswer, ...] = ()
     fixed: FixedConfidence | None = None
 
@@ -187,8 +192,11 @@ class Evaluator:
             given[mode] = policy.answer(prompts, mode, stop)
             faults.here("evaluation_scores", mode)
             groups[mode] = policy.read(given[mode], truths)
+        # Words are asked about on all wheels they are on, as where nobody knows a truth: read once more with its own
+        # words for the truth, an answer has them all. Which of them are right or wrong the first reading says.
+        said = {mode: [group[0].parsed.words for group in groups[mode].answers[: len(batch)]] for mode in modes}
         # All words are asked about in one forward pass behind the prompts, whichever answer they stand in.
-        asked = {mode: own_words(given[mode], groups[mode]) for mode in modes}
+        asked = {mode: own_words(given[mode], policy.read(given[mode], said[mode])) for mode in modes}
         fixed = self._fixed_words(policy, given, groups, records)
         if fixed is not None:
             asked = {mode: beside(asked[mode], fixed.asked[mode]) for mode in modes}
@@ -234,7 +242,9 @@ class Evaluator:
 
 
 def _answer_of(answers: Answers, groups: ScoredGroups, probability_BGWQ: np.ndarray, row: int) -> AnswerOf:
-    (answer,), anchors, probability_WQ = groups.answers[row], groups.anchors, probability_BGWQ[row, 0]
+    (answer,), anchors, own_WQ = groups.answers[row], groups.anchors, probability_BGWQ[row, 0]
+    # A wheel on which the truth has no category can tell neither right from wrong.
+    probability_WQ = np.where(anchors.set_BGWQ[row, 0] != NO_SET, own_WQ, np.nan)
     held_WQ, correct_WQ = ~np.isnan(probability_WQ), anchors.correct_BGWQ[row, 0]
     means = [
         float(probability_WQ[kind_WQ].mean()) if kind_WQ.any() else None
@@ -246,6 +256,7 @@ def _answer_of(answers: Answers, groups: ScoredGroups, probability_BGWQ: np.ndar
         confidence_correct=means[0],
         confidence_wrong=means[1],
         confidence_WQ=probability_WQ[: len(answer.parsed.words)],
+        confidence=mean_confidence(own_WQ),
     )
 
 

@@ -83,6 +83,14 @@ def confidence_of(probabilities: Mapping[str, float | None]) -> float | None:
     return float(np.mean(of_words)) if of_words else None
 
 
+def confidence_of_line(line: Mapping[str, Any]) -> float | None:
+    """The same of a kept answer; those kept before answers had one have that of the wheels their truth is on."""
+    if "confidence" in line:
+        return line["confidence"]
+    rows = [np.asarray([np.nan if p is None else p for p in row_Q]) for row_Q in line["confidences"]]
+    return mean_confidence(np.stack(rows)) if rows else None
+
+
 def is_sure(confidence: float | None, threshold: float) -> bool:
     """Whether the fast answer stands."""
     return confidence is not None and confidence >= threshold

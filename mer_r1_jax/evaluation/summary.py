@@ -17,7 +17,7 @@ from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, majority_answer
 from mer_r1_jax.emotion.wheels import Wheels
 from mer_r1_jax.evaluation.evaluate import AnswerOf, Evaluation, EvaluationError
-from mer_r1_jax.evaluation.gate import BothAnswers, fit_and_measure, mean_confidence
+from mer_r1_jax.evaluation.gate import BothAnswers, fit_and_measure
 from mer_r1_jax.rl.scoring import ScoredAnswer
 from mer_r1_jax.storage import atomic_files
 
@@ -129,11 +129,7 @@ def summarise(
 
 
 def _both(evaluation: Evaluation) -> BothAnswers:
-    """What the gate is fitted on: both answers to every clip that can be scored.
-
-    The confidences are those that were asked for with the truth at hand, so a wheel on which the truth has no category
-    is left out of a word's mean; where an answer alone is asked (`mer-r1 infer`) all of its word's wheels are in it.
-    """
+    """What the gate is fitted on: both answers to every clip that can be scored."""
     places, records = evaluation.scored, evaluation.records
 
     def of(mode: str, value: Callable[[AnswerOf], float | None]) -> np.ndarray:
@@ -144,7 +140,7 @@ def _both(evaluation: Evaluation) -> BothAnswers:
 
     return BothAnswers(
         clips=tuple(clip(records[place]) for place in places),
-        confidence_N=of("fast", lambda answer: mean_confidence(answer.confidence_WQ)),
+        confidence_N=of("fast", lambda answer: answer.confidence),
         fast_f1_N=of("fast", lambda answer: answer.answer.rewards.score("f1")),
         slow_f1_N=of("slow", lambda answer: answer.answer.rewards.score("f1")),
         fast_tokens_N=of("fast", lambda answer: answer.answer.length),
@@ -237,7 +233,7 @@ def _sample(record: Record, answers: dict[str, AnswerOf], wheels: Wheels) -> dic
             "categories": [sorted(wheels.categories(scored.parsed.words, k)) for k in range(len(wheels.names))],
             **{name: scored.rewards.score(name) for name in SCORES},
             "length": scored.length,
-            "confidence": mean_confidence(answer.confidence_WQ),
+            "confidence": answer.confidence,
             "confidence_correct": answer.confidence_correct,
             "confidence_wrong": answer.confidence_wrong,
             # Word by word, on each wheel; null where the word or the truth has no category there.

@@ -93,6 +93,7 @@ def build_anchors(
     category: Callable[[str, int], str | None],
     candidate_sets: Callable[[str], Sequence[int]],
     config: RlConfig,
+    fast_contexts: bool = True,
 ) -> tuple[Anchors, dict[str, int]]:
     """Locates the words of sampled answers and builds their fast scoring contexts. Host code, numpy only.
 
@@ -103,6 +104,8 @@ def build_anchors(
         category: (word, wheel) -> category or None (`Wheels.category`).
         candidate_sets: word -> index of its candidate set on each wheel, -1 for none (`CandidateTable.word`).
         config: sizes: words of an answer that get a confidence (W), tokens of a fast scoring context (C).
+        fast_contexts: False where words are asked about behind their own reasoning alone: no fast context is made, so
+            none is too long, and `Anchors.fast` is empty.
 
     Returns:
         Anchors with numpy leaves, and how often each of REASONS occurred.
@@ -118,7 +121,7 @@ def build_anchors(
     counts: collections.Counter[str] = collections.Counter({reason: 0 for reason in REASONS})
     for b, group in enumerate(answers):
         for g, answer in enumerate(group):
-            words, context = _place(answer, tags, config, counts)
+            words, context = _place(answer, tags, config, counts, fast_contexts)
             fast_id_BGC[b, g, : len(context)] = context
             fast_exists_BGC[b, g, : len(context)] = True
             named: set[tuple[int, str | None]] = set()
@@ -144,7 +147,11 @@ def build_anchors(
 
 
 def _place(
-    answer: AnswerToScore, tags: AnswerTags, config: RlConfig, counts: collections.Counter[str]
+    answer: AnswerToScore,
+    tags: AnswerTags,
+    config: RlConfig,
+    counts: collections.Counter[str],
+    fast_contexts: bool,
 ) -> tuple[list[tuple[int, str, int, int]], list[int]]:
     """(w, word, slow index, fast index) of the words with a confidence, and the fast scoring context's ids."""
     located = tags.locate(answer.ids, answer.length) if answer.usable else None
@@ -160,6 +167,8 @@ def _place(
     counts[UNLOCATED_WORDS] += len(kept) - len(found)
     if not found:
         return [], []
+    if not fast_contexts:
+        return [(w, word, slow, 0) for w, word, slow in found], []
     # From behind the token with the `>` of `<answer>`, which the empty think block brings itself, to the last word's
     # first token: no later one is scored.
     own = [int(i) for i in answer.ids[located.opening + 1 : max(slow for _, _, slow in found) + 1]]

@@ -95,7 +95,12 @@ class AnswerScorer:
         return ScoredAnswer(text=text, parsed=parsed, rewards=rewards, length=length, truncated=truncated)
 
     def groups(
-        self, completions: Completions, truths: Sequence[Sequence[str] | None], *, require_format: bool = True
+        self,
+        completions: Completions,
+        truths: Sequence[Sequence[str] | None],
+        *,
+        require_format: bool = True,
+        fast_contexts: bool = True,
     ) -> ScoredGroups:
         """Scores a batch.
 
@@ -104,6 +109,8 @@ class AnswerScorer:
             truths: words of each row's truth; None for a row without a prompt.
             require_format: confidences only for well-formed answers. False when fast answers themselves are scored:
                 their think block is empty by construction.
+            fast_contexts: whether words are asked about at once as well, or behind their own reasoning alone: then an
+                answer that is too long for a fast context has confidences too.
         """
         answers = tuple(
             ()
@@ -117,7 +124,7 @@ class AnswerScorer:
             )
         )
         # From here on there are only arrays; the strings stay behind for the log.
-        anchors, counts = self._anchors(completions, answers, truths, require_format)
+        anchors, counts = self._anchors(completions, answers, truths, require_format, fast_contexts)
         return ScoredGroups(
             answers=answers,
             rewards=self._rewards(answers, completions.length_BG.shape),
@@ -149,6 +156,7 @@ class AnswerScorer:
         answers: tuple[tuple[ScoredAnswer, ...], ...],
         truths: Sequence[Sequence[str] | None],
         require_format: bool,
+        fast_contexts: bool,
     ) -> tuple[Anchors, dict[str, int]]:
         generations = completions.length_BG.shape[1]
         # Rows without a prompt keep their place, empty, so that arrays stay [B, G, ...].
@@ -179,4 +187,5 @@ class AnswerScorer:
             category=self.wheels.category,
             candidate_sets=self.candidates.word,
             config=self._config,
+            fast_contexts=fast_contexts,
         )

@@ -10,12 +10,15 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mer_r1_jax import faults
 from mer_r1_jax.data.records import Record, dataset_hash
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.benchmark_reader import BenchmarkData, read_set, read_synthetic, truth_of
 from mer_r1_jax.evaluation.benchmarks.sets import SYNTHETIC, BenchmarkError, Request, title_of
 from mer_r1_jax.evaluation.evaluate import AnswerOf
+from mer_r1_jax.evaluation.gate import confidence_of_line, is_sure
 from mer_r1_jax.evaluation.mme.judging import QUESTION_VERSION, question
 from mer_r1_jax.evaluation.mme.mme_folder import NAME as MME_EMOTION
 from mer_r1_jax.evaluation.mme.mme_reader import Benchmark, Item
@@ -89,31 +92,51 @@ def answer_benchmarks(
         with folder.open_answers(data.name, answer_fingerprint(policy, data.name)) as answers:
             _check_records(answers, data)
             # Before the first answer as well: what a kill leaves can be scored.
-            folder.write_coverage(data, wheels=wheels, unusable={}, silent=())
+            about = {"wheels": wheels, "threshold": request.threshold}
+            folder.write_coverage(data, **about, unusable={}, silent=())
             # `there` is the log's own table and grows with every append. What cannot be asked is not in it, so that the
             # next start tries it again.
             there, unusable = answers.rows, {}
-            wanted = {(record.id, mode): (record, mode) for record in data.records for mode in request.modes}
-            lacking = [asked for key, asked in wanted.items() if key not in there]
-            progress(data.name, len(wanted.keys() & there.keys()), len(wanted))
-            for replies in ask(policy, evaluator, data.media_root, lacking, stop):
-                lines = []
-                for reply in replies:
-                    if isinstance(reply.outcome, AnswerOf):
-                        lines.append(answer_line(reply, reply.outcome, data.metric))
-                    else:
-                        unusable[reply.record.id] = str(reply.outcome)
-                if lines:
-                    answers.append(lines)
-                    progress(data.name, len(wanted.keys() & there.keys()), len(wanted))
+            # Gated answers take two rounds: which slow ones they need is known when the fast ones are there.
+            for _ in range(1 if request.threshold is None else 2):
+                wanted = _wanted(data, request, there)
+                lacking = [asked for key, asked in wanted.items() if key not in there and key[0] not in unusable]
+                progress(data.name, len(wanted.keys() & there.keys()), len(wanted))
+                for replies in ask(policy, evaluator, data.media_root, lacking, stop):
+                    lines = []
+                    for reply in replies:
+                        if isinstance(reply.outcome, AnswerOf):
+                            lines.append(answer_line(reply, reply.outcome, data.metric))
+                        else:
+                            unusable[reply.record.id] = str(reply.outcome)
+                    if lines:
+                        answers.append(lines)
+                        progress(data.name, len(wanted.keys() & there.keys()), len(wanted))
             if not there:
                 reason = next(iter(unusable.values()), "there is none")
                 raise BenchmarkError(
                     f"{title_of(data.name)}: none of {len(data.records)} clips can be asked; the first: {reason}"
                 )
             silent = {line["id"] for line in there.values() if line["silent_audio"]}
-            folder.write_coverage(data, wheels=wheels, unusable=unusable, silent=sorted(silent))
+            folder.write_coverage(data, **about, unusable=unusable, silent=sorted(silent))
         finished(data)
+
+
+def _wanted(
+    data: BenchmarkData, request: Request, there: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> dict[tuple[str, str], tuple[Record, str]]:
+    """(clip, mode) -> what is asked: the request's modes, and slowly too where a gate does not take the fast answer.
+
+    Args:
+        there: the answers so far.
+    """
+    wanted = {(record.id, mode): (record, mode) for record in data.records for mode in request.modes}
+    if request.threshold is not None:
+        for record in data.records:
+            fast = there.get((record.id, "fast"))
+            if fast is not None and not is_sure(confidence_of_line(fast), request.threshold):
+                wanted[record.id, "slow"] = (record, "slow")
+    return wanted
 
 
 def _check_records(answers: ResultLog, data: BenchmarkData) -> None:
@@ -151,6 +174,7 @@ def answer_line(reply: Reply, answer: AnswerOf, metric: str) -> dict[str, Any]:
         "answer": scored.parsed.answer_text,
         "words": list(scored.parsed.words),
         "confidences": [[rounded(p) for p in row_Q] for row_Q in answer.confidence_WQ],
+        "confidence": None if answer.confidence is None else rounded(np.float64(answer.confidence)),
         "tokens": scored.length,
         "truncated": scored.truncated,
         "well_formed": bool(scored.parsed.format_reward),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from mer_r1_jax.training.phase import Phase
 from mer_r1_jax.training.sft_step import SftPhase
 
 PROMPTS_TRIED = 8  # records looked through for a prompt to show
+QUESTION_SHOWN = 120  # characters
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +61,30 @@ def introduce(
     lost = getattr(setup.candidates, "share_lost", None)
     if lost is not None:
         say(f"confidences: {lost:.1%} of the emotion words' spellings share their first token with another category")
+    _compare_questions(setup)
     say("shapes this run can compile:")
     for line in _shapes(setup, *phases):
         say(f"  {line}", highlight=False)
     _show_prompt(console, setup)
+
+
+def _compare_questions(setup: Setup) -> None:
+    """Warns where no record asks what the trained model is asked wherever nobody gives a question."""
+    usual = setup.config.data.question
+    asked = collections.Counter(
+        next((turn["content"] for turn in record.messages if turn["role"] == "user"), "")
+        for record in (*setup.data.sft, *setup.data.rl)
+    )
+    if asked and not any(usual in question for question in asked):
+        (most, times), total = asked.most_common(1)[0], asked.total()
+        log.warning(
+            "no record asks data.question, which the trained model is asked by infer, serve and evaluate: got %s in %d "
+            "of %d, expected %s; set --config.data.question to what the records ask",
+            printable(repr(most), QUESTION_SHOWN),
+            times,
+            total,
+            printable(repr(usual), QUESTION_SHOWN),
+        )
 
 
 def _mesh_changes(saved_on: Mapping[str, int], mesh: Mesh) -> str:

@@ -43,6 +43,7 @@ MODES = ("slow", "fast", "both", "auto")
 MOST_CHARACTERS = 2000  # of a subtitle or a question
 _CLIP_TYPE = "application/octet-stream"
 _LOOK_SECONDS = 0.5  # between two looks whether somebody has closed the page
+_ENDED = {"kind": "error", "text": "the program that answers is ended; start it again, and ask again"}
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -117,7 +118,9 @@ class AnswerEnded(Exception):
     """Nobody waits for the answer any more, or it takes too long."""
 
 
-def make_app(answering: Answering, limits: Limits, hosts: Sequence[str], folder: pathlib.Path) -> Starlette:
+def make_app(
+    answering: Answering, limits: Limits, hosts: Sequence[str], folder: pathlib.Path, ending: threading.Event
+) -> Starlette:
     """The server's application.
 
     Args:
@@ -125,8 +128,9 @@ def make_app(answering: Answering, limits: Limits, hosts: Sequence[str], folder:
         limits: of each question.
         hosts: names and addresses that a request may be for.
         folder: clips lie below it while they are answered; whoever made it deletes it.
+        ending: set when the server ends: whoever waits for an answer is told so.
     """
-    server = _Server(answering, limits, folder)
+    server = _Server(answering, limits, folder, ending)
     return Starlette(
         routes=[
             *(Route(path, _page_file(path), methods=["GET"]) for path in _FILES),
@@ -164,8 +168,8 @@ def _page_file(path: str) -> Callable[[Request], Response]:
 
 
 class _Server:
-    def __init__(self, answering: Answering, limits: Limits, folder: pathlib.Path):
-        self._answering, self._limits, self._folder = answering, limits, folder
+    def __init__(self, answering: Answering, limits: Limits, folder: pathlib.Path, ending: threading.Event):
+        self._answering, self._limits, self._folder, self._ending = answering, limits, folder, ending
         self._line = WaitingLine(limits.waiting)
         # The model's thread: one, whatever becomes of those who asked.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="answers")
@@ -211,6 +215,9 @@ class _Server:
         async for before in self._line.turn(place, _LOOK_SECONDS):
             if await request.is_disconnected():
                 return
+            if self._ending.is_set():
+                yield _line_of(_ENDED)
+                return
             yield _line_of({"kind": "queued", "before": before})
         self._thread.submit(job.run)
         looked = time.monotonic()
@@ -227,6 +234,9 @@ class _Server:
             if time.monotonic() - looked >= _LOOK_SECONDS:
                 looked = time.monotonic()
                 if await request.is_disconnected():
+                    return
+                if self._ending.is_set():
+                    yield _line_of(_ENDED)
                     return
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import socket
+import threading
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -70,10 +73,14 @@ def listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(app: ASGIApp, listener: socket.socket) -> uvicorn.Server:
-    """A server that listens; `run(sockets=[listener])` serves until a signal, and answers nothing more after it.
+def serve(app: ASGIApp, ending: threading.Event) -> uvicorn.Server:
+    """A server; `run(sockets=[listener])` serves until a signal, and answers nothing more after it.
 
     What is asked is not written down anywhere: there is no log of requests.
+
+    Args:
+        app: what answers.
+        ending: set when the signal comes.
     """
     settings = uvicorn.Config(
         app,
@@ -87,4 +94,16 @@ def serve(app: ASGIApp, listener: socket.socket) -> uvicorn.Server:
         limit_concurrency=64,
         timeout_graceful_shutdown=3,
     )
-    return uvicorn.Server(settings)
+    return _Server(settings, ending)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, settings: uvicorn.Config, ending: threading.Event):
+        super().__init__(settings)
+        self._ending = ending
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._ending.set()
+        # A clip on its way is cut off, which is no fault to show a traceback of.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        super().handle_exit(sig, frame)

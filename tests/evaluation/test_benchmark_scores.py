@@ -176,6 +176,40 @@ def test_a_gate_is_fitted_where_there_are_both_answers_and_confidences(wheels):
     assert "gate" not in score_benchmark("meld", alone, truths, Scorer(scoring, wheels), wheels_digest(wheels))
 
 
+def test_gated_answers_are_a_mode_of_their_own(wheels):
+    """Surely right, unsure and helped by the slow answer, unsure and hurt, without a confidence, never asked slowly."""
+    given = {
+        "sure": (["sad"], 0.9, None),
+        "helped": (["happy"], 0.3, ["sad"]),
+        "hurt": (["sad"], 0.5, ["happy"]),
+        "wordless": ([], None, ["sad"]),
+        "lost": (["sad"], 0.2, None),
+    }
+    truths, answers = dict.fromkeys(given, "sad"), {}
+    for clip, (fast, confidence, slow) in given.items():
+        line = answer(clip, "fast", fast, "sad", confidence=confidence, tokens=7)
+        # Of a kept answer the one number counts; those kept before there was one have the wheels' alone.
+        answers[clip, "fast"] = line if clip == "hurt" else line | {"confidence": confidence, "confidences": []}
+        if slow is not None:
+            answers[clip, "slow"] = answer(clip, "slow", slow, "sad", confidence=0.1, tokens=40)
+    scorer = Scorer(make_scoring("answer", "wheels", wheels, "", None), wheels)
+    found = score_benchmark("meld", answers, truths, scorer, "other wheels", threshold=0.6)
+    assert list(found["modes"]) == ["fast", "auto"], "slow answers are those of hard clips alone"
+    auto = found["modes"]["auto"]
+    assert (auto["n_answered"], auto["n_unanswered"], auto["score"]) == (4, 1, 0.75)
+    assert auto["mean_tokens"] == (7 + 3 * 47) / 4
+    assert found["auto"] == {"threshold": 0.6, "n_fast": 1, "n_slow": 3} and found["slow_minus_fast"] == {}
+    assert found["auto_minus_fast"]["headline"]["score"]["points"] == pytest.approx(100 * (3 - 2) / 4)
+    assert found["auto_minus_fast"]["n_common"] == 4 and "auto_minus_slow" not in found
+    json.dumps(found, allow_nan=False)
+    for clip in ("sure", "lost"):
+        answers[clip, "slow"] = answer(clip, "slow", ["happy"], "sad", confidence=0.1, tokens=40)
+    whole = score_benchmark("meld", answers, truths, scorer, "other wheels", threshold=0.6)
+    assert list(whole["modes"]) == ["slow", "fast", "auto"] and whole["auto"]["n_slow"] == 4
+    assert whole["auto_minus_slow"]["headline"]["score"]["points"] == pytest.approx(100 * (3 - 2) / 5)
+    assert "auto" not in score_benchmark("meld", answers, truths, scorer, "other wheels")["modes"]
+
+
 def test_what_cannot_be_scored_says_so(wheels):
     scoring = make_scoring("answer", "wheels", wheels, "", None)
     with pytest.raises(BenchmarkError, match="MELD: there is no answer to score"):

@@ -1,11 +1,13 @@
 """evaluate.py on stand-ins of the nine sets and held-out clips: killed half-way, gone on, scored again, refused."""
 
+import collections
 import functools
 import json
 import shutil
 import subprocess
 
 import jax
+import numpy as np
 import pytest
 from support.commands import run_command
 from support.judge_server import JudgeServer
@@ -16,6 +18,7 @@ from support.unibench_standins import CLIPS, clip_name, write_csv, write_sets
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
 from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS
 from mer_r1_jax.evaluation.evaluate import Evaluator
+from mer_r1_jax.evaluation.gate import confidence_of_line, is_sure
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
 from mer_r1_jax.run.asking import open_policy
 from mer_r1_jax.run.policy import write_settings
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.timeout(1800)  # a process and many small programs, on 
 
 # Each set has three clips and a batch two rows: the third batch is the first half of the second set.
 KILLED_AT = "answers_appended 3"
+CONFIDENCES = ("confidences", "confidence")  # of other batches: equal but for rounding
 BROKEN = ("ch_sims", clip_name("ch_sims", 2))
 
 
@@ -129,6 +133,57 @@ def test_rescoring_touches_no_model_and_gives_the_same(resumed):
     arguments = ["--benchmark=mer_unibench,synthetic", f"--out={out}", "--rescore"]
     assert evaluate(*arguments, open_policy=None) == 0
     assert scores_of(out) == before
+
+
+def test_gated_answers_ask_slowly_where_the_fast_answer_is_unsure_and_nowhere_else(
+    resumed, export, root, tmp_path, capsys
+):
+    names = ("ovmerd_plus", "cmu_mosi", "synthetic")  # words, numbers, a world: a gate goes by no truth
+    usual = {name: BenchmarkFolder(resumed[0]).read_answers(name)[1] for name in names}
+    sure = [confidence_of_line(line) for lines in usual.values() for (_, mode), line in lines.items() if mode == "fast"]
+    sure = np.sort([one for one in sure if one is not None])
+    # In the widest gap, where no rounding of other batches decides.
+    gap = int(np.argmax(np.diff(sure)))
+    threshold = float(sure[gap : gap + 2].mean())
+    out = tmp_path / "out"
+    arguments = [f"--model={export}", f"--benchmark={','.join(names)}", f"--benchmark_root={root}", f"--out={out}"]
+    assert evaluate(*arguments, "--mode=auto", f"--threshold={threshold}") == 0
+    taken = collections.Counter()
+    for name in names:
+        lines = BenchmarkFolder(out).read_answers(name)[1]
+        fast = {key: line for key, line in usual[name].items() if key[1] == "fast"}
+        unsure = {clip for (clip, _), line in fast.items() if not is_sure(confidence_of_line(line), threshold)}
+        expected = fast | {(clip, "slow"): usual[name][clip, "slow"] for clip in unsure}
+        assert lines.keys() == expected.keys()
+        for key, line in lines.items():
+            assert {n: v for n, v in line.items() if n not in CONFIDENCES} == {
+                n: v for n, v in expected[key].items() if n not in CONFIDENCES
+            }
+            assert line["confidence"] == pytest.approx(expected[key]["confidence"], abs=1e-4)
+        taken += collections.Counter(n_fast=len(fast) - len(unsure), n_slow=len(unsure))
+    assert taken["n_fast"] and taken["n_slow"]
+    found = {score["benchmark"]: score for score in scores_of(out).values()}
+    assert sum((collections.Counter(score["auto"]) for score in found.values()), collections.Counter()) == (
+        taken + collections.Counter(threshold=threshold * len(names))
+    )
+    assert "Gated answers (auto)" in (out / "report.html").read_text()
+    before = scores_of(out)
+    assert evaluate(*arguments[1:], "--rescore", open_policy=None) == 0  # by the threshold they were asked with
+    assert scores_of(out) == before
+    # Where both answers are there, any threshold can be tried without the model.
+    shutil.copytree(resumed[0], both := tmp_path / "both")
+    again = ["--benchmark=synthetic", f"--out={both}", "--rescore"]
+    assert evaluate(*again, "--mode=auto", "--threshold=1", open_policy=None) == 0
+    (score,) = (score for score in scores_of(both).values() if score["benchmark"] == "synthetic")
+    assert score["auto_minus_slow"]["headline"]["score"]["points"] == 0
+    for words, said in (
+        (["--threshold=0.5"], "--threshold: got it beside --mode=both, expected --mode=auto"),
+        (["--mode=auto"], "got neither --threshold nor --model"),
+        (["--mode=auto", "--benchmark=mme_emotion", "--threshold=1"], "--mode: got auto for mme_emotion"),
+        ([f"--model={export}", "--mode=auto"], "got a model without a fitted threshold"),
+    ):
+        assert evaluate(*again, *words, open_policy=None) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_an_extractor_is_a_protocol_of_its_own_and_asked_once(resumed, tmp_path):

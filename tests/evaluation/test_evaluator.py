@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from support.small_run import visits_of
+from support.small_run import visits_of, with_config
 
 from mer_r1_jax.data.synthetic.oracle import Oracle
 from mer_r1_jax.data.synthetic.world import WorldConfig, load_lexicon
@@ -13,8 +13,10 @@ from mer_r1_jax.emotion.answer_form import parse_answer
 from mer_r1_jax.emotion.rewards import answer_rewards
 from mer_r1_jax.evaluation import summary
 from mer_r1_jax.evaluation.evaluate import EvaluationError
+from mer_r1_jax.evaluation.gate import confidence_of
 from mer_r1_jax.evaluation.second_looks import SecondLooks
-from mer_r1_jax.run.asking import eval_buckets, load_prompts, make_evaluator
+from mer_r1_jax.run.asking import eval_buckets, eval_length, load_prompts, make_answerer, make_evaluator
+from mer_r1_jax.run.inference import Reader
 from mer_r1_jax.training.signals import StopRequested
 from mer_r1_jax.training.stopping import Stop
 
@@ -68,6 +70,33 @@ def test_confidence_is_the_probability_of_the_words_categories(evaluation):
             assert all(value is None or 0 < value <= 1 for value in (right, wrong))
             if answer.answer.rewards.f1 == 1:
                 assert right is not None and wrong is None
+
+
+def test_what_a_gate_goes_by_is_the_same_with_and_without_a_truth(small, trained, evaluation):
+    """The confidence of an answer is over all wheels of its words, also those on which its truth has no category."""
+    unknown = [dataclasses.replace(record, solution=("neutral",)) for record in evaluation.records]
+    prompts = [(record, prompt) for record, (_, prompt) in zip(unknown, prompts_of(small, range(6)), strict=True)]
+    blind = make_evaluator(small, small.data.rl).run(trained, iter(prompts))
+    reader = Reader(make_answerer(small, eval_length(small.config)), eval_buckets(small), small.wheels)
+    alone = [answers for _, answers in reader.batches(trained, iter(prompts), ("fast",), [])]
+    alone = [answer for answers in alone for answer in answers["fast"]]
+    for one, other, by_itself in zip(evaluation.answers["fast"], blind.answers["fast"], alone, strict=True):
+        assert np.isnan(other.confidence_WQ).all()
+        assert one.confidence == other.confidence == pytest.approx(confidence_of(by_itself.probabilities), rel=1e-5)
+    assert any(one.confidence for one in evaluation.answers["fast"])
+
+
+def test_a_slow_answer_too_long_for_a_fast_context_keeps_its_confidences(small, trained, evaluation):
+    """They are asked for behind its own reasoning. A fast answer is its own fast context, and has none."""
+    room = len(small.tags.empty_think)  # for no word
+    short = with_config(small, rl={"max_fast_context": room})
+    found = make_evaluator(short, short.data.rl).run(trained, iter(prompts_of(short, range(6))))
+    asked = 0
+    for one, usual in zip(found.answers["slow"], evaluation.answers["slow"], strict=True):
+        np.testing.assert_allclose(one.confidence_WQ, usual.confidence_WQ, rtol=1e-4)
+        asked += (~np.isnan(usual.confidence_WQ)).sum()
+    assert asked > 6
+    assert all(np.isnan(one.confidence_WQ).all() for one in found.answers["fast"])
 
 
 def test_answers_do_not_depend_on_the_batch_they_are_in(small, trained, evaluator, evaluation):

@@ -31,7 +31,7 @@ def answered(text, truth):
     parsed = parse_answer(text)
     rewards = answer_rewards(parsed.words, truth, WHEELS)
     scored = ScoredAnswer(text=text, parsed=parsed, rewards=rewards, length=9, truncated=False)
-    return AnswerOf(scored, np.zeros(9, np.int32), None, None, np.zeros((1, 5), np.float32))
+    return AnswerOf(scored, np.zeros(9, np.int32), None, None, np.zeros((1, 5), np.float32), confidence=0.0)
 
 
 def evaluation(truths, word_of=None):

@@ -130,6 +130,18 @@ def test_fast_answers_get_confidences_only_when_their_format_is_excused(scorer_o
     assert (excused.anchors.set_BGWQ != NO_SET).any() and excused.counts["bad_format"] == 0
 
 
+def test_words_asked_about_behind_their_reasoning_alone_need_no_room_for_a_fast_context(scorer_of):
+    rows, truth = [[slow("happy, sad")]], [("happy",)]
+    whole = scorer_of().groups(completions_of(rows), truth).anchors
+    short = scorer_of(max_fast_context=8)
+    dropped = short.groups(completions_of(rows), truth)
+    assert dropped.counts["too_long"] == 1 and (dropped.anchors.set_BGWQ == NO_SET).all()
+    kept = short.groups(completions_of(rows), truth, fast_contexts=False)
+    assert kept.counts["too_long"] == 0 and not kept.anchors.fast.exists_BGC.any()
+    for name in ("slow_BGW", "set_BGWQ", "correct_BGWQ"):
+        np.testing.assert_array_equal(getattr(kept.anchors, name), getattr(whole, name))
+
+
 def test_surplus_words_are_counted_and_get_no_confidence(scorer_of):
     rows = [[slow("happy, sad, angry")]]
     scored = scorer_of(max_answer_words=2).groups(completions_of(rows), [("happy", "angry")])

@@ -12,7 +12,7 @@ from support.small_run import with_config
 
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.live_answers import PARTS, LiveAnswers, Question, _cannot_hide
-from mer_r1_jax.run.served_model import ServedModel
+from mer_r1_jax.run.served_model import ServedModel, name_of
 from mer_r1_jax.serving.app import Asked
 
 QUESTION, SUBTITLE = "Feel?", "I never"
@@ -45,6 +45,8 @@ def test_a_person_with_a_clip_gets_the_models_answers_from_this_machine_alone(mo
         browser.run("window.texts = []; const shows = show; show = (one) => { texts.push(one.text); shows(one); }; 0")
         browser.choose("#file", clip)
         browser.until("!document.getElementById('ask').disabled && document.getElementById('player').readyState > 1")
+        size = -(-clip.stat().st_size // 1000)
+        assert browser.run("document.getElementById('clip-note').textContent") == f"{clip.name}, {size} kB"
         browser.run(f"document.getElementById('subtitle').value = {json.dumps(SUBTITLE)}")
         browser.run(f"document.getElementById('question').value = {json.dumps(QUESTION)}")
         browser.run("document.getElementById('ask').click()")
@@ -73,6 +75,11 @@ def test_a_person_with_a_clip_gets_the_models_answers_from_this_machine_alone(mo
         outside = [url for url in browser.asked if not url.startswith((f"{address}/", "data:", f"blob:{address}/"))]
         assert outside == [] and any("/answer?" in url for url in browser.asked)
         assert [path.name for path in tmp_path.iterdir()] == ["browser"], "the clip is gone"
+
+
+def test_a_model_is_called_what_its_run_is_called(tmp_path):
+    run = tmp_path / "mine"
+    assert (name_of(str(run)), name_of(f"{run}/export/hf"), name_of(f"{run}/hf/")) == ("mine", "mine", "hf")
 
 
 def test_events_of_a_gated_answer_and_of_hidden_parts(model, expected):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import json
 import re
 import socket
 import threading
@@ -167,19 +168,24 @@ def test_whoever_closes_the_page_is_not_waited_for(address, model, tmp_path):
     assert ask(address)[1][-1] == {"kind": "done"}
 
 
-def test_whoever_is_gone_before_the_first_word_leaves_nothing_behind(model, tmp_path):
-    app = make_app(model, Limits(waiting=0), ("localhost",), tmp_path)
+async def asked(app, receive, send):
+    """A question put to the application as a server that knows ASGI 2.4 does: to it, sending to nobody may raise."""
     headers = [(b"host", b"localhost"), (b"content-type", b"application/octet-stream")]
     scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "method": "POST", "path": "/answer", "headers": headers}
+    body = iter([{"type": "http.request", "body": b"x", "more_body": False}])
+
+    async def received():
+        return next(body, None) or await receive()
+
+    await app(scope | {"query_string": b""}, received, send)
+
+
+def test_whoever_is_gone_before_the_first_word_leaves_nothing_behind(model, tmp_path):
+    app = make_app(model, Limits(waiting=0), ("localhost",), tmp_path, threading.Event())
     told = []
 
-    async def asked(send):
-        body = iter([{"type": "http.request", "body": b"x", "more_body": False}])
-
-        async def receive():
-            return next(body, None) or await asyncio.sleep(60)
-
-        await app(scope | {"query_string": b""}, receive, send)
+    async def waits():
+        await asyncio.sleep(60)
 
     async def gone(message):
         raise OSError("the connection is closed")
@@ -189,12 +195,62 @@ def test_whoever_is_gone_before_the_first_word_leaves_nothing_behind(model, tmp_
 
     async def both():
         with contextlib.suppress(Exception):
-            await asked(gone)
+            await asked(app, waits, gone)
         assert not list(tmp_path.iterdir())
-        await asked(here)
+        await asked(app, waits, here)
 
     asyncio.run(both())
     assert told[0]["status"] == 200 and b'"done"' in b"".join(message.get("body", b"") for message in told)
+
+
+def test_a_closed_page_is_noticed_while_events_come_without_a_pause(model, tmp_path):
+    """A server that drops what is sent to a closed page raises nothing: somebody has to look."""
+    model.hold.clear()  # it tells an event every 10 ms, and would go on for ever
+    app = make_app(model, Limits(), ("localhost",), tmp_path, threading.Event())
+
+    async def closed():
+        return {"type": "http.disconnect"}
+
+    async def dropped(message):
+        pass
+
+    async def ends():
+        async with asyncio.timeout(20):
+            await asked(app, closed, dropped)
+
+    try:
+        asyncio.run(ends())
+        until(lambda: model.ended)
+        until(lambda: not list(tmp_path.iterdir()))
+    finally:
+        model.hold.set()
+
+
+def test_whoever_waits_when_the_program_is_ended_is_told_so(model, tmp_path):
+    model.hold.clear()
+    ending, told = threading.Event(), {"first": [], "second": []}
+    app = make_app(model, Limits(waiting=1), ("localhost",), tmp_path, ending)
+
+    async def waits():
+        await asyncio.sleep(60)
+
+    async def both():
+        def send_to(name):
+            async def send(message):
+                told[name].append(message.get("body", b""))
+                if b'"queued"' in told[name][-1]:
+                    ending.set()  # one is answered, and the other waits behind it
+
+            return send
+
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(asked(app, waits, send_to(name)) for name in told))
+
+    asyncio.run(both())
+    for messages in told.values():
+        last = json.loads(b"".join(messages).splitlines()[-1])
+        assert last["kind"] == "error" and "the program that answers is ended" in last["text"]
+    until(lambda: not list(tmp_path.iterdir()))
 
 
 def test_an_answer_that_takes_too_long_is_ended(model, tmp_path):

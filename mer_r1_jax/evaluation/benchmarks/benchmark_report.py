@@ -18,6 +18,7 @@ from mer_r1_jax.evaluation.benchmarks.tables import (
     Columns,
     analysis_tables,
     coverage_table,
+    gated_table,
     main_table,
     paper_f1_table,
     synthetic_table,
@@ -60,6 +61,7 @@ def make_benchmark_report(out: str | os.PathLike, num_examples: int = 6) -> Path
         warnings=_warnings(scores, columns),
         main=main_table(columns),
         synthetic=synthetic_table(columns),
+        gated=gated_table(columns),
         analysis=analysis_tables(columns),
         paper_f1=paper_f1_table(),
         coverage=coverage_table(columns),
@@ -118,7 +120,7 @@ def _figures(scores: Sequence[dict[str, Any]], columns: Columns) -> list[Figure]
         caption = (_CAPTION_WAF if score["metric"] == WAF else _CAPTION).format(title=title_of(score["benchmark"]))
         if len(columns.protocols) > 1:
             caption += f" Protocol {columns.letter(score)}."
-        found.append(Figure(caption, _charts(score["modes"])))
+        found.append(Figure(caption, _charts({mode: score["modes"][mode] for mode in MODES if mode in score["modes"]})))
         if gated := gate_figure(score.get("gate"), f"{title_of(score['benchmark'])}: "):
             found.append(gated)
     return found

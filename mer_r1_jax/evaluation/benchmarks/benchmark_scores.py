@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.emotion.answer_form import AUTO, MODES
 from mer_r1_jax.emotion.official_scores import NAN, SENTIMENTS, hit_rows, set_rows, undefined_f
 from mer_r1_jax.emotion.predictions import Predictions, score_predictions
 from mer_r1_jax.emotion.rewards import answer_rewards, constant_floor, is_scorable, majority_answer
@@ -19,7 +19,7 @@ from mer_r1_jax.evaluation.benchmarks import analysis
 from mer_r1_jax.evaluation.benchmarks.sets import HIT, SET_F1, WAF, BenchmarkError, metric_of, title_of
 from mer_r1_jax.evaluation.benchmarks.word_protocol import Extracted, Extractor, Scoring, extract, wheels_digest
 from mer_r1_jax.evaluation.bootstrap import Summed, mean_of, ratio
-from mer_r1_jax.evaluation.gate import BothAnswers, fit_and_measure, mean_confidence
+from mer_r1_jax.evaluation.gate import BothAnswers, confidence_of_line, fit_and_measure, is_sure
 from mer_r1_jax.evaluation.summary import ORACLE_COLUMN
 
 UNKNOWN_SHOWN = 40  # words on no wheel that are listed
@@ -70,6 +70,7 @@ def score_benchmark(
     truths: Mapping[str, Any],
     scorer: Scorer,
     answer_wheels: str = "",
+    threshold: float | None = None,
 ) -> dict[str, Any]:
     """Scores of one benchmark under one protocol, as JSON-ready values.
 
@@ -79,26 +80,30 @@ def score_benchmark(
         truths: clip -> truth of every labelled clip that was to be asked, answered or not.
         scorer: the protocol and what it needs.
         answer_wheels: digest of the wheels that the answers' confidences were made with; under others there are none.
+        threshold: of answers gated by their confidence, which are scored as a mode of their own; None = there are none.
 
     Raises:
         BenchmarkError: there is no answer to score, or a line lacks a field.
     """
     metric, wheels = metric_of(name), scorer.wheels
     listed = {mode: [line for (clip, m), line in answers.items() if m == mode and clip in truths] for mode in MODES}
+    if threshold is not None:
+        _add_gated(listed, threshold)
     listed = {mode: lines for mode, lines in listed.items() if lines}
     if not listed:
         raise BenchmarkError(f"{title_of(name)}: there is no answer to score; run without --rescore first")
     scored = {mode: _readable(lines, metric, scorer) for mode, lines in listed.items()}
     sure = answer_wheels == wheels_digest(wheels)
     modes = {mode: _mode_scores(listed[mode], part, metric, truths, wheels, sure) for mode, part in scored.items()}
-    both = len(scored) == len(MODES)
+    both = scored.keys() >= set(MODES)
     return {
         "benchmark": name,
         "metric": metric,
         "protocol": scorer.scoring.as_json(),
         "modes": modes,
         "references": {} if metric == WAF else _references(next(iter(scored.values())), wheels),
-        "slow_minus_fast": _slow_minus_fast(scored, metric, wheels, sure) if both else {},
+        "slow_minus_fast": _difference(scored, MODES, metric, wheels, sure) if both else {},
+        **(_gated(scored, threshold, metric, wheels, sure) if threshold is not None and AUTO in scored else {}),
         **({"gate": _gate(scored, wheels)} if both and sure and metric != WAF else {}),
     }
 
@@ -187,10 +192,47 @@ def _as_json(summed: Summed) -> dict[str, Any]:
     return {name: dataclasses.asdict(interval) for name, interval in bootstrap.intervals(summed).items()}
 
 
-def _slow_minus_fast(scored: Mapping[str, _Scored], metric: str, wheels: Wheels, sure: bool) -> dict[str, Any]:
-    """Paired differences in points over the clips that both modes answered."""
+def _add_gated(listed: dict[str, list[Mapping[str, Any]]], threshold: float) -> None:
+    """Adds the answers that a gate takes as a mode of their own, the tokens of both where it took the slow one.
+
+    Where slow answers are those alone that the gate asked for, they are no score of their own: of the clips that the
+    model was unsure of.
+    """
+    slow = {line["id"]: line for line in listed["slow"]}
+    taken = []
+    for fast in listed["fast"]:
+        if is_sure(confidence_of_line(fast), threshold):
+            taken.append({**fast, "mode": AUTO, "taken": "fast"})
+        elif one := slow.get(fast["id"]):
+            taken.append({**one, "mode": AUTO, "taken": "slow", "tokens": fast["tokens"] + one["tokens"]})
+    listed[AUTO] = taken
+    if any(line["id"] not in slow for line in listed["fast"]):
+        listed["slow"] = []
+
+
+def _gated(scored: Mapping[str, _Scored], threshold: float, metric: str, wheels: Wheels, sure: bool) -> dict[str, Any]:
+    """What there is to say of gated answers besides their scores: how many are of either mode, and what they gain."""
+    return {
+        "auto": {
+            "threshold": threshold,
+            **collections.Counter(f"n_{line['taken']}" for line in scored[AUTO].lines),
+        },
+        **{
+            f"auto_minus_{mode}": _difference(scored, (AUTO, mode), metric, wheels, sure)
+            for mode in MODES
+            if mode in scored
+        },
+    }
+
+
+def _difference(
+    scored: Mapping[str, _Scored], modes: tuple[str, ...], metric: str, wheels: Wheels, sure: bool
+) -> dict[str, Any]:
+    """Paired differences in points over the clips that both modes answered: of the first from the second."""
+    one, other = modes
+    scored = {mode: scored[mode] for mode in modes}
     places = {mode: {line["id"]: i for i, line in enumerate(part.lines)} for mode, part in scored.items()}
-    common = [clip for clip in places["slow"] if clip in places["fast"]]
+    common = [clip for clip in places[one] if clip in places[other]]
     summed = {mode: _summed(part, metric, wheels) for mode, part in scored.items()}
     if sure and metric != WAF:
         for mode, part in scored.items():
@@ -201,11 +243,11 @@ def _slow_minus_fast(scored: Mapping[str, _Scored], metric: str, wheels: Wheels,
         kind: {
             name: dataclasses.asdict(difference)
             for name, difference in bootstrap.paired(
-                summed["slow"][kind].picked([places["slow"][clip] for clip in common]),
-                summed["fast"][kind].picked([places["fast"][clip] for clip in common]),
+                summed[one][kind].picked([places[one][clip] for clip in common]),
+                summed[other][kind].picked([places[other][clip] for clip in common]),
             ).items()
         }
-        for kind in summed["slow"]
+        for kind in summed[one]
     } | {"n_common": len(common)}
 
 
@@ -220,20 +262,17 @@ def _gate(scored: Mapping[str, _Scored], wheels: Wheels) -> dict[str, Any]:
             for line, words, truth in zip(part.lines, part.words, part.true_words, strict=True)
             if (reward := answer_rewards(words, truth, wheels)).scorable
         }
-        for mode, part in scored.items()
+        for mode, part in ((mode, scored[mode]) for mode in MODES)
     }
     clips = [clip for clip in rows["fast"] if clip in rows["slow"]]
 
     def of(mode: str, value: Callable[[Mapping[str, Any], float], float | None]) -> np.ndarray:
         return np.asarray([value(*rows[mode][clip]) for clip in clips], np.float64)
 
-    def sureness(line: Mapping[str, Any], _: float) -> float | None:
-        return mean_confidence(np.asarray(line["confidences"], np.float64).reshape(-1, len(wheels)))
-
     return fit_and_measure(
         BothAnswers(
             clips=tuple(str(rows["fast"][clip][0].get("video") or clip) for clip in clips),
-            confidence_N=of("fast", sureness),
+            confidence_N=of("fast", lambda line, _: confidence_of_line(line)),
             fast_f1_N=of("fast", lambda _, f1: f1),
             slow_f1_N=of("slow", lambda _, f1: f1),
             fast_tokens_N=of("fast", lambda line, _: line["tokens"]),

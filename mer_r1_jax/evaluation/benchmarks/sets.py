@@ -220,6 +220,8 @@ class Request:
         limit: first so many clips of each; 0 = all.
         words, polarity: of the protocol.
         wheel_dir, variant: wheels to score with; "" = the model's own.
+        threshold: of gated answers (`gate.Auto`), in [0, 1]: besides `modes`, fast among them, clips are asked slowly
+            whose fast answer the model is less sure of. None = they are not asked for.
     """
 
     benchmarks: tuple[str, ...]
@@ -231,6 +233,7 @@ class Request:
     polarity: str = "wheels"
     wheel_dir: str = ""
     variant: str = ""
+    threshold: float | None = None
 
 
 def benchmark_names(texts: Sequence[str]) -> tuple[str, ...]:

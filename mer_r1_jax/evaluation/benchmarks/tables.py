@@ -6,7 +6,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from mer_r1_jax.emotion.answer_form import MODES
+from mer_r1_jax.emotion.answer_form import AUTO, MODES
 from mer_r1_jax.evaluation.benchmarks.sets import (
     LAYOUTS,
     PAPER_F1,
@@ -49,7 +49,7 @@ class Columns:
         self.heads = [
             (protocol["key"], mode)
             for protocol in self.protocols
-            for mode in MODES
+            for mode in (*MODES, AUTO)
             if any(mode in score["modes"] for (_, key), score in self._scores.items() if key == protocol["key"])
         ]
 
@@ -170,6 +170,34 @@ def _analysis_rows(score: dict[str, Any]) -> list[Row]:
         values = [score["modes"].get(mode, {}).get(name) for mode in MODES]
         rows.append(row(title, [*(number(None if v is None else scale * v, digits) for v in values), ""]))
     return [one for one in rows if any(cell.text != NONE for cell in one.cells[1:])]
+
+
+def gated_table(columns: Columns) -> Table | None:
+    """Of answers gated by their confidence: what the gate took, what it cost and what it gained; None without any."""
+    rows = []
+    for benchmark in columns.benchmarks:
+        for score in columns.scores_of(benchmark):
+            if "auto" not in score:
+                continue
+            about, scores = score["auto"], score["modes"][AUTO]
+            against = [score.get(f"auto_minus_{mode}", {}).get("headline", {}).get("score") for mode in MODES]
+            title = title_of(benchmark) + (f" · {columns.letter(score)}" if len(columns.protocols) > 1 else "")
+            counts = (number(about["threshold"], 2), str(about.get("n_fast", 0)), str(about.get("n_slow", 0)))
+            cells = [*counts, _headline(scores), number(scores["mean_tokens"], 1), *map(_difference, against)]
+            rows.append(row(title, cells))
+    if not rows:
+        return None
+    heads = ("Benchmark", "threshold", "taken fast", "taken slow", "headline score", "tokens per answer")
+    heads = (*heads, *(f"auto − {mode}" for mode in MODES))
+    return Table(
+        (Row(tuple(map(Cell, heads))),),
+        tuple(rows),
+        title="Gated answers (auto)",
+        note="The fast answer, and the slow one where the model was less sure of the fast one than the threshold; the "
+        "tokens of both are counted there. A threshold that was fitted on the very clips it is measured on flatters "
+        "itself.",
+        kind="numbers",
+    )
 
 
 def paper_f1_table() -> Table:

@@ -40,6 +40,10 @@ async function begin() {
 
 // ---- the clip
 
+function size(body) {
+  return body.size < 1e5 ? `${Math.ceil(body.size / 1e3)} kB` : `${(body.size / 1e6).toFixed(1)} MB`;
+}
+
 function take(body, name, sound) {
   const player = at("player");
   if (player.src) URL.revokeObjectURL(player.src);
@@ -48,7 +52,7 @@ function take(body, name, sound) {
   player.hidden = true;
   clip = null;
   if (body.size > about.max_mb * 1e6) {
-    note(`${name}: got ${(body.size / 1e6).toFixed(1)} MB, expected at most ${about.max_mb} MB; choose or record a shorter one`, true);
+    note(`${name}: got ${size(body)}, expected at most ${about.max_mb} MB; choose or record a shorter one`, true);
   } else {
     clip = { body, name, sound };
     const chosen = clip;
@@ -56,7 +60,7 @@ function take(body, name, sound) {
     player.onloadedmetadata = () => { if (!player.srcObject && !player.videoWidth) chosen.sound = true; };
     player.src = URL.createObjectURL(body);
     player.hidden = false;
-    note(`${name}, ${(body.size / 1e6).toPrecision(2)} MB`);
+    note(`${name}, ${size(body)}`);
   }
   at("ask").disabled = clip === null || asking !== null;
 }
