@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.parallel import product_options
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.training.state import Params, TrainState, init_state, state_shardings
@@ -140,7 +141,11 @@ def compiler_options(backbone: Backbone, decode: bool = False) -> dict[str, str]
     them lie in memory a second time, at twice the size (3B: 13 GB beside 9.4). A large model is converted a layer at a
     time.
     """
-    platform = backbone.mesh.devices.flat[0].platform
+    device = backbone.mesh.devices.flat[0]  # of the mesh, which may be that of a slice that is only compiled for
+    platform = device.platform
+    if platform == "tpu":
+        # A token's products are small and wait for memory; more room only makes their compile longer.
+        return None if decode else product_options(device.device_kind) or None
     if platform == "gpu":
         return GPU_DECODING if decode else None
     if platform != "cpu" or backbone.config.compute_dtype == "float32":
