@@ -32,6 +32,12 @@ SCOPED_VMEM_KIB = {
     "TPU v6e": 98304,
 }
 
+# Collectives on the sparse cores of a chip, beside the products of its tensor cores. The compiler does so with the sums
+# of gradients; weights that are gathered stay where they were.
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
+SPARSE_CORE = {f"{_OFFLOAD}_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}
+SPARSE_CORE_KINDS = ("TPU v5", "TPU v5p")  # by `Device.device_kind`; on others nothing was compiled with them
+
 # Of a GPU's memory, what jax reserves when it opens the card; its own 75% would leave 20 GB of an 80 GB card unused.
 # The rest is for what XLA does not count: CUDA's context and modules, NCCL's buffers, a desktop.
 GPU_MEMORY_SHARE = 0.92

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 
 from mer_r1_jax.planning.flops import library_flops, product_flops
-from mer_r1_jax.planning.hlo import COLLECTIVES, Array, Computation, Instruction, parse
+from mer_r1_jax.planning.hlo import COLLECTIVES, Array, Computation, Instruction, group_size, parse
 from mer_r1_jax.planning.windows import window_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -22,11 +21,6 @@ _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _STATED_BYTES = re.compile(r'"cost_estimate":\s*\{[^}]*"bytes_accessed":\s*"?(\d+)')
 _ROW_ATTENTION = re.compile(r'op_name="[^"]*text_decoder[^"]*/attention_(forward|backward)/')
-# replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
-_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9, ]+)\}")
-_ORDERED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
-_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "add-dependency", "domain"}
@@ -237,7 +231,9 @@ class _Reader:
                 fused[channel.group(1)] = one
             return
         inside = in_hbm and opcode in ("call", "conditional")
-        if opcode in ("fusion", "call", "conditional", "async-start", "fusion-start"):
+        # What runs on the sparse cores stands in a custom call, within what starts it.
+        offloaded = opcode == "custom-call" and not in_hbm
+        if offloaded or opcode in ("fusion", "call", "conditional", "async-start", "fusion-start"):
             begun = self.operations, collections.Counter(self.collectives)
             for called in instruction.called:
                 if called in self.computations:
@@ -284,17 +280,17 @@ class _Reader:
             self.silent_kernels += times
 
     def _collective(self, instruction: Instruction, computation: Computation) -> _Key | None:
-        """Kind, bytes and chips of a collective; a fusion named after one is the compiler's way to reduce and scatter."""
+        """Kind, bytes and chips of a collective; a fusion named after one is the compiler's reduce-scatter."""
         kind = instruction.opcode.removesuffix("-start")
         if instruction.opcode == "fusion" and instruction.called[0].startswith("all-reduce-scatter"):
             inner = self.computations[instruction.called[0]].values()
             reduce = next((one for one in inner if one.opcode.startswith("all-reduce")), None)
             if reduce is None:
                 return None
-            return "reduce-scatter", sum(array.bytes for array in reduce.arrays), _group_size(reduce)
+            return "reduce-scatter", sum(array.bytes for array in reduce.arrays), group_size(reduce)
         if kind not in COLLECTIVES or instruction.opcode.endswith("-done"):
             return None
-        chips = _group_size(instruction)
+        chips = group_size(instruction)
         operands = sum(self._operand_bytes(instruction, computation))
         size = operands * chips if kind == "all-gather" else operands
         return kind, size, chips
@@ -400,18 +396,3 @@ def _named(instruction: Instruction, name: str) -> str:
 
 def _parameter_number(instruction: Instruction) -> int:
     return int(instruction.inside)
-
-
-def _group_size(instruction: Instruction) -> int:
-    """Chips that take part in one collective."""
-    attributes = instruction.attributes
-    if instruction.opcode.startswith("collective-permute"):
-        return 2
-    if match := _LISTED_GROUPS.search(attributes):
-        return match.group(1).count(",") + 1
-    if match := _ORDERED_GROUPS.search(attributes):
-        return int(match.group(1))
-    if match := _MESH_GROUPS.search(attributes):
-        sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(match.group(1))}
-        return math.prod(int(part) if part else sizes[name] for name, _, part in _MESH_AXIS.findall(match.group(2)))
-    raise ValueError(f"{instruction.name}: cannot tell which chips take part in it: {attributes[:200]}")
