@@ -10,7 +10,7 @@ from mer_r1_jax.config.build import config_dict
 
 # Slice -> prompts of a step, devices along mesh.tensor (the rest are fsdp), and what the backward pass keeps.
 SLICES = {
-    "v5p:2x2x4": (16, 1, "dots"),
+    "v5p:2x2x4": (16, 4, "dots"),
     "v5e:16x16": (64, 4, "attention"),
     "v6e:4x4": (16, 1, "attention"),
 }

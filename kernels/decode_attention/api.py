@@ -22,6 +22,7 @@ def decode_attention(
     own_length_BG: jax.Array,
     layer: jax.Array | int,
     *,
+    seen: tuple[jax.Array, ...] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     placement: Placement | None = None,
@@ -38,6 +39,7 @@ def decode_attention(
         own_key_LBGKCh, own_value_LBGKCh: the completions' own tokens, C slots each, this token's already written.
         own_length_BG: int32, slots a completion sees, the first ones; completions of a row may differ.
         layer: the layer to read, traced or not.
+        seen: of `seen_tokens`, so that a loop over layers does not find it again in each; None finds it here.
         scale: factor on the scores; None means h ** -0.5.
         implementation: one of `attention.api.IMPLEMENTATIONS`; None chooses "pallas" on TPUs, else "xla".
         placement: the mesh and the axes that cut rows and heads; None means one device.
@@ -60,16 +62,57 @@ def decode_attention(
     _check(query_BGHh, arrays, placement)
     scale = query_BGHh.shape[-1] ** -0.5 if scale is None else scale
     layer = jnp.asarray(layer, jnp.int32)
+    if seen is None:
+        seen = seen_tokens(
+            prompt_mask_BT, own_length_BG, own_key_LBGKCh, implementation=implementation, placement=placement
+        )
     if choose(implementation, placement) == "pallas":
         from mer_r1_jax.kernels.decode_attention import pallas_tpu  # slow to load, see attention.api
 
         call = functools.partial(
             pallas_tpu.decode_attention, scale=scale, interpret=device(placement).platform != "tpu"
         )
-        call = on_each_device(call, placement, ("BGHh", "LBKTh", "LBKTh", "BT", "LBGKCh", "LBGKCh", "BG", ""), "BGHh")
-    else:
-        call = functools.partial(reference.decode_attention, scale=scale)
-    return call(query_BGHh, *arrays.values(), layer)
+        letters = ("BGHh", "LBKTh", "LBKTh", "B2", "B1T", "LBGKCh", "LBGKCh", "BG", "")
+        call = on_each_device(call, placement, letters, "BGHh")
+        chunks_B2, mask_B1T, own_length_BG = seen
+        return call(
+            query_BGHh,
+            prompt_key_LBKTh,
+            prompt_value_LBKTh,
+            chunks_B2,
+            mask_B1T,
+            own_key_LBGKCh,
+            own_value_LBGKCh,
+            own_length_BG,
+            layer,
+        )
+    return reference.decode_attention(query_BGHh, *arrays.values(), layer, scale=scale)
+
+
+def seen_tokens(
+    prompt_mask_BT: jax.Array,
+    own_length_BG: jax.Array,
+    own_key_LBGKCh: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    implementation: str | None = None,
+    placement: Placement | None = None,
+) -> tuple[jax.Array, ...]:
+    """What `decode_attention` works out of masks and lengths, the same in every layer of a token.
+
+    Args:
+        prompt_mask_BT, own_length_BG, implementation, placement: as of `decode_attention`.
+        own_key_LBGKCh: its shape and dtype count.
+
+    Returns:
+        Arrays for its argument `seen`; none where the implementation reads masks as they are.
+    """
+    if choose(implementation, placement) != "pallas":
+        return ()
+    from mer_r1_jax.kernels.decode_attention import pallas_tpu  # slow to load, see attention.api
+
+    K, C, h = own_key_LBGKCh.shape[3:]
+    heads = K // (placement.cut_heads if placement else 1)
+    return pallas_tpu.seen_tokens(prompt_mask_BT, own_length_BG, C, heads, h, own_key_LBGKCh.dtype.itemsize)
 
 
 def _check(query, arrays: dict[str, jax.Array], placement: Placement | None) -> None:

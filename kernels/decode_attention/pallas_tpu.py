@@ -130,11 +130,32 @@ def _own(step, prompt_steps: int, own_steps: int, G: int):
     return jax.lax.div(number, own_steps), jax.lax.rem(number, own_steps)
 
 
+def seen_tokens(prompt_mask_BT, own_length_BG, C: int, K: int, h: int, itemsize: int) -> tuple[jax.Array, ...]:
+    """What a call has to know of the rows' tokens, the same in every layer.
+
+    Args:
+        prompt_mask_BT, own_length_BG: as in the reference.
+        C, K, h: sizes of the caches; K key heads of one device.
+        itemsize: bytes of one of their values.
+
+    Returns:
+        chunks_B2, the first and the last chunk of a prompt that are read; mask_B1T, its tokens in whole chunks;
+        own_length_BG. All int32.
+    """
+    T = prompt_mask_BT.shape[1]
+    prompt_chunk, _ = chunks(T, C, K, h, itemsize)
+    # The mask is padded to whole chunks; the caches are not, since that would copy them.
+    mask_BT = jnp.pad(prompt_mask_BT, ((0, 0), (0, -T % prompt_chunk))).astype(jnp.int32)
+    # A longer length would make visible what the last chunk reads behind the cache.
+    return _chunk_range(mask_BT, prompt_chunk), mask_BT[:, None], jnp.clip(own_length_BG, 0, C).astype(jnp.int32)
+
+
 def decode_attention(
     query_BGHh,
     prompt_key_LBKTh,
     prompt_value_LBKTh,
-    prompt_mask_BT,
+    chunks_B2,
+    mask_B1T,
     own_key_LBGKCh,
     own_value_LBGKCh,
     own_length_BG,
@@ -146,6 +167,7 @@ def decode_attention(
     """As the reference.
 
     Args:
+        chunks_B2, mask_B1T, own_length_BG: of `seen_tokens`.
         interpret: run operation by operation, on any platform.
     """
     B, G, H, h = query_BGHh.shape
@@ -158,10 +180,6 @@ def decode_attention(
 
     query_BKGqh = query_BGHh.reshape(B, G, K, Q, h).swapaxes(1, 2).astype(jnp.float32)
     query_BKGqh = jnp.pad(query_BKGqh, ((0, 0), (0, 0), (0, 0), (0, q - Q), (0, 0)))
-    # The mask is padded to whole chunks; the caches are not, since that would copy them.
-    mask_B1T = jnp.pad(prompt_mask_BT, ((0, 0), (0, prompt_steps * prompt_chunk - T))).astype(jnp.int32)[:, None]
-    # A longer length would make visible what the last chunk reads behind the cache.
-    own_length_BG = jnp.clip(own_length_BG, 0, C).astype(jnp.int32)
 
     def at_prompt(b, step, layer, prompt_chunks, own_length):
         return layer[0], b, 0, jnp.clip(step, *_read(prompt_chunks, b)), 0
@@ -209,7 +227,7 @@ def decode_attention(
         interpret=interpret,
     )(
         jnp.asarray(layer, jnp.int32).reshape(1),
-        _chunk_range(mask_B1T[:, 0], prompt_chunk),
+        chunks_B2,
         own_length_BG,
         query_BKGqh,
         prompt_key_LBKTh,

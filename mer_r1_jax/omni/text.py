@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mer_r1_jax.kernels.attention.api import attention, choose, shared_prompt_attention
-from mer_r1_jax.kernels.decode_attention.api import decode_attention
+from mer_r1_jax.kernels.decode_attention.api import decode_attention, seen_tokens
 from mer_r1_jax.kernels.logprobs.api import Partition, Scores, gather_logprobs
 from mer_r1_jax.kernels.placement import device
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Array
@@ -157,7 +157,9 @@ class TextLayer(nnx.Module):
             x_BGCD = constrain(x_BGCD + self.attn.o(out_BGCHh), BGCD)
         with jax.named_scope("mlp"):
             normed_BGCD = constrain(self.mlp_norm(x_BGCD), MLP_BGCD)
-            return constrain(x_BGCD + constrain(self.mlp(normed_BGCD, MLP_BGCF), BGCD), BGCD)
+            # Summed over all chips at once, before rows are parted again; left alone, over one axis after the other.
+            out_BGCD = constrain(self.mlp(normed_BGCD, MLP_BGCF), MLP_BGCD)
+            return constrain(x_BGCD + constrain(out_BGCD, BGCD), BGCD)
 
 
 class TextDecoder(nnx.Module):
@@ -230,6 +232,9 @@ class TextDecoder(nnx.Module):
         place = placement("batch", "kv_heads")
         in_place = choose(None, place) == "pallas"
         prompt_k_LBKTh, prompt_v_LBKTh = prompt.k_LBTKh.swapaxes(2, 3), prompt.v_LBTKh.swapaxes(2, 3)
+        own_length_BG = jnp.full((B, G), slot + 1)
+        # Found once a token: the compiler leaves it in the loop over layers, five small operations in each.
+        seen = seen_tokens(prompt.valid_BT, own_length_BG, cache.k_LBGCKh.swapaxes(3, 4), placement=place)
 
         def step(layer: TextLayer, carry, per_layer):
             x_BGCD, k_LBGCKh, v_LBGCKh = carry
@@ -243,8 +248,9 @@ class TextDecoder(nnx.Module):
                 if in_place:
                     # The kernel reads the stacked caches where they lie; the compiler lays them out head by head.
                     prompts = (prompt_k_LBKTh, prompt_v_LBKTh, prompt.valid_BT)
-                    own = (k_LBGCKh.swapaxes(3, 4), v_LBGCKh.swapaxes(3, 4), jnp.full((B, G), slot + 1))
-                    return decode_attention(q_BGCHh[:, :, 0], *prompts, *own, number, placement=place)[:, :, None]
+                    own = (k_LBGCKh.swapaxes(3, 4), v_LBGCKh.swapaxes(3, 4), own_length_BG)
+                    options = dict(seen=seen, placement=place)
+                    return decode_attention(q_BGCHh[:, :, 0], *prompts, *own, number, **options)[:, :, None]
                 own_k = jax.lax.dynamic_index_in_dim(k_LBGCKh, number, keepdims=False).astype(k_BGCKh.dtype)
                 own_v = jax.lax.dynamic_index_in_dim(v_LBGCKh, number, keepdims=False).astype(v_BGCKh.dtype)
                 return shared_prompt_attention(

@@ -7,7 +7,7 @@ memory when it opens the card: `set_tpu_flags` and `set_gpu_memory` come before.
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 VARIABLE = "LIBTPU_INIT_ARGS"
 
@@ -16,6 +16,27 @@ FLAGS = {
     # a chip ("windowed einsum"). By its own estimate that makes a 7B step on 16 chips take 2.2 times as long.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
+
+# KiB of a core's vector memory that one operation may fill, by `Device.device_kind`. Left alone, the compiler gives 16
+# MiB and cuts products into windows so small that their operands are read again and again. By the data sheets most of
+# that is hidden behind the matrix units, so on hardware this gains anything from nothing to what the compiler
+# estimates. The more it is, the longer compiles take. 48 MiB of v5p's 64 leave room to fetch ahead; on v5e 32 gain what
+# there is to gain; 96 MiB are what others train with on v6e.
+SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
+SCOPED_VMEM_KIB = {
+    "TPU v5": 49152,
+    "TPU v5p": 49152,
+    "TPU v5 lite": 32768,
+    "TPU v5e": 32768,
+    "TPU v6 lite": 98304,
+    "TPU v6e": 98304,
+}
+
+# Collectives on the sparse cores of a chip, beside the products of its tensor cores. The compiler does so with the sums
+# of gradients; weights that are gathered stay where they were.
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
+SPARSE_CORE = {f"{_OFFLOAD}_{kind}": "true" for kind in ("all_gather", "all_reduce", "reduce_scatter")}
+SPARSE_CORE_KINDS = ("TPU v5", "TPU v5p")  # by `Device.device_kind`; on others nothing was compiled with them
 
 # Of a GPU's memory, what jax reserves when it opens the card; its own 75% would leave 20 GB of an 80 GB card unused.
 # The rest is for what XLA does not count: CUDA's context and modules, NCCL's buffers, a desktop.
@@ -26,10 +47,28 @@ _USERS_OWN = (GPU_MEMORY_VARIABLE, "XLA_PYTHON_CLIENT_MEM_FRACTION")  # jax refu
 
 def set_tpu_flags(environment: MutableMapping[str, str] = os.environ) -> None:
     """Adds our flags to LIBTPU_INIT_ARGS; one that is already there keeps the user's value."""
-    given = environment.get(VARIABLE, "").split()
-    names = {word.lstrip("-").partition("=")[0] for word in given}
+    names = _named(environment)
     added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in names]
-    environment[VARIABLE] = " ".join([*given, *added])
+    environment[VARIABLE] = " ".join([*environment.get(VARIABLE, "").split(), *added])
+
+
+def product_options(device_kind: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Options of TPU programs whose time goes into large products.
+
+    A limit that stands in LIBTPU_INIT_ARGS is the user's, and stays.
+
+    Args:
+        device_kind: of the chip, as `Device.device_kind` has it.
+        environment: what LIBTPU_INIT_ARGS is read from.
+    """
+    if device_kind not in SCOPED_VMEM_KIB or SCOPED_VMEM in _named(environment):
+        return {}
+    return {SCOPED_VMEM: str(SCOPED_VMEM_KIB[device_kind])}
+
+
+def _named(environment: Mapping[str, str]) -> set[str]:
+    """Names of the flags in LIBTPU_INIT_ARGS."""
+    return {word.lstrip("-").partition("=")[0] for word in environment.get(VARIABLE, "").split()}
 
 
 def set_gpu_memory(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -23,7 +23,6 @@ from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.programs import PlannedProgram
 from mer_r1_jax.storage import atomic_files
 from mer_r1_jax.storage.atomic_files import writing
-from mer_r1_jax.training.backbone import GPU_DECODING
 
 # What a message says in which the compiler refuses tiles of Triton's.
 TRITON = r"output tile sizes|shared memory size limit|triton"
@@ -74,7 +73,7 @@ def compile_program(program: PlannedProgram, topology: str, cache_dir: pathlib.P
     chip = chip_of(topology)
     traced = program.trace()
     lowered = traced.lower(lowering_platforms=(chip.platform,))
-    key = _fingerprint(lowered.as_text(), topology, chip)
+    key = _fingerprint(lowered, topology, chip)
     facts, text = cache_dir / f"{key}.json", cache_dir / f"{key}.hlo.gz"
     if facts.is_file():
         kept = json.loads(facts.read_text())
@@ -101,11 +100,19 @@ def versions(chip: Chip) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", compiler)}
 
 
-def _fingerprint(module: str, topology: str, chip: Chip) -> str:
+def options_of(lowered: jax.stages.Lowered) -> dict[str, str]:
+    """The compiler's options that a program's `jit` was given."""
+    # They are not in the program's text, and jax has no public name for them.
+    return dict(lowered._lowering._compiler_options_kvs)
+
+
+def _fingerprint(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> str:
     flags = os.environ.get("XLA_FLAGS" if chip.cuda else VARIABLE, "")
-    parts = [topology, json.dumps(versions(chip)), flags, module]
+    parts = [topology, json.dumps(versions(chip)), flags, lowered.as_text()]
+    if options := options_of(lowered):
+        parts.append(json.dumps(options))
     if chip.cuda:
-        parts += [chip.cuda.text(chip.hbm_bandwidth), json.dumps(GPU_DECODING), f"cuDNN: {cudnn.is_there()}"]
+        parts += [chip.cuda.text(chip.hbm_bandwidth), f"cuDNN: {cudnn.is_there()}"]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 

@@ -15,7 +15,12 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) .*\{\s*$")
 _END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 _NAME = re.compile(r"%([\w.<>-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.<>-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
+# replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9, ]+)\}")
+_ORDERED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _OTHER_MEMORY = "S("  # a layout with a memory space lies in vector or scalar memory: traffic there is not HBM's
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -128,3 +133,22 @@ def _closing(text: str, opening: int) -> int:
         if not depth:
             return place
     return len(text)
+
+
+def group_size(instruction: Instruction) -> int:
+    """Chips that take part in one collective.
+
+    Raises:
+        ValueError: its groups are spelled in a way that is not known.
+    """
+    attributes = instruction.attributes
+    if instruction.opcode.startswith("collective-permute"):
+        return 2
+    if match := _LISTED_GROUPS.search(attributes):
+        return match.group(1).count(",") + 1
+    if match := _ORDERED_GROUPS.search(attributes):
+        return int(match.group(1))
+    if match := _MESH_GROUPS.search(attributes):
+        sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(match.group(1))}
+        return math.prod(int(part) if part else sizes[name] for name, _, part in _MESH_AXIS.findall(match.group(2)))
+    raise ValueError(f"{instruction.name}: cannot tell which chips take part in it: {attributes[:200]}")

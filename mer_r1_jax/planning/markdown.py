@@ -76,7 +76,7 @@ def _work(sheet: Sheet) -> str:
     rows = []
     for program in sheet.programs:
         if program.work is None:
-            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 11])
+            rows.append([f"`{program.name}`", f"{program.calls:g}", *[""] * 13])
             continue
         work, seconds = program.work, program.seconds
         rows.append(
@@ -90,14 +90,20 @@ def _work(sheet: Sheet) -> str:
                 *(f"{seconds[name]:.3f}" for name in ("compute", "memory", "interconnect")),
                 f"**{program.bound:.3f}**",
                 max(seconds, key=lambda name: seconds[name]),
-                f"{program.estimate:.3f}" if program.estimate else "",
-                f"{program.utilisation:.0%}" if program.utilisation else "",
+                *(f"{seconds:.3f}" if seconds else "" for seconds in (program.estimate, program.window_estimate)),
+                _both_ways(program, windows=False),
+                _both_ways(program, windows=True),
             ]
         )
     header = ["program", "calls a step", "TFLOP", "asked for", "HBM GB", "sent GB"]
-    return _table(
-        [*header, "compute s", "HBM s", "links s", "at least s", "bound by", "compiler s", "static MFU"], rows
-    )
+    header += ["compute s", "HBM s", "links s", "at least s", "bound by"]
+    return _table([*header, "compiler s", "windows s", "static MFU", "by windows"], rows)
+
+
+def _both_ways(program: ProgramSheet, windows: bool) -> str:
+    """Static MFU with all collectives hidden, and with the synchronous ones exposed."""
+    shares = [program.utilisation(windows=windows, exposed=exposed) for exposed in (False, True)]
+    return " / ".join(f"{share:.0%}" for share in shares) if all(shares) else ""
 
 
 def _epochs(sheet: Sheet) -> str:
@@ -133,7 +139,7 @@ def _alternatives(sheet: Sheet) -> str:
             rows.append([one.remat, str(one.prompts), f"no, over by {update.over / GIB:.2f}", *[""] * 3])
             continue
         verdict = "yes" if update.fits else f"no, over by {update.over / GIB:.2f}"
-        static = [f"{one.prompt_seconds * 1e3:.0f}", f"{update.utilisation:.0%}" if update.utilisation else ""]
+        static = [f"{one.prompt_seconds * 1e3:.0f}", _both_ways(update, windows=False)]
         rows.append([one.remat, str(one.prompts), verdict, f"{update.total / GIB:.2f}", *static])
     milliseconds = "at least ms a prompt" if sheet.chip.cuda else "compiler ms a prompt"
     header = ["model.remat", "prompts a step", "fits", "GiB a chip", milliseconds, "static MFU"]
@@ -151,14 +157,29 @@ def _collectives(sheet: Sheet) -> str:
                     f"{one.bytes / 2**20:.1f}",
                     str(one.chips),
                     str(one.calls),
+                    str(one.synchronous),
                     f"{one.sent / GB:.2f}",
                 ]
             )
     if not rows:
         return "None."
-    return f"The {LISTED} heaviest of each program.\n\n" + _table(
-        ["program", "kind", "MiB each", "chips", "calls", "sent GB"], rows
-    )
+    heaviest = _table(["program", "kind", "MiB each", "chips", "calls", "synchronous", "sent GB"], rows)
+    return f"{_synchronous(sheet)}\n\nThe {LISTED} heaviest of each program.\n\n{heaviest}"
+
+
+def _synchronous(sheet: Sheet) -> str:
+    """How many collectives nothing hides, and what they take; on GPUs the program's text does not say it."""
+    if sheet.chip.cuda:
+        return "Which of them run beside other work is decided on the card."
+    rows = []
+    for program in sheet.programs:
+        if (work := program.work) and work.collectives:
+            calls = [sum(one.calls for one in work.collectives), sum(one.synchronous for one in work.collectives)]
+            counts = [work.collective_operations, work.synchronous_operations, *calls]
+            sizes = [f"{work.sent / GB:.2f}", f"{work.exposed / GB:.2f}", f"{program.exposed:.3f}"]
+            rows.append([f"`{program.name}`", *map(str, counts), *sizes])
+    header = ["program", "operations", "synchronous", "calls", "synchronous calls", "sent GB", "synchronously GB"]
+    return _table([*header, "exposed s"], rows)
 
 
 def _shapes(sheet: Sheet) -> str:
@@ -194,10 +215,17 @@ _NOTES = (
 _TPU_NOTES = (
     "- *compiler s* is the compiler's own estimate without collectives and kernels. It ranks programs of one "
     "slice; it is no time either.",
+    "- *windows s* is the same with products read otherwise. The compiler cuts a product into windows, reads operands "
+    "again where they have to be, and takes memory for about a third as fast as the data sheet says; here a product "
+    "takes as long as the busier of matrix units at their peak and memory at its stated bandwidth. For products that "
+    "is a lower bound.",
     "- *static MFU* is the operations the program is there for (forward, and twice that for what is trained; "
     "nothing computed again, of attention only pairs that see each other) over what the chips could do in the "
-    "compiler's time and the kernels' at their peak. Collectives are taken to be hidden, and memory is slow in "
-    "the compiler's model: neither a bound nor a measurement.",
+    "compiler's time and the kernels' at their peak; *by windows* the same with *windows s*. Of either the first "
+    "figure takes all collectives to be hidden, the second none of the synchronous ones. None is a measurement: what "
+    "a chip reaches may lie between the two readings, or below both.",
+    "- *synchronous* are collectives beside which a chip does nothing else; *exposed s* is their time if all links of "
+    "a chip send at once. One that uses the links of one dimension only takes up to three times as long.",
 )
 _GPU_NOTES = (
     f"- *of* is {GPU_MEMORY_SHARE:.0%} of what the driver gives, which every command has jax reserve "

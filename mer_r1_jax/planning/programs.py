@@ -110,7 +110,8 @@ class RunPrograms:
         tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
         thinker = thinker_config(config.model, tokenizer)
         self._thinker = thinker
-        self.backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, param_dtypes(config))
+        offload = config.mesh.sparse_core_collectives
+        self.backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, param_dtypes(config), offload)
         wheels = load_wheels(config.emotion.wheel_dir, config.emotion.variant)
         table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable
         self.candidates = table(tokenizer or PrefixTokens(thinker.text.vocab_size), wheels)

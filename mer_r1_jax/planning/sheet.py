@@ -38,9 +38,13 @@ class ProgramSheet:
         asked: share of the work of all chips that the program asks for; the rest is done on several chips in common.
         estimate: seconds of one call by the compiler's own cycle model, without collectives and kernels; 0 on GPUs,
             whose compiler makes none.
-        utilisation: static MFU, the useful operations over what the chips could do in `estimate` and, at their peak,
-            in the kernels' time; collectives are taken to be hidden. 0 where useful operations are not stated, or no
-            estimate is made.
+        window_estimate: the same, but a product takes as long as the busier of matrix units at their peak and memory
+            at its bandwidth, its windows read again as often as they have to be (`windows.py`). The compiler takes
+            memory for about a third as fast as the data sheet says.
+        kernels: seconds of the kernels at the chip's peak.
+        exposed: seconds of the collectives beside which nothing else runs, at the bandwidth of all links together; a
+            ring that uses one of three dimensions takes three times as long.
+        useful: seconds in which all chips at their peak would do the useful operations; 0 where these are not stated.
     """
 
     name: str
@@ -59,7 +63,10 @@ class ProgramSheet:
     seconds: dict[str, float]
     asked: float
     estimate: float
-    utilisation: float
+    window_estimate: float
+    kernels: float
+    exposed: float
+    useful: float
 
     @property
     def total(self) -> int:
@@ -75,6 +82,20 @@ class ProgramSheet:
     def bound(self) -> float:
         """Seconds one call takes at least."""
         return max(self.seconds.values(), default=0.0)
+
+    def utilisation(self, *, windows: bool = False, exposed: bool = False) -> float:
+        """Static MFU, the useful operations over what the chips could do in the time of a call.
+
+        0 where useful operations are not stated, or the compiler makes no estimate.
+
+        Args:
+            windows: by `window_estimate`, which is a lower bound of the products' time; else by `estimate`.
+            exposed: with the collectives that nothing hides; else as if all were hidden.
+        """
+        if not self.estimate:
+            return 0.0
+        seconds = (self.window_estimate if windows else self.estimate) + self.kernels
+        return self.useful / (seconds + self.exposed * exposed)
 
 
 def program_sheet(
@@ -106,15 +127,18 @@ def program_sheet(
         seconds=lower_bounds(work, chip) if work else {},
         asked=compiled.traced_flops / (work.flops * chips) if work and work.flops else 0.0,
         estimate=work.cycles / chip.clock if work and chip.clock else 0.0,
-        utilisation=_utilisation(program.useful, work, chip, chips) if work else 0.0,
+        window_estimate=_window_estimate(work, chip) if work and chip.clock else 0.0,
+        kernels=work.kernel_flops / chip.flops if work else 0.0,
+        exposed=work.exposed / chip.link_bandwidth if work else 0.0,
+        useful=program.useful / (chip.flops * chips),
     )
 
 
-def _utilisation(useful: float, work: Work, chip: Chip, chips: int) -> float:
-    if not chip.clock:
-        return 0.0
-    seconds = work.cycles / chip.clock + work.kernel_flops / chip.flops
-    return useful / (seconds * chip.flops * chips) if seconds else 0.0
+def _window_estimate(work: Work, chip: Chip) -> float:
+    """The compiler's estimate, with the products by matrix units and windows instead."""
+    others = work.cycles - sum(product.calls * product.cycles for product in work.products)
+    products = sum(product.seconds(chip.flops, chip.hbm_bandwidth) for product in work.products)
+    return others / chip.clock + products
 
 
 def lower_bounds(work: Work, chip: Chip) -> dict[str, float]:
@@ -225,8 +249,14 @@ def _program_json(program: ProgramSheet) -> dict[str, Any]:
         "seconds_lower_bound": program.seconds,
         "share_of_work_asked_for": program.asked,
         "seconds_compiler_estimate": program.estimate,
-        "static_mfu": program.utilisation,
+        "seconds_by_windows": program.window_estimate,
+        "seconds_of_synchronous_collectives": program.exposed,
+        "static_mfu": program.utilisation(),
+        "static_mfu_exposed": program.utilisation(exposed=True),
+        "static_mfu_by_windows": program.utilisation(windows=True),
+        "static_mfu_by_windows_exposed": program.utilisation(windows=True, exposed=True),
     }
     if program.work:
         values["work_per_chip"] = dataclasses.asdict(program.work)
+        del values["work_per_chip"]["products"]  # as many as the program has, and only their times are of interest
     return values

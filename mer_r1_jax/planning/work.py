@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 
 from mer_r1_jax.planning.flops import library_flops, product_flops
-from mer_r1_jax.planning.hlo import COLLECTIVES, Array, Computation, Instruction, parse
+from mer_r1_jax.planning.hlo import COLLECTIVES, Array, Computation, Instruction, group_size, parse
+from mer_r1_jax.planning.windows import window_bytes
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN_CYCLES = 2**60  # the compiler writes numbers beyond this where it has no estimate
@@ -21,11 +21,6 @@ _ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _STATED_BYTES = re.compile(r'"cost_estimate":\s*\{[^}]*"bytes_accessed":\s*"?(\d+)')
 _ROW_ATTENTION = re.compile(r'op_name="[^"]*text_decoder[^"]*/attention_(forward|backward)/')
-# replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
-_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9, ]+)\}")
-_ORDERED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
-_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "add-dependency", "domain"}
@@ -44,19 +39,51 @@ class Collective:
         bytes: of the whole array on one chip, before a reduce-scatter or after an all-gather.
         chips: that take part in one.
         calls: how often it runs.
+        synchronous: of these calls, those beside which the chip does nothing else.
     """
 
     kind: str
     bytes: int
     chips: int
     calls: int
+    synchronous: int
 
     @property
     def sent(self) -> float:
         """Bytes one chip has to send in all its calls, by the cheapest known algorithm."""
+        return self._sent(self.calls)
+
+    @property
+    def exposed(self) -> float:
+        """Bytes of these that it sends while it does nothing else."""
+        return self._sent(self.synchronous)
+
+    def _sent(self, calls: int) -> float:
         passes = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
         share = 1.0 if self.kind == "collective-permute" else (self.chips - 1) / max(self.chips, 1)
-        return self.calls * passes * self.bytes * share
+        return calls * passes * self.bytes * share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+    """An operation of the compiler's schedule with matrix products in it, kernels left out.
+
+    Attributes:
+        flops: of one call.
+        bytes: that one call reads from HBM and writes to it; where the compiler states its windows, what these fetch
+            if every step of their grid reads both operands' anew, if that is more.
+        cycles: the compiler's estimate for one call.
+        calls: how often it runs.
+    """
+
+    flops: float
+    bytes: float
+    cycles: int
+    calls: int
+
+    def seconds(self, flops: float, bandwidth: float) -> float:
+        """Of all calls, where matrix units (`flops` a second) and HBM (bytes a second) work side by side."""
+        return self.calls * max(self.flops / flops, self.bytes / bandwidth)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +95,10 @@ class Work:
         kernel_flops: of these kernels alone.
         hbm_bytes: read from and written to HBM; of slices only what is taken.
         cycles: the compiler's own estimate for what is neither a collective nor a kernel.
+        products: the operations of the schedule that `cycles` and `flops` have most of, in no order.
         collectives: largest first.
+        collective_operations, synchronous_operations: how many collectives the program's text has, each once; and those
+            beside which the chip does nothing else.
         silent_kernels: calls of kernels that state no operations, which `flops` therefore lacks.
         open_loops: loops whose end depends on data.
     """
@@ -77,7 +107,10 @@ class Work:
     kernel_flops: float
     hbm_bytes: float
     cycles: int
+    products: tuple[Product, ...]
     collectives: tuple[Collective, ...]
+    collective_operations: int
+    synchronous_operations: int
     silent_kernels: int
     open_loops: int
 
@@ -85,6 +118,23 @@ class Work:
     def sent(self) -> float:
         """Bytes one chip has to send to others."""
         return sum(collective.sent for collective in self.collectives)
+
+    @property
+    def exposed(self) -> float:
+        """Bytes of these that it sends while it does nothing else."""
+        return sum(collective.exposed for collective in self.collectives)
+
+
+_Key = tuple[str, int, int]  # of a collective: its kind, bytes and chips
+
+
+@dataclasses.dataclass
+class _Fused:
+    """A collective that was counted: of which kind, how often it runs, and whether other work runs beside it."""
+
+    key: _Key
+    times: int
+    hidden: bool = False
 
 
 def work_of(text: str, longest_loop: int = 1, visited: float = 1.0) -> Work:
@@ -105,59 +155,99 @@ class _Reader:
         self.computations, self.entry = parse(text)
         self.longest_loop, self.visited = longest_loop, visited
         self.flops = self.kernel_flops = self.bytes = 0.0
-        self.collectives: collections.Counter[tuple[str, int, int]] = collections.Counter()
-        self.silent_kernels = self.open_loops = self.cycles = 0
+        self.collectives: collections.Counter[_Key] = collections.Counter()
+        self.asynchronous: collections.Counter[_Key] = collections.Counter()
+        self.products: list[Product] = []
+        self.silent_kernels = self.open_loops = self.cycles = self.operations = self.hidden_operations = 0
 
     def work(self) -> Work:
         self._visit(self.entry, 1, in_hbm=True)
         found = [
-            Collective(kind=kind, bytes=size, chips=chips, calls=calls)
-            for (kind, size, chips), calls in self.collectives.items()
+            Collective(kind=kind, bytes=size, chips=chips, calls=calls, synchronous=calls - self.asynchronous[key])
+            for key, calls in self.collectives.items()
+            for kind, size, chips in [key]
         ]
         return Work(
             flops=self.flops,
             kernel_flops=self.kernel_flops,
             hbm_bytes=self.bytes,
             cycles=self.cycles,
+            products=tuple(self.products),
+            collective_operations=self.operations,
+            synchronous_operations=self.operations - self.hidden_operations,
             collectives=tuple(sorted(found, key=lambda one: -one.sent)),
             silent_kernels=self.silent_kernels,
             open_loops=self.open_loops,
         )
 
-    def _visit(self, name: str, times: int, in_hbm: bool, channels: set[str] | None = None) -> None:
+    def _visit(self, name: str, times: int, in_hbm: bool, fused: dict[str, _Fused] | None = None) -> None:
         """Adds up one computation; inside a fusion nothing touches HBM but its arguments and results.
 
-        `channels` are those of the collectives already counted: one that is fused with the products it hides behind
-        stands in the fusion that starts it, in those that carry it on and in the one that ends it.
+        `fused` has the collectives already counted inside the fusions of a schedule, by their channels: one that is
+        fused with the products it hides behind stands in the fusion that starts it, in those that carry it on and in
+        the one that ends it.
         """
         computation = self.computations[name]
-        channels = set() if in_hbm or channels is None else channels
+        fused = {} if in_hbm or fused is None else fused
         for instruction in computation.values():
-            opcode = instruction.opcode
-            if opcode == "while":
+            if instruction.opcode == "while":
                 trips, known = self._trips(instruction)
                 self.open_loops += not known
                 self._visit(_named(instruction, "body"), times * trips, in_hbm)
                 continue
-            if opcode in ("convolution", "dot"):
-                self.flops += times * product_flops(instruction, computation)
-            elif opcode == "custom-call":
-                self._kernel(instruction, computation, times)
-            if in_hbm and (estimate := _CYCLES.search(instruction.attributes)):
-                self.cycles += times * (int(estimate.group(1)) if int(estimate.group(1)) < _UNKNOWN_CYCLES else 0)
-            if in_hbm and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
-                self.bytes += times * self._traffic(instruction, computation)
-            if channel := _CHANNEL.search(instruction.attributes):
-                if channel.group(1) in channels:
-                    continue
-                channels.add(channel.group(1))
-            if self._collective(instruction, computation, times):
-                continue
-            inside = in_hbm and opcode in ("call", "conditional")
-            if opcode in ("fusion", "call", "conditional", "async-start", "fusion-start"):
-                for called in instruction.called:
-                    if called in self.computations:
-                        self._visit(called, times, inside, channels)
+            before = self.flops - self.kernel_flops, self.cycles, self.bytes
+            self._add(instruction, computation, times, in_hbm, fused)
+            flops = self.flops - self.kernel_flops - before[0]
+            if in_hbm and flops and instruction.opcode not in ("call", "conditional"):
+                cycles, moved = (self.cycles - before[1]) // times, (self.bytes - before[2]) / times
+                moved = max(moved, window_bytes(instruction, computation, self.computations))
+                self.products.append(Product(flops=flops / times, bytes=moved, cycles=cycles, calls=times))
+
+    def _add(
+        self, instruction: Instruction, computation: Computation, times: int, in_hbm: bool, fused: dict[str, _Fused]
+    ) -> None:
+        """Adds up one instruction that is no loop, and what it calls."""
+        opcode = instruction.opcode
+        if opcode in ("convolution", "dot"):
+            self.flops += times * product_flops(instruction, computation)
+        elif opcode == "custom-call":
+            self._kernel(instruction, computation, times)
+        if in_hbm and (estimate := _CYCLES.search(instruction.attributes)):
+            self.cycles += times * (int(estimate.group(1)) if int(estimate.group(1)) < _UNKNOWN_CYCLES else 0)
+        if in_hbm and opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+            self.bytes += times * self._traffic(instruction, computation)
+        if key := self._collective(instruction, computation):
+            channel = _CHANNEL.search(instruction.attributes)
+            # In a schedule each is one of its own, although a few small ones share a channel.
+            if not in_hbm and channel and (seen := fused.get(channel.group(1))):
+                self._hide(seen)
+                return
+            one = _Fused(key, times)
+            self.collectives[key] += times
+            self.operations += 1
+            if opcode.endswith("-start"):
+                self._hide(one)
+            elif not in_hbm and channel:
+                fused[channel.group(1)] = one
+            return
+        inside = in_hbm and opcode in ("call", "conditional")
+        # What runs on the sparse cores stands in a custom call, within what starts it.
+        offloaded = opcode == "custom-call" and not in_hbm
+        if offloaded or opcode in ("fusion", "call", "conditional", "async-start", "fusion-start"):
+            begun = self.operations, collections.Counter(self.collectives)
+            for called in instruction.called:
+                if called in self.computations:
+                    self._visit(called, times, inside, fused)
+            if in_hbm and opcode.endswith("-start"):  # what it calls runs beside what comes before its end
+                self.hidden_operations += self.operations - begun[0]
+                self.asynchronous += self.collectives - begun[1]
+
+    def _hide(self, one: _Fused) -> None:
+        """Notes that the chip does other work beside a collective."""
+        if not one.hidden:
+            one.hidden = True
+            self.hidden_operations += 1
+            self.asynchronous[one.key] += one.times
 
     def _trips(self, loop: Instruction) -> tuple[int, bool]:
         """How often a loop runs, and whether the text says so."""
@@ -189,24 +279,21 @@ class _Reader:
         else:
             self.silent_kernels += times
 
-    def _collective(self, instruction: Instruction, computation: Computation, times: int) -> bool:
-        """Counts a collective; a fusion named after one is the compiler's way to write a reduce-scatter."""
+    def _collective(self, instruction: Instruction, computation: Computation) -> _Key | None:
+        """Kind, bytes and chips of a collective; a fusion named after one is the compiler's reduce-scatter."""
         kind = instruction.opcode.removesuffix("-start")
         if instruction.opcode == "fusion" and instruction.called[0].startswith("all-reduce-scatter"):
             inner = self.computations[instruction.called[0]].values()
             reduce = next((one for one in inner if one.opcode.startswith("all-reduce")), None)
             if reduce is None:
-                return False
-            size = sum(array.bytes for array in reduce.arrays)
-            self.collectives["reduce-scatter", size, _group_size(reduce)] += times
-            return True
+                return None
+            return "reduce-scatter", sum(array.bytes for array in reduce.arrays), group_size(reduce)
         if kind not in COLLECTIVES or instruction.opcode.endswith("-done"):
-            return False
-        chips = _group_size(instruction)
+            return None
+        chips = group_size(instruction)
         operands = sum(self._operand_bytes(instruction, computation))
         size = operands * chips if kind == "all-gather" else operands
-        self.collectives[kind, size, chips] += times
-        return True
+        return kind, size, chips
 
     def _operand_bytes(self, instruction: Instruction, computation: Computation) -> Iterator[int]:
         for name in instruction.operands:
@@ -309,18 +396,3 @@ def _named(instruction: Instruction, name: str) -> str:
 
 def _parameter_number(instruction: Instruction) -> int:
     return int(instruction.inside)
-
-
-def _group_size(instruction: Instruction) -> int:
-    """Chips that take part in one collective."""
-    attributes = instruction.attributes
-    if instruction.opcode.startswith("collective-permute"):
-        return 2
-    if match := _LISTED_GROUPS.search(attributes):
-        return match.group(1).count(",") + 1
-    if match := _ORDERED_GROUPS.search(attributes):
-        return int(match.group(1))
-    if match := _MESH_GROUPS.search(attributes):
-        sizes = {name: int(size) for name, size, _ in _MESH_AXIS.findall(match.group(1))}
-        return math.prod(int(part) if part else sizes[name] for name, _, part in _MESH_AXIS.findall(match.group(2)))
-    raise ValueError(f"{instruction.name}: cannot tell which chips take part in it: {attributes[:200]}")

@@ -215,7 +215,8 @@ def make_setup(
     thinker, dtypes = thinker_config(model, tokenizer), param_dtypes(dataclasses.replace(config, model=model))
     if config.model.adapter_path:
         check_adapters(config.model.adapter_path, thinker)
-    backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, dtypes)
+    offload = config.mesh.sparse_core_collectives
+    backbone = OmniBackbone.create(thinker, mesh, config.model.packed_rows, dtypes, offload)
     tags = AnswerTags(tokenizer)
     # What a word's confidence sums over: the first tokens of its category, or (arm sfcc_word) its own.
     table = WordTable if arm_of(config.rl.arm).candidates == "word" else CandidateTable

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.parallel import SPARSE_CORE, product_options
 from mer_r1_jax.parallel.rules import replicated
 from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.training.state import Params, TrainState, init_state, state_shardings
@@ -41,6 +42,7 @@ class Backbone(Protocol):
         shardings: where each parameter lives in training, a `NamedSharding` under every name of `shapes`.
         decode_shardings: the same while completions are sampled, for the parameters that decoding reads.
         packed_rows: whether completions are scored in one row with their prompt (`rl/packing.py`).
+        sparse_core_collectives: whether programs of training leave collectives to the sparse cores of TPUs.
     """
 
     config: ThinkerConfig
@@ -49,6 +51,7 @@ class Backbone(Protocol):
     shardings: Params
     decode_shardings: Params
     packed_rows: bool
+    sparse_core_collectives: bool = False
 
     def bind(self, params: Params) -> BoundModel:
         """The model around parameters, all of them, or all but its adapters; for use inside `jit`."""
@@ -149,7 +152,12 @@ def compiler_options(backbone: Backbone, decode: bool = False) -> dict[str, str]
     them lie in memory a second time, at twice the size (3B: 13 GB beside 9.4). A large model is converted a layer at a
     time.
     """
-    platform = backbone.mesh.devices.flat[0].platform
+    device = backbone.mesh.devices.flat[0]  # of the mesh, which may be that of a slice that is only compiled for
+    platform = device.platform
+    if platform == "tpu":
+        # A token's products are small and wait for memory; more room only makes their compile longer.
+        offload = SPARSE_CORE if backbone.sparse_core_collectives else {}
+        return None if decode else product_options(device.device_kind) | offload or None
     if platform == "gpu":
         return GPU_DECODING if decode else None
     if platform != "cpu" or backbone.config.compute_dtype == "float32":

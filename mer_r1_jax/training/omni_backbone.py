@@ -23,6 +23,7 @@ from mer_r1_jax.omni.hf.peft_folder import load_adapters
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.lora import AdapterConfig, fresh_adapters, is_adapter, without_adapters
 from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
+from mer_r1_jax.parallel import SPARSE_CORE_KINDS
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, param_shardings
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.state import Params, flatten, nest
@@ -60,7 +61,7 @@ class OmniBackbone(Backbone):
     """The Thinker of Qwen2.5-Omni.
 
     Attributes:
-        config, mesh, shapes, shardings, decode_shardings, packed_rows: as of `Backbone`.
+        config, mesh, shapes, shardings, decode_shardings, packed_rows, sparse_core_collectives: as of `Backbone`.
         graphdef: the NNX structure, hashable, with adapters where the architecture has them.
     """
 
@@ -71,6 +72,7 @@ class OmniBackbone(Backbone):
     decode_shardings: Params
     packed_rows: bool
     graphdef: Any
+    sparse_core_collectives: bool = False
 
     @classmethod
     def create(
@@ -79,6 +81,7 @@ class OmniBackbone(Backbone):
         mesh: Mesh,
         packed_rows: bool = False,
         dtypes: Callable[[str], Any] | None = None,
+        sparse_core_collectives: bool = False,
     ) -> OmniBackbone:
         """Lays the architecture out on a mesh without allocating anything.
 
@@ -87,10 +90,18 @@ class OmniBackbone(Backbone):
             mesh: where it will live.
             packed_rows: as of `Backbone`.
             dtypes: the dtype of each parameter by its name; None keeps all in the architecture's `param_dtype`.
+            sparse_core_collectives: as of `Backbone`.
 
         Raises:
+            ConfigError: sparse cores on a device that has none, or that nothing was compiled for with them.
             ShardingError: a parameter that the mesh cannot cut as training, or as decoding, wants it.
         """
+        kind = mesh.devices.flat[0].device_kind
+        if sparse_core_collectives and kind not in SPARSE_CORE_KINDS:
+            raise ConfigError(
+                f"mesh.sparse_core_collectives: got True on {kind!r}, expected a chip of TPU v5p, the only one that "
+                "programs were compiled for with it; leave it at False"
+            )
         graphdef, shapes, axes = abstract_thinker(config)
         shardings = param_shardings(shapes, axes, mesh)
         # Completions are sampled by the text decoder alone, from features that are there already.
@@ -98,7 +109,8 @@ class OmniBackbone(Backbone):
         flat = flatten(shapes)
         if dtypes is not None:
             flat = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes(name)) for name, leaf in flat.items()}
-        return cls(config, mesh, flat, flatten(shardings), flatten(decoded), packed_rows, graphdef)
+        placed = flatten(shardings), flatten(decoded)
+        return cls(config, mesh, flat, *placed, packed_rows, graphdef, sparse_core_collectives)
 
     def bind(self, params: Params) -> Thinker:
         """As of `Backbone`; parameters without adapters give the model with its adapters switched off."""

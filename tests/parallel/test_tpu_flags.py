@@ -11,7 +11,10 @@ from mer_r1_jax.parallel import (
     FLAGS,
     GPU_MEMORY_SHARE,
     GPU_MEMORY_VARIABLE,
+    SCOPED_VMEM,
+    SCOPED_VMEM_KIB,
     VARIABLE,
+    product_options,
     set_gpu_memory,
     set_tpu_flags,
 )
@@ -63,6 +66,23 @@ def test_commands_set_them(monkeypatch):
         parse_flags(["train.py", "--no_such_flag"])
     assert os.environ[VARIABLE].split() == OURS
     assert float(os.environ[GPU_MEMORY_VARIABLE]) == GPU_MEMORY_SHARE
+
+
+def test_products_may_fill_more_vector_memory_on_chips_that_are_known():
+    for kind, kib in SCOPED_VMEM_KIB.items():
+        assert product_options(kind, {}) == {SCOPED_VMEM: str(kib)}
+        assert 16 * 1024 < kib < vmem_kib(kind)
+    assert product_options("TPU v4", {}) == {}
+
+
+def vmem_kib(kind):
+    return 1024 * (64 if kind in ("TPU v5", "TPU v5p") else 128)
+
+
+def test_a_limit_of_vector_memory_that_the_user_set_stays():
+    """As an option of a program it would go before the user's flag, so none is given."""
+    assert product_options("TPU v5", {VARIABLE: f"--{SCOPED_VMEM}=65536"}) == {}
+    assert product_options("TPU v5", {VARIABLE: "--xla_jf_dump_to=there"}) != {}
 
 
 @pytest.mark.parametrize("name", [GPU_MEMORY_VARIABLE, "XLA_PYTHON_CLIENT_MEM_FRACTION"])

@@ -27,7 +27,10 @@ PROGRAM = ProgramSheet(
     seconds={},
     asked=0.0,
     estimate=0.0,
-    utilisation=0.0,
+    window_estimate=0.0,
+    kernels=0.0,
+    exposed=0.0,
+    useful=0.0,
 )
 CONFIG = RunConfig(model=ModelConfig(packed_rows=True), rl=RlConfig(prompts_per_step=4))
 

@@ -1,7 +1,8 @@
 """The 7B run on 16 chips of v5p, its RL update and its rollout compiled by the real TPU compiler: they fit, and why.
 
-The shipped configuration; layers are scanned, so fewer of them would hardly compile faster. The update takes the shape
-that performance is stated for, 64 rows of 4096 tokens, and so does a chunk of decoding, 256 rows on another mesh.
+The rollout is the shipped configuration's; layers are scanned, so fewer of them would hardly compile faster. The update
+takes the shape and the mesh that performance is stated for, 64 rows of 4096 tokens on 16 chips of `fsdp`, and so does a
+chunk of decoding, 256 rows on another mesh.
 """
 
 import dataclasses
@@ -34,8 +35,9 @@ def sheets(config, tmp_path_factory):
     """The plans of both programs by name."""
     cache = tmp_path_factory.mktemp("cache")
     large = dataclasses.replace(config.rl, prompts_per_step=64, max_completion_length=512)
+    whole = dataclasses.replace(config.mesh, tensor=1)
     return {
-        "update": plan(dataclasses.replace(config, rl=large), SLICE, cache_dir=cache, only=["update"]),
+        "update": plan(dataclasses.replace(config, rl=large, mesh=whole), SLICE, cache_dir=cache, only=["update"]),
         "sample": plan(config, SLICE, cache_dir=cache, only=["sample"]),
     }
 
@@ -61,7 +63,9 @@ def test_the_update_does_its_work_once(programs):
     update = programs["update"]
     assert (update.work.silent_kernels, update.work.open_loops) == (0, 0)
     assert update.asked == pytest.approx(1, abs=0.05)
-    assert update.utilisation >= 0.65
+    # By the estimate of the compiler; and by matrix units and windows, which more vector memory hardly changes.
+    assert update.utilisation() >= 0.82
+    assert update.utilisation(windows=True) >= 0.85
 
 
 def test_no_loop_gathers_the_unembedding_or_a_stack_of_layers(programs):
@@ -77,12 +81,18 @@ def test_no_loop_gathers_the_unembedding_or_a_stack_of_layers(programs):
 def test_decoding_moves_weights_and_cache_and_little_else(config, programs):
     sample, tokens = programs["sample"], config.rl.max_completion_length
     assert sample.work.open_loops == 1
+    tensor = config.mesh.tensor
     # The embedding is looked up, not read.
-    needed = sample.held["rollout"] - 2 * TABLE + sample.cache
+    needed = sample.held["rollout"] - 2 * TABLE // tensor + sample.cache
     assert needed <= sample.work.hbm_bytes / tokens <= 1.15 * needed
-    # Only prefill gathers weights; a token's own collectives are activations.
+    # Only prefill gathers weights; a token's own collectives are activations, and logits of the rows of a tensor group.
+    completions = config.rl.prompts_per_step * config.rl.num_generations // (CHIPS // tensor)
+    logits = 4 * completions * TABLE // 3_584 // tensor
     for one in sample.work.collectives:
-        assert one.calls < tokens or one.bytes < MIB
+        assert one.calls < tokens or one.bytes < MIB or (one.kind, one.bytes) == ("all-to-all", logits)
+    a_token = sum(one.calls for one in sample.work.collectives if one.calls >= tokens) / tokens
+    assert a_token <= 3 * LAYERS + 6
+    assert sample.bound <= 0.74  # seconds; 1.46 on 16 chips of fsdp
 
 
 def test_a_chunk_of_decoding_needs_little_besides_weights_and_cache(config, tmp_path):

@@ -15,7 +15,9 @@ from support.tiny_plan import tiny_config
 
 from mer_r1_jax.config.build import load_config
 from mer_r1_jax.config.schema import ConfigError
+from mer_r1_jax.parallel import SCOPED_VMEM, SCOPED_VMEM_KIB
 from mer_r1_jax.planning.chips import CHIPS, GIB, TopologyError, chip_of, topology_devices
+from mer_r1_jax.planning.compilation import _fingerprint, options_of
 from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.markdown import markdown
 from mer_r1_jax.planning.planner import alternatives, plan
@@ -118,6 +120,55 @@ def test_a_plan_is_compiled_once(cache, monkeypatch, sheet):
     assert sorted(cache.iterdir()) == files
     with pytest.raises(TypeError):
         plan(tiny_config(max_completion_length=40), SLICE, cache_dir=cache, only=["update"])
+
+
+def test_programs_of_products_are_compiled_with_more_vector_memory_and_kept_apart(monkeypatch):
+    """A run's program carries the option; a plan that was made without it is not taken for one that was."""
+    expected = {SCOPED_VMEM: str(SCOPED_VMEM_KIB["TPU v5"])}
+    keys = set()
+    for options in (expected, {}):
+        monkeypatch.setattr("mer_r1_jax.training.backbone.product_options", lambda kind, options=options: options)
+        run = RunPrograms(tiny_config(), topology_devices(SLICE))
+        lowered = {one.name: one.trace().lower(lowering_platforms=("tpu",)) for one in run.rl(run.buckets("rl")[-1])}
+        found = {name: options_of(one) for name, one in lowered.items()}
+        assert found == dict.fromkeys(("encode", "score", "reference", "update"), options) | {"cast": {}, "sample": {}}
+        keys.add(_fingerprint(lowered["update"], SLICE, chip_of(SLICE)))
+    assert len(keys) == 2
+
+
+def test_sums_of_gradients_run_beside_products_on_the_sparse_cores(cache, sheet):
+    config = tiny_config()
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sparse_core_collectives=True))
+    (update,) = plan(config, SLICE, cache_dir=cache, only=["update"]).programs
+    (usual,) = sheet.programs
+    assert update.work.collective_operations == usual.work.collective_operations == usual.work.synchronous_operations
+    assert update.work.sent == usual.work.sent == usual.work.exposed
+    assert {one.kind for one in update.work.collectives if one.synchronous < one.calls} == {"reduce-scatter"}
+    assert update.work.exposed < usual.work.exposed
+
+
+def test_chips_without_sparse_cores_refuse_them():
+    config = tiny_config()
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sparse_core_collectives=True))
+    with pytest.raises(ConfigError, match="mesh.sparse_core_collectives: got True on 'TPU v5 lite'"):
+        RunPrograms(config, topology_devices("v5e:2x2"))
+
+
+def test_both_readings_of_utilisation(sheet):
+    """By hand, of a program with one second of each."""
+    (update,) = sheet.programs
+    one = dataclasses.replace(update, useful=3.0, estimate=4.0, window_estimate=2.0, kernels=1.0, exposed=1.0)
+    assert (one.utilisation(), one.utilisation(exposed=True)) == (3 / 5, 3 / 6)
+    assert (one.utilisation(windows=True), one.utilisation(windows=True, exposed=True)) == (3 / 3, 3 / 4)
+    assert dataclasses.replace(one, estimate=0.0).utilisation(windows=True) == 0  # a GPU's compiler makes none
+    # Products are read otherwise, all else is not.
+    products = update.work.products
+    chip = chip_of(SLICE)
+    others = update.estimate - sum(product.calls * product.cycles for product in products) / chip.clock
+    least = sum(product.calls * product.flops for product in products) / chip.flops
+    assert products and update.window_estimate >= others + least
+    page = markdown(dataclasses.replace(sheet, programs=(one,)))
+    assert "| 60% / 50% | 100% / 75% |" in page
 
 
 def test_what_does_not_fit_is_named_with_its_cure(cache, monkeypatch, sheet):

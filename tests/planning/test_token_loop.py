@@ -7,11 +7,12 @@ are large beside a token's activations, as at full size.
 
 import collections
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
-from support.loops import token_loop
+from support.loops import layers_loop, token_loop
 
 from mer_r1_jax.config.schema import MeshConfig, RlConfig
 from mer_r1_jax.omni.batch import Prompts, Tokens
@@ -31,6 +32,8 @@ from mer_r1_jax.training.rl_step import RlPrograms
 # Long completions: a chip's caches would lie in its vector memory otherwise.
 ROWS, TOKENS, GENERATIONS, LENGTH, CHUNK = 16, 256, 4, 16384, 32
 VOCABULARY, WIDTH, LAYERS, KV_HEADS, HEAD = 16384, 1024, 2, 4, 128
+OPERATIONS = 33  # of a layer that the compiler counts time for
+_CYCLES = re.compile(r'"estimated_cycles":"\d{1,15}"')
 # What hands an array on, or writes a part of it where it lies.
 IN_PLACE = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "dynamic-update-slice"}
 
@@ -103,7 +106,8 @@ def test_the_token_loop_gathers_no_weight_and_copies_no_cache(program, slice_, m
     programs = programs_on(slice_, **mesh)
     function, arguments, static = program(programs)
     planned = PlannedProgram(name="sample", phase="rl", function=function, args=arguments, static=static, held={})
-    inside = token_loop(compile_program(planned, slice_, tmp_path).text)
+    text = compile_program(planned, slice_, tmp_path).text
+    inside = token_loop(text)
     samples = ROWS // mesh["fsdp"] * GENERATIONS  # of a chip
     logits = 4 * samples * VOCABULARY // mesh["tensor"]
     activations = 2 * ROWS * GENERATIONS * WIDTH  # of all rows: what comes together before a feed-forward layer
@@ -116,6 +120,12 @@ def test_the_token_loop_gathers_no_weight_and_copies_no_cache(program, slice_, m
     assert moved["all-to-all"] == [logits]
     assert max(size for sizes in moved.values() for size in sizes) == max(logits, activations)
     cache = 2 * LAYERS * samples * LENGTH * KV_HEADS // mesh["tensor"] * HEAD
+    # One all-reduce for attention, and before and after the feed-forward layer one collective each.
+    layer = layers_loop(text)
+    kinds = collections.Counter(one.opcode.removesuffix("-start") for one in layer)
+    assert {kind: kinds[kind] for kind in COLLECTIVES if kinds[kind]} == {"all-gather": 1, "all-reduce": 2}
+    # An operation takes a microsecond, however small: what is the same in every layer has no place here.
+    assert len([one for one in layer if _CYCLES.search(one.attributes)]) <= OPERATIONS
     made = [one for one in inside if any(array.bytes >= cache for array in one.arrays)]
     assert {one.opcode for one in made} <= IN_PLACE
     assert sum(one.opcode == "dynamic-update-slice" for one in made) == 2  # a token's keys and its values

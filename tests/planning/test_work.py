@@ -138,6 +138,45 @@ def test_a_collective_fused_with_products_counts_once():
     text = ENTRY.format(line="LINES").replace("ROOT LINES", "\n  ".join(lines)).replace("ENTRY", parts + "ENTRY")
     (collective,) = work_of(text).collectives
     assert (collective.kind, collective.calls) == ("all-gather", 2)
+    # Nothing carries the other one on.
+    assert (collective.synchronous, work_of(text).collective_operations, work_of(text).synchronous_operations) == (
+        1,
+        2,
+        1,
+    )
+
+
+WRAPPED = """%wrapped (p.3: f32[64,128]) -> f32[256,128] {
+  %p.3 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  ROOT %g = f32[256,128]{1,0:T(8,128)} all-gather(%p.3), channel_id=1, replica_groups={{0,1,2,3}}
+}, execution_thread="sparsecore"
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "synchronous"),
+    [
+        ("%s = f32[256,128]{1,0:T(8,128)} all-gather(%a), channel_id=1, replica_groups={{0,1,2,3}}", 1),
+        ("%s = f32[16,128]{1,0:T(8,128)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1", 1),
+        ("%s = (f32[64,128]{1,0}, f32[256,128]{1,0}) all-gather-start(%a), replica_groups={{0,1,2,3}}", 0),
+        ("%s = ((f32[64,128]{1,0}), f32[256,128]{1,0}, u32[]) async-start(%a), calls=%wrapped", 0),
+    ],
+)
+def test_only_what_ends_before_the_next_operation_is_synchronous(line, synchronous):
+    work = work_of(ENTRY.format(line=line).replace("ENTRY", WRAPPED + "ENTRY"))
+    (collective,) = work.collectives
+    assert (collective.calls, collective.synchronous) == (1, synchronous)
+    assert (work.collective_operations, work.synchronous_operations) == (1, synchronous)
+    assert work.exposed == synchronous * work.sent
+
+
+def test_collectives_of_a_schedule_are_each_one_of_its_own():
+    """Parts of one larger collective may share a channel."""
+    line = "f32[64,128] collective-permute({}), channel_id=1, source_target_pairs={{{{0,1}}}}"
+    text = ENTRY.format(line=f"%t = {line.format('%s')}").replace("  ROOT", f"  %s = {line.format('%a')}\n  ROOT")
+    (collective,) = work_of(text).collectives
+    assert (collective.calls, collective.synchronous) == (2, 2)
 
 
 def test_a_collective_of_unknown_size_is_refused():
@@ -304,3 +343,10 @@ def test_several_arrays_gathered_together_are_all_moved():
     assert work.hbm_bytes == 5 * (X_GPU + Y)
     reduced = gpu_work(f"%s = bf16[8,32,64]{{2,1,0}} all-reduce-start(%x), {groups}, to_apply=%add")
     assert reduced.hbm_bytes == 2 * X_GPU
+
+
+def test_a_kernel_is_no_product():
+    assert work_of(LOOP).products[0].calls == TRIPS
+    kernel = 'custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"9"}}'
+    work = work_of(ENTRY.format(line=f"%s = f32[16,128] custom-call(%a), {kernel}"))
+    assert (work.products, work.kernel_flops) == ((), 9)

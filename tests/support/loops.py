@@ -38,6 +38,15 @@ def token_loop(text: str) -> list[Instruction]:
     return found
 
 
+def layers_loop(text: str) -> list[Instruction]:
+    """The instructions of the loop over layers within that over tokens, without those inside fusions."""
+    computations, _ = parse(text)
+    loops_inside = [one for one in token_loop(text) if one.opcode == "while"]
+    bodies = [computations[one.attribute(r"\bbody=%?([\w.<>-]+)")[0]] for one in loops_inside]
+    # What sorts or adds up numbers is a loop too, and a shorter one.
+    return list(max(bodies, key=len).values())
+
+
 def _inside(computations: dict[str, Computation], name: str, fused: bool) -> Iterator[Instruction]:
     for instruction in computations[name].values():
         yield instruction
