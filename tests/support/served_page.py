@@ -26,8 +26,8 @@ class StandIn:
 
     def answer(self, asked, tell):
         self.asked.append(asked)
-        tell({"kind": "clip", "bytes": asked.clip.stat().st_size})
-        try:
+        try:  # from here on: whoever asked may be gone already, and then the first word ends it
+            tell({"kind": "clip", "bytes": asked.clip.stat().st_size})
             while not self.hold.wait(0.01):
                 tell({"kind": "text", "text": "still"})
             if self.error:
