@@ -87,10 +87,6 @@ def test_record_that_cannot_be_used_is_named_with_file_and_line(refusal, config_
         ({"rl": {"num_iterations": 4}}, ["rl.max_steps: got 6", "rl.num_iterations=4"]),
         ({"rl": {"num_iterations": 2}}, ["eval.eval_steps: got 3", "multiple of rl.num_iterations=2"]),
         (
-            {"rl": {"num_iterations": 2, "steps_per_generation": 2, "prompts_per_step": 2}},
-            ["rl.max_steps: got 6", "multiple of rl.steps_per_generation=2 x rl.num_iterations=2"],
-        ),
-        (
             {"rl": {"steps_per_generation": 2}},
             ["rl.prompts_per_step: got 4 x rl.steps_per_generation=2", "6 usable records"],
         ),

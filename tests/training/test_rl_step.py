@@ -10,6 +10,7 @@ import optax
 import pytest
 from support.small_run import visits_of, with_config
 
+from mer_r1_jax.config.schema import ConfigError
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.packing import Continuations
 from mer_r1_jax.rl.rollout import STOP_ABSENT
@@ -413,3 +414,14 @@ def test_one_update_a_rollout_is_the_program_it_was(small, trained, rollout):
         return str(programs.make_update(optax.sgd(1.0)).trace(state, rollout.experience, BETA).jaxpr)
 
     assert program() == program(steps_per_generation=3)
+
+
+def test_steps_are_whole_rollouts(small):
+    """Six records in rollouts of two, each learnt from in two updates, twice: three rollouts an epoch."""
+    several = {"prompts_per_step": 1, "steps_per_generation": 2, "num_iterations": 2}
+    phase = with_config(small, rl=several | {"max_steps": -1}, eval={"eval_steps": 0}).rl_phase()
+    assert phase.total_steps == 3 * 4 and {bucket.rows for bucket in phase.buckets} == {2}
+    with pytest.raises(ConfigError, match="rl.max_steps: got 6.*rl.steps_per_generation=2 x rl.num_iterations=2: a"):
+        with_config(small, rl=several | {"max_steps": 6}).rl_phase()
+    with pytest.raises(ConfigError, match="eval.eval_steps: got 3.*rl.steps_per_generation=2 x rl.num_iterations=2: e"):
+        with_config(small, rl=several | {"max_steps": 8}).rl_phase()
