@@ -38,7 +38,7 @@ REFUSALS = (
         r"scoped vmem|memory space vmem",
         "a kernel or fusion needs more vector memory than it is given",
         (
-            "LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768, which gives each twice the usual",
+            "LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=65536, four times what the compiler gives by itself",
             "a shorter data.max_prompt_length or a smaller rl.num_generations, which make a chip's rows shorter",
         ),
     ),

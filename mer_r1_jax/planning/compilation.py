@@ -103,7 +103,8 @@ def versions(chip: Chip) -> dict[str, str]:
 def options_of(lowered: jax.stages.Lowered) -> dict[str, str]:
     """The compiler's options that a program's `jit` was given."""
     # They are not in the program's text, and jax has no public name for them.
-    return dict(lowered._lowering._compiler_options_kvs)
+    lowering: Any = lowered._lowering
+    return dict(lowering._compiler_options_kvs)
 
 
 def _fingerprint(lowered: jax.stages.Lowered, topology: str, chip: Chip) -> str:
