@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import math
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
@@ -107,8 +109,24 @@ class ShownClip:
     players: tuple[Player, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How long a page may wait for clips' files; the clips after that are in it without their files.
+
+    Attributes:
+        seconds: for all files together.
+        asked: whether somebody asks for the end before that.
+    """
+
+    seconds: float = math.inf
+    asked: Callable[[], bool] = lambda: False
+
+
 def shown_clips(
-    clips: Iterable[tuple[str | None, str | None]], root: str | os.PathLike, megabytes: int
+    clips: Iterable[tuple[str | None, str | None]],
+    root: str | os.PathLike,
+    megabytes: int,
+    patience: Patience | None = None,
 ) -> list[ShownClip]:
     """Reads clips' files for a report, as training does: in a process with limits, nothing from outside the media root.
 
@@ -118,16 +136,23 @@ def shown_clips(
         root: the media root.
         megabytes: of files that may stand in the page, in the order of the clips; one that does not fit is left out,
             and a smaller one after it may still come in. 0 = none.
+        patience: with the files; None waits for every one of them, within the limits of each.
 
     Returns:
         One for each clip.
     """
-    pool = WorkerPool(1, MEDIA.decode_timeout)
-    room, found = megabytes * MEGABYTE, []
+    patience = patience or Patience()
+    pool = WorkerPool(1, min(MEDIA.decode_timeout, patience.seconds))
+    room, found, began = megabytes * MEGABYTE, [], time.monotonic()
     try:
         for video, audio in clips:
             players = []
-            for name in dict.fromkeys(name for name in (video, audio) if name):
+            names = list(dict.fromkeys(name for name in (video, audio) if name))
+            if patience.asked() or time.monotonic() - began > patience.seconds:
+                why = "left out of a page that could not wait for it"
+                found.append(ShownClip(ClipStrip(None, None, why), tuple(Player(str(n), note=why) for n in names)))
+                continue
+            for name in names:
                 player = _player(str(name), root, pool, room) if megabytes else Player(str(name))
                 room -= player.size
                 players.append(player)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.clip_frames import ClipStrip
-from mer_r1_jax.evaluation.clip_players import Player, shown_clips, tell_players
+from mer_r1_jax.evaluation.clip_players import Patience, Player, shown_clips, tell_players
 from mer_r1_jax.evaluation.report_kit import Word, WordMarks, percent
 from mer_r1_jax.evaluation.run_record import RunRecord, Stages, is_number
 
@@ -112,6 +112,7 @@ def clip_section(
     media_root: str | os.PathLike | None = None,
     count: int | None = None,
     missing: list[str] | None = None,
+    patience: Patience | None = None,
 ) -> ClipSection:
     """Puts together the clips of a report.
 
@@ -121,6 +122,7 @@ def clip_section(
         media_root: folder of the clips; None = as the configuration has it.
         count: clips shown, the first ones; None = `eval.num_examples`.
         missing: gets a line for what is not there.
+        patience: with the clips' files.
     """
     missing = [] if missing is None else missing
     section, emotion = run.config.get("eval", {}), run.config.get("emotion", {})
@@ -130,7 +132,8 @@ def clip_section(
     chosen = dict(itertools.islice(stages.end.samples.items(), count))
     marks = WordMarks(emotion.get("wheel_dir", ""), emotion.get("variant", "unibench"), missing) if chosen else None
     before = stages.start.samples if stages.end_is_rl and stages.start is not None else {}
-    shown = shown_clips([(row.get("video"), row.get("audio")) for row in chosen.values()], root, megabytes)
+    files = [(row.get("video"), row.get("audio")) for row in chosen.values()]
+    shown = shown_clips(files, root, megabytes, patience)
     clips = []
     for (name, row), seen in zip(chosen.items(), shown, strict=True):
         assert marks is not None  # there is a clip

@@ -9,6 +9,7 @@ from typing import Any
 
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.bootstrap import signed
+from mer_r1_jax.evaluation.clip_players import Patience
 from mer_r1_jax.evaluation.narrative import headline, tell_training, warnings_of
 from mer_r1_jax.evaluation.report_kit import (
     Cell,
@@ -63,6 +64,7 @@ def make_report(
     media_root: str | os.PathLike | None = None,
     num_examples: int | None = None,
     under_way: str = "",
+    patience: Patience | None = None,
 ) -> Path:
     """Writes `<run_dir>/report.html` from what lies in the folder.
 
@@ -72,6 +74,7 @@ def make_report(
             `data.eval_path`, or its `data.synthetic_dir`.
         num_examples: clips shown, the first ones in order; None = `eval.num_examples` of the configuration.
         under_way: how far the run has come, in words, while it goes on; "" says nothing about it.
+        patience: with the clips' files; None waits for all of them.
 
     Returns:
         The path of the report.
@@ -82,7 +85,7 @@ def make_report(
     run = read_run(run_dir)
     missing = list(run.missing)
     stages = stages_of(run, next(iter(run.evaluations))) if run.evaluations else None
-    section = clip_section(run, stages, media_root, num_examples, missing) if stages else None
+    section = clip_section(run, stages, media_root, num_examples, missing, patience) if stages else None
     values = dict(
         title=title_of(run),
         name=run_name(run),

@@ -37,6 +37,7 @@ from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig
 from mer_r1_jax.data.prefetch import ClipPrefetcher
 from mer_r1_jax.data.synthetic.oracle import oracle_of
 from mer_r1_jax.evaluation import summary
+from mer_r1_jax.evaluation.clip_players import Patience
 from mer_r1_jax.evaluation.run_report import make_report
 from mer_r1_jax.evaluation.second_looks import SecondLooks
 from mer_r1_jax.foreign_text import printable
@@ -84,6 +85,7 @@ from mer_r1_jax.training.stopping import Stop
 BENCHMARK = "heldout"  # names the files of evaluations
 EVALUATED_MODES = ("slow", "fast")
 REPORT_SECONDS = 60.0  # while a run goes on, its report is written at most this often
+CLIP_SECONDS = 20.0  # and waits for its clips' files no longer than this: nothing is trained meanwhile
 
 
 class NonFiniteError(RuntimeError):
@@ -429,10 +431,10 @@ def report(run: Run) -> None:
     conclude(run.folder, BENCHMARK)
 
 
-def _write_report(run: Run, under_way: str = "") -> None:
+def _write_report(run: Run, under_way: str = "", patience: Patience | None = None) -> None:
     data = run.config.data
     root = data.media_root or os.path.dirname(data.eval_path) or None
-    make_report(run.folder.path, media_root=root, under_way=under_way)
+    make_report(run.folder.path, media_root=root, under_way=under_way, patience=patience)
 
 
 # ---------------------------------------------------------------------------------------------- parts of the two loops
@@ -501,7 +503,8 @@ def _report_so_far(run: Run, under_way: str, steps: StepLog) -> None:
     if run.stop.asked() or began - steps.reported < max(REPORT_SECONDS, 20 * steps.report_took):
         return
     try:
-        _write_report(run, under_way)
+        # A disk that hangs would keep the run for minutes a file, and a signal from being obeyed.
+        _write_report(run, under_way, Patience(CLIP_SECONDS, run.stop.asked))
     except Exception as error:  # it is for looking at, and written again at the end, where an error counts
         steps.note(f"report.html could not be written; the run goes on ({type(error).__name__}: {printable(error)})")
     steps.reported = time.monotonic()

@@ -31,8 +31,10 @@ def test_the_pages_a_newcomer_begins_with_show_commands():
 
 def test_the_five_commands_of_your_data_hand_on_what_the_next_one_takes():
     """convert, validate, train, evaluate, export: folders and files are those that the command before has made."""
-    commands, flags = zip(*SHOWN["docs/your-data.md"][:5], strict=True)
-    assert commands == FIVE
+    shown = SHOWN["docs/your-data.md"][:6]
+    labels = next(words for command, words in shown if command == "convert-labels")  # once, before the fourth
+    commands, flags = zip(*(one for one in shown if one[0] != "convert-labels"), strict=True)
+    assert commands == FIVE and shown[3][0] == "convert-labels"
     converted, checked, trained, scored, served = (
         dict(word.removeprefix("--").partition("=")[::2] for word in words) for words in flags
     )
@@ -43,7 +45,7 @@ def test_the_five_commands_of_your_data_hand_on_what_the_next_one_takes():
     assert checked["model"] == trained["config.model.path"] and checked["config"] == trained["config"]
     config = load_config(trained["config"])
     assert scored["model"] == served["run"] == f"{config.train.output_dir}/{config.train.run_name or config.name}"
-    assert served["layout"] == "omni"
+    assert served["layout"] == "omni" and labels == [f"--root={scored['benchmark_root']}"]
 
 
 @pytest.mark.parametrize(

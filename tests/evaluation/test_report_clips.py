@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import types
 import wave
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from support.finished_run import write_clip, write_run
 from support.report_page import OURS, Page
 
 from mer_r1_jax.evaluation import clip_players
-from mer_r1_jax.evaluation.clip_players import Playable, playable, shown_clips, tell_players
+from mer_r1_jax.evaluation.clip_players import Patience, Playable, playable, shown_clips, tell_players
 from mer_r1_jax.evaluation.run_clips import ClipSection, clip_section
 from mer_r1_jax.evaluation.run_record import RunRecord, read_run, stages_of
 from mer_r1_jax.evaluation.run_report import make_report
@@ -98,6 +99,33 @@ def test_clips_files_are_taken_in_order_while_they_fit_and_whatever_is_not_says_
     (none,) = shown_clips(files[:1], root, 0)
     assert [(player.name, player.kind, player.note) for player in none.players] == [("a.mp4", "", "")]
     assert "No clip can be played here (eval.clip_megabytes=0)" in tell_players([none], "x", 0)
+
+
+def test_a_page_that_cannot_wait_has_the_clips_after_that_without_their_files(tmp_path, monkeypatch):
+    """As while a run goes on: after so many seconds, or where the run is asked to end, no further file is read."""
+    for name in "abc":
+        write_clip(tmp_path / f"{name}.mp4", size=64)
+    files = [(f"{name}.mp4", None) for name in "abc"]
+    clock, read, limits = [100.0], [], []
+    monkeypatch.setattr(clip_players, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    pool = clip_players.WorkerPool
+    monkeypatch.setattr(clip_players, "WorkerPool", lambda n, seconds: limits.append(seconds) or pool(n, 60))
+    strip_of = clip_players.strip_of
+
+    def slowly(video, root, pool):
+        read.append(video)
+        clock[0] += 12
+        return strip_of(video, root, pool)
+
+    monkeypatch.setattr(clip_players, "strip_of", slowly)
+    shown = shown_clips(files, tmp_path, 1, Patience(20))
+    assert read == ["a.mp4", "b.mp4"] and limits == [20], "nor does one file take longer"
+    assert [bool(clip.strip.source) for clip in shown] == [True, True, False]
+    assert shown[2].strip.problem == shown[2].players[0].note == "left out of a page that could not wait for it"
+    stopped = shown_clips(files, tmp_path, 1, Patience(1e9, asked=lambda: len(read) > 2))
+    assert [bool(clip.strip.source) for clip in stopped] == [True, False, False] and limits[1] == 120
+    read.clear()
+    assert all(clip.strip.source for clip in shown_clips(files, tmp_path, 1)) and len(read) == 3
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,18 @@ def test_it_waits_where_it_takes_long_and_where_the_run_is_asked_to_end(tmp_path
     assert written == ["first", "second"]
 
 
+def test_it_waits_for_clips_only_so_long_and_not_at_all_where_the_run_is_asked_to_end(tmp_path, clock, monkeypatch):
+    patience = []
+    monkeypatch.setattr(train, "make_report", lambda path, **about: patience.append(about["patience"]))
+    run, steps = of(tmp_path, [], clock)
+    clock.now += train.REPORT_SECONDS
+    train._report_so_far(run, "after RL step 1 of 9", steps)
+    train._write_report(run)
+    under_way, at_the_end = patience
+    assert under_way.seconds == train.CLIP_SECONDS < train.REPORT_SECONDS and at_the_end is None
+    assert under_way.asked is run.stop.asked
+
+
 def test_a_report_that_cannot_be_written_stops_no_run(tmp_path, clock):
     told = []
     run, steps = of(tmp_path / "nowhere\x1b[2J", told, clock)
