@@ -13,7 +13,7 @@ SLICES = {
     "v5e:2x4": (8, 1, "attention"),
     "v5p:2x2x4": (16, 1, "dots"),
 }
-# Cards of 80 GB -> prompts of a step, and parts the update is cut into. Eight cards have not been planned.
+# Cards of 80 GB -> prompts of a step, and parts the update is cut into.
 CARDS = {
     "h100:1": (6, 1),
     "h100:8": (16, 2),
@@ -38,6 +38,5 @@ def get_config(slice_name: str = "v5e:4x4"):
         omni_7b.adapt(config)
     else:
         omni_7b.lay_out_on_cards(config, *CARDS[slice_name])
-        # Parameters stay in float32; moments as well would fill a card with them and the reference.
-        config.sft.optimizer.dtype = config.rl.optimizer.dtype = "bfloat16"
+        omni_7b.halve_moments(config)
     return config

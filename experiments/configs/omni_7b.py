@@ -2,8 +2,9 @@
 
 `omni_7b.py:v5e:16x16` lays it out for a slice of SLICES; without one it is that of v5p:2x2x4. `omni_7b.py:v5e:2x4` and
 `omni_7b.py:h100:1` train low-rank adapters, on eight chips of 16 GB and on one card of 80 GB, which cannot hold moments
-of all weights. Training needs weights and data: --config.model.path=... --config.data.sft_path=...
---config.data.rl_path=...; what a run would take of it, `mer-r1 plan` says without them.
+of all weights; `omni_7b.py:h100:8` trains all of them on eight such cards. Training needs weights and data:
+--config.model.path=... --config.data.sft_path=... --config.data.rl_path=...; what a run would take of it, `mer-r1 plan`
+says without them.
 """
 
 from mer_r1_jax.config.build import config_dict
@@ -16,13 +17,15 @@ SLICES = {
 }
 # Likewise, with adapters in place of the weights: moments of all of them would not fit.
 ADAPTED_SLICES = {"v5e:2x4": (8, 4, "attention")}
+# Cards of 80 GB -> prompts of a step, and parts the update is cut into.
+CARDS = {"h100:8": (16, 2)}
 # Card -> prompts of a step, with adapters in place of the weights.
 ADAPTED = {"h100:1": 8}
 
 
 def get_config(slice_name: str = "v5p:2x2x4"):
     """The recipe, laid out for a slice or for a card."""
-    known = [*SLICES, *ADAPTED_SLICES, *ADAPTED]
+    known = [*SLICES, *ADAPTED_SLICES, *CARDS, *ADAPTED]
     if slice_name not in known:
         raise ValueError(f"slice {slice_name!r}: expected one of {', '.join(known)}, or set mesh.* yourself")
     config = recipe()
@@ -33,6 +36,9 @@ def get_config(slice_name: str = "v5p:2x2x4"):
     elif slice_name in ADAPTED_SLICES:
         lay_out(config, *ADAPTED_SLICES[slice_name])
         adapt(config)
+    elif slice_name in CARDS:
+        lay_out_on_cards(config, *CARDS[slice_name])
+        halve_moments(config)
     else:
         lay_out_on_cards(config, ADAPTED[slice_name])
         adapt(config)
@@ -77,6 +83,11 @@ def lay_out_on_cards(config, prompts: int, parts: int = 1):
     config.rl.decode_chunk = 128
     for phase in (config.sft, config.rl):
         phase.gradient_accumulation_steps = parts
+
+
+def halve_moments(config):
+    """Parameters stay in float32; moments as well would fill cards with them and the reference."""
+    config.sft.optimizer.dtype = config.rl.optimizer.dtype = "bfloat16"
 
 
 def adapt(config):
