@@ -64,8 +64,8 @@ def test_the_update_does_its_work_once(programs):
     assert (update.work.silent_kernels, update.work.open_loops) == (0, 0)
     assert update.asked == pytest.approx(1, abs=0.05)
     # By the estimate of the compiler; and by matrix units and windows, which more vector memory hardly changes.
-    assert update.utilisation() >= 0.82
-    assert update.utilisation(windows=True) >= 0.85
+    assert update.utilisation() >= 0.84
+    assert update.utilisation(windows=True) >= 0.86
 
 
 def test_no_loop_gathers_the_unembedding_or_a_stack_of_layers(programs):
