@@ -2,7 +2,7 @@
 
 A random checkpoint as the hub ships it (bfloat16 shards, `thinker.` names, nested config) goes all the way: loaded,
 asked about a real clip, trained for a step of SFT and one of RL by the shipped recipe, exported, and held against
-transformers. Needs 18 GB of memory, 15 GB of disk and about ten minutes on two cores.
+transformers. Needs 21 GB of memory (its RL step took 20.2), 15 GB of disk and a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mer_r1_jax.parity.port import run_port
 from mer_r1_jax.parity.processor_inputs import ProcessorInputs, processor_tensors
 from mer_r1_jax.run.model_memory import free_on_host
 
-NEEDED = 18e9  # bytes, while it is trained
+NEEDED = 21e9  # bytes, while it is trained
 PARITY = 2e-4  # of float32 at these widths, as a share of the largest number
 QUESTION = "What does the person feel?"
 MEDIA = ("media.max_frames=4", "media.video_min_pixels=50176", "media.video_max_pixels=50176")
@@ -114,7 +114,9 @@ def test_a_step_of_sft_and_one_of_rl_move_the_weights(run, checkpoint):
     sft, rl = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:2])
     # Of random weights nothing is known: about one of 151,936 tokens, ln 151936 = 11.9 nats.
     assert sft["phase"] == "sft" and 11.5 < sft["loss"] < 13.5 and sft["grad_norm"] > 0
-    assert rl["phase"] == "rl" and rl["grad_norm"] > 0 and rl["reward_std"] > 0
+    assert rl["phase"] == "rl" and rl["grad_norm"] > 0
+    # `reward` and its deviation are the method's own, which random weights leave at 0.
+    assert rl["rewards/letters/std"] > 0 and rl["rewards/letters/unscored"] == rl["rewards/letters/faults"] == 0
     exported, before = (list_tensors(place) for place in (run / "export/hf", checkpoint))
     for name, moved in (("model.layers.0.mlp.up_proj.weight", True), ("visual.blocks.3.mlp.up_proj.weight", False)):
         assert (exported[name].read() != before[f"thinker.{name}"].read()).any() == moved
