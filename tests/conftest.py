@@ -3,6 +3,7 @@
 Those of the lane `gpu` alone run on a card."""
 
 import atexit
+import itertools
 import os
 import shutil
 import sys
@@ -20,7 +21,11 @@ from mer_r1_jax.planning import without_devices  # noqa: E402
 
 EMULATED_DEVICES = 8
 
-ON_A_CARD = "--lane=gpu" in sys.argv  # read here, since jax is told before pytest has read its options
+# Read here, since jax is told before pytest has read its options; workers of pytest-xdist are told by their parent.
+_ON_A_CARD = "MER_R1_TESTS_ON_A_CARD"
+if "--lane=gpu" in sys.argv or ("--lane", "gpu") in itertools.pairwise(sys.argv):
+    os.environ[_ON_A_CARD] = "1"
+ON_A_CARD = _ON_A_CARD in os.environ
 os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_A_CARD else "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={EMULATED_DEVICES}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,7 +51,10 @@ def pytest_sessionstart(session):
     import jax
 
     if ON_A_CARD:
-        jax.devices()  # names the missing card
+        if jax.devices()[0].platform != "gpu":
+            raise RuntimeError(
+                f"the lane gpu needs a GPU and got {jax.devices()[0]}; look at nvidia-smi, JAX_PLATFORMS"
+            )
         return
     if jax.device_count() != EMULATED_DEVICES:
         raise RuntimeError(

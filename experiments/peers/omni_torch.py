@@ -24,6 +24,7 @@ from mer_r1_jax.parity.processor_inputs import processor_tensors
 from mer_r1_jax.peers.omni import REFERENCE, SAMPLE, SCORE, UPDATE, OmniJob
 from mer_r1_jax.peers.timing import Laps, Stopwatch
 from mer_r1_jax.rl.advantage import EPSILON
+from mer_r1_jax.rl.scoring import ScoredGroups
 
 FLOOR = 1e-10  # of a summed probability
 Tensors = dict[str, torch.Tensor]
@@ -170,8 +171,8 @@ class OmniPeer:
         return total_RWQ.clamp(min=FLOOR).log()
 
     @torch.no_grad()
-    def advantages_of(self, parts: list[Part], groups) -> torch.Tensor:
-        """Advantages [B, G] of the script's completions, which the scorer has read."""
+    def advantages_of(self, parts: list[Part], groups: ScoredGroups) -> torch.Tensor:
+        """Advantages float32 [B, G] of the script's completions, which the scorer has read."""
         script, anchors, fast = self.job.script, groups.anchors, groups.anchors.fast
         # Slow minus fast, for each word and wheel: [B, G, W, Q].
         difference = [
@@ -205,7 +206,13 @@ class OmniPeer:
         )
 
     def learn(self, parts: list[Part], advantage_BG: torch.Tensor, reference: list[torch.Tensor]) -> None:
-        """The clipped policy loss with its KL term over all tokens, and one step of AdamW."""
+        """The clipped policy loss with its KL term over all tokens, and one step of AdamW.
+
+        Args:
+            parts: micro-batches of the step.
+            advantage_BG: float32 [B, G].
+            reference: log-probabilities [R, C] under the reference, in nats, for each part.
+        """
         # Transformers recomputes in training mode alone, in which it keeps no cache while it samples. Nothing else
         # hangs on the mode: the Thinker has no dropout.
         self.policy.train(bool(self._rows_at_once))
@@ -222,7 +229,13 @@ class OmniPeer:
         self.metrics = {"loss": loss.item(), "kl": kl.item(), "grad_norm": norm.item()}
 
     def loss(self, part: Part, advantage_R: torch.Tensor, reference_RC: torch.Tensor):
-        """Sums over a part's tokens: of the loss, and of the KL term alone, without gradient."""
+        """Sums over a part's tokens, scalars: of the loss, and of the KL term alone, without gradient.
+
+        Args:
+            part: of R rows.
+            advantage_R: float32 [R].
+            reference_RC: log-probabilities [R, C] under the reference, in nats.
+        """
         _, exists = self._completions(part)
         logprob = self.logprobs(part)
         ratio = torch.exp(logprob - logprob.detach())

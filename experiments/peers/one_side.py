@@ -18,6 +18,7 @@ from mer_r1_jax import screen
 from mer_r1_jax.storage import atomic_files
 
 SIDES = ("ours", "theirs")
+ANYWHERE = "tiny"  # the one size that a CPU may try the command out with
 _FEW = 8  # tokens of the sampling whose time is taken off, so that prefill does not count as decoding
 _GIB = 2**30
 
@@ -37,7 +38,22 @@ class Figures:
 
 
 def measure_ours(figures: Figures, size_name: str, repeats: int, folder: pathlib.Path) -> Any:
-    """Whole steps of ours with their parts, tokens decoded, memory, operations of an update. Returns the side."""
+    """Measures whole steps of ours with their parts, tokens decoded, memory, and the operations of an update.
+
+    Args:
+        figures: is given device, prompt_tokens, tokens_in_loss, update_flops and peak_flops (operations,
+            and operations a second), first_step and steps (seconds by part), metrics, memory (GiB), and decode_ms (a
+            token of all completions, for each chunk after the first).
+        size_name: one of `real_size.SIZES`.
+        repeats: steps after the first.
+        folder: for the world's few clips.
+
+    Returns:
+        The side, for whoever wants to look further (a profile).
+
+    Raises:
+        SystemExit: no card, and a size that only a card holds.
+    """
     import jax
 
     from mer_r1_jax.parallel import set_gpu_memory
@@ -47,6 +63,7 @@ def measure_ours(figures: Figures, size_name: str, repeats: int, folder: pathlib
 
     set_gpu_memory()
     device = jax.devices()[0]
+    require_card(size_name, device.platform)
     figures.add("device", f"{device.device_kind}, jax {jax.__version__}")
     job = real_job(SIZES[size_name], folder, devices=[device])
     figures.add("prompt_tokens", [len(prompt.ids) for prompt in job.prompts])
@@ -79,7 +96,11 @@ def measure_ours(figures: Figures, size_name: str, repeats: int, folder: pathlib
 
 
 def measure_theirs(figures: Figures, size_name: str, repeats: int, folder: pathlib.Path) -> None:
-    """The same of the torch loop, and where its update spends its time."""
+    """Measures the same of the torch loop: encode_s, update_of_a_part, sample_few_s, steps as `measure_ours` has them.
+
+    Raises:
+        SystemExit: as there.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
@@ -90,6 +111,7 @@ def measure_theirs(figures: Figures, size_name: str, repeats: int, folder: pathl
 
     size = SIZES[size_name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require_card(size_name, "gpu" if device.type == "cuda" else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     figures.add("device", f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, sdpa")
     job = real_job(size, folder)
@@ -117,8 +139,17 @@ def measure_theirs(figures: Figures, size_name: str, repeats: int, folder: pathl
             figures.add("memory", {"perf/peak_memory_gib": torch.cuda.max_memory_allocated() / _GIB})
 
 
+def require_card(size_name: str, platform: str) -> None:
+    """Ends the process where there is no card for a size that takes one: a CPU would fill its memory and never end."""
+    if platform != "gpu" and size_name != ANYWHERE:
+        raise SystemExit(
+            f"error: got a {platform} for --size={size_name}, expected a GPU; install jax's or torch's CUDA build, "
+            f"look at nvidia-smi and JAX_PLATFORMS, or try the command out with --size={ANYWHERE}"
+        )
+
+
 def warmed_up(peer: Any, figures: Figures, seconds: Callable[[Callable[[], Any]], float]) -> None:
-    """Runs each part of the torch step once for its libraries to be ready, and times it at its second call."""
+    """Runs parts of the torch step once for its libraries to be ready, and adds the seconds of their second calls."""
     import torch
 
     whole, parts = peer.rows(), peer.parts()

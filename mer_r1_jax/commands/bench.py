@@ -6,7 +6,8 @@ transformers' Thinker. Prints a table; --out also writes it into a page of Markd
 about five minutes and needs torch and trl (pip install -e '.[test]').
 
 With --platform=gpu: one MER-R1 step of 3B at its real size, on one card of 80 GB, and the same torch loop on that card
-after it, since each fills it; takes about ten minutes. --out and the figures are written even where one side fails.
+after it, since each fills it; ten minutes should do (the torch side has not been run to its end yet). --out and the
+figures are written even where one side fails.
 
 Exit code 0 when every gate is met, 1 when one is not (or a side on the card failed), 2 when nothing could be measured.
 """
@@ -26,7 +27,9 @@ from mer_r1_jax.cli import explained
 from mer_r1_jax.storage import atomic_files
 
 _TASKS = flags.DEFINE_list("tasks", ["text", "omni"], "What to measure: text, omni.")
-_REPEATS = flags.DEFINE_integer("repeats", 9, "Repetitions of each side.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", None, "Repetitions of each side, 9 unless given; on a card 3, and one step of torch's.", lower_bound=1
+)
 _THREADS = flags.DEFINE_integer("threads", 2, "Threads (and cores) of each side.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer(
     "devices",
@@ -40,6 +43,7 @@ _PLATFORM = flags.DEFINE_enum(
 _SIZE = flags.DEFINE_string("size", "3b", "With --platform=gpu, the job: 3b, or tiny to try the command out.")
 _SECONDS = flags.DEFINE_integer("seconds", 400, "With --platform=gpu, the most either side may take.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "", "Page to write the tables into, such as docs/performance.md.")
+_CPU_REPEATS, _CARD_REPEATS = 9, 3
 _NEEDED = ("torch", "trl", "datasets")
 
 START, END = "<!-- measured: start -->", "<!-- measured: end -->"
@@ -49,8 +53,12 @@ CARD_START, CARD_END = "<!-- measured on a card: start -->", "<!-- measured on a
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    unused = ("tasks", "threads", "devices") if _PLATFORM.value == "gpu" else ("size", "seconds")
+    if given := [f"--{name}" for name in unused if flags.FLAGS[name].present]:
+        raise app.UsageError(f"{', '.join(given)} with --platform={_PLATFORM.value}, which does not look at it")
     if _PLATFORM.value == "gpu":
-        return _on_a_card()
+        return _on_a_card(_REPEATS.value or _CARD_REPEATS)
+    repeats = _REPEATS.value or _CPU_REPEATS
     from mer_r1_jax.peers import tasks
 
     if problem := _problem(tasks.TASKS):
@@ -59,21 +67,21 @@ def main(argv: list[str]) -> int:
     _limit(_THREADS.value, _DEVICES.value)
     from mer_r1_jax.peers import page
 
-    settings = tasks.Settings(repeats=_REPEATS.value, threads=_THREADS.value)
+    settings = tasks.Settings(repeats=repeats, threads=_THREADS.value)
     sections = []
     for name in _TASKS.value:
         sections.append(tasks.run(name, settings))
         for row in sections[-1].rows:
             screen.say(" | ".join(page.cells(row)))
         screen.say("\n".join(sections[-1].notes))
-    chosen = {"repeats": _REPEATS.value, "threads": _THREADS.value, "devices": _DEVICES.value}
+    chosen = {"repeats": repeats, "threads": _THREADS.value, "devices": _DEVICES.value}
     measured = page.markdown(
         sections,
         command=f"mer-r1 bench --tasks={','.join(_TASKS.value)} "
         + " ".join(f"--{name}={value}" for name, value in chosen.items()),
         setting=page.machine(_THREADS.value, _DEVICES.value),
         busy=page.load(),
-        repeats=_REPEATS.value,
+        repeats=repeats,
     )
     screen.say(f"\n{measured}")
     _write(measured, START, END)
@@ -81,8 +89,8 @@ def main(argv: list[str]) -> int:
     return 0 if all(row.comparison.ratio >= row.target.gate for row in rows) else 1
 
 
-def _on_a_card() -> int:
-    """Both sides in processes of their own, and the page of what they measured."""
+def _on_a_card(repeats: int) -> int:
+    """Both sides in processes of their own, and the page of what they measured; the exit code."""
     from mer_r1_jax.peers import one_side, real_page
     from mer_r1_jax.peers.real_size import SIZES
 
@@ -92,7 +100,7 @@ def _on_a_card() -> int:
     if problem:
         screen.say(f"error: {problem}", error=True)
         return 2
-    repeats, failed, figures = min(_REPEATS.value, 5), [], {}
+    failed, figures = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for side in one_side.SIDES:
             arguments = [side, _SIZE.value, str(repeats if side == "ours" else 1), folder]
@@ -103,13 +111,14 @@ def _on_a_card() -> int:
                 told = f"ended with exit code {code}" if code else ""
             except subprocess.TimeoutExpired:
                 told = f"was stopped after --seconds={_SECONDS.value}"
+            # A step of 3B costs minutes of a lent card: what one side has is worth a page without the other's.
             if told:
                 failed.append(side)
                 screen.say(f"error: the side {side!r} {told}; what it had measured is kept", error=True)
             path = pathlib.Path(folder) / f"{side}.json"
             figures[side] = json.loads(path.read_text()) if path.exists() else {}
     if not any("steps" in one for one in figures.values()):
-        return 2
+        return 2  # the sides have said why
     command = f"mer-r1 bench --platform=gpu --size={_SIZE.value} --repeats={repeats}"
     measured = real_page.markdown(SIZES[_SIZE.value], figures["ours"], figures["theirs"], command=command)
     screen.say(f"\n{measured}")

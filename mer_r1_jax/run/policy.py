@@ -360,6 +360,7 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
     values["data"]["synthetic_dir"] = ""
     if mesh_sizes(config.mesh, jax.device_count()) is None:
         values["mesh"] = dataclasses.asdict(MeshConfig())  # trained on another number of devices
+    values["mesh"]["sparse_core_collectives"] = False  # of gradients, which there are none of; refused elsewhere
     values["sft"]["max_steps"] = values["rl"]["max_steps"] = 0
     values["model"]["adapter_path"] = ""  # where training began; the checkpoint has what became of it
     values["train"]["report_to"] = ()  # what training told of itself may not be installed where a policy is asked

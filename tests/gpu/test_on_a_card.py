@@ -89,6 +89,7 @@ def steps(tmp_path_factory):
     """Two steps of the same job on the CPU in float32, on the card in float32, and on the card in bfloat16."""
     size = dataclasses.replace(SIZES["tiny"], height=112, width=112)
     cpu, card = jax.local_devices(backend="cpu")[0], jax.devices()[0]
+    assert card.platform == "gpu", "the card has to be what is tested"
     done = {}
     for name, device, dtype in (("cpu", cpu, "float32"), ("card", card, "float32"), ("half", card, "bfloat16")):
         folder = tmp_path_factory.mktemp(name)
