@@ -19,9 +19,10 @@ FLAGS = {
 
 # KiB of a core's vector memory that one operation may fill, by `Device.device_kind`. Left alone, the compiler gives 16
 # MiB and cuts products into windows so small that their operands are read again and again. By the data sheets most of
-# that is hidden behind the matrix units, so on hardware this gains anything from nothing to what the compiler
-# estimates. The more it is, the longer compiles take. 48 MiB of v5p's 64 leave room to fetch ahead; on v5e 32 gain what
-# there is to gain; 96 MiB are what others train with on v6e.
+# that hides behind the matrix units, so on hardware, where it has not been tried, this may gain anything from nothing
+# to what the compiler estimates (7B on v5p: 22 % of an update). The more it is, the longer compiles take, up to three
+# times as long at these values. 48 MiB of v5p's 64 leave room to fetch ahead; beyond 32 nothing more was gained on v5e.
+# v6e's 96 are the value that Marin's and axlearn's published flags have; only a tiny model was compiled with it here.
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
 SCOPED_VMEM_KIB = {
     "TPU v5": 49152,
