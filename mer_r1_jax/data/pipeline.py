@@ -19,7 +19,8 @@ import grain
 from mer_r1_jax.data.records import Record, dataset_hash
 
 STATE_VERSION = 1
-STEPS_CACHED = 8  # prefetching looks two or three ahead
+BATCHES_CACHED = 8  # prefetching looks two or three ahead
+_SETTINGS = "sft.prompts_per_step, or rl.prompts_per_step x rl.steps_per_generation"
 
 
 class StreamError(ValueError):
@@ -48,7 +49,7 @@ class Item:
     def uid(self) -> int:
         """uint32 that identifies the visit wherever its row lies: seeds the random bits of its completions.
 
-        The epoch takes part because a step may hold the last visits of one epoch and the first of the next: without it
+        The epoch takes part because a batch may hold the last visits of one epoch and the first of the next: without it
         a prompt visited in both would get the same completions twice.
         """
         digest = hashlib.sha256(f"{self.epoch}/{self.record.id}".encode("utf-8", "surrogatepass")).digest()
@@ -59,38 +60,39 @@ class Item:
 
 
 class PromptStream:
-    """An endless stream of prompts; each call of `next` gives this process its share of one step's prompts.
+    """An endless stream of prompts; each call of `next` gives this process its share of a batch: the prompts of
+    one step of SFT, or of one rollout, which several updates may share.
 
     Args:
         records: the data set, the same on every process.
-        prompts_per_step: prompts of one step over all processes.
+        prompts_at_once: prompts of one step of SFT, or of one rollout, over all processes.
         seed: decides the order.
-        process_index, process_count: which slice of every step this process gets.
+        process_index, process_count: which slice of every batch this process gets.
 
     Raises:
-        StreamError: for an empty data set, a step larger than the data set, or one the processes cannot share evenly.
+        StreamError: for an empty data set, a batch larger than the data set, or one the processes cannot share evenly.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
-        prompts_per_step: int,
+        prompts_at_once: int,
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        _check_sizes(len(records), prompts_per_step, process_index, process_count)
+        _check_sizes(len(records), prompts_at_once, process_index, process_count)
         self.records = records
-        self.prompts_per_step = prompts_per_step
+        self.prompts_at_once = prompts_at_once
         self.seed = seed
-        self.local_prompts = prompts_per_step // process_count
+        self.local_prompts = prompts_at_once // process_count
         self.process_index = process_index
         self.dataset_hash = dataset_hash(records)
         # Hashed, because grain seeds epoch e with seed + e: runs with neighbouring seeds would share epochs.
         order_seed = int.from_bytes(hashlib.sha256(f"prompt order {seed}".encode()).digest()[:4], "little")
         order = grain.MapDataset.source(range(len(records))).shuffle(seed=order_seed).repeat()
         # Cached, because an index of a very small data set costs grain milliseconds and prefetching asks repeatedly.
-        self._record_index = functools.lru_cache(maxsize=STEPS_CACHED * prompts_per_step)(functools.partial(_at, order))
+        self._record_index = functools.lru_cache(maxsize=BATCHES_CACHED * prompts_at_once)(functools.partial(_at, order))
         self._next_index = 0
 
     def __iter__(self):
@@ -101,7 +103,7 @@ class PromptStream:
 
     @property
     def next_index(self) -> int:
-        """Global index of the first prompt of the next step."""
+        """Global index of the first prompt of the next batch."""
         return self._next_index
 
     @property
@@ -114,15 +116,15 @@ class PromptStream:
         record = self.records[self._record_index(global_index)]
         return Item(record, global_index // len(self.records), global_index)
 
-    def peek(self, step: int = 0) -> list[Item]:
-        """What `next` will return `step` calls from now, without moving on."""
-        first = self._next_index + step * self.prompts_per_step + self.process_index * self.local_prompts
+    def peek(self, batch: int = 0) -> list[Item]:
+        """What `next` will return `batch` calls from now, without moving on."""
+        first = self._next_index + batch * self.prompts_at_once + self.process_index * self.local_prompts
         return [self.item(index) for index in range(first, first + self.local_prompts)]
 
     def next(self) -> list[Item]:
-        """This process's prompts of the next step, in global order."""
+        """This process's prompts of the next batch, in global order."""
         items = self.peek()
-        self._next_index += self.prompts_per_step
+        self._next_index += self.prompts_at_once
         return items
 
     def state(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken, possibly with other numbers of processes or prompts per step.
+        """Goes on where `state` was taken, possibly with other numbers of processes or prompts at once.
 
         Raises:
             ResumeError: when the state is of another data set, seed or version.
@@ -157,26 +159,26 @@ class PromptStream:
         self._next_index = index
 
 
-def steps_for_epochs(num_records: int, prompts_per_step: int, num_train_epochs: float) -> int:
-    """Steps that visit every record `num_train_epochs` times, the last one filled up from the next epoch."""
-    return math.ceil(num_records * num_train_epochs / prompts_per_step)
+def batches_for_epochs(num_records: int, prompts_at_once: int, num_train_epochs: float) -> int:
+    """Batches that visit every record `num_train_epochs` times, the last one filled up from the next epoch."""
+    return math.ceil(num_records * num_train_epochs / prompts_at_once)
 
 
-def _check_sizes(num_records: int, prompts_per_step: int, process_index: int, process_count: int) -> None:
+def _check_sizes(num_records: int, prompts_at_once: int, process_index: int, process_count: int) -> None:
     if not num_records:
         raise StreamError("records: got none; expected at least one; to mend it, check the data file")
     if process_count < 1 or not 0 <= process_index < process_count:
         raise StreamError(f"process_index: got {process_index}; expected 0 to process_count - 1 = {process_count - 1}")
-    if prompts_per_step < 1 or prompts_per_step % process_count:
+    if prompts_at_once < 1 or prompts_at_once % process_count:
         raise StreamError(
-            f"prompts_per_step: got {prompts_per_step}; expected a positive multiple of the "
-            f"{process_count} process(es), because no prompt's completions may span two; to mend it, set it to "
-            f"{max(process_count, prompts_per_step // process_count * process_count)}"
+            f"prompts_at_once: got {prompts_at_once} ({_SETTINGS}); expected a positive multiple of the "
+            f"{process_count} process(es), because no prompt's completions may span two; to mend it, make that "
+            f"{max(process_count, prompts_at_once // process_count * process_count)}"
         )
-    if prompts_per_step > num_records:
+    if prompts_at_once > num_records:
         raise StreamError(
-            f"prompts_per_step: got {prompts_per_step}; expected at most the {num_records} records of the data set; "
-            "to mend it, lower prompts_per_step or add records"
+            f"prompts_at_once: got {prompts_at_once} ({_SETTINGS}); expected at most the {num_records} records of the "
+            "data set; to mend it, lower it or add records"
         )
 
 

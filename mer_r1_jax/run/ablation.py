@@ -112,9 +112,12 @@ def setting_of(config: RunConfig, plan: Plan) -> str:
         return f"{section.max_steps} steps"
 
     sft, rl = config.sft, config.rl
+    # Where updates share a rollout, they are not of one and the same policy.
+    shared = f", {rl.updates_per_rollout} updates a rollout of {rl.prompts_per_rollout} prompts,"
     said = (
         f"Configuration {config.name}. SFT: {steps('sft')} of {sft.prompts_per_step} prompts, once a seed. RL: "
-        f"{steps('rl')} of {rl.prompts_per_step} prompts × {rl.num_generations} completions from that checkpoint, "
+        f"{steps('rl')} of {rl.prompts_per_step} prompts × {rl.num_generations} completions"
+        f"{shared if rl.updates_per_rollout > 1 else ''} from that checkpoint, "
         f"learning rate {rl.optimizer.learning_rate:g}, the same for every arm. {counted(len(plan.seeds), 'seed')}."
     )
     if plan.control_sft_steps:

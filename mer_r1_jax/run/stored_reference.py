@@ -55,23 +55,27 @@ def open_reference(run: StoredRun, phase: Phase[RlConfig], state: TrainState, do
         return None
     is_off = switched_off(run.config)
 
-    def of(params: Params) -> Reference:
+    def of(params: Params, owned: bool = True) -> Reference:
         dtypes = dtypes_in_memory(params, run.backbone, config)
         held = {}
         for name in list(params):
-            array = params.pop(name)  # freed one by one: both of them together are half as much again
-            held[name] = array if array.dtype == dtypes[name] else array.astype(dtypes[name])
+            array = params.pop(name)  # what was read is freed one by one: both together are half as much again
+            if array.dtype != dtypes[name]:
+                held[name] = array.astype(dtypes[name])
+            else:
+                held[name] = array if owned else array.copy()
         return Reference(held, config, kept)
 
     needed = 1 + run.config.train.save_total_limit if config.sync_ref_model else 1
     kept = run.folder.open_checkpoints("reference", max_to_keep=needed)
     if done is None:
-        # A copy, because the state's own buffers are donated to the first update.
+        # The state's own buffers, written before this goes on; they are donated to the first update, so the reference
+        # gets others, each in its own dtype at once: never a second set of them at full width.
         trained, _ = state.split()
-        reference = {name: array.copy() for name, array in trained.items() if not is_off(name)}
+        reference = {name: array for name, array in trained.items() if not is_off(name)}
         if reference:
             kept.save(0, reference, {})
-        return of(reference)
+        return of(reference, owned=False)
     # Restored where each parameter lives in training, as the policy's own are.
     shapes, shardings = partition(run.backbone.shapes, phase.is_trainable)[0], run.backbone.shardings
     abstract = {

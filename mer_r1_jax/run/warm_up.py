@@ -8,8 +8,10 @@ weights are loaded or a checkpoint is read, so nothing of a run depends on it, a
 What it proves: that each of these programs compiles for the devices that are there, and that its arguments, results and
 temporary memory fit beside what the run holds meanwhile, with completions of full length: a program takes all of its
 memory when it starts, however soon its loop over tokens ends. What it does not: programs of shorter prompts (smaller,
-compiled when they are met) and of smaller decode batches, evaluation, the host's memory, memory that is lost between
-blocks of other sizes later on, and how long a step takes, as completions of rows without a prompt end at once.
+compiled when they are met) and of smaller decode batches, evaluation, what is held outside these programs (a run that
+goes on reads its reference in the policy's dtype, beside the state, before it is cast), the host's memory, memory that
+is lost between blocks of other sizes later on, and how long a step takes, as completions of rows without a prompt end
+at once.
 """
 
 from __future__ import annotations
@@ -99,8 +101,9 @@ def _rl_step(setup: Setup, phase: Phase[RlConfig]) -> list[str]:
     """One rollout and one update on rows whose clips are all missing; the names of the programs that ran."""
     names: list[str] = []
     programs = _watched(setup, phase, names)
-    # The host's own part goes on rows without an answer; a reward function of the user's has nothing to say of these.
-    maker = dataclasses.replace(setup.rl_step(phase.buckets[-1:]), programs=programs, reward_funcs=None)
+    # The host's own part goes on rows without an answer. So no reward function is called, but each of them still has its
+    # array of rewards, all unscored, in the program of the advantages.
+    maker = dataclasses.replace(setup.rl_step(phase.buckets[-1:]), programs=programs)
     abstract = setup.abstract_state_of("rl")
     with _explained(setup, phase, STATE):
         state = _zeros(abstract)

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from mer_r1_jax.config.schema import ConfigError, RlConfig, RunConfig, SftConfig
-from mer_r1_jax.data.pipeline import steps_for_epochs
+from mer_r1_jax.data.pipeline import batches_for_epochs
 from mer_r1_jax.data.records import Record
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.config import ThinkerConfig
@@ -101,7 +101,7 @@ def steps_of(section: SftConfig | RlConfig, records: int) -> int:
     # -1 asks for epochs.
     if section.max_steps >= 0:
         return section.max_steps
-    batches = steps_for_epochs(records, prompts_at_once(section), section.num_train_epochs)
+    batches = batches_for_epochs(records, prompts_at_once(section), section.num_train_epochs)
     return batches * (section.updates_per_rollout if isinstance(section, RlConfig) else 1)
 
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mer_r1_jax.data.pipeline import PromptStream, ResumeError, steps_for_epochs
+from mer_r1_jax.data.pipeline import PromptStream, ResumeError, batches_for_epochs
 from mer_r1_jax.data.records import Record
 
+SETTINGS = "sft.prompts_per_step, or rl.prompts_per_step x rl.steps_per_generation"
 EPOCH_0 = ["r6", "r4", "r2", "r0", "r3", "r5", "r7", "r1"]
 EPOCH_1 = ["r3", "r0", "r1", "r4", "r7", "r5", "r6", "r2"]
 
@@ -138,9 +139,9 @@ def test_a_state_of_another_seed_or_form_is_refused():
     ("count", "per_step", "index", "processes", "message"),
     [
         (0, 1, 0, 1, "records: got none"),
-        (4, 0, 0, 1, "prompts_per_step: got 0"),
-        (8, 5, 0, 2, "prompts_per_step: got 5; expected a positive multiple of the 2"),
-        (4, 8, 0, 1, "expected at most the 4 records"),
+        (4, 0, 0, 1, f"prompts_at_once: got 0 ({SETTINGS}); expected a positive multiple of the 1"),
+        (8, 5, 0, 2, f"prompts_at_once: got 5 ({SETTINGS}); expected a positive multiple of the 2"),
+        (4, 8, 0, 1, f"prompts_at_once: got 8 ({SETTINGS}); expected at most the 4 records"),
         (4, 4, 2, 2, "process_index: got 2; expected 0 to process_count - 1 = 1"),
     ],
 )
@@ -153,5 +154,5 @@ def test_impossible_sizes_are_refused(count, per_step, index, processes, message
 @pytest.mark.parametrize(
     ("records", "per_step", "epochs", "steps"), [(10, 5, 1, 2), (10, 4, 1, 3), (10, 4, 0.5, 2), (8, 4, 2, 4)]
 )
-def test_steps_for_epochs(records, per_step, epochs, steps):
-    assert steps_for_epochs(records, per_step, epochs) == steps
+def test_batches_for_epochs(records, per_step, epochs, steps):
+    assert batches_for_epochs(records, per_step, epochs) == steps

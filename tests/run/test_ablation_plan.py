@@ -16,6 +16,7 @@ from mer_r1_jax.config.schema import (
     RunConfig,
     SftConfig,
 )
+from mer_r1_jax.run.ablation import setting_of
 from mer_r1_jax.run.ablation_plan import Controls, make_plan, setting_differences
 
 OUT = Path("/somewhere/ablation")
@@ -110,3 +111,15 @@ def test_runs_with_other_settings_are_named(tmp_path):
     saved["rl"]["max_steps"] = 100
     (tmp_path / "moved/ad_seed0/config.json").write_text(json.dumps(saved))
     assert setting_differences(plan.jobs()) == ["ad_seed0: rl.max_steps: 100 in the run, 200 now"]
+
+
+def test_the_tables_say_how_many_updates_share_a_rollout():
+    def said(**settings):
+        plan = make_plan(config(rl=RlConfig(max_steps=200, prompts_per_step=6, **settings)), OUT, ["mer_r1"], ["0"])
+        return setting_of(plan.config, plan)
+
+    assert "RL: 200 steps of 6 prompts × 4 completions from that checkpoint, learning rate" in said()
+    shared = "RL: 200 steps of 6 prompts × 4 completions, {} updates a rollout of {} prompts, from that checkpoint"
+    assert shared.format(2, 12) in said(steps_per_generation=2)
+    assert shared.format(4, 6) in said(num_iterations=4)
+    assert shared.format(8, 12) in said(steps_per_generation=2, num_iterations=4)

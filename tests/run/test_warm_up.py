@@ -1,5 +1,7 @@
 """The longest shapes before the first step: every program runs once, the run calls the very same, and is unchanged."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from support.run_contents import contents, differences
 from support.small_run import visits_of, with_config
 
 from mer_r1_jax.parallel.rows import put
+from mer_r1_jax.rl.reward_funcs import RewardFunctions
 from mer_r1_jax.run.warm_up import WarmUpError, is_wanted, warm_up
 
 pytestmark = pytest.mark.timeout(1800)  # two processes, on a busy machine
@@ -58,6 +61,31 @@ def test_every_program_runs_once_and_the_run_compiles_none_of_them_again(setup, 
     # A decode batch that has shrunk is another shape, and not the longest.
     new = [function._cache_size() - 1 for function in compiled]
     assert new == [len(smaller) if function is programs.go_on else 0 for function in compiled]
+
+
+@pytest.mark.parametrize("weights", [(0.5, 2.0), ()])
+def test_reward_functions_are_not_called_and_their_advantages_are_the_run_s_program(small, trained, weights):
+    paths = tuple(f"support.reward_functions.{name}" for name in ("letters", "not_of_the_first"))
+    functions = RewardFunctions(paths, timeout=60.0, max_faulty_rollouts=3)
+    settings = {"reward_funcs": paths, "reward_weights": weights}
+    setup = with_config(small, rl=settings, train={"warm_up_longest": "always"})
+    setup = dataclasses.replace(setup, reward_funcs=functions)
+    assert is_wanted(setup)
+    rl, advantages, told = setup.rl_phase(), setup.programs.advantages, []
+    ask, asked = functions._pool.ask, []
+    functions._pool.ask = lambda job, *more: asked.append(job["function"]) or ask(job, *more)
+    try:
+        before = advantages._cache_size()
+        warm_up(setup, None, rl, 0, told.append)
+        assert "advantages" in told[0] and asked == []
+        assert advantages._cache_size() == before + 1
+        rollout = setup.rl_step(rl.buckets[-1:]).rollout(
+            trained, trained, visits_of(setup, setup.data.rl, [0, 1, 2, 3]), 0
+        )
+    finally:
+        functions.close()
+    assert advantages._cache_size() == before + 1
+    assert set(asked) == {0, 1} and rollout.metrics["rewards/letters/unscored"] == 0
 
 
 def test_what_a_run_has_done_is_not_warmed_up(setup):

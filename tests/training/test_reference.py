@@ -72,16 +72,15 @@ class Folder:
         return Checkpoints(self.path / name, max_to_keep=max_to_keep)
 
 
-@pytest.fixture
-def attempt(tmp_path):
-    """Starts a run of steps first + 1..last as `train_rl` does; what its steps' references were."""
+def run_in(path):
+    """A run kept there, as far as the reference sees it."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), policy(0))
-    run = types.SimpleNamespace(
+    return types.SimpleNamespace(
         config=types.SimpleNamespace(
             train=types.SimpleNamespace(save_total_limit=2, seed=0), model=types.SimpleNamespace(path="")
         ),
-        folder=Folder(tmp_path),
+        folder=Folder(path),
         sft_steps=0,
         backbone=types.SimpleNamespace(
             shapes=shapes,
@@ -91,6 +90,12 @@ def attempt(tmp_path):
         ),
         initial_params=lambda: policy(0),
     )
+
+
+@pytest.fixture
+def attempt(tmp_path):
+    """Starts a run of steps first + 1..last as `train_rl` does; what its steps' references were."""
+    run = run_in(tmp_path)
 
     def attempt(done, last):
         phase = types.SimpleNamespace(config=CONFIG, is_trainable=lambda name: True)
@@ -126,6 +131,32 @@ def test_one_that_is_lost_is_refused_by_its_number(attempt, tmp_path):
     # That of the start is made again.
     (tmp_path / "reference/0/manifest.json").write_bytes(b"[")
     assert (attempt(2, 3)[3] == 0).all()
+
+
+def test_where_rl_begins_the_policy_s_own_arrays_are_kept_and_none_of_them_is_shared(tmp_path, monkeypatch):
+    """No second set of them at full width stands beside the state, and donating the state leaves the reference."""
+    run, arrays, kept = run_in(tmp_path), policy(3), []
+    del run.backbone.decode_shardings["text/b"]  # so one is cast, and the other one has the dtype it is to have
+    save = Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *rest: kept.append(dict(rest[0])) or save(self, step, *rest)
+    )
+    state = types.SimpleNamespace(split=lambda: (dict(arrays), {}))
+    phase = types.SimpleNamespace(config=RlConfig(), is_trainable=lambda name: True)
+    reference = open_reference(run, phase, state, None)
+    (saved,) = kept
+    assert saved.keys() == arrays.keys()
+    assert all(saved[name] is arrays[name] for name in arrays)
+    expected = jax.tree.map(np.asarray, policy(3))
+    for array in arrays.values():
+        array.delete()  # as the first update does, which is given them
+    assert {name: str(array.dtype) for name, array in reference.params.items()} == {
+        "text/w": "bfloat16",
+        "text/b": "float32",
+    }
+    for params in (reference.params, open_reference(run, phase, state, 1).params):
+        for name, array in params.items():
+            np.testing.assert_array_equal(np.asarray(array, np.float32), expected[name])
 
 
 def test_in_the_compute_dtype_it_takes_half_the_memory_and_gives_the_same_bits(small_folder, compiled, tmp_path):
