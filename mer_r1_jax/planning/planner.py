@@ -37,7 +37,8 @@ def plan(
         config: the configuration.
         topology: the slice as Cloud TPU spells it, or a card of CHIPS and their number, such as h100:8.
         cache_dir: where compiled answers are kept.
-        only: programs to compile, of PROGRAMS; the others are left off the sheet, and with them the hours.
+        only: programs to compile, of PROGRAMS, one of this plan's at least; the others are left off the sheet, and with
+            them the hours.
         try_others: compile the RL update under other remat settings and batches too.
         answering: plan what the run's export takes to answer clips, in place of the run.
         progress: called with a line as each program is done.
@@ -58,17 +59,22 @@ def plan(
             "what a model takes to answer"
         )
     buckets = {phase: run.buckets(phase)[-1] for phase in run.phases()}
+    programs = [program for phase, shape in buckets.items() for program in run.of_phase(phase, shape)]
+    missing = [program.name for program in programs if program.name not in only]
+    if len(missing) == len(programs):
+        there = "answering" if answering else "what this configuration trains"
+        raise ConfigError(
+            f"nothing to plan: got programs {', '.join(only)}, expected some of those of {there}: {', '.join(missing)}; "
+            "name one of these" + ("" if answering else ", or add --answering for those of answering")
+        )
     sheets: list[ProgramSheet] = []
-    missing: list[str] = []
-    for phase, shape in buckets.items():
-        for program in run.of_phase(phase, shape):
-            if program.name not in only:
-                missing.append(program.name)
-                continue
-            compiled = compile_program(program, topology, cache_dir)
-            work = work_of(compiled.text, program.longest_loop, program.visited) if compiled.text else None
-            sheets.append(program_sheet(program, compiled, work, chip, run.backbone.mesh.size))
-            progress(f"{topology} {program.name}: {_outcome(sheets[-1])}")
+    for program in programs:
+        if program.name in missing:
+            continue
+        compiled = compile_program(program, topology, cache_dir)
+        work = work_of(compiled.text, program.longest_loop, program.visited) if compiled.text else None
+        sheets.append(program_sheet(program, compiled, work, chip, run.backbone.mesh.size))
+        progress(f"{topology} {program.name}: {_outcome(sheets[-1])}")
 
     def update_of(other: RunConfig) -> ProgramSheet:
         (sheet,) = plan(other, topology, cache_dir=cache_dir, only=["update"], progress=progress).programs

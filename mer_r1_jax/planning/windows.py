@@ -20,7 +20,7 @@ _Frames = tuple[tuple[Computation, Instruction | None], ...]
 
 
 def window_bytes(instruction: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
-    """Bytes that the windows of one call fetch at least; 0 where none are stated.
+    """Bytes that the windows of one call fetch at least; 0 where none are stated, or not for every dimension.
 
     A window is fetched anew where the step before had another one. Within a window of the result all steps along the
     summed dimension come one after another, so both operands change at every step if that takes several. If it takes
@@ -36,15 +36,26 @@ def window_bytes(instruction: Instruction, computation: Computation, computation
     if found is None or not _bounds(instruction, "iteration_bounds"):
         return 0.0
     product, frames = found
-    sizes, counts = [], []
-    for name, operand in zip(("input", "kernel"), product.operands, strict=True):
-        values, count = _windows(frames[-1][0][operand], _bounds(instruction, f"{name}_window_bounds"))
-        sizes.append(values * _value_bytes(_sources(operand, frames)))
-        counts.append(count)
-    _, results = _windows(product, _bounds(instruction, "output_window_bounds"))
+    values = [frames[-1][0][operand] for operand in product.operands] + [product]
+    stated = [_bounds(instruction, f"{name}_window_bounds") for name in ("input", "kernel", "output")]
+    # A vector has no tiles as they are read here, and what a compiler states of it is no reason to end a plan.
+    if not all(_is_tiled(value, bounds) for value, bounds in zip(values, stated, strict=True)):
+        return 0.0
+    windows = [_windows(value, bounds) for value, bounds in zip(values, stated, strict=True)]
+    counts, results = [count for _, count in windows[:2]], windows[2][1]
+    sizes = [
+        window * _value_bytes(_sources(operand, frames))
+        for (window, _), operand in zip(windows[:2], product.operands, strict=True)
+    ]
     if grid > results:
         return grid * sum(sizes)
     return min(grid * sizes[0] + counts[1] * sizes[1], counts[0] * sizes[0] + grid * sizes[1])
+
+
+def _is_tiled(value: Instruction, bounds: Sequence[int]) -> bool:
+    """Whether an array has rows and columns to tile, and a bound is stated for each of its dimensions."""
+    (array, *_) = value.arrays
+    return len(array.sizes) >= len(_TILE) and len(bounds) == len(array.sizes) and all(bounds)
 
 
 def _windows(value: Instruction, bounds: Sequence[int]) -> tuple[int, int]:

@@ -126,3 +126,16 @@ def test_a_batch_that_does_not_fit_is_made_smaller(config, cache, sheet, monkeyp
 def test_answering_has_no_other_batches_to_try(config, cache):
     with pytest.raises(ConfigError, match="--try_others compiles the RL update"):
         plan(config, CHIP, cache_dir=cache, answering=True, try_others=True)
+
+
+@pytest.mark.parametrize(
+    ("answering", "only", "there"),
+    [
+        (False, ["ask"], "ask, expected some of those of what this configuration trains: encode, cast, sample, "),
+        (True, ["update", "score"], "update, score, expected some of those of answering: encode, "),
+    ],
+)
+def test_a_plan_of_no_program_names_those_there_are(config, cache, answering, only, there):
+    with pytest.raises(ConfigError, match=f"got programs {there}") as refused:
+        plan(config, CHIP, cache_dir=cache, only=only, answering=answering)
+    assert ("or add --answering" in str(refused.value)) == (not answering)

@@ -63,3 +63,27 @@ def test_an_operand_on_the_chip_is_not_read_again():
 def test_a_product_without_windows_moves_its_arrays():
     (product,) = work_of(PRODUCT.format(windows="{}")).products
     assert (product.bytes, product.cycles) == (LEFT + RIGHT + RESULT, 0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        windows((16, 2), (2,), (16,), (4, 1)),
+        windows((16, 2), (2, 1), (16, 1), (4, 1)),  # as if the vector had columns
+        windows((), (2,), (16,), (4, 1)),
+    ],
+)
+def test_a_product_with_a_vector_states_no_windows(config):
+    """Its plan goes on: what it takes is that its arrays are moved once."""
+    vector = PRODUCT.replace("[256,1024]{{1,0:T(8,128)(2,1)}}", "[256]{{0:T(256)(128)(2,1)}}")
+    vector = vector.replace("[256,1024]", "[256]").replace("[512,1024]{{1,0:T(8,128)(2,1)}}", "[512]{{0:T(512)}}")
+    vector = vector.replace("[512,1024]", "[512]").replace("convolution", "dot")
+    vector = vector.replace("dim_labels=bf_io->bf", "lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}")
+    (product,) = work_of(vector.format(windows=config)).products
+    assert (product.flops, product.bytes) == (2 * 512 * 256, LEFT + 2 * 256 + 2 * 512)
+
+
+def test_a_product_whose_windows_have_other_dimensions_moves_its_arrays():
+    for config in (windows((16,), (32, 4), (16, 4), (2, 4, 1)), windows((), (32, 4), (16, 4), (2, 4, 1))):
+        (product,) = work_of(PRODUCT.format(windows=config)).products
+        assert product.bytes == LEFT + RIGHT + RESULT
