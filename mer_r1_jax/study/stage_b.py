@@ -59,6 +59,10 @@ _METRICS = {
     "repeats": "answers/mean_repeats",  # of the answers sampled in RL; an evaluation does not count them
 }
 
+# Settings that differ from seed to seed, or from machine to machine, and that no result depends on.
+_NAMES_OF_A_RUN = {"train": ("seed", "run_name")}
+_PLACES = {"train": ("output_dir", "local_dir", "compilation_cache_dir"), "data": ("cache_dir", "synthetic_dir")}
+
 
 def summaries_of(folder: Path, seeds: tuple[int, ...] = SEEDS) -> tuple[list[Summary], list[str]]:
     """The summaries of an ablation's whole seeds, and in words which seeds are left out and why.
@@ -138,12 +142,22 @@ def kept(folder: Path) -> list[Summary]:
 
 def _settings(summary: Summary) -> Mapping[str, Any]:
     """What all seeds have in common: not where runs and clips lie."""
-    own = {"train": ("seed", "run_name", "output_dir"), "data": ("cache_dir", "synthetic_dir")}
+    own = {section: (*names, *_NAMES_OF_A_RUN.get(section, ())) for section, names in _PLACES.items()}
     return {
         section: {k: v for k, v in values.items() if k not in own.get(section, ())}
         if isinstance(values, dict)
         else values
         for section, values in summary.config.items()
+    }
+
+
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with an empty text for each folder: a summary is shown to others, whom no machine's path concerns."""
+    return {
+        section: {k: "" if k in _PLACES.get(section, ()) else v for k, v in values.items()}
+        if isinstance(values, dict)
+        else values
+        for section, values in config.items()
     }
 
 
@@ -163,6 +177,7 @@ def _summary(folder: Path, seed: int) -> Summary:
         # SFT and RL are told by the runs that have them; an arm's differs from another's in the arm.
         config = run.config if row == SFT else config | {"rl": {**run.config["rl"], "arm": ""}} if row == AD else config
     world = str(config.get("data", {}).get("synthetic_world", ""))
+    config = _without_places(config)
     return Summary("B", is_registered(seed, config), world, "", (seed,), config, rows, {"runs": folder.name})
 
 

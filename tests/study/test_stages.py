@@ -196,6 +196,9 @@ def test_stage_b_is_judged_from_whole_seeds_and_each_counts_once(tmp_path, capsy
     assert summary.rows["ad"]["precision_spread_over_rl"] == [pytest.approx(0.21)]
     assert summary.rows["ad"]["confidence_wrong"] == [0.25] and "kl" not in summary.rows["sft"]
     assert summary.registered is False  # eight clips of another data set
+    # What is committed names no folder of the machine it was run on.
+    assert summary.config["train"]["output_dir"] == summary.config["data"]["synthetic_dir"] == ""
+    assert str(tmp_path) not in (out / "U_seed10.json").read_text()
 
     # Of registered runs nothing is judged before the seeds that are certain are all there.
     registered = tmp_path / "registered"
