@@ -58,6 +58,17 @@ def vmem_mib(placement: Placement | None) -> int:
     return _VMEM_MIB.get(device(placement).device_kind, 64)
 
 
+def _elsewhere(call: Callable, mesh: Mesh) -> Callable:
+    """`call` for one device that this process has not: a kernel is lowered for the chip of the mesh that is in force,
+    and where there is none for the process's own, which cannot be asked for another's facts."""
+
+    def there(*arguments: jax.Array) -> jax.Array:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return call(*arguments)
+
+    return there
+
+
 def on_each_device(call: Callable, placement: Placement | None, arguments: Sequence[str], result: str) -> Callable:
     """`call`, run by every device of the placement on its part of the arguments; `call` itself without one.
 
@@ -66,8 +77,10 @@ def on_each_device(call: Callable, placement: Placement | None, arguments: Seque
         placement: the placement, or None.
         arguments, result: shape letters of each argument and of the result.
     """
-    if placement is None or placement.mesh.size == 1:
+    if placement is None:
         return call
+    if placement.mesh.size == 1:
+        return call if device(placement) in jax.devices() else _elsewhere(call, placement.mesh)
     # check_vma would have every kernel state over which mesh axes each of its outputs varies; ours state shapes only.
     return jax.shard_map(
         call,

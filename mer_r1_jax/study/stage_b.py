@@ -152,7 +152,7 @@ def _settings(summary: Summary) -> Mapping[str, Any]:
 
 
 def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with an empty text for each folder: a summary is shown to others, whom no machine's path concerns."""
+    """The settings with an empty text for each folder: others read a summary, whom no machine's path concerns."""
     return {
         section: {k: "" if k in _PLACES.get(section, ()) else v for k, v in values.items()}
         if isinstance(values, dict)

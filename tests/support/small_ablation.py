@@ -15,7 +15,11 @@ from mer_r1_jax.training.metrics import MetricsWriter
 
 def write_run(folder: Path, arm="ad", seed=0, skill=0.9, finished=True, metrics=(), **rl) -> Path:
     """A run whose last evaluation, after 20 steps, is right with probability `skill`; `metrics` are of its steps."""
-    config = {"name": "tiny", "rl": {"arm": arm, "max_steps": 20, **rl}, "train": {"seed": seed}}
+    config = {
+        "name": "tiny",
+        "rl": {"arm": arm, "max_steps": 20, **rl},
+        "train": {"seed": seed, "output_dir": str(folder.parent)},
+    }
     config["data"] = {"synthetic_dir": "data", "synthetic_world": "U", "synthetic_seed": 3}
     with RunDirectory.open(folder, config) as run, MetricsWriter(run) as writer:
         for step, values in enumerate(metrics or [{"reward": 1.0}], start=1):
