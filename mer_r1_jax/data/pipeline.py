@@ -92,7 +92,9 @@ class PromptStream:
         order_seed = int.from_bytes(hashlib.sha256(f"prompt order {seed}".encode()).digest()[:4], "little")
         order = grain.MapDataset.source(range(len(records))).shuffle(seed=order_seed).repeat()
         # Cached, because an index of a very small data set costs grain milliseconds and prefetching asks repeatedly.
-        self._record_index = functools.lru_cache(maxsize=BATCHES_CACHED * prompts_at_once)(functools.partial(_at, order))
+        self._record_index = functools.lru_cache(maxsize=BATCHES_CACHED * prompts_at_once)(
+            functools.partial(_at, order)
+        )
         self._next_index = 0
 
     def __iter__(self):
