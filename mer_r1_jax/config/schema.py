@@ -202,7 +202,7 @@ class RlConfig:
     prompts_per_step: Rows = 16  # unique prompts of one update (TRL's batch counts completions: prompts x generations)
     num_generations: GroupSize = 4  # completions sampled for each prompt (verl: rollout.n)
     gradient_accumulation_steps: Rows = 1  # micro-batches the update is cut into
-    steps_per_generation: Annotated[int, Number(1, 1000)] = 1  # updates that share a rollout, each with its own prompts
+    steps_per_generation: Annotated[int, Number(1, 1000)] = 1  # updates that share a rollout (TRL counts micro-batches)
     num_iterations: Annotated[int, Number(1, 1000)] = 1  # times that a rollout is learnt from
     max_completion_length: Tokens = 1024  # tokens sampled at most (verl: max_response_length)
     temperature: Temperature = 0.9  # sampling temperature; policy log-probabilities use logits / temperature too

@@ -18,7 +18,7 @@ from mer_r1_jax.planning.programs import RunPrograms
 from mer_r1_jax.planning.sheet import ProgramSheet, Sheet, program_sheet
 from mer_r1_jax.planning.work import work_of
 
-PROGRAMS = ("sft_step", "encode", "cast", "sample", "decode", "ask", "score", "reference", "update")
+PROGRAMS = ("sft_step", "encode", "cast", "sample", "decode", "ask", "score", "reference", "minibatch", "update")
 
 
 def plan(

@@ -7,7 +7,6 @@ the next one's arguments by `jax.eval_shape`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +55,8 @@ class PlannedProgram:
     """One jitted program of a run and what it is called with.
 
     Attributes:
-        name: sft_step, encode, cast, sample, decode (chunks after the first), ask, score, reference, update.
+        name: sft_step, encode, cast, sample, decode (chunks after the first), ask, score, reference, minibatch
+            (a rollout's part for one of several updates), update.
         phase: sft, rl, or ANSWERING.
         function: the jitted function.
         args: abstract arguments.
@@ -170,7 +170,7 @@ class RunPrograms:
         )
 
     def rl(self, bucket: BatchShape) -> list[PlannedProgram]:
-        """Encoding, rollout (its weights first), scoring, reference and update of one RL step.
+        """Encoding, rollout (its weights first), scoring, reference, minibatch and update of one RL step.
 
         Args:
             bucket: of a rollout; an update has its rows over `rl.steps_per_generation`.
@@ -247,9 +247,11 @@ class RunPrograms:
             candidate_ids_ZY=ids_ZY if calibrated else None,
         )
         # The rollout stays while its minibatches, one after the other, are learnt from.
+        cuts = []
         if (parts := config.steps_per_generation) > 1:
-            cut = functools.partial(programs.cut_minibatch, parts=parts)
-            experience = self._placed(jax.eval_shape(cut, experience, np.int32(0)))
+            number = self._scalar(np.int32(0))
+            cuts = [planned("minibatch", programs.cut_minibatch, (experience, number), static=(parts,), calls=1.0)]
+            experience = self._placed(cuts[0].results())
             bucket, media = dataclasses.replace(bucket, rows=bucket.rows // parts), media / parts
         learnt, scored = ((slow, fast), math.prod(slow) + anchored) if calibrated else ((slow,), math.prod(slow))
         update = planned(
@@ -260,7 +262,7 @@ class RunPrograms:
             useful=self._text_update_flops(bucket, learnt, scored=scored) + (TRAINED * media if towers_trained else 0),
             visited=self._visited(bucket, learnt),
         )
-        return [program for program in (encode, cast, *rollout, score, reference, update) if program.calls]
+        return [program for program in (encode, cast, *rollout, score, reference, *cuts, update) if program.calls]
 
     def _rollout(self, args: tuple[Any, ...], planned: Any, bucket: BatchShape) -> list[PlannedProgram]:
         """Sampling in one program, or its first chunk and the others, at the size a batch begins with."""

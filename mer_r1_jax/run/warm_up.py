@@ -101,8 +101,8 @@ def _rl_step(setup: Setup, phase: Phase[RlConfig]) -> list[str]:
     """One rollout and one update on rows whose clips are all missing; the names of the programs that ran."""
     names: list[str] = []
     programs = _watched(setup, phase, names)
-    # The host's own part goes on rows without an answer. So no reward function is called, but each of them still has its
-    # array of rewards, all unscored, in the program of the advantages.
+    # The host's own part goes on rows without an answer. So no reward function is called, but each of them still has
+    # its array of rewards, all unscored, in the program of the advantages.
     maker = dataclasses.replace(setup.rl_step(phase.buckets[-1:]), programs=programs)
     abstract = setup.abstract_state_of("rl")
     with _explained(setup, phase, STATE):

@@ -459,9 +459,16 @@ def cut_minibatch(backbone: Backbone, experience: Experience, number: Array, par
 
     Args:
         backbone: static; its mesh is what rows are cut over.
-        experience: of the rollout.
-        number: int32 scalar, which, from 0.
+        experience: of the rollout: B rows, a multiple of `parts`. A configuration gives it so, as a rollout has
+            `rl.prompts_per_step` x `parts` prompts (and `check_rows` sees to it that devices share each part evenly).
+        number: int32 scalar, which, from 0; at least 0 and less than `parts`, since one beyond is not refused.
         parts: how many; static.
+
+    Returns:
+        B / parts rows, and the rollout's mean number of tokens a part.
+
+    Raises:
+        TypeError: rows that `parts` does not divide, when it is traced.
     """
     # In the order of the prompts, which is the same on every mesh: rows move between devices here, once an update.
     cut = jax.tree.map(lambda leaf: leaf[number], split_rows(experience, parts))
@@ -549,11 +556,14 @@ class RlPrograms:
         completions of a rollout once before it cuts it, while groups stay together here.
 
         Args:
-            experience: of the rollout.
-            number: which update of that rollout, from 0.
+            experience: of the rollout: `rl.prompts_per_step` x `rl.steps_per_generation` rows, all processes together.
+            number: which update of that rollout, from 0 to `rl.updates_per_rollout` - 1.
+
+        Returns:
+            `rl.prompts_per_step` rows: where they are all of the rollout's, `experience` itself, nothing copied.
         """
         parts = self.config.steps_per_generation
-        return experience if parts == 1 else self.cut_minibatch(experience, np.int32(number % parts), parts=parts)
+        return experience if parts == 1 else self.cut_minibatch(experience, np.int32(number % parts), parts)
 
     @contextlib.contextmanager
     def rollout_params(self, params: Params) -> Iterator[Params]:

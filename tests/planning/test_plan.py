@@ -21,7 +21,7 @@ from mer_r1_jax.planning.compilation import _fingerprint, options_of
 from mer_r1_jax.planning.flops import traced_flops
 from mer_r1_jax.planning.markdown import markdown
 from mer_r1_jax.planning.planner import alternatives, plan
-from mer_r1_jax.planning.programs import RunPrograms
+from mer_r1_jax.planning.programs import RunPrograms, bytes_per_chip
 from mer_r1_jax.planning.work import work_of
 
 CONFIGS = Path(__file__).parents[2] / "experiments/configs"
@@ -169,6 +169,21 @@ def test_both_readings_of_utilisation(sheet):
     assert products and update.window_estimate >= others + least
     page = markdown(dataclasses.replace(sheet, programs=(one,)))
     assert "| 60% / 50% | 100% / 75% |" in page
+
+
+def test_the_cut_of_a_rollout_into_minibatches_is_planned_with_what_it_moves(cache):
+    config = tiny_config(steps_per_generation=2)
+    sheet = plan(config, SLICE, cache_dir=cache, only=["minibatch"])
+    (cut,) = sheet.programs
+    assert cut.fits and cut.calls == 1 and cut.held["experience"] > 0
+    # The rollout's first half lies on half of the chips, and each of them gets a row of it.
+    assert cut.work.sent > 0 and cut.bound > 0
+    run = RunPrograms(config, topology_devices(SLICE))
+    planned = {one.name: one for one in run.rl(run.buckets("rl")[-1])}
+    part = planned["update"].args[1]
+    assert cut.other >= bytes_per_chip(part)  # new beside the rollout, which stays
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(part.targets)} == {config.rl.prompts_per_step}
+    assert "`minibatch`" in markdown(sheet)
 
 
 def test_what_does_not_fit_is_named_with_its_cure(cache, monkeypatch, sheet):

@@ -70,6 +70,7 @@ def called_by_rl(small):
         programs.__dict__.clear()
         programs.__dict__.update(before)
     update = programs.make_update(phase.optimizer)
+    programs.cut_minibatch = recorded("minibatch", programs.cut_minibatch)
     calls["update"] = (update, (state, programs.minibatch(rollout.experience, 0), np.float32(0.04)))
     return calls
 
@@ -80,7 +81,7 @@ def test_the_plan_traces_what_the_run_calls(planned, called, name):
     assert program(planned[name].function, (*planned[name].args, *planned[name].static)) == program(function, args)
 
 
-@pytest.mark.parametrize("name", ["sample", "score", "update"])
+@pytest.mark.parametrize("name", ["sample", "score", "minibatch", "update"])
 def test_so_it_does_where_a_rollout_is_learnt_from_in_two_updates(small, name):
     several = {"prompts_per_step": 2, "steps_per_generation": 2}
     setup = with_config(small, rl=several, eval={"eval_steps": 0})
@@ -89,5 +90,7 @@ def test_so_it_does_where_a_rollout_is_learnt_from_in_two_updates(small, name):
     function, args = called_by_rl(setup)[name]
     assert program(planned[name].function, (*planned[name].args, *planned[name].static)) == program(function, args)
     # Of a step's work: one update, half of the sampling, scoring and reference, and the old log-probabilities.
-    expected = {"encode": 0.5, "sample": 0.5, "score": 0.5, "reference": 1.0, "update": 1.0}
+    expected = {"encode": 0.5, "sample": 0.5, "score": 0.5, "reference": 1.0, "minibatch": 1.0, "update": 1.0}
     assert {one.name: one.calls for one in planned.values()} == expected
+    # The rollout is held beside the minibatch that was cut from it.
+    assert planned["update"].held == planned["minibatch"].held
