@@ -13,6 +13,7 @@ Ctrl-C ends it, with exit code 0; an answer that is under way is not waited for.
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import signal
 import sys
@@ -53,8 +54,25 @@ def main(argv: list[str]) -> None:
         code = _serve(stack)
         # A signal may come while an answer is decoded or compiled for, and Python waits for threads, for minutes.
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end it before clips are deleted
-        stack.close()
-        left(code)
+        try:
+            stack.close()
+        except Exception as error:  # nor is that a reason to wait for a thread
+            screen.say(f"not everything could be closed ({type(error).__name__}: {error})", error=True)
+        finally:
+            left(code)
+
+
+def _clip_folder(stack: contextlib.ExitStack) -> pathlib.Path:
+    """A folder for clips, deleted with `stack`; what an answer under way still writes into it is told."""
+    folder = tempfile.TemporaryDirectory(prefix="mer-r1-serve-", ignore_cleanup_errors=True)
+
+    def delete() -> None:
+        folder.cleanup()
+        if os.path.exists(folder.name):
+            screen.say(f"{folder.name} could not be deleted, and may hold clips; delete it", error=True)
+
+    stack.callback(delete)
+    return pathlib.Path(folder.name)
 
 
 def _serve(stack: contextlib.ExitStack) -> int:
@@ -78,7 +96,7 @@ def _serve(stack: contextlib.ExitStack) -> int:
     setup, params = open_model(_MODEL.value, overrides | named_values(_SET.value))
     stack.callback(setup.source.close)
     answers = LiveAnswers(setup, params)  # what decoding holds goes with the process: it may still be decoding
-    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mer-r1-serve-")))
+    folder = _clip_folder(stack)
     served = ServedModel(answers, name_of(_MODEL.value), threshold)
     name = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
     screen.say(f"http://{name}:{listener.getsockname()[1]}/ until Ctrl-C")

@@ -9,14 +9,19 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from mer_r1_jax.data.paths import MediaPathError, resolve_media
 from mer_r1_jax.evaluation.clip_frames import MEDIA, ClipStrip, read_file, strip_of
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.media.decoded import ENCODING
 from mer_r1_jax.media.opening import MediaError, media_file
 from mer_r1_jax.media.pool import WorkerPool
 
 MEGABYTE = 1_000_000  # bytes
+LEFT_OUT = "left out of a page that could not wait for it"
+
+Shown = TypeVar("Shown", "Player", ClipStrip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +116,11 @@ class ShownClip:
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long a page may wait for clips' files; the clips after that are in it without their files.
+    """How long a page may wait for clips' files; what is not read by then is not in it.
 
     Attributes:
-        seconds: for all files together.
-        asked: whether somebody asks for the end before that.
+        seconds: for all files together; the start of the process that reads them is not counted.
+        asked: whether somebody asks for the end before that; looked at before every file and while it is read.
     """
 
     seconds: float = math.inf
@@ -142,21 +147,30 @@ def shown_clips(
         One for each clip.
     """
     patience = patience or Patience()
-    pool = WorkerPool(1, min(MEDIA.decode_timeout, patience.seconds))
     room, found, began = megabytes * MEGABYTE, [], time.monotonic()
+
+    def is_over() -> bool:
+        return patience.asked() or time.monotonic() - began > patience.seconds
+
+    def waited(read: Callable[..., Shown], left_out: Shown, *args: Any) -> Shown:
+        """What reading a file gives; `left_out` where the page waits no longer, or not to its end."""
+        try:
+            return left_out if is_over() else read(*args)
+        except StopRequested:  # the pool's, in the middle of a file
+            return left_out
+
+    pool = WorkerPool(1, min(MEDIA.decode_timeout, patience.seconds), asked=is_over)
     try:
         for video, audio in clips:
             players = []
-            names = list(dict.fromkeys(name for name in (video, audio) if name))
-            if patience.asked() or time.monotonic() - began > patience.seconds:
-                why = "left out of a page that could not wait for it"
-                found.append(ShownClip(ClipStrip(None, None, why), tuple(Player(str(n), note=why) for n in names)))
-                continue
-            for name in names:
-                player = _player(str(name), root, pool, room) if megabytes else Player(str(name))
+            for name in dict.fromkeys(str(name) for name in (video, audio) if name):
+                player = Player(name)
+                if megabytes:
+                    player = waited(_player, Player(name, note=LEFT_OUT), name, root, pool, room)
                 room -= player.size
                 players.append(player)
-            found.append(ShownClip(strip_of(video, root, pool), tuple(players)))
+            strip = waited(strip_of, ClipStrip(None, None, LEFT_OUT), video, root, pool)
+            found.append(ShownClip(strip, tuple(players)))
     finally:
         pool.close()
     return found

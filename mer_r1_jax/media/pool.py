@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,30 @@ class WorkerPool:
         workers: processes.
         timeout: seconds one clip may take.
         command: the program they run.
+        asked: whether whoever waits for clips waits no longer; looked at while one is decoded.
     """
 
-    def __init__(self, workers: int, timeout: float, command: Sequence[str] = WORKER):
+    def __init__(
+        self,
+        workers: int,
+        timeout: float,
+        command: Sequence[str] = WORKER,
+        asked: Callable[[], bool] = lambda: False,
+    ):
         self.timeout = timeout
-        self._pool = ProcessPool(command, workers)
+        self._pool, self._asked = ProcessPool(command, workers), asked
 
     def decode(self, job: dict[str, Any]) -> Entry:
         """Decodes one file in a process; the arguments of `decode_file`, with `media` as a plain dict.
 
         Raises:
             MediaError: what the process reports, or reason "timeout" or "worker_died".
+            StopRequested: `asked` said so.
         """
         died: ChildDiedError | None = None
         for _ in range(ATTEMPTS):
             try:
-                answer = self._pool.ask(job, self.timeout, _read)
+                answer = self._pool.ask(job, self.timeout, _read, self._asked)
             except ChildDiedError as error:
                 died = error
                 continue

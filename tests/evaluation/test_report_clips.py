@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import re
+import sys
+import time
 import types
 import wave
 from pathlib import Path
@@ -16,7 +18,7 @@ from support.finished_run import write_clip, write_run
 from support.report_page import OURS, Page
 
 from mer_r1_jax.evaluation import clip_players
-from mer_r1_jax.evaluation.clip_players import Patience, Playable, playable, shown_clips, tell_players
+from mer_r1_jax.evaluation.clip_players import LEFT_OUT, Patience, Playable, playable, shown_clips, tell_players
 from mer_r1_jax.evaluation.run_clips import ClipSection, clip_section
 from mer_r1_jax.evaluation.run_record import RunRecord, read_run, stages_of
 from mer_r1_jax.evaluation.run_report import make_report
@@ -109,23 +111,76 @@ def test_a_page_that_cannot_wait_has_the_clips_after_that_without_their_files(tm
     clock, read, limits = [100.0], [], []
     monkeypatch.setattr(clip_players, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     pool = clip_players.WorkerPool
-    monkeypatch.setattr(clip_players, "WorkerPool", lambda n, seconds: limits.append(seconds) or pool(n, 60))
-    strip_of = clip_players.strip_of
+    monkeypatch.setattr(
+        clip_players, "WorkerPool", lambda n, seconds, **more: limits.append(seconds) or pool(n, 60, **more)
+    )
 
-    def slowly(video, root, pool):
-        read.append(video)
-        clock[0] += 12
-        return strip_of(video, root, pool)
+    def slow(function, what):
+        """A read that takes eight seconds: of a file for its player, or for its pictures."""
 
-    monkeypatch.setattr(clip_players, "strip_of", slowly)
+        def slowly(name, *rest):
+            found = function(name, *rest)
+            read.append(f"{what} {name}")
+            clock[0] += 8
+            return found
+
+        return slowly
+
+    monkeypatch.setattr(clip_players, "read_file", slow(clip_players.read_file, "play"))
+    monkeypatch.setattr(clip_players, "strip_of", slow(clip_players.strip_of, "see"))
     shown = shown_clips(files, tmp_path, 1, Patience(20))
-    assert read == ["a.mp4", "b.mp4"] and limits == [20], "nor does one file take longer"
-    assert [bool(clip.strip.source) for clip in shown] == [True, True, False]
-    assert shown[2].strip.problem == shown[2].players[0].note == "left out of a page that could not wait for it"
-    stopped = shown_clips(files, tmp_path, 1, Patience(1e9, asked=lambda: len(read) > 2))
-    assert [bool(clip.strip.source) for clip in stopped] == [True, False, False] and limits[1] == 120
+    assert read == ["play a.mp4", "see a.mp4", "play b.mp4"] and limits == [20], "nor does one file take longer"
+    assert [bool(clip.strip.source) for clip in shown] == [True, False, False]
+    assert [bool(clip.players[0].source) for clip in shown] == [True, True, False]
+    assert shown[1].strip.problem == shown[2].strip.problem == shown[2].players[0].note == LEFT_OUT
     read.clear()
-    assert all(clip.strip.source for clip in shown_clips(files, tmp_path, 1)) and len(read) == 3
+    stopped = shown_clips(files, tmp_path, 1, Patience(1e9, asked=lambda: len(read) > 0))
+    assert read == ["play a.mp4"] and limits[1] == 120
+    assert [bool(clip.players[0].source) for clip in stopped] == [True, False, False]
+    assert {clip.strip.problem for clip in stopped} == {LEFT_OUT}
+    assert all(clip.strip.source for clip in shown_clips(files, tmp_path, 1)) and len(read) == 7
+    voices = shown_clips([("a.mp4", "b.mp4")], tmp_path, 0, Patience(0.0, asked=lambda: True))
+    assert voices[0].strip.problem == LEFT_OUT and [player.note for player in voices[0].players] == ["", ""]
+
+
+# A process that reads a.mp4 and hangs over every other file, as over a disk that has gone away.
+HANGING = """
+import time
+from mer_r1_jax.media.decoded import decode_file
+from mer_r1_jax.media.pool import MediaConfig
+from mer_r1_jax.process_pool import serve
+
+def answer(job):
+    if not job["path"].endswith("a.mp4"):
+        time.sleep(600)
+    return {}, decode_file(**job | {"media": MediaConfig(**job["media"])}).to_bytes()
+
+serve(answer)
+"""
+
+
+@pytest.mark.parametrize("by", ["seconds", "signal"])
+def test_a_file_that_hangs_is_waited_for_no_longer_than_the_page_can_wait(tmp_path, monkeypatch, by):
+    for name in "ab":
+        write_clip(tmp_path / f"{name}.mp4", size=64)
+    pool, since = clip_players.WorkerPool, []
+    command = (sys.executable, "-c", HANGING)
+    monkeypatch.setattr(clip_players, "WorkerPool", lambda n, seconds, **more: pool(n, 60, command, **more))
+    player = clip_players._player
+
+    def noted(name, *rest):
+        since.append(time.monotonic())
+        return player(name, *rest)
+
+    monkeypatch.setattr(clip_players, "_player", noted)
+    asked = lambda: len(since) > 1 and time.monotonic() - since[1] > 0.5  # noqa: E731
+    began = time.monotonic()
+    patience = Patience(15.0) if by == "seconds" else Patience(asked=asked)
+    a, b = shown_clips([("a.mp4", None), ("b.mp4", None)], tmp_path, 1, patience)
+    took = time.monotonic() - (began if by == "seconds" else since[1])
+    assert took < (25 if by == "seconds" else 10)
+    assert a.strip.source and a.players[0].source
+    assert b.strip.problem == b.players[0].note == LEFT_OUT
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import httpx
 import pytest
@@ -61,3 +62,42 @@ def test_a_signal_ends_the_page_at_once_and_quietly(exported, small_folder, tmp_
     left = [path.name for path in clips.iterdir() if path.name.startswith("mer-r1-serve")]
     shutil.rmtree(clips)
     assert left == []
+
+
+# The command with nothing served: a thread that answers for longer than the test waits, and what cannot be closed.
+ENDING = """
+import os, sys, threading, time
+from mer_r1_jax.commands import serve
+
+def refuse(*_, **__):
+    raise OSError(39, "Directory not empty")  # as where a file has just been written into it
+
+def served(stack):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    if sys.argv[1] == "closing":
+        stack.callback(lambda: 1 / 0)
+    else:
+        (serve._clip_folder(stack) / "clip").write_bytes(b"clip")
+        os.rmdir = refuse
+    return 7
+
+serve._serve = served
+serve.main(["serve"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [("closing", "not everything could be closed (ZeroDivisionError: division by zero)"), ("writing", "delete it")],
+)
+def test_what_cannot_be_closed_does_not_keep_the_page_from_ending(tmp_path, trouble, told):
+    """As where the answer that is under way still writes into the folder of clips."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING, trouble],
+        env=environment() | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 7, ended.stderr
+    assert told in ended.stderr and "Traceback" not in ended.stderr
