@@ -1,4 +1,4 @@
-"""A folder of gated answers that is gone on with in another mode, or by a later version: what is scored, and what told."""
+"""A folder of gated answers that is gone on with, in another mode or by a later version: what is scored and told."""
 
 import types
 
