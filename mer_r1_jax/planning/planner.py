@@ -65,8 +65,7 @@ def plan(
         there = "answering" if answering else "what this configuration trains"
         raise ConfigError(
             f"nothing to plan: got programs {', '.join(only)}, expected some of those of {there}: "
-            f"{', '.join(missing)}; name one of these"
-            + ("" if answering else ", or add --answering for those of answering")
+            f"{', '.join(missing)}; name one of these" + ("" if answering else ", or add --answering for its own")
         )
     sheets: list[ProgramSheet] = []
     for program in programs:

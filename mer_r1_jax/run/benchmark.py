@@ -91,8 +91,13 @@ def answer_benchmarks(
     for data in datas:
         with folder.open_answers(data.name, answer_fingerprint(policy, data.name)) as answers:
             _check_records(answers, data)
+            # Answers that are there keep the threshold they were gated by, whatever is asked now: without it slow ones
+            # to unsure clips alone would be scored as if any clip could have had one.
+            threshold = request.threshold
+            if threshold is None and answers.rows:
+                threshold = folder.kept_threshold(data.name)
             # Before the first answer as well: what a kill leaves can be scored.
-            about = {"wheels": wheels, "threshold": request.threshold}
+            about = {"wheels": wheels, "threshold": threshold}
             folder.write_coverage(data, **about, unusable={}, silent=())
             # `there` is the log's own table and grows with every append. What cannot be asked is not in it, so that the
             # next start tries it again.

@@ -201,6 +201,7 @@ def test_gated_answers_are_a_mode_of_their_own(wheels):
     assert found["auto"] == {"threshold": 0.6, "n_fast": 1, "n_slow": 3} and found["slow_minus_fast"] == {}
     assert found["auto_minus_fast"]["headline"]["score"]["points"] == pytest.approx(100 * (3 - 2) / 4)
     assert found["auto_minus_fast"]["n_common"] == 4 and "auto_minus_slow" not in found
+    assert found["n_fast_without_confidence"] == 1, "that of `hurt`, compared with others of another kind"
     json.dumps(found, allow_nan=False)
     for clip in ("sure", "lost"):
         answers[clip, "slow"] = answer(clip, "slow", ["happy"], "sad", confidence=0.1, tokens=40)

@@ -108,7 +108,7 @@ def test_a_page_that_cannot_wait_has_the_clips_after_that_without_their_files(tm
     for name in "abc":
         write_clip(tmp_path / f"{name}.mp4", size=64)
     files = [(f"{name}.mp4", None) for name in "abc"]
-    clock, read, limits = [100.0], [], []
+    clock, begun, read, limits = [100.0], [], [], []
     monkeypatch.setattr(clip_players, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     pool = clip_players.WorkerPool
     monkeypatch.setattr(
@@ -119,8 +119,9 @@ def test_a_page_that_cannot_wait_has_the_clips_after_that_without_their_files(tm
         """A read that takes eight seconds: of a file for its player, or for its pictures."""
 
         def slowly(name, *rest):
+            begun.append(f"{what} {name}")
             found = function(name, *rest)
-            read.append(f"{what} {name}")
+            read.append(begun[-1])
             clock[0] += 8
             return found
 
@@ -129,13 +130,16 @@ def test_a_page_that_cannot_wait_has_the_clips_after_that_without_their_files(tm
     monkeypatch.setattr(clip_players, "read_file", slow(clip_players.read_file, "play"))
     monkeypatch.setattr(clip_players, "strip_of", slow(clip_players.strip_of, "see"))
     shown = shown_clips(files, tmp_path, 1, Patience(20))
-    assert read == ["play a.mp4", "see a.mp4", "play b.mp4"] and limits == [20], "nor does one file take longer"
+    assert begun == read == ["play a.mp4", "see a.mp4", "play b.mp4"] and limits == [20], (
+        "nor does one file take longer"
+    )
     assert [bool(clip.strip.source) for clip in shown] == [True, False, False]
     assert [bool(clip.players[0].source) for clip in shown] == [True, True, False]
     assert shown[1].strip.problem == shown[2].strip.problem == shown[2].players[0].note == LEFT_OUT
+    begun.clear()
     read.clear()
     stopped = shown_clips(files, tmp_path, 1, Patience(1e9, asked=lambda: len(read) > 0))
-    assert read == ["play a.mp4"] and limits[1] == 120
+    assert begun == read == ["play a.mp4"] and limits[1] == 120
     assert [bool(clip.players[0].source) for clip in stopped] == [True, False, False]
     assert {clip.strip.problem for clip in stopped} == {LEFT_OUT}
     assert all(clip.strip.source for clip in shown_clips(files, tmp_path, 1)) and len(read) == 7

@@ -66,6 +66,22 @@ class BenchmarkFolder(ResultFolder):
         """What its data folder held."""
         return self.path / "answers" / f"{benchmark}.coverage.json"
 
+    def kept_threshold(self, benchmark: str) -> float | None:
+        """The threshold that a benchmark's answers were gated by the last time they were; None where they never were.
+
+        Raises:
+            BenchmarkError: the coverage is damaged.
+        """
+        try:
+            return json.loads(self.coverage(benchmark).read_text(encoding="utf-8")).get("threshold")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise BenchmarkError(
+                f"{self.coverage(benchmark)}: cannot be read ({error}), expected what answers were asked with; delete "
+                "it, and where they were gated, evaluate with --mode=auto and their --threshold first"
+            ) from error
+
     @property
     def extractor_cache(self) -> pathlib.Path:
         """Replies of the extractor."""

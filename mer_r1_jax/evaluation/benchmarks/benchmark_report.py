@@ -100,6 +100,19 @@ def _warnings(scores: Sequence[dict[str, Any]], columns: Columns) -> list[str]:
     if any(unanswered.values()):
         named = ", ".join(f"{title} {count}" for title, count in unanswered.items() if count)
         found.append(f"Labelled clips without an answer are in no score: {named}. Coverage, below, names them.")
+    # A benchmark has one file of answers, whatever they are scored by.
+    old = {
+        title_of(score["benchmark"]): f"{score['n_fast_without_confidence']} of {score['modes']['fast']['n_answered']}"
+        for score in scores
+        if ("gate" in score or "auto" in score) and score.get("n_fast_without_confidence")
+    }
+    if old:
+        named = ", ".join(f"{title} {count}" for title, count in old.items())
+        found.append(
+            f"Fast answers kept by an earlier version, without a confidence of their own: {named}. Theirs is made from "
+            "the wheels of each clip's truth, and gates compare it with that of other answers by one threshold. For "
+            "confidences of one kind ask again, into another --out."
+        )
     if len(columns.protocols) > 1:
         found.append("There are scores of several protocols. They stand in columns of their own and do not compare.")
     if any("shipped" in protocol["wheels"] for protocol in columns.protocols):

@@ -87,6 +87,8 @@ def score_benchmark(
     """
     metric, wheels = metric_of(name), scorer.wheels
     listed = {mode: [line for (clip, m), line in answers.items() if m == mode and clip in truths] for mode in MODES}
+    # Kept before answers had one: theirs is made from the wheels of a clip's truth, and another quantity.
+    old = sum("confidence" not in line for line in listed["fast"])
     if threshold is not None:
         _add_gated(listed, threshold)
     listed = {mode: lines for mode, lines in listed.items() if lines}
@@ -105,6 +107,7 @@ def score_benchmark(
         "slow_minus_fast": _difference(scored, MODES, metric, wheels, sure) if both else {},
         **(_gated(scored, threshold, metric, wheels, sure) if threshold is not None and AUTO in scored else {}),
         **({"gate": _gate(scored, wheels)} if both and sure and metric != WAF else {}),
+        "n_fast_without_confidence": old,
     }
 
 
