@@ -78,10 +78,11 @@ def _clip_folder(stack: contextlib.ExitStack) -> pathlib.Path:
 def _serve(stack: contextlib.ExitStack) -> int:
     """Serves until a signal, and returns the exit code; `stack` gets what there is to close."""
     _require_extra()
+    from mer_r1_jax.evaluation.run_title import model_name
     from mer_r1_jax.run.fitted_gate import fitted_gate, threshold_of
     from mer_r1_jax.run.live_answers import LiveAnswers
     from mer_r1_jax.run.policy import open_model
-    from mer_r1_jax.run.served_model import ServedModel, name_of
+    from mer_r1_jax.run.served_model import ServedModel
     from mer_r1_jax.serving.app import Limits, make_app
     from mer_r1_jax.serving.listening import is_local, listening, names_of, serve
 
@@ -97,7 +98,7 @@ def _serve(stack: contextlib.ExitStack) -> int:
     stack.callback(setup.source.close)
     answers = LiveAnswers(setup, params)  # what decoding holds goes with the process: it may still be decoding
     folder = _clip_folder(stack)
-    served = ServedModel(answers, name_of(_MODEL.value), threshold)
+    served = ServedModel(answers, model_name(pathlib.Path(_MODEL.value).resolve()), threshold)
     name = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
     screen.say(f"http://{name}:{listener.getsockname()[1]}/ until Ctrl-C")
     if not is_local(_HOST.value):

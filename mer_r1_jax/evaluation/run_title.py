@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from mer_r1_jax.evaluation.run_record import RunRecord
@@ -12,6 +12,11 @@ from mer_r1_jax.evaluation.run_record import RunRecord
 def run_name(run: RunRecord) -> str:
     """What the user called it."""
     return run.config.get("train", {}).get("run_name") or run.config.get("name") or run.path.resolve().name
+
+
+def model_name(folder: PurePath) -> str:
+    """What people call a model: its folder's name, and that of its run where it is a run's export."""
+    return folder.parents[1].name if folder.parts[-2:] == ("export", "hf") else folder.name
 
 
 def title_of(run: RunRecord) -> str:
@@ -24,7 +29,7 @@ def title_of(run: RunRecord) -> str:
 
 def _model(model: dict[str, Any]) -> str:
     if path := model.get("path"):
-        name = PurePosixPath(str(path)).name
+        name = model_name(PurePosixPath(str(path)))
     elif preset := model.get("preset"):
         name = f"{str(preset).capitalize()} model from random weights"
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,6 @@ from mer_r1_jax.run.live_answers import LiveAnswers, Question, told_error
 
 if TYPE_CHECKING:  # its server is an extra
     from mer_r1_jax.serving.app import Asked
-
-
-def name_of(path: str) -> str:
-    """What people call a model: its folder's name, and that of its run where it is a run's export."""
-    folder = pathlib.Path(path).resolve()
-    return folder.parents[1].name if folder.parts[-2:] == ("export", "hf") else folder.name
 
 
 class ServedModel:

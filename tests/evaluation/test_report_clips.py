@@ -22,7 +22,7 @@ from mer_r1_jax.evaluation.clip_players import LEFT_OUT, Patience, Playable, pla
 from mer_r1_jax.evaluation.run_clips import ClipSection, clip_section
 from mer_r1_jax.evaluation.run_record import RunRecord, read_run, stages_of
 from mer_r1_jax.evaluation.run_report import make_report
-from mer_r1_jax.evaluation.run_title import title_of
+from mer_r1_jax.evaluation.run_title import model_name, title_of
 
 
 def encoding(container, video=None, sound=None, pixels="yuv420p"):
@@ -340,6 +340,11 @@ def titled(metrics=("sft", "rl"), **config):
     return title_of(RunRecord(Path("runs/mine"), config, {}, lines, {}, None, ()))
 
 
+def test_a_model_is_called_what_its_run_is_called():
+    names = [model_name(Path(path)) for path in ("a/mine", "a/mine/export/hf", "a/hf")]
+    assert names == ["mine", "mine", "hf"]
+
+
 def test_the_title_says_what_was_trained():
     real = {
         "model": {"path": "/weights/Qwen2.5-Omni-3B", "preset": "7b", "lora": {"rank": 16}},
@@ -349,6 +354,9 @@ def test_the_title_says_what_was_trained():
     assert titled(**real) == (
         "Qwen2.5-Omni-3B with adapters of rank 16: SFT, then RL with mer_r1, on mercaptionplus/rl.jsonl"
     )
+    # An arm begins from the export of a run: "hf" would name them all.
+    arm = {"model": {"path": "runs/sft_seed1/export/hf"}, "rl": {"arm": "rd"}}
+    assert titled(("rl",), **arm) == "sft_seed1: RL with rd"
     tiny = {"model": {"path": "", "preset": "tiny"}, "data": {"synthetic_dir": "x", "synthetic_world": "U"}}
     assert titled(("sft",), **tiny) == "Tiny model from random weights: SFT, on synthetic clips (world U)"
     assert titled((), **tiny) == "Tiny model from random weights"

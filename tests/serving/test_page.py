@@ -12,7 +12,7 @@ from support.small_run import with_config
 
 from mer_r1_jax.run.inference import answer, clip_record
 from mer_r1_jax.run.live_answers import PARTS, LiveAnswers, Question, _cannot_hide
-from mer_r1_jax.run.served_model import ServedModel, name_of
+from mer_r1_jax.run.served_model import ServedModel
 from mer_r1_jax.serving.app import Asked
 
 QUESTION, SUBTITLE = "Feel?", "I never"
@@ -75,11 +75,6 @@ def test_a_person_with_a_clip_gets_the_models_answers_from_this_machine_alone(mo
         outside = [url for url in browser.asked if not url.startswith((f"{address}/", "data:", f"blob:{address}/"))]
         assert outside == [] and any("/answer?" in url for url in browser.asked)
         assert [path.name for path in tmp_path.iterdir()] == ["browser"], "the clip is gone"
-
-
-def test_a_model_is_called_what_its_run_is_called(tmp_path):
-    run = tmp_path / "mine"
-    assert (name_of(str(run)), name_of(f"{run}/export/hf"), name_of(f"{run}/hf/")) == ("mine", "mine", "hf")
 
 
 def test_events_of_a_gated_answer_and_of_hidden_parts(model, expected):
