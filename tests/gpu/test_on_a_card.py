@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention_cases import LIMITS, packed_row, relative_error, windows
+from support.attention_cases import LIMITS, packed_row, pulled, relative_error, windows
 
 from mer_r1_jax.kernels.attention import api, cudnn, reference
 from mer_r1_jax.peers.omni import OmniSide
@@ -21,15 +21,6 @@ ROWS = {
     "vision windows, 16/16 heads of 80": (16, 16, 80, windows(2, 24, 8, 56), False),
     "audio, 20/20 heads of 64": (20, 20, 64, windows(3, 20, 10, 112), False),
 }
-
-
-def pulled(call, arrays, gradient):
-    @jax.jit
-    def run(arrays, gradient):
-        out, pull = jax.vjp(lambda *arrays: call(*arrays), *arrays)
-        return out, *pull(gradient.astype(out.dtype))
-
-    return run(arrays, gradient)
 
 
 def in_float32(call, arrays, gradient):

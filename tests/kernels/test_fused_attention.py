@@ -10,19 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention_cases import CASES, LIMITS, relative_error
+from support.attention_cases import CASES, LIMITS, pulled, relative_error
 
 from mer_r1_jax.kernels.attention import cudnn, reference
 from mer_r1_jax.kernels.placement import Placement
-
-
-def pulled(call, arrays, gradient):
-    @jax.jit
-    def run(arrays, gradient):
-        out, pull = jax.vjp(lambda *arrays: call(*arrays), *arrays)
-        return out, *pull(gradient.astype(out.dtype))
-
-    return run(arrays, gradient)
 
 
 @pytest.mark.parametrize(

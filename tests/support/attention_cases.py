@@ -38,6 +38,17 @@ class AttentionCase:
         return [jnp.asarray(rng.normal(size=(*shape, self.width)), dtype) for shape in shapes]
 
 
+def pulled(call, arrays, gradient) -> tuple[jax.Array, ...]:
+    """Result of a call of arrays, and a gradient of the result pulled back to each of them."""
+
+    @jax.jit
+    def run(arrays, gradient):
+        out, pull = jax.vjp(lambda *arrays: call(*arrays), *arrays)
+        return out, *pull(gradient.astype(out.dtype))
+
+    return run(arrays, gradient)
+
+
 def packed_row(prompts: list[int], prompt_slots: int, completions: list[list[int]], slots: int) -> np.ndarray:
     """Segments of rows with one right-padded prompt followed by right-padded completions, as the RL update has them."""
     count = len(completions[0])
