@@ -86,3 +86,12 @@ def test_a_plan_sees_only_the_protocol(small_folder):
 def copied(params):
     """Steps take over the memory of what they are given."""
     return jax.tree.map(functools.partial(jax.numpy.array, copy=True), params)
+
+
+def test_a_fresh_state_takes_its_parameters_and_copies_none(small):
+    """Else all of them lie in memory twice at the start of a phase."""
+    params = small.backbone.init(seed=0)
+    given = dict(params)
+    state = small.rl_phase().new_state(params)
+    assert all(leaf.is_deleted() for leaf in given.values())
+    assert set(state.params) == set(given) and not any(leaf.is_deleted() for leaf in state.params.values())
