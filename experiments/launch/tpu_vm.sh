@@ -10,6 +10,7 @@ repository=${REPOSITORY:-}
 # The slice as configurations and plans spell it -> Cloud TPU's accelerator type and the image of its VMs. In a type, v5e
 # and v6e count chips, v5p counts TensorCores, two to a chip.
 case $slice in
+    v5e:2x4) type=v5litepod-8 version=v2-alpha-tpuv5-lite ;;
     v5e:4x4) type=v5litepod-16 version=v2-alpha-tpuv5-lite ;;
     v5e:16x16) type=v5litepod-256 version=v2-alpha-tpuv5-lite ;;
     v5p:2x2x4) type=v5p-32 version=v2-alpha-tpuv5 ;;
@@ -18,8 +19,8 @@ case $slice in
 esac
 type=${ACCELERATOR_TYPE:-$type} version=${RUNTIME_VERSION:-$version}
 if [ -z "$type" ] || [ -z "$version" ]; then
-    echo "SLICE: got $slice, expected v5e:4x4, v5e:16x16, v5p:2x2x4 or v6e:4x4; for another slice set ACCELERATOR_TYPE" \
-        "and RUNTIME_VERSION as well" >&2
+    echo "SLICE: got $slice, expected v5e:2x4, v5e:4x4, v5e:16x16, v5p:2x2x4 or v6e:4x4; for another slice set" \
+        "ACCELERATOR_TYPE and RUNTIME_VERSION as well" >&2
     exit 2
 fi
 
