@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
     without_devices()
     from mer_r1_jax.planning.markdown import markdown
-    from mer_r1_jax.planning.planner import PROGRAMS, plan
+    from mer_r1_jax.planning.planner import plan
     from mer_r1_jax.run.inputs import FOLDERS, require_files
 
     with explained():
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
                 config,
                 topology,
                 cache_dir=pathlib.Path(_CACHE.value),
-                only=_PROGRAMS.value or PROGRAMS,
+                only=_PROGRAMS.value,
                 try_others=_OTHERS.value,
                 answering=_ANSWERING.value,
                 progress=screen.say,

@@ -26,7 +26,7 @@ def plan(
     topology: str,
     *,
     cache_dir: pathlib.Path,
-    only: Sequence[str] = PROGRAMS,
+    only: Sequence[str] = (),
     try_others: bool = False,
     answering: bool = False,
     progress: Callable[[str], None] = lambda line: None,
@@ -37,8 +37,8 @@ def plan(
         config: the configuration.
         topology: the slice as Cloud TPU spells it, or a card of CHIPS and their number, such as h100:8.
         cache_dir: where compiled answers are kept.
-        only: programs to compile, of PROGRAMS, one of this plan's at least; the others are left off the sheet, and with
-            them the hours.
+        only: programs to compile, each of this plan's, or none for all of them; the others are left off the
+            sheet, and with them the hours.
         try_others: compile the RL update under other remat settings and batches too.
         answering: plan what the run's export takes to answer clips, in place of the run.
         progress: called with a line as each program is done.
@@ -60,13 +60,14 @@ def plan(
         )
     buckets = {phase: run.buckets(phase)[-1] for phase in run.phases()}
     programs = [program for phase, shape in buckets.items() for program in run.of_phase(phase, shape)]
-    missing = [program.name for program in programs if program.name not in only]
-    if len(missing) == len(programs):
+    names = [program.name for program in programs]
+    if absent := [name for name in only if name not in names]:
         there = "answering" if answering else "what this configuration trains"
         raise ConfigError(
-            f"nothing to plan: got programs {', '.join(only)}, expected some of those of {there}: "
-            f"{', '.join(missing)}; name one of these" + ("" if answering else ", or add --answering for its own")
+            f"programs: got {', '.join(absent)}, expected some of those of {there}: {', '.join(names)}; leave out what "
+            "is not there" + ("" if answering else ", or add --answering for its own")
         )
+    missing = [name for name in names if only and name not in only]
     sheets: list[ProgramSheet] = []
     for program in programs:
         if program.name in missing:

@@ -131,11 +131,11 @@ def test_answering_has_no_other_batches_to_try(config, cache):
 @pytest.mark.parametrize(
     ("answering", "only", "there"),
     [
-        (False, ["ask"], "ask, expected some of those of what this configuration trains: encode, cast, sample, "),
+        (False, ["cast", "ask"], "ask, expected some of those of what this configuration trains: encode, cast, sample"),
         (True, ["update", "score"], "update, score, expected some of those of answering: encode, "),
     ],
 )
-def test_a_plan_of_no_program_names_those_there_are(config, cache, answering, only, there):
-    with pytest.raises(ConfigError, match=f"got programs {there}") as refused:
+def test_a_program_that_a_plan_has_not_is_refused_with_those_it_has(config, cache, answering, only, there):
+    with pytest.raises(ConfigError, match=f"programs: got {there}") as refused:
         plan(config, CHIP, cache_dir=cache, only=only, answering=answering)
     assert ("or add --answering" in str(refused.value)) == (not answering)
