@@ -250,7 +250,7 @@ def _print(scored: list[dict[str, Any]], folder: BenchmarkFolder) -> None:
         return
     from rich.table import Table
 
-    from mer_r1_jax.evaluation.benchmarks.tables import METRIC_TITLES, percent
+    from mer_r1_jax.evaluation.benchmarks.tables import METRIC_TITLES, percent, ungated
     from mer_r1_jax.evaluation.bootstrap import signed
 
     console = screen.console()
@@ -269,6 +269,9 @@ def _print(scored: list[dict[str, Any]], folder: BenchmarkFolder) -> None:
     console.print(table)
     for description in dict.fromkeys(score["protocol"]["description"] for score in scored):
         console.print(description, highlight=False, soft_wrap=True)
+    for score in scored:
+        if said := ungated(score):
+            screen.say(said)
     screen.say(f"report: {folder.report}")
 
 

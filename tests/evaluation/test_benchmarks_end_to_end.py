@@ -16,7 +16,7 @@ from support.small_run import CONFIG_FILE, HELD_OUT, command, environment
 from support.unibench_standins import CLIPS, clip_name, write_csv, write_sets
 
 from mer_r1_jax.evaluation.benchmarks.benchmark_folder import BenchmarkFolder
-from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS
+from mer_r1_jax.evaluation.benchmarks.sets import LAYOUTS, title_of
 from mer_r1_jax.evaluation.evaluate import Evaluator
 from mer_r1_jax.evaluation.gate import confidence_of_line, is_sure
 from mer_r1_jax.omni.hf.export import ExportSettings, export_model
@@ -170,6 +170,21 @@ def test_gated_answers_ask_slowly_where_the_fast_answer_is_unsure_and_nowhere_el
     before = scores_of(out)
     assert evaluate(*arguments[1:], "--rescore", open_policy=None) == 0  # by the threshold they were asked with
     assert scores_of(out) == before
+    # Of unsure clips without a slow answer the gate has none: what is left would be the clips the model is sure of.
+    capsys.readouterr()
+    assert evaluate(*arguments[1:], "--rescore", "--mode=auto", "--threshold=1", open_policy=None) == 0
+    said = capsys.readouterr().out
+    for name, score in ((score["benchmark"], score) for score in scores_of(out).values()):
+        lines = BenchmarkFolder(out).read_answers(name)[1]
+        lacking = sum(
+            (clip, "slow") not in lines and not is_sure(confidence_of_line(line), 1.0)
+            for (clip, mode), line in lines.items()
+            if mode == "fast"
+        )
+        assert score["n_unsure_without_slow"] == lacking
+        assert ("auto" in score) == ("auto" in score["modes"]) == (not lacking)
+        assert (f"Gated answers of {title_of(name)} are not scored: {lacking} of " in said) == bool(lacking)
+    assert "are not scored" in said and "are not scored" in (out / "report.html").read_text()
     # Where both answers are there, any threshold can be tried without the model.
     shutil.copytree(resumed[0], both := tmp_path / "both")
     again = ["--benchmark=synthetic", f"--out={both}", "--rescore"]

@@ -22,6 +22,7 @@ from mer_r1_jax.evaluation.benchmarks.tables import (
     main_table,
     paper_f1_table,
     synthetic_table,
+    ungated,
 )
 from mer_r1_jax.evaluation.clip_frames import clip_strips
 from mer_r1_jax.evaluation.figures import FAST, NEUTRAL, SLOW, as_svg
@@ -113,6 +114,7 @@ def _warnings(scores: Sequence[dict[str, Any]], columns: Columns) -> list[str]:
             "the wheels of each clip's truth, and gates compare it with that of other answers by one threshold. For "
             "confidences of one kind ask again, into another --out."
         )
+    found += dict.fromkeys(said for score in scores if (said := ungated(score)))
     if len(columns.protocols) > 1:
         found.append("There are scores of several protocols. They stand in columns of their own and do not compare.")
     if any("shipped" in protocol["wheels"] for protocol in columns.protocols):

@@ -89,8 +89,7 @@ def score_benchmark(
     listed = {mode: [line for (clip, m), line in answers.items() if m == mode and clip in truths] for mode in MODES}
     # Kept before answers had one: theirs is made from the wheels of a clip's truth, and another quantity.
     old = sum("confidence" not in line for line in listed["fast"])
-    if threshold is not None:
-        _add_gated(listed, threshold)
+    ungated = 0 if threshold is None else _add_gated(listed, threshold)
     listed = {mode: lines for mode, lines in listed.items() if lines}
     if not listed:
         raise BenchmarkError(f"{title_of(name)}: there is no answer to score; run without --rescore first")
@@ -108,6 +107,7 @@ def score_benchmark(
         **(_gated(scored, threshold, metric, wheels, sure) if threshold is not None and AUTO in scored else {}),
         **({"gate": _gate(scored, wheels)} if both and sure and metric != WAF else {}),
         "n_fast_without_confidence": old,
+        "n_unsure_without_slow": ungated,
     }
 
 
@@ -195,22 +195,29 @@ def _as_json(summed: Summed) -> dict[str, Any]:
     return {name: dataclasses.asdict(interval) for name, interval in bootstrap.intervals(summed).items()}
 
 
-def _add_gated(listed: dict[str, list[Mapping[str, Any]]], threshold: float) -> None:
+def _add_gated(listed: dict[str, list[Mapping[str, Any]]], threshold: float) -> int:
     """Adds the answers that a gate takes as a mode of their own, the tokens of both where it took the slow one.
 
     Where slow answers are those alone that the gate asked for, they are no score of their own: of the clips that the
     model was unsure of.
+
+    Returns:
+        Clips whose slow answer the gate wants and nobody asked for. With any there is no mode added: it would be of the
+        clips that the model is sure of.
     """
     slow = {line["id"]: line for line in listed["slow"]}
-    taken = []
+    taken, lacking = [], 0
     for fast in listed["fast"]:
         if is_sure(confidence_of_line(fast), threshold):
             taken.append({**fast, "mode": AUTO, "taken": "fast"})
         elif one := slow.get(fast["id"]):
             taken.append({**one, "mode": AUTO, "taken": "slow", "tokens": fast["tokens"] + one["tokens"]})
-    listed[AUTO] = taken
+        else:
+            lacking += 1
+    listed[AUTO] = [] if lacking else taken
     if any(line["id"] not in slow for line in listed["fast"]):
         listed["slow"] = []
+    return lacking
 
 
 def _gated(scored: Mapping[str, _Scored], threshold: float, metric: str, wheels: Wheels, sure: bool) -> dict[str, Any]:

@@ -200,6 +200,17 @@ def gated_table(columns: Columns) -> Table | None:
     )
 
 
+def ungated(score: dict[str, Any]) -> str:
+    """Why gated answers that were asked for have no score; empty where none were, or they have one."""
+    if not (lacking := score.get("n_unsure_without_slow")):
+        return ""
+    return (
+        f"Gated answers of {title_of(score['benchmark'])} are not scored: {lacking} of "
+        f"{score['modes']['fast']['n_answered']} fast answers are less sure than the threshold and have no slow answer "
+        "beside them. Evaluate all clips with --mode=auto, or fewer with --limit into another --out."
+    )
+
+
 def paper_f1_table() -> Table:
     """The paper's own slow-fast table: set F on the five sets whose truths are categories."""
     heads = [*(title_of(name) for name in PAPER_F1_SETS), "mean"]
