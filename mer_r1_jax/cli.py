@@ -6,9 +6,11 @@ import contextlib
 import logging as stdlib_logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -21,6 +23,7 @@ from mer_r1_jax.training.signals import EXIT_SAVED
 
 EXIT_ERROR = 2  # the run cannot go on as it is; the message on stderr says why and how to mend it
 PRINT_CONFIG = "--print_config"
+_SENT_AGAIN_AFTER = 0.05  # seconds
 
 
 @contextlib.contextmanager
@@ -66,6 +69,33 @@ def left(code: int) -> NoReturn:
     os._exit(code)
 
 
+def keep_interrupts() -> None:
+    """Ctrl-C is not lost where nothing can be raised.
+
+    Python handles a signal wherever the main thread stands. In a callback of its garbage collection, of which jax has
+    one, or in a `__del__`, what a handler raises is printed and forgotten, and the command would go on.
+    """
+    if not isinstance(sys.unraisablehook, _SentAgain):
+        sys.unraisablehook = _SentAgain(sys.unraisablehook)
+
+
+class _SentAgain:
+    """A hook for what could not be raised: sends an interrupt again a moment later, and leaves all else to another."""
+
+    def __init__(self, otherwise: Callable[[Any], Any]):
+        self.otherwise = otherwise
+
+    def __call__(self, unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self.otherwise(unraisable)
+            return
+        # To the main thread, so that a wait of its ends, and later, as it still stands where nothing can be raised.
+        main = threading.main_thread().ident
+        again = threading.Timer(_SENT_AGAIN_AFTER, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+
 def show(text: str) -> None:
     """Prints what somebody asked to see, who may stop reading at any line (`mer-r1 train --help | head`)."""
     try:
@@ -87,6 +117,7 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     terminal is guarded here too. `--print_config` is answered here: the process ends with status 0.
     """
     screen.guard_terminal()
+    keep_interrupts()
     set_tpu_flags()
     set_gpu_memory()
     with explained():

@@ -48,6 +48,30 @@ def test_ctrl_c_is_no_bug_to_show_and_ends_a_command_as_the_signal_does():
     assert (done.returncode, done.stderr) == (-2, "interrupted\n")
 
 
+def test_ctrl_c_in_a_callback_of_the_garbage_collection_is_not_lost():
+    program = """
+import gc, os, signal, time
+from mer_r1_jax import cli, screen
+
+screen.guard_terminal()
+for _ in range(2):  # as where one command calls another
+    cli.keep_interrupts()
+came = []
+
+
+def callback(phase, info):
+    if not came:
+        came.append(os.kill(os.getpid(), signal.SIGINT))
+
+
+gc.callbacks.append(callback)
+gc.collect()
+time.sleep(20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-2, "interrupted\n")
+
+
 def test_consoles_tables_lines_and_bars_show_text_as_it_is(capsys):
     console = screen.console()
     table = Table(EVIL, "n", title=EVIL)
