@@ -1,6 +1,6 @@
 """Runs and judges the registered study of docs/study/protocol.md: mer-r1 study --stage=A [--out=FOLDER]
 
-    mer-r1 study --stage=A                       the registered runs of the lab: an hour or two, by estimate
+    mer-r1 study --stage=A                       the registered runs of the lab: half an hour on two fast cores
     mer-r1 study --stage=B --runs=FOLDER         what mer-r1 ablate has run on rendered clips
 
 Every block of seeds leaves a summary of 30 kB in --out. Started again the command goes on with the blocks that have
