@@ -109,14 +109,14 @@ class ProcessPool:
             job: what the process's `serve` is to answer.
             seconds: how long that may take, the start of a process not counted.
             read: makes something of an answer's head and bytes; raises ChildDiedError where they are no answer.
-            asked: whether the run is to stop; looked at while waiting.
+            asked: whether the run is to stop; looked at while waiting, for the start of a process too.
 
         Raises:
             TimeoutError: there is no answer in time.
             ChildDiedError: the process ended or answered nonsense.
             StopRequested: `asked` said so.
         """
-        with self._child() as child:
+        with self._child(asked) as child:
             return read(*child.ask(job, seconds, asked))
 
     def start(self) -> None:
@@ -133,7 +133,7 @@ class ProcessPool:
         self._finalizer()
 
     @contextlib.contextmanager
-    def _child(self) -> Iterator[_Child]:
+    def _child(self, asked: Callable[[], bool] = lambda: False) -> Iterator[_Child]:
         """Lends a process that is ready for jobs. Whatever is raised meanwhile ends it; a new one takes its place."""
         child, healthy = self._slots.get(), None
         try:
@@ -143,7 +143,7 @@ class ProcessPool:
                 child = self._begin()
                 self._running.add(child)
                 try:
-                    child.answer_to(READY, START_SECONDS)
+                    child.answer_to(READY, START_SECONDS, asked)
                 except TimeoutError:
                     raise ChildDiedError(f"it did not start within {START_SECONDS:g} s") from None
                 self._prepare(lambda job, seconds: child.ask(job, seconds)[0])

@@ -252,6 +252,16 @@ def test_a_stop_request_ends_the_wait_and_the_process(pool):
     assert time.monotonic() - begin < 10.0 and gone(child._process.pid)
 
 
+def test_a_stop_request_is_heard_while_a_process_starts():
+    pool, begin = ProcessPool((sys.executable, "-c", "import time; time.sleep(1000)"), 1), time.monotonic()
+    try:
+        with pytest.raises(StopRequested):
+            ask(pool, "value = 1", 1000.0, asked=lambda: time.monotonic() > begin + 0.5)
+        assert time.monotonic() - begin < 10.0 and not pool._running
+    finally:
+        pool.close()
+
+
 def test_starting_a_process_does_not_count_against_its_first_job():
     pool = ProcessPool((sys.executable, "-c", "import time; time.sleep(1.5)\n" + WORKER), 1)
     try:

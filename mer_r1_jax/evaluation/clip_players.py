@@ -119,7 +119,7 @@ class Patience:
     """How long a page may wait for clips' files; what is not read by then is not in it.
 
     Attributes:
-        seconds: for all files together; the start of the process that reads them is not counted.
+        seconds: for all files together, the start of the process that reads them among them.
         asked: whether somebody asks for the end before that; looked at before every file and while it is read.
     """
 

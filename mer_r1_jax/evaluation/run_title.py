@@ -16,7 +16,8 @@ def run_name(run: RunRecord) -> str:
 
 def model_name(folder: PurePath) -> str:
     """What people call a model: its folder's name, and that of its run where it is a run's export."""
-    return folder.parents[1].name if folder.parts[-2:] == ("export", "hf") else folder.name
+    run = folder.parents[1].name if folder.parts[-2:] == ("export", "hf") else ""
+    return run or folder.name
 
 
 def title_of(run: RunRecord) -> str:

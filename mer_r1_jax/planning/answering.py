@@ -47,6 +47,7 @@ def as_opened(config: RunConfig) -> RunConfig:
         config,
         name=f"{config.name}_answering",
         model=model,
+        mesh=dataclasses.replace(config.mesh, sparse_core_collectives=False),
         sft=dataclasses.replace(config.sft, max_steps=0),
         # One answer a clip, as long as evaluation lets it be.
         rl=dataclasses.replace(config.rl, max_steps=0, num_generations=1, max_completion_length=length),

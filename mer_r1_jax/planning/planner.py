@@ -65,7 +65,7 @@ def plan(
         there = "answering" if answering else "what this configuration trains"
         raise ConfigError(
             f"programs: got {', '.join(absent)}, expected some of those of {there}: {', '.join(names)}; leave out what "
-            "is not there" + ("" if answering else ", or add --answering for its own")
+            "is not there" + (", or add --answering for its own" if "ask" in absent else "")
         )
     missing = [name for name in names if only and name not in only]
     sheets: list[ProgramSheet] = []

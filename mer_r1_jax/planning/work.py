@@ -71,7 +71,7 @@ class Product:
     Attributes:
         flops: of one call.
         bytes: that one call reads from HBM and writes to it; where the compiler states its windows, what these fetch
-            if every step of their grid reads both operands' anew, if that is more.
+            at least (`windows.window_bytes`), if that is more.
         cycles: the compiler's estimate for one call.
         calls: how often it runs.
     """
@@ -154,7 +154,7 @@ class _Reader:
     def __init__(self, text: str, longest_loop: int, visited: float = 1.0):
         self.computations, self.entry = parse(text)
         self.longest_loop, self.visited = longest_loop, visited
-        self.flops = self.kernel_flops = self.bytes = 0.0
+        self.product_flops = self.kernel_flops = self.bytes = 0.0
         self.collectives: collections.Counter[_Key] = collections.Counter()
         self.asynchronous: collections.Counter[_Key] = collections.Counter()
         self.products: list[Product] = []
@@ -168,7 +168,7 @@ class _Reader:
             for kind, size, chips in [key]
         ]
         return Work(
-            flops=self.flops,
+            flops=self.product_flops + self.kernel_flops,
             kernel_flops=self.kernel_flops,
             hbm_bytes=self.bytes,
             cycles=self.cycles,
@@ -195,9 +195,10 @@ class _Reader:
                 self.open_loops += not known
                 self._visit(_named(instruction, "body"), times * trips, in_hbm)
                 continue
-            before = self.flops - self.kernel_flops, self.cycles, self.bytes
+            # Products have a sum of their own: of one that kernels are in too, a rounding would be left of a kernel.
+            before = self.product_flops, self.cycles, self.bytes
             self._add(instruction, computation, times, in_hbm, fused)
-            flops = self.flops - self.kernel_flops - before[0]
+            flops = self.product_flops - before[0]
             if in_hbm and flops and instruction.opcode not in ("call", "conditional"):
                 cycles, moved = (self.cycles - before[1]) // times, (self.bytes - before[2]) / times
                 moved = max(moved, window_bytes(instruction, computation, self.computations))
@@ -209,7 +210,7 @@ class _Reader:
         """Adds up one instruction that is no loop, and what it calls."""
         opcode = instruction.opcode
         if opcode in ("convolution", "dot"):
-            self.flops += times * product_flops(instruction, computation)
+            self.product_flops += times * product_flops(instruction, computation)
         elif opcode == "custom-call":
             self._kernel(instruction, computation, times)
         if in_hbm and (estimate := _CYCLES.search(instruction.attributes)):
@@ -267,14 +268,13 @@ class _Reader:
 
     def _kernel(self, call: Instruction, computation: Computation, times: int) -> None:
         if (flops := library_flops(call, computation)) is not None:
-            self.flops += times * flops
+            self.product_flops += times * flops
             return
         if not any(target in call.attributes for target in _OPAQUE):
             return
         estimate = _ESTIMATE.search(call.attributes)
         if estimate and int(estimate.group(1)):
             share = self.visited if _ROW_ATTENTION.search(call.attributes) else 1.0
-            self.flops += times * share * int(estimate.group(1))
             self.kernel_flops += times * share * int(estimate.group(1))
         else:
             self.silent_kernels += times

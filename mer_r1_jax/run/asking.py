@@ -144,7 +144,9 @@ def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
     if config is None:
         return {}
     values = dataclasses.asdict(config)
-    used = {section: tuple(values[section]) for section in ("media", "emotion", "eval", "mesh")}
+    used = {section: tuple(values[section]) for section in ("media", "emotion", "eval")}
+    # How sums of gradients travel is a matter of training, and refused on chips without sparse cores.
+    used["mesh"] = tuple(name for name in values["mesh"] if name != "sparse_core_collectives")
     used["data"] = ("system_prompt", "question", "max_prompt_length", "prompt_buckets")
     used["rl"] = ("max_completion_length", "max_fast_context", "max_answer_words")
     # A checkpoint can be restored in the dtypes it was saved in; a Hugging Face directory is cast as it is read.

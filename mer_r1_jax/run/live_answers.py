@@ -72,7 +72,8 @@ class Question:
 
 
 class LiveAnswers:
-    """A model that answers one question at a time. Use it in a `with` block: what decoding holds is freed at its end.
+    """A model that answers one question at a time. What decoding holds is freed at the end of a `with` block, or
+    with the process.
 
     Args:
         setup, params: the model; `rl.decode_chunk` says how often the text so far is told.

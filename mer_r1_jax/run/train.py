@@ -57,7 +57,7 @@ from mer_r1_jax.run.stored_base import BASE_FOLDER, begin, restore_base
 from mer_r1_jax.run.stored_reference import StoredRun, open_reference
 from mer_r1_jax.run.warm_up import is_wanted, warm_up
 from mer_r1_jax.storage import bucket
-from mer_r1_jax.storage.checkpoints import Restored
+from mer_r1_jax.storage.checkpoints import Checkpoints, Restored
 from mer_r1_jax.storage.run_directory import RunDirectory
 from mer_r1_jax.storage.stored_arrays import named_leaves
 from mer_r1_jax.training.device_metrics import Utilisation, memory_metrics
@@ -176,7 +176,10 @@ def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) ->
 
     if is_wanted(setup):  # before anything lies in the devices' memory
         done = processes.from_first("the checkpoint a warm-up goes by", checkpoints.latest_step) or 0
-        warm_up(setup, sft, rl, done, functools.partial(console.print, highlight=False))
+        try:
+            warm_up(setup, sft, rl, done, functools.partial(console.print, highlight=False), stop)
+        except StopRequested:
+            return _stopped(console, checkpoints)
 
     # SFT and RL may train other parameters, and only a checkpoint's host state says which phase it is of.
     def abstract(step: int, host: dict[str, Any]) -> dict[str, Any]:
@@ -207,14 +210,19 @@ def _stages(setup: Setup, folder: RunDirectory, stop: Stop, console: Console) ->
         )
         params = _train_phases(run, sft, rl, restored)
     if params is None:
-        newest = processes.from_first("the newest checkpoint", checkpoints.latest_step)
-        place = "the beginning, as nothing was saved yet" if newest is None else f"checkpoint {newest}"
-        console.print(f"stopped; the same command goes on from {place}")
-        return EXIT_SAVED
+        return _stopped(console, checkpoints)
     evaluate(run, params, "rl" if rl else "sft", rl.total_steps if rl else run.sft_steps)
     export(run, params)
     report(run)
     return 0
+
+
+def _stopped(console: Console, checkpoints: Checkpoints) -> int:
+    """Says from where the run goes on, and gives the exit code."""
+    newest = processes.from_first("the newest checkpoint", checkpoints.latest_step)
+    place = "the beginning, as nothing was saved yet" if newest is None else f"checkpoint {newest}"
+    console.print(f"stopped; the same command goes on from {place}")
+    return EXIT_SAVED
 
 
 def _train_phases(

@@ -41,6 +41,7 @@ from mer_r1_jax.training.phase import Phase, prompts_at_once
 from mer_r1_jax.training.reference import abstract_reference
 from mer_r1_jax.training.rl_step import RlPrograms
 from mer_r1_jax.training.sft_step import SftPhase
+from mer_r1_jax.training.stopping import NEVER, Stop
 
 # Programs as `RlPrograms` has them -> by the plan's names.
 _WATCHED = {
@@ -61,7 +62,9 @@ def is_wanted(setup: Setup) -> bool:
     return wanted == "always" or (wanted == "auto" and setup.backbone.mesh.devices.flat[0].platform != "cpu")
 
 
-def warm_up(setup: Setup, sft: SftPhase | None, rl: Phase[RlConfig] | None, done: int, say: Say) -> None:
+def warm_up(
+    setup: Setup, sft: SftPhase | None, rl: Phase[RlConfig] | None, done: int, say: Say, stop: Stop = NEVER
+) -> None:
     """Makes one step of each phase that is not done yet at its longest shape.
 
     Args:
@@ -69,38 +72,40 @@ def warm_up(setup: Setup, sft: SftPhase | None, rl: Phase[RlConfig] | None, done
         sft, rl: its phases.
         done: optimizer steps of the newest checkpoint, over both phases; 0 without one.
         say: prints a line.
+        stop: asked before every program.
 
     Raises:
         WarmUpError: names the program, its shape and what to change.
+        StopRequested: a signal came; nothing was begun or saved.
     """
     sft_steps = sft.total_steps if sft else 0
     began = time.monotonic()
     names: list[str] = []
     if sft is not None and done < sft_steps:
-        names += _sft_step(setup, sft)
+        names += _sft_step(setup, sft, stop)
     if rl is not None and done < sft_steps + rl.total_steps:
-        names += _rl_step(setup, rl)
+        names += _rl_step(setup, rl, stop)
     if names:
         seconds = time.monotonic() - began
         say(f"longest shapes compiled and run once in {seconds:.0f} s: {', '.join(dict.fromkeys(names))}")
 
 
-def _sft_step(setup: Setup, phase: SftPhase) -> list[str]:
+def _sft_step(setup: Setup, phase: SftPhase, stop: Stop) -> list[str]:
     """One step of SFT on rows that are all padding; the names of the programs that ran."""
     longest = dataclasses.replace(phase, buckets=phase.buckets[-1:])
     batch, _ = longest.batch([])
     names: list[str] = []
-    step = _told(setup, phase, "sft_step", phase.make_step(), names)
+    step = _told(setup, phase, "sft_step", phase.make_step(), names, stop)
     with _explained(setup, phase, STATE):
         state = _zeros(setup.abstract_state_of("sft"))
     step(state, put(batch, setup.backbone.mesh))
     return names
 
 
-def _rl_step(setup: Setup, phase: Phase[RlConfig]) -> list[str]:
+def _rl_step(setup: Setup, phase: Phase[RlConfig], stop: Stop) -> list[str]:
     """One rollout and one update on rows whose clips are all missing; the names of the programs that ran."""
     names: list[str] = []
-    programs = _watched(setup, phase, names)
+    programs = _watched(setup, phase, names, stop)
     # The host's own part goes on rows without an answer. So no reward function is called, but each of them still has
     # its array of rewards, all unscored, in the program of the advantages.
     maker = dataclasses.replace(setup.rl_step(phase.buckets[-1:]), programs=programs)
@@ -112,16 +117,16 @@ def _rl_step(setup: Setup, phase: Phase[RlConfig]) -> list[str]:
     records = [phase.records[row % len(phase.records)] for row in range(phase.buckets[-1].rows)]
     rows = [LoadedItem(Item(record, epoch=0, global_index=row), None, None, 0.0) for row, record in enumerate(records)]
     rollout = maker.rollout(state.params, reference, rows, 0)
-    update = _told(setup, phase, "update", programs.make_update(phase.optimizer), names)
+    update = _told(setup, phase, "update", programs.make_update(phase.optimizer), names, stop)
     update(state, programs.minibatch(rollout.experience, 0), np.float32(0))
     return names
 
 
-def _watched(setup: Setup, phase: Phase[RlConfig], names: list[str]) -> RlPrograms:
+def _watched(setup: Setup, phase: Phase[RlConfig], names: list[str], stop: Stop) -> RlPrograms:
     """The run's programs, each waited for and named where it fails."""
     programs = copy.copy(setup.programs)
     for attribute, name in _WATCHED.items():
-        setattr(programs, attribute, _told(setup, phase, name, getattr(programs, attribute), names))
+        setattr(programs, attribute, _told(setup, phase, name, getattr(programs, attribute), names, stop))
     begin = programs.begin
 
     def begin_and_go_on(params: Any, prompts: Any, key: Any, sampling: Any, chunks: Any) -> Any:
@@ -133,10 +138,13 @@ def _watched(setup: Setup, phase: Phase[RlConfig], names: list[str]) -> RlProgra
     return programs
 
 
-def _told(setup: Setup, phase: Phase, name: str, function: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+def _told(
+    setup: Setup, phase: Phase, name: str, function: Callable[..., Any], names: list[str], stop: Stop
+) -> Callable[..., Any]:
     """A program that is waited for, noted in `names`, and explained where it fails."""
 
     def call(*arguments: Any, **settings: Any) -> Any:
+        stop.check()  # every process runs the same programs in the same order
         with _explained(setup, phase, name):
             result = jax.block_until_ready(function(*arguments, **settings))
         names.append(name)

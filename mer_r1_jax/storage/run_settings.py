@@ -94,12 +94,15 @@ def refused_changes(
     # What lies somewhere else now has only moved where its fingerprint is known, and compared below.
     moved = [name for name, what in MAY_MOVE.items() if all(kept.get(one, _ABSENT) != _ABSENT for one in what)]
     known = {name: value for name, value in fingerprints.items() if name in kept}
-    # A setting that the run's version did not have yet is at its default, which is how that version behaved.
+    differences = config_differences(was, now, (*may_change, *moved, *_newer(was, now)))
+    return differences + config_differences({"fingerprint": kept}, {"fingerprint": known})
+
+
+def _newer(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that the run's version did not have yet and that are at their default, which is how it behaved."""
     before, after, defaults = _flat(plain(was)), _flat(plain(now)), _flat(plain(dataclasses.asdict(RunConfig())))
     defaults |= BEFORE
-    new = [name for name in after.keys() - before.keys() if name in defaults and after[name] == defaults[name]]
-    differences = config_differences(was, now, (*may_change, *moved, *new))
-    return differences + config_differences({"fingerprint": kept}, {"fingerprint": known})
+    return [name for name in after.keys() - before.keys() if name in defaults and after[name] == defaults[name]]
 
 
 def warn_of_changes(
@@ -118,7 +121,8 @@ def warn_of_changes(
             "this run was started with other versions; from here on it need not be equal bit for bit:\n  %s",
             "\n  ".join(changed),
         )
-    if relaid := config_differences(was, now, [name for name in _flat(now) if not name.startswith(LAYOUT)]):
+    others = [name for name in _flat(now) if not name.startswith(LAYOUT)]
+    if relaid := config_differences(was, now, (*others, *_newer(was, now))):
         log.warning("laid out otherwise; from here on it need not be equal bit for bit:\n  %s", "\n  ".join(relaid))
 
 

@@ -42,6 +42,8 @@ _NAMED: dict[str, tuple[Any, ...]] = {
     "rl.temperature": (0.9,),
     "rl.loss_type": ("dapo",),
     "rl.calibration_counts": ("word",),
+    "rl.num_iterations": (1,),
+    "rl.steps_per_generation": (1, None),  # None: by a version that had no such setting
 }
 # Measure, as the lab calls it -> score of an evaluation.
 _SCORES = {

@@ -15,6 +15,7 @@ from mer_r1_jax.evaluation import bootstrap
 from mer_r1_jax.evaluation.benchmarks import analysis, benchmark_scores
 from mer_r1_jax.evaluation.benchmarks.benchmark_scores import Scorer, score_benchmark
 from mer_r1_jax.evaluation.benchmarks.sets import BenchmarkError
+from mer_r1_jax.evaluation.benchmarks.tables import ungated
 from mer_r1_jax.evaluation.benchmarks.word_protocol import (
     OFFICIAL_WHEELS,
     POLARITY_VERSION,
@@ -177,7 +178,7 @@ def test_a_gate_is_fitted_where_there_are_both_answers_and_confidences(wheels):
 
 
 def test_gated_answers_are_a_mode_of_their_own(wheels):
-    """Surely right, unsure and helped by the slow answer, unsure and hurt, without a confidence, never asked slowly."""
+    """Surely right, unsure and helped by the slow answer, unsure and hurt, wordless, not to be asked slowly."""
     given = {
         "sure": (["sad"], 0.9, None),
         "helped": (["happy"], 0.3, ["sad"]),
@@ -193,8 +194,10 @@ def test_gated_answers_are_a_mode_of_their_own(wheels):
         if slow is not None:
             answers[clip, "slow"] = answer(clip, "slow", slow, "sad", confidence=0.1, tokens=40)
     scorer = Scorer(make_scoring("answer", "wheels", wheels, "", None), wheels)
-    found = score_benchmark("meld", answers, truths, scorer, "other wheels", threshold=0.6)
+    found = score_benchmark("meld", answers, truths, scorer, "other wheels", threshold=0.6, unusable=["lost"])
     assert list(found["modes"]) == ["fast", "auto"], "slow answers are those of hard clips alone"
+    assert (found["n_slow_without_score"], found["n_unsure_without_slow"], found["threshold"]) == (3, 0, 0.6)
+    assert ungated(found).startswith("Slow answers of MELD have no score of their own: there are 3, and not of every")
     auto = found["modes"]["auto"]
     assert (auto["n_answered"], auto["n_unanswered"], auto["score"]) == (4, 1, 0.75)
     assert auto["mean_tokens"] == (7 + 3 * 47) / 4
@@ -203,6 +206,18 @@ def test_gated_answers_are_a_mode_of_their_own(wheels):
     assert found["auto_minus_fast"]["n_common"] == 4 and "auto_minus_slow" not in found
     assert found["n_fast_without_confidence"] == 1, "that of `hurt`, compared with others of another kind"
     json.dumps(found, allow_nan=False)
+    # What a gate wants and nobody asked for is no matter of that clip alone: the sure ones would be left.
+    partly = score_benchmark("meld", answers, truths, scorer, "other wheels", threshold=0.6)
+    assert list(partly["modes"]) == ["fast"] and "auto" not in partly and partly["n_unsure_without_slow"] == 1
+    assert ungated(partly).startswith("Gated answers of MELD are not scored: 1 of 5 fast answers are less sure")
+    alone = {key: line for key, line in answers.items() if key[1] == "slow"}
+    slow_only = score_benchmark("meld", alone, truths, scorer, "other wheels", threshold=0.6)
+    assert list(slow_only["modes"]) == ["slow"] and "there is no fast one" in ungated(slow_only)
+    # Where slow answers were asked of all, one clip that could not be read costs no other its score.
+    answers["sure", "slow"] = answer("sure", "slow", ["sad"], "sad", confidence=0.1, tokens=40)
+    most = score_benchmark("meld", answers, truths, scorer, "other wheels", threshold=0.6, unusable=["lost"])
+    assert list(most["modes"]) == ["slow", "fast", "auto"] and most["slow_minus_fast"]["n_common"] == 4
+    assert ungated(most) == "" and most["n_slow_without_score"] == 0
     for clip in ("sure", "lost"):
         answers[clip, "slow"] = answer(clip, "slow", ["happy"], "sad", confidence=0.1, tokens=40)
     whole = score_benchmark("meld", answers, truths, scorer, "other wheels", threshold=0.6)

@@ -341,8 +341,8 @@ def titled(metrics=("sft", "rl"), **config):
 
 
 def test_a_model_is_called_what_its_run_is_called():
-    names = [model_name(Path(path)) for path in ("a/mine", "a/mine/export/hf", "a/hf")]
-    assert names == ["mine", "mine", "hf"]
+    names = [model_name(Path(path)) for path in ("a/mine", "a/mine/export/hf", "a/hf", "export/hf")]
+    assert names == ["mine", "mine", "hf", "hf"]
 
 
 def test_the_title_says_what_was_trained():

@@ -15,6 +15,7 @@ from mer_r1_jax.planning.answering import AnsweringPrograms, as_opened
 from mer_r1_jax.planning.chips import CHIPS, GIB, chip_of
 from mer_r1_jax.planning.markdown import markdown
 from mer_r1_jax.planning.planner import plan
+from mer_r1_jax.run import asking
 from mer_r1_jax.run.asking import eval_buckets, make_answerer
 from mer_r1_jax.training.prompts import uid_of
 
@@ -104,6 +105,14 @@ def test_one_chip_holds_the_weights_once_and_the_caches_of_a_batch(sheet, config
     )
 
 
+def test_an_opened_export_leaves_out_how_gradients_travel(config):
+    """As what opens it does, whatever chip it is opened on."""
+    trained = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sparse_core_collectives=True))
+    assert as_opened(trained) == as_opened(config)
+    assert "mesh.fsdp" in asking._overrides(trained, is_run=True)
+    assert "mesh.sparse_core_collectives" not in asking._overrides(trained, is_run=True)
+
+
 def test_the_sheet_speaks_of_a_batch_and_not_of_epochs(sheet):
     page, values = markdown(sheet), json.loads(json.dumps(sheet.to_json()))
     assert sheet.fits and sheet.config.name.endswith("_answering")
@@ -131,6 +140,7 @@ def test_answering_has_no_other_batches_to_try(config, cache):
 @pytest.mark.parametrize(
     ("answering", "only", "there"),
     [
+        (False, ["decode"], "decode, expected some of those of what this configuration trains: encode, cast, sample"),
         (False, ["cast", "ask"], "ask, expected some of those of what this configuration trains: encode, cast, sample"),
         (True, ["update", "score"], "update, score, expected some of those of answering: encode, "),
     ],
@@ -138,4 +148,4 @@ def test_answering_has_no_other_batches_to_try(config, cache):
 def test_a_program_that_a_plan_has_not_is_refused_with_those_it_has(config, cache, answering, only, there):
     with pytest.raises(ConfigError, match=f"programs: got {there}") as refused:
         plan(config, CHIP, cache_dir=cache, only=only, answering=answering)
-    assert ("or add --answering" in str(refused.value)) == (not answering)
+    assert ("or add --answering" in str(refused.value)) == ("ask" in only)

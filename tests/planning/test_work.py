@@ -350,3 +350,22 @@ def test_a_kernel_is_no_product():
     kernel = 'custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"9"}}'
     work = work_of(ENTRY.format(line=f"%s = f32[16,128] custom-call(%a), {kernel}"))
     assert (work.products, work.kernel_flops) == ((), 9)
+
+
+def test_a_kernel_beside_a_large_product_is_none_either_whatever_share_of_its_tiles_is_visited():
+    """Of a difference of sums of 1e14 a rounding is left, and with it the kernel's bytes."""
+    large = "%s = f32[65536,65536]{1,0:T(8,128)} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    given = "".join(
+        f"  %{name} = f32[65536,65536]{{{{1,0:T(8,128)}}}} parameter({place})\n"
+        for place, name in enumerate(("x", "y"), 2)
+    )
+    kernel = (
+        '%k = f32[16,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(f)/text_decoder/attention_forward/pallas_call"}, '
+        'backend_config={"cost_estimate":{"flops":"123456789011"}}'
+    )
+    text = ENTRY.replace("  ROOT {line}\n", f"{given}  {{line}}\n  ROOT {{kernel}}\n")
+    work = work_of(text.format(line=large, kernel=kernel), visited=0.6113)
+    assert [product.flops for product in work.products] == [2.0 * 65536**3]
+    assert work.kernel_flops == pytest.approx(0.6113 * 123456789011)
+    assert work.flops == work.products[0].flops + work.kernel_flops

@@ -10,9 +10,11 @@ from support.killing import train
 from support.run_contents import contents, differences
 from support.small_run import visits_of, with_config
 
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.rl.reward_funcs import RewardFunctions
 from mer_r1_jax.run.warm_up import WarmUpError, is_wanted, warm_up
+from mer_r1_jax.training.stopping import Stop
 
 pytestmark = pytest.mark.timeout(1800)  # two processes, on a busy machine
 
@@ -95,6 +97,24 @@ def test_what_a_run_has_done_is_not_warmed_up(setup):
     assert told == []
     warm_up(setup, sft, rl, sft.total_steps, told.append)
     assert told[0].endswith(f"s: {', '.join(SAMPLED)}")
+
+
+def test_a_signal_ends_it_before_the_next_program(setup):
+    sft, rl = phases_of(setup)
+    told, ran = [], []
+
+    class Signals:
+        """Of a process to which one comes while the rollout's first program runs."""
+
+        def should_stop(self):
+            return "encode" in ran
+
+    encode = setup.programs.encode_media
+    setup.programs.encode_media = lambda *given: ran.append("encode") or encode(*given)
+    setup.programs.begin = lambda *_: ran.append("begin")
+    with pytest.raises(StopRequested):
+        warm_up(setup, None, rl, 0, told.append, Stop(Signals()))
+    assert ran == ["encode"] and told == []
 
 
 def test_it_is_left_out_on_a_cpu_unless_asked_for(small):

@@ -16,7 +16,7 @@ import pytest
 from mer_r1_jax.config.build import from_mapping, of_its_time
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.storage.run_directory import RunDirectory, RunDirectoryError
-from mer_r1_jax.storage.run_settings import config_differences, refused_changes
+from mer_r1_jax.storage.run_settings import config_differences, refused_changes, warn_of_changes
 
 CONFIG = {
     "name": "tiny",
@@ -120,6 +120,18 @@ def test_a_setting_that_a_run_s_version_did_not_have_is_at_its_default(tmp_path)
     assert refused_changes(was, now, {}, {}) == []
     now["rl"]["entropy_coef"] = 0.1
     assert refused_changes(was, now, {}, {}) == ["rl.entropy_coef: absent in the run, 0.1 now"]
+
+
+def test_nor_is_such_a_setting_another_layout(caplog):
+    now = dataclasses.asdict(RunConfig())
+    was = copy.deepcopy(now)
+    del was["mesh"]["sparse_core_collectives"]
+    environment = {"libraries": {}, "python": "3", "machine": "m"}
+    warn_of_changes(was, now, environment, environment)
+    assert not caplog.records
+    now["mesh"]["sparse_core_collectives"] = True
+    warn_of_changes(was, now, environment, environment)
+    assert "mesh.sparse_core_collectives: absent in the run, true now" in caplog.text
 
 
 def test_a_run_of_before_worlds_had_names_goes_on_in_its_own():

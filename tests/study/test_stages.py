@@ -176,9 +176,12 @@ def test_a_seed_of_stage_b_is_registered_as_the_protocol_names_it():
     config = dataclasses.asdict(load_config(shipped()["synthetic"], settings))
     assert asked["arms"].split(",") == list(stage_b.ARMS) and asked["seeds"] == "10,11,12,13,14,15"
     assert stage_b.is_registered(10, config) and not stage_b.is_registered(20, config)
+    older = {name: value for name, value in config["rl"].items() if name != "steps_per_generation"}
+    assert stage_b.is_registered(10, config | {"rl": older})
     for section, name, value in (
         ("data", "synthetic_seed", 0), ("sft", "max_steps", 1500), ("rl", "max_steps", 100),
         ("eval", "limit", 50), ("rl", "beta", 0.0), ("rl", "temperature", 0.5),
+        ("rl", "num_iterations", 2), ("rl", "steps_per_generation", 4),
     ):  # fmt: skip
         assert not stage_b.is_registered(10, config | {section: config[section] | {name: value}})
 

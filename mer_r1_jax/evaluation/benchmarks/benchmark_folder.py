@@ -137,7 +137,8 @@ class BenchmarkFolder(ResultFolder):
         answer_wheels = header["fingerprint"]["confidence"]["wheels"]
         # What gated answers were asked for with, unless others are wanted of the answers that are there.
         threshold = coverage.get("threshold") if request.threshold is None else request.threshold
-        scores = score_benchmark(name, answers, truths, Scorer(scoring, wheels, extractor), answer_wheels, threshold)
+        scorer, unusable = Scorer(scoring, wheels, extractor), coverage.get("unusable", {})
+        scores = score_benchmark(name, answers, truths, scorer, answer_wheels, threshold, unusable)
         scores |= {"coverage": coverage, "answers": header, "wheel_dir": folder}
         self.keep(f"scores/{name}.{scoring.key}.json", scores)
         return scores

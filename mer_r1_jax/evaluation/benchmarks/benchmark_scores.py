@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ def score_benchmark(
     scorer: Scorer,
     answer_wheels: str = "",
     threshold: float | None = None,
+    unusable: Collection[str] = (),
 ) -> dict[str, Any]:
     """Scores of one benchmark under one protocol, as JSON-ready values.
 
@@ -81,6 +82,7 @@ def score_benchmark(
         scorer: the protocol and what it needs.
         answer_wheels: digest of the wheels that the answers' confidences were made with; under others there are none.
         threshold: of answers gated by their confidence, which are scored as a mode of their own; None = there are none.
+        unusable: clips that could not be asked, be it in one mode alone.
 
     Raises:
         BenchmarkError: there is no answer to score, or a line lacks a field.
@@ -89,7 +91,9 @@ def score_benchmark(
     listed = {mode: [line for (clip, m), line in answers.items() if m == mode and clip in truths] for mode in MODES}
     # Kept before answers had one: theirs is made from the wheels of a clip's truth, and another quantity.
     old = sum("confidence" not in line for line in listed["fast"])
-    ungated = 0 if threshold is None else _add_gated(listed, threshold)
+    slow = len(listed["slow"])
+    ungated = 0 if threshold is None else _add_gated(listed, threshold, unusable)
+    of_gate = slow - len(listed["slow"])
     listed = {mode: lines for mode, lines in listed.items() if lines}
     if not listed:
         raise BenchmarkError(f"{title_of(name)}: there is no answer to score; run without --rescore first")
@@ -107,7 +111,9 @@ def score_benchmark(
         **(_gated(scored, threshold, metric, wheels, sure) if threshold is not None and AUTO in scored else {}),
         **({"gate": _gate(scored, wheels)} if both and sure and metric != WAF else {}),
         "n_fast_without_confidence": old,
+        "threshold": threshold,
         "n_unsure_without_slow": ungated,
+        "n_slow_without_score": of_gate,
     }
 
 
@@ -195,11 +201,11 @@ def _as_json(summed: Summed) -> dict[str, Any]:
     return {name: dataclasses.asdict(interval) for name, interval in bootstrap.intervals(summed).items()}
 
 
-def _add_gated(listed: dict[str, list[Mapping[str, Any]]], threshold: float) -> int:
+def _add_gated(listed: dict[str, list[Mapping[str, Any]]], threshold: float, unusable: Collection[str]) -> int:
     """Adds the answers that a gate takes as a mode of their own, the tokens of both where it took the slow one.
 
-    Where slow answers are those alone that the gate asked for, they are no score of their own: of the clips that the
-    model was unsure of.
+    Where slow answers are those alone that a gate asked for, they are no score of their own: of the clips that the
+    model was unsure of. A clip that could be asked fast and not slowly says nothing of that, and is gated in no way.
 
     Returns:
         Clips whose slow answer the gate wants and nobody asked for. With any there is no mode added: it would be of the
@@ -212,10 +218,10 @@ def _add_gated(listed: dict[str, list[Mapping[str, Any]]], threshold: float) -> 
             taken.append({**fast, "mode": AUTO, "taken": "fast"})
         elif one := slow.get(fast["id"]):
             taken.append({**one, "mode": AUTO, "taken": "slow", "tokens": fast["tokens"] + one["tokens"]})
-        else:
+        elif fast["id"] not in unusable:
             lacking += 1
     listed[AUTO] = [] if lacking else taken
-    if any(line["id"] not in slow for line in listed["fast"]):
+    if any(line["id"] not in slow and line["id"] not in unusable for line in listed["fast"]):
         listed["slow"] = []
     return lacking
 

@@ -201,14 +201,22 @@ def gated_table(columns: Columns) -> Table | None:
 
 
 def ungated(score: dict[str, Any]) -> str:
-    """Why gated answers that were asked for have no score; empty where none were, or they have one."""
-    if not (lacking := score.get("n_unsure_without_slow")):
-        return ""
-    return (
-        f"Gated answers of {title_of(score['benchmark'])} are not scored: {lacking} of "
-        f"{score['modes']['fast']['n_answered']} fast answers are less sure than the threshold and have no slow answer "
-        "beside them. Evaluate all clips with --mode=auto, or fewer with --limit into another --out."
-    )
+    """Why answers that a gate was asked for, or asked for itself, have no score; empty where all have one."""
+    title, said = title_of(score["benchmark"]), []
+    if score.get("threshold") is not None and "fast" not in score["modes"]:
+        said.append(f"Gated answers of {title} are not scored: there is no fast one. Evaluate with --mode=auto.")
+    if lacking := score.get("n_unsure_without_slow"):
+        said.append(
+            f"Gated answers of {title} are not scored: {lacking} of {score['modes']['fast']['n_answered']} fast "
+            "answers are less sure than the threshold and have no slow answer beside them. Evaluate all clips with "
+            "--mode=auto, or fewer with --limit into another --out."
+        )
+    if alone := score.get("n_slow_without_score"):
+        said.append(
+            f"Slow answers of {title} have no score of their own: there are {alone}, and not of every clip, so that "
+            "most are of clips that the model was unsure of. --mode=both asks the others too."
+        )
+    return " ".join(said)
 
 
 def paper_f1_table() -> Table:
