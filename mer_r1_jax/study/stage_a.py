@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 from mer_r1_jax.lab import experiment
 from mer_r1_jax.lab.worlds import WORLDS, LabConfig, with_settings
 from mer_r1_jax.study.hypotheses import CALIBRATED
-from mer_r1_jax.study.summaries import StudyError, Summary, read_summary, write_summary
+from mer_r1_jax.study.summaries import StudyError, Summary, as_kept, completed, read_summary, write_summary
 
 SEEDS = tuple(range(200, 216))  # never run but for the registered study, not even to try
 SCENES_SEED = 201  # trials of this program have seen 200
@@ -179,10 +178,11 @@ def read_block(path: Path, block: Block, plan: Plan) -> Summary:
         "registered": plan.registered,
         "world": block.world,
         "seeds": block.seeds,
-        "config": _plain(block.config(plan.settings)),
+        "config": as_kept(block.config(plan.settings)),
         "rows": (experiment.SFT, *block.arms),
     }
     got = {name: getattr(found, name) for name in expected} | {"rows": tuple(found.rows)}
+    got["config"] = completed(found.config, LabConfig())
     if differs := [name for name in expected if got[name] != expected[name]]:
         raise StudyError(
             f"{path}: got a summary of other {', '.join(differs)}, expected those of this block; choose another --out, "
@@ -204,7 +204,7 @@ def _run(block: Block, plan: Plan, command: str, say: Callable[[str], Any]) -> S
         "device": jax.devices()[0].device_kind,
         "versions": {name: metadata.version(name) for name in ("mer-r1-jax", "jax", "numpy")},
     }
-    return Summary("A", plan.registered, block.world, block.variant, block.seeds, _plain(config), rows, about)
+    return Summary("A", plan.registered, block.world, block.variant, block.seeds, as_kept(config), rows, about)
 
 
 def _distinct(values: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
@@ -213,8 +213,3 @@ def _distinct(values: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
         for name in ("f1", "recall", "precision"):
             sampled.pop(name)
     return values["rows"]
-
-
-def _plain(config: LabConfig) -> dict[str, Any]:
-    """All settings as JSON gives them back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.emotion.answer_form import MODES
 from mer_r1_jax.evaluation.run_record import KeptEvaluation, RunRecord, read_run, stages_of
 from mer_r1_jax.run.ablation_plan import run_name
 from mer_r1_jax.run.jobs import FINISHED
 from mer_r1_jax.study.hypotheses import AD, SFT
-from mer_r1_jax.study.summaries import DIGITS, StudyError, Summary, read_summary, write_summary
+from mer_r1_jax.study.summaries import DIGITS, StudyError, Summary, completed, read_summary, write_summary
 
 ARMS = ("baseline", "rd", "ad", "mer_r1")
 SEEDS = tuple(range(10, 20))  # the first six for certain, then one after another while there is time
@@ -145,11 +146,12 @@ def kept(folder: Path) -> list[Summary]:
 def _settings(summary: Summary) -> Mapping[str, Any]:
     """What all seeds have in common: not where runs and clips lie."""
     own = {section: (*names, *_NAMES_OF_A_RUN.get(section, ())) for section, names in _PLACES.items()}
+    config = completed(summary.config, RunConfig())
     return {
         section: {k: v for k, v in values.items() if k not in own.get(section, ())}
         if isinstance(values, dict)
         else values
-        for section, values in summary.config.items()
+        for section, values in config.items()
     }
 
 

@@ -47,6 +47,33 @@ class Summary:
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def as_kept(config: Any) -> dict[str, Any]:
+    """All settings of a configuration, a dataclass, as a summary gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def completed(kept: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A summary's settings with those that the version which kept it did not have yet.
+
+    They are at their defaults, which is how that version behaved. So summaries of several versions can be compared.
+
+    Args:
+        kept: the summary's `config`.
+        default: the configuration as it is made without arguments.
+    """
+
+    def filled(have: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(have)
+        for name, value in defaults.items():
+            if name not in found:
+                found[name] = value
+            elif isinstance(value, dict) and isinstance(found[name], dict):
+                found[name] = filled(found[name], value)
+        return found
+
+    return filled(kept, as_kept(default))
+
+
 def write_summary(path: Path, summary: Summary) -> None:
     """Writes a summary, a line for each row and measure, so that a difference of two can be read."""
     content = dataclasses.asdict(summary)
