@@ -6,17 +6,20 @@ from pathlib import Path
 import pytest
 
 from mer_r1_jax.study.stage_a import make_plan, read_stage
-from mer_r1_jax.study.study_report import as_json, results_of_a
+from mer_r1_jax.study.stage_b import kept
+from mer_r1_jax.study.study_report import as_json, results_of_a, results_of_b
 
 STUDY = Path(__file__).parents[2] / "docs/study"
 ROUNDED = 2e-3  # points: summaries have five digits, and the printed results were judged before they were cut to them
 
 
 def judged_again(stage):
-    return results_of_a(read_stage(make_plan([], {}), STUDY / f"stage_{stage}"))
+    if stage == "b":
+        return results_of_b(kept(STUDY / "stage_b"))
+    return results_of_a(read_stage(make_plan([], {}), STUDY / "stage_a"))
 
 
-@pytest.mark.parametrize("stage", ["a"])
+@pytest.mark.parametrize("stage", ["a", "b"])
 def test_committed_summaries_give_the_committed_results(stage):
     """Under the settings of today, which have grown since: those that a summary lacks are at their defaults."""
     printed = json.loads((STUDY / f"stage_{stage}/results.json").read_text())
@@ -37,7 +40,7 @@ def test_committed_summaries_give_the_committed_results(stage):
             assert again["means"][title][row] == pytest.approx(measures, abs=ROUNDED)
 
 
-@pytest.mark.parametrize("stage", ["a"])
+@pytest.mark.parametrize("stage", ["a", "b"])
 def test_the_page_of_a_stage_has_its_verdicts(stage):
     page = (STUDY / f"stage-{stage}.md").read_text()
     for verdicts in json.loads((STUDY / f"stage_{stage}/results.json").read_text())["families"].values():
