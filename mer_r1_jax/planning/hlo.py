@@ -13,7 +13,9 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.<>-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) .*\{\s*$")
 # A kernel's metadata may have lines of its own, so not every line that begins like this is the end.
 _END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
-_NAME = re.compile(r"%([\w.<>-]+)")
+_NAME = re.compile(r"%([\w.<>-]+(?:#\d+)*)")
+_PART = re.compile(r"%([\w.<>-]+)((?:#\d+)+)")
+_COMMENT = re.compile(r"/\*.*?\*/")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.<>-]+)")
 _BRANCHES = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
 # replica_groups in their three spellings: listed; places in order; axes of a mesh, whole or a factor of one.
@@ -109,8 +111,37 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             current = None
         elif match := _INSTRUCTION.match(line):
             instruction = _instruction(match)
+            _name_parts(instruction, current)
             current[instruction.name] = instruction
     return computations, entry
+
+
+def _name_parts(instruction: Instruction, computation: Computation) -> None:
+    """Adds the parts of tuples that an instruction takes, as the instructions that older compilers write for them.
+
+    Since jax 0.11 `%a#2` stands for the third part of `%a`, where there was a `get-tuple-element` of that index.
+    """
+    for whole, places in _PART.findall(instruction.inside):
+        for place in places[1:].split("#"):
+            part = f"{whole}#{place}"
+            if part not in computation and whole in computation:
+                kind = _parts(computation[whole].type)[int(place)]
+                computation[part] = Instruction(
+                    part, kind, "get-tuple-element", f"%{whole}", f", index={place}", is_root=False
+                )
+            whole = part
+
+
+def _parts(kind: str) -> list[str]:
+    """The types of a tuple's parts."""
+    inside, found, depth = _COMMENT.sub("", kind)[1:-1], [""], 0
+    for letter in inside:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [part.strip() for part in found]
 
 
 def _instruction(match: re.Match[str]) -> Instruction:

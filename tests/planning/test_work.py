@@ -1,7 +1,10 @@
 """Reading programs: sizes and counts that can be checked by hand, on text as the TPU compiler writes it."""
 
+import re
+
 import pytest
 
+from mer_r1_jax.planning.hlo import parse
 from mer_r1_jax.planning.work import work_of
 
 LOOP = """HloModule jit_f, is_scheduled=true
@@ -369,3 +372,26 @@ def test_a_kernel_beside_a_large_product_is_none_either_whatever_share_of_its_ti
     assert [product.flops for product in work.products] == [2.0 * 65536**3]
     assert work.kernel_flops == pytest.approx(0.6113 * 123456789011)
     assert work.flops == work.products[0].flops + work.kernel_flops
+
+
+def test_parts_of_tuples_may_be_named_where_they_are_taken():
+    """Since jax 0.11 `%state#1` stands where an instruction took that part, and is no more than that part."""
+    taken = re.findall(r"^  (%[\w.-]+) = .* get-tuple-element\((%[\w.-]+)\), index=(\d+).*\n", LOOP, re.MULTILINE)
+    text = re.sub(r"^  %[\w.-]+ = .* get-tuple-element\(.*\n", "", LOOP, flags=re.MULTILINE)
+    for name, whole, place in taken:
+        text = re.sub(rf"{re.escape(name)}(?![\w.#-])", f"{whole}#{place}", text)
+    assert len(taken) == 4 and "get-tuple-element" not in text and "%arg#1" in text
+    assert work_of(text) == work_of(LOOP)
+
+
+def test_a_part_of_a_part_has_its_own_type():
+    tuples = "(f32[2]{0:T(128)}, /*index=1*/(s32[], bf16[8,64,128]{2,1,0:T(8,128)(2,1)S(1)}))"
+    computations, entry = parse(f"""ENTRY %main (p: {tuples}) -> bf16[8,64,128] {{
+  %p = {tuples} parameter(0)
+  ROOT %out = bf16[8,64,128]{{2,1,0:T(8,128)(2,1)}} copy(%p#1#1)
+}}
+""")
+    instructions = computations[entry]
+    assert instructions["out"].operands == ("p#1#1",)
+    (array,) = instructions["p#1#1"].arrays
+    assert (array.sizes, array.in_hbm, instructions["p#1#1"].opcode) == ((8, 64, 128), False, "get-tuple-element")
