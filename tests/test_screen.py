@@ -42,9 +42,14 @@ def test_printable_keeps_letters_of_every_script_and_writes_out_the_rest():
     assert is_clean(printable(EVIL)) and printable(EVIL).isprintable() and printable(None) == "None"
 
 
+# A shell has what it starts in the background ignore Ctrl-C, and tests started like that hand it on to their children.
+HEEDED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def test_ctrl_c_is_no_bug_to_show_and_ends_a_command_as_the_signal_does():
     program = "from mer_r1_jax import screen; screen.guard_terminal(); import os; os.kill(os.getpid(), 2); input()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-c", HEEDED + program]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (-2, "interrupted\n")
 
 
@@ -68,7 +73,7 @@ gc.callbacks.append(callback)
 gc.collect()
 time.sleep(20)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HEEDED + program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-2, "interrupted\n")
 
 
