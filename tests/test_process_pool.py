@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import subprocess
@@ -49,15 +50,12 @@ def ask(pool, code, seconds=20.0, **further):
 
 
 def test_answers_are_those_of_the_jobs_whichever_thread_asks():
-    pool = ProcessPool(COMMAND, 2)
-    try:
+    with contextlib.closing(ProcessPool(COMMAND, 2)) as pool:
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
             codes = [f"value = {n}; data = b'{n}\\n' * {10 * n}; time.sleep({n % 3} / 50)" for n in range(1, 21)]
             answers = list(threads.map(lambda code: ask(pool, code), codes))
         assert answers == [(n, f"{n}\n".encode() * 10 * n) for n in range(1, 21)]
         assert len(pool._running) == 2
-    finally:
-        pool.close()
 
 
 HARMLESS = {
@@ -253,21 +251,16 @@ def test_a_stop_request_ends_the_wait_and_the_process(pool):
 
 
 def test_a_stop_request_is_heard_while_a_process_starts():
-    pool, begin = ProcessPool((sys.executable, "-c", "import time; time.sleep(1000)"), 1), time.monotonic()
-    try:
+    begin = time.monotonic()
+    with contextlib.closing(ProcessPool((sys.executable, "-c", "import time; time.sleep(1000)"), 1)) as pool:
         with pytest.raises(StopRequested):
             ask(pool, "value = 1", 1000.0, asked=lambda: time.monotonic() > begin + 0.5)
         assert time.monotonic() - begin < 10.0 and not pool._running
-    finally:
-        pool.close()
 
 
 def test_starting_a_process_does_not_count_against_its_first_job():
-    pool = ProcessPool((sys.executable, "-c", "import time; time.sleep(1.5)\n" + WORKER), 1)
-    try:
+    with contextlib.closing(ProcessPool((sys.executable, "-c", "import time; time.sleep(1.5)\n" + WORKER), 1)) as pool:
         assert ask(pool, "value = 1", 1.0) == 1
-    finally:
-        pool.close()
 
 
 @pytest.mark.parametrize(
@@ -280,13 +273,10 @@ def test_starting_a_process_does_not_count_against_its_first_job():
 )
 def test_a_program_that_is_no_worker_is_an_error_and_not_a_hang(monkeypatch, program, words):
     monkeypatch.setattr(process_pool, "START_SECONDS", 1.0 if "1000" in program else 60.0)
-    pool = ProcessPool((sys.executable, "-c", program), 1)
-    try:
+    with contextlib.closing(ProcessPool((sys.executable, "-c", program), 1)) as pool:
         with pytest.raises(ChildDiedError, match=words):
             pool.start()
         assert not pool._running
-    finally:
-        pool.close()
 
 
 def test_a_process_is_prepared_each_time_it_is_started_and_refused_where_that_fails():
@@ -297,8 +287,7 @@ def test_a_process_is_prepared_each_time_it_is_started_and_refused_where_that_fa
         if len(prepared) == 3:
             raise ChildDiedError("no use any more")
 
-    pool = ProcessPool(COMMAND, 1, prepare=prepare)
-    try:
+    with contextlib.closing(ProcessPool(COMMAND, 1, prepare=prepare)) as pool:
         pool.start()
         pool.start()
         assert prepared == ["prepared"] and ask(pool, "value = known") == 3
@@ -308,19 +297,14 @@ def test_a_process_is_prepared_each_time_it_is_started_and_refused_where_that_fa
         with pytest.raises(ChildDiedError, match="no use any more"):
             ask(pool, "value = known")
         assert len(prepared) == 3
-    finally:
-        pool.close()
 
 
 @pytest.mark.parametrize("quotes", [True, False])
 def test_of_a_flood_of_output_a_bounded_part_is_kept_or_shown(capfd, quotes):
-    pool = ProcessPool(COMMAND, 1, quotes_output=quotes)
-    try:
+    with contextlib.closing(ProcessPool(COMMAND, 1, quotes_output=quotes)) as pool:
         ask(pool, "os.write(1, b'shown\\n'); os.write(2, b'x' * (32 << 20))")
         (child,) = pool._running
         kept = os.fstat(child._messages.fileno()).st_size if quotes else 0
-    finally:
-        pool.close()
     shown = capfd.readouterr().err
     assert max(kept, len(shown)) < 2 * SHOWN_BYTES
     assert quotes or shown.startswith("shown\n")
