@@ -11,7 +11,7 @@ from support.commands import run_command
 from support.small_ablation import rescore, write_run
 
 from mer_r1_jax.config.build import load_config, shipped
-from mer_r1_jax.config.schema import ARM_NAMES, ConfigError
+from mer_r1_jax.config.schema import ARM_NAMES, ConfigError, RlConfig
 from mer_r1_jax.lab import experiment
 from mer_r1_jax.lab.experiment import OVER_RL, SFT, LabResult
 from mer_r1_jax.lab.measures import COMMON_POINT, MEASURES, cross_fitted
@@ -208,9 +208,10 @@ def test_stage_b_is_judged_from_whole_seeds_and_each_counts_once(tmp_path, capsy
     for seed in range(10, 16):
         assert seed == 10 or not (registered / "results.md").exists()
         kept = dataclasses.replace(summary, registered=True, seeds=(seed,))
-        if seed < 12:  # by a version that had no such setting, whose seeds are followed by a newer one's
-            older = {name: value for name, value in summary.config["rl"].items() if name != "steps_per_generation"}
-            kept = dataclasses.replace(kept, config={**summary.config, "rl": older})
+        if seed > 11:  # by a newer version than the first seeds', with a setting more, at its default
+            newer = {**summary.config["rl"], "steps_per_generation": RlConfig().steps_per_generation}
+            assert newer != summary.config["rl"]
+            kept = dataclasses.replace(kept, config={**summary.config, "rl": newer})
         write_summary(registered / f"U_seed{seed}.json", kept)
         assert run_command("study", "--stage=B", f"--out={registered}", *["--nojudge"] * (seed == 11)) == 0
     said = capsys.readouterr().out
