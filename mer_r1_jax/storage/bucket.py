@@ -113,8 +113,10 @@ def read(address: str) -> bytes | None:
 
 def write(address: str, data: bytes) -> None:
     """Writes an object, or replaces it, in one step."""
+    # As one chunk of an upload in chunks: what is shorter than a chunk is sent between the lines of a multipart body,
+    # where a last "\r" counts as part of the line that follows, and such a line within the data as the end of it.
     with _explained(address, "written"):
-        _files().pipe_file(address, data, consistency="md5")
+        _files().pipe_file(address, data, consistency="md5", chunksize=max(len(data), 1))
 
 
 def upload(file: Path, address: str) -> None:

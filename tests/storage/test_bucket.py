@@ -35,6 +35,15 @@ def test_a_bit_that_flips_on_the_way_is_noticed_both_ways(bucket, tmp_path, monk
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize("data", [b"", b"\r", b"end\r", b"end\r\n", b"one\n--==0==\ntwo", b"one\r\n--==0==--", b"\n\n"])
+def test_an_object_is_what_was_written_whatever_it_holds(bucket, tmp_path, data):
+    storage.write("gs://bucket/written", data)
+    (tmp_path / "file").write_bytes(data)
+    storage.upload(tmp_path / "file", "gs://bucket/uploaded")
+    assert bucket.objects["written"].data == bucket.objects["uploaded"].data == data
+    assert storage.read("gs://bucket/written") == data
+
+
 def test_an_object_that_is_replaced_while_it_is_read_is_read_again(bucket, monkeypatch):
     bucket.put("a", b"one")
     content = bucket._content

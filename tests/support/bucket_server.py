@@ -215,12 +215,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _parts_of(body: bytes) -> tuple[str, bytes]:
-    """Name and content of a multipart upload: the parts' heads end with an empty line."""
-    boundary, _, rest = body.partition(b"\n")
-    described, _, content = rest.partition(b"\n" + boundary.rstrip(b"\r"))
-    name = json.loads(re.split(rb"\r?\n\r?\n", described, maxsplit=1)[1])["name"]
-    content = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1]
-    return name, content[: content.rindex(boundary.rstrip(b"\r"))].removesuffix(b"\n").removesuffix(b"\r")
+    """Name and content of a multipart upload, by RFC 2046: the break before a line that divides belongs to that line."""
+    line = body.partition(b"\n")[0].rstrip(b"\r")
+    _, described, content, *_ = re.split(rb"(?:^|\r?\n)" + re.escape(line) + rb"(?=\r?\n|--)", body)
+    described, content = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (described, content))
+    return json.loads(described)["name"], content
 
 
 def _json(content: dict) -> tuple[int, dict[str, str], bytes]:
