@@ -215,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _parts_of(body: bytes) -> tuple[str, bytes]:
-    """Name and content of a multipart upload, by RFC 2046: the break before a line that divides belongs to that line."""
+    """Name and content of a multipart upload, by RFC 2046: the break before a dividing line belongs to that line."""
     line = body.partition(b"\n")[0].rstrip(b"\r")
     _, described, content, *_ = re.split(rb"(?:^|\r?\n)" + re.escape(line) + rb"(?=\r?\n|--)", body)
     described, content = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (described, content))
