@@ -24,6 +24,7 @@ import io
 import logging
 import os
 import secrets
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -162,6 +163,21 @@ def at_once(action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def let_go(error: BaseException) -> None:
+    """Clears the frames that a failure has gone through, and those that led to it, of what they hold.
+
+    gcsfs leaves a view of a BytesIO there when a write that Orbax began fails, within a cycle. On Python 3.12.0 and
+    3.12.1 the garbage collector ends the process with a segmentation fault when it finds one (CPython issue 111049).
+    """
+    chain: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        if (found := waiting.pop()) is not None and all(found is not one for one in chain):
+            chain.append(found)
+            traceback.clear_frames(found.__traceback__)
+            waiting += [found.__cause__, found.__context__]
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from etils import epath
 from mer_r1_jax import faults
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.parallel import processes
-from mer_r1_jax.storage import atomic_files
+from mer_r1_jax.storage import atomic_files, bucket
 from mer_r1_jax.storage.bucket import BucketError
 from mer_r1_jax.storage.step_backends import BucketSteps, DiskSteps
 from mer_r1_jax.storage.step_store import (
@@ -127,6 +127,7 @@ class Checkpoints:
         except Exception as error:
             if place is not None:
                 self._store.abandon(place)
+            bucket.let_go(error)
             raise CheckpointError(self._failure(step, error)) from error
         processes.barrier("ending a checkpoint")
         self._found_damaged.discard(step)

@@ -94,6 +94,8 @@ class BucketServer:
             if found is None or unquote(found[1]) != self.name:
                 raise Refusal(404, f"no bucket at {split.path}")
             name = unquote(found[2]) if found.re is _OBJECT else query.get("name", "")
+            if "upload_id" in query:
+                name = self._uploads[query["upload_id"]][0]
             if method == "POST" and query.get("uploadType") == "multipart":
                 name, body = _parts_of(body)
             self.requests.append(("READ" if query.get("alt") == "media" else method, name))
