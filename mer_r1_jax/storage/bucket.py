@@ -177,7 +177,8 @@ def let_go(error: BaseException) -> None:
         if (found := waiting.pop()) is not None and all(found is not one for one in chain):
             chain.append(found)
             traceback.clear_frames(found.__traceback__)
-            waiting += [found.__cause__, found.__context__]
+            grouped = found.exceptions if isinstance(found, BaseExceptionGroup) else ()
+            waiting += [found.__cause__, found.__context__, *grouped]
 
 
 @functools.cache

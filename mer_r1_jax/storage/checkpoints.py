@@ -125,9 +125,9 @@ class Checkpoints:
                 self._before_commit()
                 self._store.commit(place, step, state)
         except Exception as error:
+            bucket.let_go(error)
             if place is not None:
                 self._store.abandon(place)
-            bucket.let_go(error)
             raise CheckpointError(self._failure(step, error)) from error
         processes.barrier("ending a checkpoint")
         self._found_damaged.discard(step)

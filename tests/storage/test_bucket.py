@@ -55,3 +55,23 @@ def test_an_object_that_is_replaced_while_it_is_read_is_read_again(bucket, monke
 
     monkeypatch.setattr(bucket, "_content", replaced)
     assert storage.read("gs://bucket/a") == b"two"
+
+
+def test_a_failure_lets_go_of_what_all_that_led_to_it_holds():
+    def fails(cause=None):
+        held = bytearray(8)
+        raise ValueError(len(held)) from cause
+
+    def caught(call, *arguments):
+        try:
+            call(*arguments)
+        except Exception as error:
+            return error
+
+    first, second = caught(fails), caught(fails)
+    group = ExceptionGroup("both", [first, second])
+    last = caught(fails, group)
+    storage.let_go(last)
+    for error in (first, second, last):
+        frame = error.__traceback__.tb_next.tb_frame
+        assert frame.f_code.co_name == "fails" and "held" not in frame.f_locals
