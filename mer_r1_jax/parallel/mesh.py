@@ -1,7 +1,8 @@
-"""The device mesh: axes `data`, `fsdp` and `tensor`, one of which may be inferred."""
+"""The device mesh: axes `data`, `fsdp` and `tensor`, one of which may be inferred, and `decode_tensor` if asked for."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from mer_r1_jax.config.schema import ConfigError, MeshConfig
+from mer_r1_jax.parallel.rules import TRAIN_RULES, Rules, on
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "decode_tensor", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays the devices out as data x fsdp x tensor, with Auto axes (the compiler propagates shardings).
+    """Lays the devices out as data x fsdp x decode_tensor x tensor, with Auto axes (the compiler propagates shardings).
+
+    A `decode_tensor` of one is left out, so that such a mesh, and every program on it, has three axes.
 
     Args:
         config: sizes of the axes, at most one of them -1.
@@ -34,9 +38,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         wanted = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
         raise ConfigError(
             f"{wanted} cannot be laid out over {len(devices)} devices: the sizes must multiply to that number "
-            "(leave one of them at -1 and it is inferred)"
+            "(leave data, fsdp or tensor at -1 and it is inferred)"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    laid_out = {axis: size for axis, size in zip(AXES, sizes, strict=True) if axis != "decode_tensor" or size > 1}
+    return Mesh(
+        np.asarray(devices).reshape(*laid_out.values()), tuple(laid_out), axis_types=(AxisType.Auto,) * len(laid_out)
+    )
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...] | None:
@@ -48,6 +55,13 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...] | None:
     return tuple(sizes) if math.prod(sizes) == devices else None
 
 
-def row_cut(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are cut into; every batch must have a multiple of it."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def for_asking(config: MeshConfig) -> MeshConfig:
+    """The layout of a model that nobody trains: `decode_tensor` is `tensor`, so that a question takes fewer rows."""
+    if config.decode_tensor == 1 or config.tensor == -1:
+        return config
+    return dataclasses.replace(config, decode_tensor=1, tensor=config.tensor * config.decode_tensor)
+
+
+def row_cut(mesh: Mesh, rules: Rules = TRAIN_RULES) -> int:
+    """How many parts the rows of a batch are cut into; every batch must have a multiple of it in training."""
+    return math.prod(mesh.shape[axis] for axis in on(mesh, rules)["batch"])

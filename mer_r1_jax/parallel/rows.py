@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mer_r1_jax.parallel.mesh import row_cut
-from mer_r1_jax.parallel.rules import TRAIN_RULES, Rules, ShardingError, replicated, rows
+from mer_r1_jax.parallel.rules import TRAIN_RULES, Rules, ShardingError, on, replicated, rows
 
 
 def row_axis(path: tuple[Any, ...]) -> int | None:
@@ -63,6 +63,30 @@ def put(batch: Any, mesh: Mesh, rules: Rules = TRAIN_RULES) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
     return jax.tree.map(one, row_shardings(batch, mesh, rules), batch)
+
+
+def moved(batch: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A batch on the mesh, its rows where these rules cut them; what lies there is passed on, nothing is waited for.
+
+    Within one process `jax.device_put` would wait for the batch and bring it there by way of the host.
+    """
+    leaves, structure = jax.tree.flatten(batch)
+    wanted = jax.tree.leaves(row_shardings(batch, mesh, rules))
+    elsewhere = [
+        number
+        for number, (leaf, sharding) in enumerate(zip(leaves, wanted, strict=True))
+        if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    ]
+    if elsewhere:
+        there = _to(tuple(wanted[number] for number in elsewhere))([leaves[number] for number in elsewhere])
+        for number, leaf in zip(elsewhere, there, strict=True):
+            leaves[number] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.cache
+def _to(shardings: tuple[Any, ...]) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    return jax.jit(lambda leaves: leaves, out_shardings=list(shardings))
 
 
 def local_rows(batch: Any, mesh: Mesh) -> Any:
@@ -117,8 +141,11 @@ def row_share(mesh: Mesh) -> RowShare:
         ShardingError: processes hold parts of different sizes, or parts that overlap.
     """
     held: dict[int, set[int]] = {}
+    axes = on(mesh, TRAIN_RULES)["batch"]
+    numbers = [mesh.axis_names.index(axis) for axis in axes]
     for place, device in np.ndenumerate(mesh.devices):
-        held.setdefault(device.process_index, set()).add(place[0] * mesh.shape["fsdp"] + place[1])
+        part = np.ravel_multi_index([place[number] for number in numbers], [mesh.shape[axis] for axis in axes])
+        held.setdefault(device.process_index, set()).add(int(part))
     mine = held.get(jax.process_index())
     parts = sorted({tuple(sorted(cuts)) for cuts in held.values()})
     flat = [cut for part in parts for cut in part]

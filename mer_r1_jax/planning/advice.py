@@ -15,6 +15,7 @@ from mer_r1_jax.planning.chips import GIB, MOST_GPUS, Chip
 from mer_r1_jax.planning.compilation import TRITON
 from mer_r1_jax.planning.sheet import ProgramSheet
 from mer_r1_jax.planning.workload import ANSWERING
+from mer_r1_jax.training.omni_backbone import thinker_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ REFUSALS = (
     Refusal(
         r"shard|partition|replica",
         "its arrays cannot be cut over the mesh like this",
-        ("mesh.tensor=1 and mesh.fsdp=-1, which cut parameters alone", "mesh.data=-1 and mesh.fsdp=1"),
+        ("mesh.tensor=1, mesh.decode_tensor=1, mesh.fsdp=-1, which cut parameters alone", "mesh.data=-1, mesh.fsdp=1"),
     ),
 )
 STATE = "state"  # in place of a program's name: parameters, optimizer and reference
@@ -162,9 +163,13 @@ def cures_of(config: RunConfig, phase: str, name: str, held: Mapping[str, int], 
         cures.append(f"rl.steps_per_generation={steps // 2}, which makes rollouts of fewer prompts")
     if not trains and name != STATE and section.prompts_per_step > cut and section.prompts_per_step % (2 * cut) == 0:
         cures.append(f"{phase}.prompts_per_step={section.prompts_per_step // 2}, which halves the rows of a chip")
-    tensor = 2 * config.mesh.tensor
-    if rows <= cut and tensor <= chips:
-        cures.append(f"mesh.tensor={tensor}, as one row a chip cannot be cut further otherwise")
+    tensor, decode_tensor, most = config.mesh.tensor, config.mesh.decode_tensor, _most_of_heads(config, chips)
+    if name in ("sample", "decode"):
+        if 2 * tensor * decode_tensor <= most:
+            cures.append(f"mesh.decode_tensor={2 * decode_tensor}, which cuts the weights that decoding takes")
+    elif rows <= cut and 2 * tensor <= most:
+        instead = f" and mesh.decode_tensor={most // (2 * tensor)}" if 2 * tensor * decode_tensor > most else ""
+        cures.append(f"mesh.tensor={2 * tensor}{instead}, as one row a chip cannot be cut further otherwise")
     if section.optimizer.dtype == "float32":
         saved = held.get("optimizer", 0) / 2 / GIB
         cures.append(f"{phase}.optimizer.dtype=bfloat16, which saves {saved:.2f} GiB")
@@ -188,9 +193,16 @@ def _answering_cures(config: RunConfig, gpu: bool, chips: int) -> list[str]:
         cures.append(f"eval.prompts_per_batch={rows // 2}, which halves the rows of a batch")
     if config.model.compute_dtype == "float32":
         cures.append("model.compute_dtype=bfloat16, in which weights are kept then")
-    if chips > config.mesh.tensor:
+    if 2 * config.mesh.tensor <= _most_of_heads(config, chips):
         cures.append(f"mesh.tensor={2 * config.mesh.tensor}, which cuts the weights that decoding takes")
     return [*cures, _more(gpu, chips)]
+
+
+def _most_of_heads(config: RunConfig, chips: int) -> int:
+    """Devices that can share the heads, by `tensor` and `decode_tensor` together: no more than there are key heads."""
+    if config.model.path:  # whose sizes are its own, and need not be there to plan
+        return chips
+    return min(chips, thinker_config(config.model, None).text.num_key_value_heads)
 
 
 def _more(gpu: bool, chips: int) -> str:

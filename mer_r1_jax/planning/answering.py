@@ -14,7 +14,7 @@ import numpy as np
 
 from mer_r1_jax.config.schema import LoraConfig, ModelConfig, RunConfig
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.parallel.mesh import row_cut
+from mer_r1_jax.parallel.mesh import for_asking, row_cut
 from mer_r1_jax.planning.flops import tower_flops
 from mer_r1_jax.planning.programs import PlannedProgram, RunPrograms
 from mer_r1_jax.planning.workload import ANSWERING, Workload
@@ -47,7 +47,7 @@ def as_opened(config: RunConfig) -> RunConfig:
         config,
         name=f"{config.name}_answering",
         model=model,
-        mesh=dataclasses.replace(config.mesh, sparse_core_collectives=False),
+        mesh=dataclasses.replace(for_asking(config.mesh), sparse_core_collectives=False),
         sft=dataclasses.replace(config.sft, max_steps=0),
         # One answer a clip, as long as evaluation lets it be.
         rl=dataclasses.replace(config.rl, max_steps=0, num_generations=1, max_completion_length=length),

@@ -24,7 +24,7 @@ from mer_r1_jax.media.tokenizer import load_tokenizer
 from mer_r1_jax.omni.batch import PROMPT, BatchShape, Prompts
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
-from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, replicated, spec
+from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, Rules, on, replicated, spec
 from mer_r1_jax.planning.flops import ADAPTED, FORWARD, TRAINED, pair_flops, text_flops, tower_flops
 from mer_r1_jax.planning.workload import PrefixTokens, Workload
 from mer_r1_jax.rl.advantage import arm_of
@@ -267,6 +267,7 @@ class RunPrograms:
     def _rollout(self, args: tuple[Any, ...], planned: Any, bucket: BatchShape) -> list[PlannedProgram]:
         """Sampling in one program, or its first chunk and the others, at the size a batch begins with."""
         config, programs = self.config.rl, self.programs
+        args = (args[0], self._placed(args[1], rules=DECODE_RULES), *args[2:])
         length, chunk = config.max_completion_length, config.decode_chunk
         cache_bytes = self._cache_bytes(bucket, length, DECODE_RULES)
         static = (programs.sampling,)
@@ -344,7 +345,8 @@ class RunPrograms:
         tokens = bucket.tokens + self.config.rl.num_generations * completion_length
         shape = (2 * text.num_hidden_layers, bucket.rows, tokens, text.num_key_value_heads, text.head_dim)
         axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-        sharding = jax.sharding.NamedSharding(self.backbone.mesh, spec(axes, rules, activation=True))
+        mesh = self.backbone.mesh
+        sharding = jax.sharding.NamedSharding(mesh, spec(axes, on(mesh, rules), activation=True))
         return math.prod(sharding.shard_shape(shape)) * jnp.dtype(self.backbone.config.compute_dtype).itemsize
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -355,9 +357,9 @@ class RunPrograms:
         """Something every chip holds whole."""
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=replicated(self.backbone.mesh))
 
-    def _placed(self, tree: Any, name: str = "") -> Any:
+    def _placed(self, tree: Any, name: str = "", rules: Rules = TRAIN_RULES) -> Any:
         """A batch as abstract arrays on the mesh, sharded as `put` shards it; `name` is that of a lone array."""
-        shardings = row_shardings({name: tree} if name else tree, self.backbone.mesh)
+        shardings = row_shardings({name: tree} if name else tree, self.backbone.mesh, rules)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             tree,

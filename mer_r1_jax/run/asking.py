@@ -20,7 +20,7 @@ from mer_r1_jax.evaluation.second_looks import SecondLooks
 from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.parallel.mesh import row_cut
+from mer_r1_jax.parallel.mesh import for_asking, row_cut
 from mer_r1_jax.rl.sampling import greedy
 from mer_r1_jax.run.policy import (
     RUN_MARKER,
@@ -143,7 +143,7 @@ def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
     """The fields of a configuration that matter when a policy is used, dotted."""
     if config is None:
         return {}
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(dataclasses.replace(config, mesh=for_asking(config.mesh)))
     used = {section: tuple(values[section]) for section in ("media", "emotion", "eval")}
     # How sums of gradients travel is a matter of training, and refused on chips without sparse cores.
     used["mesh"] = tuple(name for name in values["mesh"] if name != "sparse_core_collectives")

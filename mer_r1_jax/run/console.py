@@ -20,6 +20,7 @@ from mer_r1_jax.media.prompt import Prompt
 from mer_r1_jax.omni.batch import BatchShape
 from mer_r1_jax.omni.lora import is_adapter
 from mer_r1_jax.parallel import processes
+from mer_r1_jax.parallel.mesh import AXES
 from mer_r1_jax.run.asking import eval_buckets, eval_length, load_prompts
 from mer_r1_jax.run.setup import Setup
 from mer_r1_jax.storage.checkpoints import Restored
@@ -94,9 +95,12 @@ def _mesh_changes(saved_on: Mapping[str, int], mesh: Mesh) -> str:
         saved_on: of `Restored`.
         mesh: of this attempt.
     """
+    if not saved_on:
+        return ""
     now = dict(mesh.shape) | {"processes": processes.count()}
-    changed = [name for name in now if saved_on.get(name, now[name]) != now[name]]
-    return ", ".join(f"{name} {saved_on[name]} -> {now[name]}" for name in changed)
+    # A mesh leaves an axis of one out.
+    before, after = (dict.fromkeys(AXES, 1) | dict(sizes) for sizes in (saved_on, now))
+    return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name])
 
 
 def _show_prompt(console: Console, setup: Setup) -> None:

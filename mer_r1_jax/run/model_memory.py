@@ -124,7 +124,7 @@ def check_memory(path: str | Path, need: MemoryNeed, mesh_sizes: Sequence[int], 
     Args:
         path: of the model, for the message.
         need: of one copy of it.
-        mesh_sizes: devices along `data`, each of which holds a copy, `fsdp` and `tensor`, which share one.
+        mesh_sizes: devices along `data`, each of which holds a copy, and along the other axes, which share one.
         check: `eval.memory_check`.
         free: bytes of all these devices; None where nobody tells.
 

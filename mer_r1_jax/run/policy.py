@@ -18,7 +18,7 @@ from mer_r1_jax.config.schema import ConfigError, MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.omni.lora import is_adapter
-from mer_r1_jax.parallel.mesh import mesh_sizes
+from mer_r1_jax.parallel.mesh import for_asking, mesh_sizes
 from mer_r1_jax.run.fingerprints import of_model
 from mer_r1_jax.run.model_memory import (
     MemoryNeed,
@@ -358,8 +358,10 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
         # The synthetic world's tokenizer was made with it.
         values["model"]["tokenizer_path"] = str(pathlib.Path(values["data"]["synthetic_dir"]) / "tokenizer")
     values["data"]["synthetic_dir"] = ""
-    if mesh_sizes(config.mesh, jax.device_count()) is None:
-        values["mesh"] = dataclasses.asdict(MeshConfig())  # trained on another number of devices
+    # The first that these devices can be laid out as: it may have been trained on another number of them.
+    alike = for_asking(config.mesh), dataclasses.replace(config.mesh, decode_tensor=1), MeshConfig()
+    mesh = next(mesh for mesh in alike if mesh_sizes(mesh, jax.device_count()) is not None)
+    values["mesh"] = dataclasses.asdict(mesh)
     values["mesh"]["sparse_core_collectives"] = False  # of gradients, which there are none of; refused elsewhere
     values["sft"]["max_steps"] = values["rl"]["max_steps"] = 0
     values["model"]["adapter_path"] = ""  # where training began; the checkpoint has what became of it

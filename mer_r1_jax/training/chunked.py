@@ -19,7 +19,7 @@ from mer_r1_jax.kernels.placement import Placement, device
 from mer_r1_jax.omni.batch import Array, Prompts
 from mer_r1_jax.omni.text import Cache, PromptCache
 from mer_r1_jax.parallel.mesh import row_cut
-from mer_r1_jax.parallel.rules import DECODE_RULES
+from mer_r1_jax.parallel.rules import DECODE_RULES, on
 from mer_r1_jax.rl import compaction
 from mer_r1_jax.rl.bound_model import BoundModel
 from mer_r1_jax.rl.compaction import Kept, Size
@@ -32,7 +32,7 @@ class Chunks(NamedTuple):
 
     Attributes:
         tokens: decoded at once.
-        devices: parts that the mesh cuts the rows into.
+        devices: parts that the mesh cuts the rows into while they are decoded.
     """
 
     tokens: int
@@ -41,7 +41,7 @@ class Chunks(NamedTuple):
     @classmethod
     def on(cls, mesh: Mesh, tokens: int) -> Chunks:
         """Chunks of so many tokens on a mesh."""
-        return cls(tokens, row_cut(mesh))
+        return cls(tokens, row_cut(mesh, DECODE_RULES))
 
     def sizes(self, rows: int, sampling: SamplingConfig) -> tuple[Size, ...]:
         """The sizes a batch of so many rows can shrink through, rows counted on each device."""
@@ -120,7 +120,8 @@ def state_formats(mesh: Mesh) -> RolloutState:
 
 
 def _placement(mesh: Mesh) -> Placement:
-    return Placement(mesh, DECODE_RULES["batch"], DECODE_RULES["kv_heads"])
+    rules = on(mesh, DECODE_RULES)
+    return Placement(mesh, rules["batch"], rules["kv_heads"])
 
 
 def _specs(tree: Any, mesh: Mesh) -> Any:

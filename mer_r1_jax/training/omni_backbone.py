@@ -24,7 +24,7 @@ from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.lora import AdapterConfig, fresh_adapters, is_adapter, without_adapters
 from mer_r1_jax.omni.thinker import Thinker, abstract_thinker, bind, init_params
 from mer_r1_jax.parallel import SPARSE_CORE_KINDS
-from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, param_shardings
+from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, on, param_shardings
 from mer_r1_jax.training.backbone import Backbone
 from mer_r1_jax.training.state import Params, flatten, nest
 
@@ -159,7 +159,7 @@ class OmniBackbone(Backbone):
         export_model(path, self.config, nest(params), ExportSettings(source=source, overwrite=True), asked=asked)
 
     def rules(self, *, decode: bool = False) -> contextlib.AbstractContextManager[None]:
-        return axis_rules(DECODE_RULES if decode else TRAIN_RULES, self.mesh)
+        return axis_rules(on(self.mesh, DECODE_RULES if decode else TRAIN_RULES), self.mesh)
 
 
 def thinker_config(model: ModelConfig, tokenizer: Any | None) -> ThinkerConfig:

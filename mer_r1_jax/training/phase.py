@@ -173,8 +173,8 @@ def check_rows(config: RunConfig, mesh: Mesh) -> None:
         if section.max_steps and rows % cut:
             problems.append(
                 f"{phase}.prompts_per_step: got {section.prompts_per_step} in {section.gradient_accumulation_steps} "
-                f"micro-batch(es), {rows} rows each, but mesh.data x mesh.fsdp = {cut} devices share the rows of one; "
-                f"try {-(-rows // cut) * cut * section.gradient_accumulation_steps}"
+                f"micro-batch(es), {rows} rows each, but mesh.data x mesh.fsdp x mesh.decode_tensor = {cut} "
+                f"devices share the rows of one; try {-(-rows // cut) * cut * section.gradient_accumulation_steps}"
             )
     if problems:
         raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))

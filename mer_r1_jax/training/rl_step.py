@@ -32,8 +32,8 @@ from mer_r1_jax.config.schema import RlConfig
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.omni.batch import Array, AudioClips, BatchShape, Prompts, VisionClips
-from mer_r1_jax.parallel.rows import local_rows, put, row_shardings, row_share, split_rows
-from mer_r1_jax.parallel.rules import replicated
+from mer_r1_jax.parallel.rows import local_rows, moved, put, row_shardings, row_share, split_rows
+from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, halfway, replicated
 from mer_r1_jax.rl import compaction
 from mer_r1_jax.rl.advantage import Rewards, advantages, arm_of, permute_within_groups, zero_spread
 from mer_r1_jax.rl.bound_model import BoundModel
@@ -312,9 +312,14 @@ def encode_media(model: BoundModel, vision: VisionClips | None, audio: AudioClip
     return model.encode_media(vision, audio)
 
 
-def cast_params(params: Params, dtype: Any) -> Params:
+def cast_params(backbone: Backbone, params: Params) -> Params:
     """Parameters in the dtype of decoding; where they go is said by the table, as the shardings of the result."""
-    return {name: value.astype(dtype) for name, value in params.items()}
+    cast = {name: value.astype(backbone.config.compute_dtype) for name, value in params.items()}
+    for name, value in cast.items():
+        places = backbone.shardings[name], backbone.decode_shardings[name]
+        if (between := halfway(*places)) not in places:
+            cast[name] = jax.lax.with_sharding_constraint(value, between)
+    return cast
 
 
 def score(
@@ -498,7 +503,7 @@ class RlPrograms:
         mesh, packed = backbone.mesh, backbone.packed_rows
         self.encode_media = self._jit(encode_media)
         self.cast = jax.jit(
-            functools.partial(cast_params, dtype=backbone.config.compute_dtype),
+            functools.partial(cast_params, backbone),
             out_shardings={name: backbone.decode_shardings[name] for name in backbone.recast},
         )
         self.rollout = self._jit(rollout, decode=True, static_argnums=3)  # sampling
@@ -606,11 +611,14 @@ class RlPrograms:
         """
         stop.check()
         how = self.sampling if sampling is None else sampling
+        # Rows that stayed as training cuts them would be parted and brought together at every layer of every token.
+        prompts = moved(prompts, self.backbone.mesh, DECODE_RULES)
         # A chunk as long as the cap would never give completions a chance to leave early.
         if 0 < self.chunks.tokens < how.max_completion_length:
             completions = self._sample_in_chunks(params, prompts, key, how, stop, watch)
         else:
             completions = self.rollout(params, prompts, key, how)
+        completions = moved(completions, self.backbone.mesh, TRAIN_RULES)
         faults.here("sampled", how.num_generations)
         # The wait is here, where a signal can end it; reading the tokens would block until the program is done.
         stop.wait(completions)

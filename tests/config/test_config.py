@@ -129,6 +129,7 @@ def test_the_authors_recipe_differs_from_the_paper_s_in_what_it_names():
     assert differences == {
         "name": '"authors_recipe" now',
         "mesh.tensor": "2 now",  # eight prompts, one for each two chips
+        "mesh.decode_tensor": "2 now",
         "sft.prompts_per_step": "32 now",
         "sft.optimizer.warmup_ratio": "0.0 now",
         "rl.prompts_per_step": "8 now",

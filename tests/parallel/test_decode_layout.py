@@ -15,7 +15,7 @@ from mer_r1_jax.config.schema import MeshConfig, RlConfig
 from mer_r1_jax.omni.batch import Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.thinker import abstract_thinker
-from mer_r1_jax.parallel.mesh import make_mesh
+from mer_r1_jax.parallel.mesh import AXES, make_mesh
 from mer_r1_jax.parallel.rows import put
 from mer_r1_jax.parallel.rules import DECODE_RULES, TRAIN_RULES, ShardingError, param_shardings
 from mer_r1_jax.planning.hlo import COLLECTIVES, parse
@@ -27,7 +27,13 @@ from mer_r1_jax.training.rl_step import RlPrograms
 ROWS, TOKENS, GENERATIONS, LENGTH = 8, 6, 2, 10
 SAMPLING = SamplingConfig(max_completion_length=LENGTH, eos_ids=(3,), temperature=0.8, num_generations=GENERATIONS)
 KEY = jax.random.fold_in(jax.random.key(1), 0)
-MESHES = [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=2), dict(data=1, fsdp=8, tensor=1)]
+MESHES = [
+    dict(data=2, fsdp=2, tensor=2),
+    dict(data=1, fsdp=4, tensor=2),
+    dict(data=1, fsdp=8, tensor=1),
+    dict(data=1, fsdp=4, decode_tensor=2),
+    dict(data=2, fsdp=2, decode_tensor=2),
+]
 
 
 def programs_on(mesh, devices=None, compute_dtype="float32"):
@@ -62,15 +68,21 @@ def prompt_rows():
 
 
 def test_no_weight_is_cut_along_the_model_width():
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     _, shapes, axes = abstract_thinker(ThinkerConfig.qwen2_5_omni_7b())
-    layers = param_shardings({"text": shapes["text"]}, {"text": axes["text"]}, mesh, DECODE_RULES)["text"]["layers"]
-    assert layers["mlp"]["down"]["kernel"].spec == PartitionSpec(None, ("tensor", "fsdp"), None)
-    assert layers["mlp"]["up"]["kernel"].spec == PartitionSpec(None, None, ("tensor", "fsdp"))
-    assert layers["attn"]["q"]["kernel"].spec == PartitionSpec(None, None, "tensor", None)
-    assert {axis for axes in DECODE_RULES.values() for axis in axes} == {"data", "fsdp", "tensor"}
+    for of_heads in ("tensor", "decode_tensor"):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=4, **{of_heads: 2}))
+        layers = param_shardings({"text": shapes["text"]}, {"text": axes["text"]}, mesh, DECODE_RULES)["text"]["layers"]
+        cut = [axis for axis in ("tensor", "fsdp", "decode_tensor") if axis in mesh.shape]
+        assert layers["mlp"]["down"]["kernel"].spec == PartitionSpec(None, tuple(cut), None)
+        assert layers["mlp"]["up"]["kernel"].spec == PartitionSpec(None, None, tuple(cut))
+        heads = ("tensor", "decode_tensor")[: len(cut) - 1]  # an axis of one cuts nothing
+        assert layers["attn"]["q"]["kernel"].spec == PartitionSpec(None, None, heads, None)
+    assert {axis for axes in DECODE_RULES.values() for axis in axes} == set(AXES)
     assert DECODE_RULES.keys() <= TRAIN_RULES.keys()
-    assert set(DECODE_RULES["drawn"]) == {*DECODE_RULES["batch"], *DECODE_RULES["vocab"]}
+    for rules in (DECODE_RULES, TRAIN_RULES):
+        shared = [axis for axis in rules["vocab"] if axis not in rules["batch"]]
+        assert list(rules["drawn"])[: len(rules["batch"])] == list(rules["batch"])
+        assert set(rules["drawn"]) == set(AXES) and list(rules["drawn"])[-len(shared) :] == shared
 
 
 def test_what_decoding_cannot_cut_is_refused_by_name():

@@ -1,4 +1,6 @@
-"""Rollouts, an RL update and words asked about on fixed prompts: two processes of two devices against one device."""
+"""Rollouts, an RL update and words asked about on fixed prompts: two processes against one device."""
+
+import math
 
 import jax
 import numpy as np
@@ -21,12 +23,17 @@ def alone():
     return results(small_backbone(MeshConfig(), jax.devices()[:1]), chunks=(0,))
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """What two processes find between which weights, vocabulary and rows are cut, and cuts of a row lie in one."""
-    file = tmp_path_factory.mktemp("pair") / "found.npz"
-    words = [str(REPOSITORY / "tests/support/several_steps.py"), "1", "2", "2", str(file)]
-    ended = [end_of(process, LIMIT) for process in start_processes(words, count=2, devices=2)]
+@pytest.fixture(scope="module", params=["1 2 1 2", "1 1 2 1", "2 1 2 1"], ids=["fsdp", "decode", "data"])
+def pair(request, tmp_path_factory):
+    """What two processes find between which weights and rows are cut: on 2 x 2 devices, where cuts of a row lie in one
+    process; on 2 x 1, which have rows of their own in training and parts of every row's heads while decoding; and on
+    2 x 2 whose rows are moved within a process.
+    """
+    file, mesh = tmp_path_factory.mktemp("pair") / "found.npz", request.param.split()
+    words = [str(REPOSITORY / "tests/support/several_steps.py"), *mesh, str(file)]
+    ended = [
+        end_of(process, LIMIT) for process in start_processes(words, count=2, devices=math.prod(map(int, mesh)) // 2)
+    ]
     assert [status for status, _, _ in ended] == [0, 0], "".join(told[-4000:] for _, _, told in ended)
     with np.load(file) as found:
         return dict(found)

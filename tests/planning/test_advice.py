@@ -87,6 +87,28 @@ def test_cures_are_those_of_the_chip():
     assert line.endswith("a larger slice: 8 chips halve what is held")
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "decode_tensor", "advised"),
+    [
+        ("update", 1, 4, "mesh.tensor=2 and mesh.decode_tensor=2, as one row"),
+        ("update", 2, 1, "mesh.tensor=4, as one row"),
+        ("update", 4, 1, None),
+        ("sample", 1, 1, "mesh.decode_tensor=2, which cuts the weights"),
+        ("sample", 2, 1, "mesh.decode_tensor=2, which cuts the weights"),
+        ("sample", 1, 4, None),
+        ("sample", 2, 2, None),
+    ],
+)
+def test_no_more_devices_are_advised_than_there_are_key_heads(name, tensor, decode_tensor, advised):
+    mesh = dataclasses.replace(CONFIG.mesh, tensor=tensor, decode_tensor=decode_tensor)
+    config = dataclasses.replace(CONFIG, model=ModelConfig(preset="7b"), mesh=mesh)  # four of them
+    (line,) = advise(config, [dataclasses.replace(PROGRAM, name=name)], CHIPS["v5p"], 16)
+    if advised:
+        assert advised in line
+    else:
+        assert "mesh.tensor" not in line and "mesh.decode_tensor" not in line
+
+
 def test_what_fits_needs_no_advice():
     assert advise(CONFIG, [dataclasses.replace(PROGRAM, over=0)], CHIPS["h100"], 1) == ()
 

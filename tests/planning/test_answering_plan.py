@@ -113,6 +113,15 @@ def test_an_opened_export_leaves_out_how_gradients_travel(config):
     assert "mesh.sparse_core_collectives" not in asking._overrides(trained, is_run=True)
 
 
+def test_an_opened_export_is_laid_out_for_decoding_alone(config):
+    """As what opens it does: nothing is trained as on `fsdp`, so a question takes fewer rows."""
+    trained = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=4, decode_tensor=2, tensor=1))
+    opened = as_opened(trained).mesh
+    assert (opened.fsdp, opened.decode_tensor, opened.tensor) == (4, 1, 2)
+    overrides = asking._overrides(trained, is_run=True)
+    assert (overrides["mesh.fsdp"], overrides["mesh.decode_tensor"], overrides["mesh.tensor"]) == (4, 1, 2)
+
+
 def test_the_sheet_speaks_of_a_batch_and_not_of_epochs(sheet):
     page, values = markdown(sheet), json.loads(json.dumps(sheet.to_json()))
     assert sheet.fits and sheet.config.name.endswith("_answering")

@@ -35,7 +35,7 @@ def sheets(config, tmp_path_factory):
     """The plans of both programs by name."""
     cache = tmp_path_factory.mktemp("cache")
     large = dataclasses.replace(config.rl, prompts_per_step=64, max_completion_length=512)
-    whole = dataclasses.replace(config.mesh, tensor=1)
+    whole = dataclasses.replace(config.mesh, tensor=1, decode_tensor=1)
     return {
         "update": plan(dataclasses.replace(config, rl=large, mesh=whole), SLICE, cache_dir=cache, only=["update"]),
         "sample": plan(config, SLICE, cache_dir=cache, only=["sample"]),
@@ -81,7 +81,7 @@ def test_no_loop_gathers_the_unembedding_or_a_stack_of_layers(programs):
 def test_decoding_moves_weights_and_cache_and_little_else(config, programs):
     sample, tokens = programs["sample"], config.rl.max_completion_length
     assert sample.work.open_loops == 1
-    tensor = config.mesh.tensor
+    tensor = config.mesh.tensor * config.mesh.decode_tensor
     # The embedding is looked up, not read.
     needed = sample.held["rollout"] - 2 * TABLE // tensor + sample.cache
     assert needed <= sample.work.hbm_bytes / tokens <= 1.15 * needed
@@ -97,7 +97,7 @@ def test_decoding_moves_weights_and_cache_and_little_else(config, programs):
 
 def test_a_chunk_of_decoding_needs_little_besides_weights_and_cache(config, tmp_path):
     rl = dataclasses.replace(config.rl, prompts_per_step=64, max_completion_length=2048, decode_chunk=CHUNK)
-    mesh = dataclasses.replace(config.mesh, data=4, fsdp=1, tensor=4)
+    mesh = dataclasses.replace(config.mesh, data=4, fsdp=1, decode_tensor=1, tensor=4)
     config = dataclasses.replace(config, rl=rl, mesh=mesh)
     (decode,) = plan(config, SLICE, cache_dir=tmp_path, only=["decode"]).programs
     prompt, completions = 2048, 4 * 2048  # tokens of a row

@@ -274,12 +274,14 @@ def test_shipped_configs_are_the_papers_recipe(name):
     assert not config.model.train_vision_tower and not config.sft.train_vision_tower
 
 
-@pytest.mark.parametrize(("name", "rank", "tensor"), [("omni_3b.py", 0, 1), ("omni_7b.py", 32, 4)])
-def test_eight_small_chips_have_a_layout_of_each_model(name, rank, tensor):
+@pytest.mark.parametrize(("name", "rank", "heads"), [("omni_3b.py", 0, 2), ("omni_7b.py", 32, 4)])
+def test_eight_small_chips_have_a_layout_of_each_model(name, rank, heads):
     """All weights of 3B, and adapters of 7B on a base in bfloat16; rows are shared evenly."""
     config = load_config(f"{CONFIGS}/{name}:v5e:2x4")
     run = RunPrograms(config, topology_devices("v5e:2x4"))
-    assert dict(run.backbone.mesh.shape) == {"data": 1, "fsdp": 8 // tensor, "tensor": tensor}
+    mesh = {"data": 1, "fsdp": 8 // heads, "decode_tensor": heads, "tensor": 1}
+    assert dict(run.backbone.mesh.shape) == mesh
+    assert heads == run.backbone.config.text.num_key_value_heads
     assert config.model.lora.rank == rank
     text = run.backbone.shapes["text/layers/mlp/up/kernel"].dtype
     assert text == ("bfloat16" if rank else "float32")

@@ -1,8 +1,10 @@
-"""What a plan hands to its programs lies on the mesh as a run's arguments do, on 2 x 2 x 2 devices.
+"""What a plan hands to its programs lies on the mesh as a run's arguments do, on eight devices and on four.
 
 Where an argument lies decides a program's collectives and its memory, and the results of one program are the next one's
 arguments: the run's are real, made by running it.
 """
+
+import math
 
 import jax
 import numpy as np
@@ -18,18 +20,26 @@ NUMBERS = [0, 1, None, 3]  # one clip broke
 NAMES = ["sft_step", "encode", "cast", "sample", "score", "reference", "update"]
 
 
-@pytest.fixture(scope="module")
-def cut(small_folder, compiled):
-    """The small run's setup on eight devices."""
-    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    return small_setup(small_folder, jax.devices(), media={"decode_workers": 0}, mesh=mesh)
+MESHES = {
+    "tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "decode_tensor": {"data": 1, "fsdp": 2, "decode_tensor": 2},  # four devices, as a step has four prompts
+}
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def cut(request, small_folder, compiled):
+    """The small run's setup on a mesh."""
+    mesh = MESHES[request.param]
+    devices = jax.devices()[: math.prod(mesh.values())]
+    return small_setup(small_folder, devices, media={"decode_workers": 0}, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
 def planned(cut):
     slow, fast = cut.sft_phase().lengths
     records = {"sft_records": len(cut.data.sft), "rl_records": len(cut.data.rl)}
-    run = RunPrograms(cut.config, jax.devices(), Workload(slow_target=slow, fast_target=fast, **records))
+    devices = list(cut.backbone.mesh.devices.flat)
+    run = RunPrograms(cut.config, devices, Workload(slow_target=slow, fast_target=fast, **records))
     programs = [program for phase in run.phases() for program in run.of_phase(phase, run.buckets(phase)[-1])]
     return {program.name: program.args for program in programs}
 

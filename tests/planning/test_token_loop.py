@@ -19,7 +19,7 @@ from mer_r1_jax.omni.batch import Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import row_shardings
-from mer_r1_jax.parallel.rules import replicated
+from mer_r1_jax.parallel.rules import DECODE_RULES, replicated
 from mer_r1_jax.planning.chips import topology_devices
 from mer_r1_jax.planning.compilation import compile_program
 from mer_r1_jax.planning.hlo import COLLECTIVES
@@ -76,7 +76,7 @@ def arguments_of(programs):
         uid_B=flat[:, 0].astype(np.uint32),
     )
     everywhere = replicated(backbone.mesh)
-    placed = jax.tree.map(_abstract, rows, row_shardings(rows, backbone.mesh))
+    placed = jax.tree.map(_abstract, rows, row_shardings(rows, backbone.mesh, DECODE_RULES))
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=everywhere)
     return weights, placed, key
 
@@ -100,7 +100,13 @@ def chunk(programs):
 
 @pytest.mark.parametrize(
     ("program", "slice_", "mesh"),
-    [(whole, "v5p:2x2x4", dict(data=1, fsdp=8, tensor=2)), (chunk, "v5e:2x4", dict(data=1, fsdp=4, tensor=2))],
+    [
+        (whole, "v5p:2x2x4", dict(data=1, fsdp=8, tensor=2)),
+        (whole, "v5p:2x2x4", dict(data=1, fsdp=8, decode_tensor=2)),
+        (whole, "v5p:2x2x4", dict(data=1, fsdp=4, decode_tensor=2, tensor=2)),
+        (chunk, "v5e:2x4", dict(data=1, fsdp=4, tensor=2)),
+        (chunk, "v5e:2x4", dict(data=1, fsdp=4, decode_tensor=2)),
+    ],
 )
 def test_the_token_loop_gathers_no_weight_and_copies_no_cache(program, slice_, mesh, tmp_path):
     programs = programs_on(slice_, **mesh)
@@ -109,7 +115,8 @@ def test_the_token_loop_gathers_no_weight_and_copies_no_cache(program, slice_, m
     text = compile_program(planned, slice_, tmp_path).text
     inside = token_loop(text)
     samples = ROWS // mesh["fsdp"] * GENERATIONS  # of a chip
-    logits = 4 * samples * VOCABULARY // mesh["tensor"]
+    of_heads = mesh.get("tensor", 1) * mesh.get("decode_tensor", 1)
+    logits = 4 * samples * VOCABULARY // of_heads
     activations = 2 * ROWS * GENERATIONS * WIDTH  # of all rows: what comes together before a feed-forward layer
     smallest = 2 * WIDTH * KV_HEADS * HEAD  # of the matrices of a layer
     assert max(logits, activations) < smallest
@@ -117,9 +124,9 @@ def test_the_token_loop_gathers_no_weight_and_copies_no_cache(program, slice_, m
     for one in inside:
         if (kind := one.opcode.removesuffix("-start")) in COLLECTIVES:
             moved[kind].append(size_of(one))
-    assert moved["all-to-all"] == [logits]
+    assert moved["all-to-all"] == [logits] and not moved["collective-permute"]
     assert max(size for sizes in moved.values() for size in sizes) == max(logits, activations)
-    cache = 2 * LAYERS * samples * LENGTH * KV_HEADS // mesh["tensor"] * HEAD
+    cache = 2 * LAYERS * samples * LENGTH * KV_HEADS // of_heads * HEAD
     # One all-reduce for attention, and before and after the feed-forward layer one collective each.
     layer = layers_loop(text)
     kinds = collections.Counter(one.opcode.removesuffix("-start") for one in layer)

@@ -81,21 +81,35 @@ def hashes_of_reference(run, scratch):
     return checkpoint(scratch, 0)
 
 
-def test_a_run_goes_on_on_another_mesh_with_the_same_losses(on_two, copied, train, tmp_path):
+@pytest.mark.parametrize(
+    ("relaid", "told_of_run", "told_of_settings"),
+    [
+        ({}, "fsdp 2 -> 4", "mesh.fsdp: 2 in the run, 4 now"),
+        (
+            {"mesh.fsdp": 2, "mesh.decode_tensor": 2},
+            "decode_tensor 1 -> 2",
+            "mesh.decode_tensor: 1 in the run, 2 now",
+        ),
+    ],
+    ids=["fsdp", "decode_tensor"],
+)
+def test_a_run_goes_on_on_another_mesh_with_the_same_losses(
+    on_two, copied, train, tmp_path, relaid, told_of_run, told_of_settings
+):
     run = copied(1)
-    status, told = train(tmp_path, 4, **{"eval.prompts_per_batch": 4})
+    status, told = train(tmp_path, 4, **{"eval.prompts_per_batch": 4} | relaid)
     assert status == 0, told[-4000:]
     log = (run / "logs/attempt_2/log.txt").read_text()
     for text in (told, log):
-        assert "mesh changed: fsdp 2 -> 4; from here on the run need not be equal bit for bit" in text
-    assert "mesh.fsdp: 2 in the run, 4 now" in log and "eval.prompts_per_batch: 2 in the run, 4 now" in log
+        assert f"mesh changed: {told_of_run}; from here on the run need not be equal bit for bit" in text
+    assert told_of_settings in log and "eval.prompts_per_batch: 2 in the run, 4 now" in log
     before, after = lines_of(on_two), lines_of(run)
     assert before.keys() == after.keys() and before["sft", 1] == after["sft", 1]
     for name in ("loss", "loss/slow", "grad_norm", "learning_rate"):
         np.testing.assert_allclose(after["sft", 2][name], before["sft", 2][name], rtol=RELATIVE, err_msg=name)
     for name in ("entropy", "completions/mean_length", "sampling/sampling_logp_difference/mean"):
         np.testing.assert_allclose(after["rl", 1][name], before["rl", 1][name], rtol=RL_RELATIVE, err_msg=name)
-    assert json.loads((run / "checkpoints/4/host.json").read_text())["saved_on"]["fsdp"] == 4
+    assert json.loads((run / "checkpoints/4/host.json").read_text())["saved_on"]["fsdp"] == relaid.get("mesh.fsdp", 4)
 
 
 def test_another_setting_than_of_layout_is_refused_still(copied, train, tmp_path):

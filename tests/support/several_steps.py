@@ -1,4 +1,4 @@
-"""Rollouts, an RL update and words asked about, on fixed tokens: several_steps.py DATA FSDP TENSOR FILE.
+"""Rollouts, an RL update and words asked about, on fixed tokens: several_steps.py DATA FSDP DECODE_TENSOR TENSOR FILE.
 
 Started as a process of several (JAX_COORDINATOR_ADDRESS and so on); the first one writes what came of it to FILE.
 """
@@ -39,8 +39,8 @@ TEXT_ONLY = trainable_names(train_audio=False, train_vision=False)
 OPTIMIZER = optax.sgd(1.0, momentum=0.9)  # its trace after the first update is the gradient
 
 
-def main(data: int, fsdp: int, tensor: int, file: str) -> None:
-    backbone = small_backbone(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+def main(data: int, fsdp: int, decode_tensor: int, tensor: int, file: str) -> None:
+    backbone = small_backbone(MeshConfig(data=data, fsdp=fsdp, decode_tensor=decode_tensor, tensor=tensor))
     found = results(backbone, chunks=(0, 3))
     if processes.is_first():
         np.savez(file, **found)
@@ -195,4 +195,4 @@ def asked(backbone: Backbone, params) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     with processes.joined(), explained():
-        main(*map(int, sys.argv[1:4]), sys.argv[4])
+        main(*map(int, sys.argv[1:5]), sys.argv[5])
