@@ -9,8 +9,9 @@ that are off everywhere else (docs/method.md). Evaluations score as they always 
 
 from mer_r1_jax.config.build import other_config
 
-# Slice -> devices along mesh.tensor (eight prompts are shared by eight), and what the backward pass keeps.
-SLICES = {"v5p:2x2x4": (2, "dots")}
+# Slice -> devices along mesh.tensor (eight prompts are shared by eight) and mesh.decode_tensor, and what the backward
+# pass keeps.
+SLICES = {"v5p:2x2x4": (2, 2, "dots")}
 
 
 def get_config(slice_name: str = "v5p:2x2x4"):

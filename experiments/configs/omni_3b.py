@@ -7,11 +7,12 @@ cannot hold moments of all weights.
 
 from mer_r1_jax.config.build import other_config
 
-# Slice -> prompts of a step, devices along mesh.tensor (the rest are fsdp), and what the backward pass keeps.
+# Slice -> prompts of a step, devices along mesh.tensor and mesh.decode_tensor (the rest are fsdp), and what the
+# backward pass keeps. Two devices at most can share the heads, as there are two of keys.
 SLICES = {
-    "v5e:4x4": (16, 1, "attention"),
-    "v5e:2x4": (8, 1, "attention"),
-    "v5p:2x2x4": (16, 1, "dots"),
+    "v5e:4x4": (16, 1, 2, "attention"),
+    "v5e:2x4": (8, 1, 2, "attention"),
+    "v5p:2x2x4": (16, 1, 2, "dots"),
 }
 # Cards of 80 GB -> prompts of a step, and parts the update is cut into.
 CARDS = {

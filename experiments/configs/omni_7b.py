@@ -9,14 +9,15 @@ says without them.
 
 from mer_r1_jax.config.build import config_dict
 
-# Slice -> prompts of a step, devices along mesh.tensor (the rest are fsdp), and what the backward pass keeps.
+# Slice -> prompts of a step, devices along mesh.tensor and mesh.decode_tensor (the rest are fsdp), and what the
+# backward pass keeps. Four devices at most can share the heads, as there are four of keys.
 SLICES = {
-    "v5p:2x2x4": (16, 4, "dots"),
-    "v5e:16x16": (64, 4, "attention"),
-    "v6e:4x4": (16, 1, "attention"),
+    "v5p:2x2x4": (16, 1, 4, "dots"),
+    "v5e:16x16": (64, 4, 1, "attention"),
+    "v6e:4x4": (16, 1, 4, "attention"),
 }
 # Likewise, with adapters in place of the weights: moments of all of them would not fit.
-ADAPTED_SLICES = {"v5e:2x4": (8, 4, "attention")}
+ADAPTED_SLICES = {"v5e:2x4": (8, 1, 4, "attention")}
 # Cards of 80 GB -> prompts of a step, and parts the update is cut into.
 CARDS = {"h100:8": (16, 2)}
 # Card -> prompts of a step, with adapters in place of the weights.
@@ -67,18 +68,19 @@ def recipe():
     return config
 
 
-def lay_out(config, prompts: int, tensor: int, remat: str):
+def lay_out(config, prompts: int, tensor: int, decode_tensor: int, remat: str):
     """Parameters and optimizer cut over all chips; one prompt or more for each group of `tensor` chips."""
     config.model.remat = remat
     config.sft.prompts_per_step = config.rl.prompts_per_step = prompts
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = tensor
+    config.mesh.decode_tensor = decode_tensor
 
 
 def lay_out_on_cards(config, prompts: int, parts: int = 1):
     """The same for GPUs; an update in more than one part needs a second buffer of gradients."""
-    lay_out(config, prompts, 1, "nothing")
+    lay_out(config, prompts, 1, 1, "nothing")
     config.model.packed_rows = False  # no kernel of a GPU skips what a packed row's mask forbids
     config.rl.decode_chunk = 128
     for phase in (config.sft, config.rl):
