@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 from support.several import end_of, start_processes
-from support.several_steps import GENERATIONS, LENGTHS, TOKENS, results, small_backbone
+from support.several_steps import GENERATIONS, LENGTHS, TOKENS, completions, parameters, results, small_backbone
 from support.small_run import REPOSITORY
 
 from mer_r1_jax.config.schema import MeshConfig
+from mer_r1_jax.omni.lora import AdapterConfig
 
 LIMIT = 400  # seconds, on a busy machine
 pytestmark = pytest.mark.timeout(2 * LIMIT)
@@ -45,6 +46,20 @@ def test_two_processes_sample_the_tokens_of_one_in_one_loop_or_in_chunks(alone, 
         np.testing.assert_array_equal(pair[f"{name} {chunk}"], alone[f"{name} 0"], err_msg=name)
     for name in ("logprob_BGC", "sampling_logprob_BGC"):
         np.testing.assert_allclose(pair[f"{name} {chunk}"], alone[f"{name} 0"], rtol=0, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_a_model_with_adapters_samples_the_same_where_heads_are_cut_for_decoding_alone(chunk):
+    """In one process, in float32: what is moved to the layout of decoding has the dtype that it had."""
+    cut = MeshConfig(data=2, fsdp=2, decode_tensor=2)
+    found = []
+    for mesh, devices in ((MeshConfig(), jax.devices()[:1]), (cut, jax.devices())):
+        backbone = small_backbone(mesh, devices, AdapterConfig(rank=4, alpha=8.0))
+        assert any("lora" in name for name in backbone.decode_shardings)
+        found.append(jax.device_get(completions(backbone, parameters(backbone), chunk)))
+    for name in ("id_BGC", "length_BG", "stop_BG"):
+        np.testing.assert_array_equal(getattr(found[1], name), getattr(found[0], name), err_msg=name)
+    np.testing.assert_allclose(found[1].logprob_BGC, found[0].logprob_BGC, rtol=0, atol=2e-5)
 
 
 def test_the_completions_end_at_different_chunks(alone):

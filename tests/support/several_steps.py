@@ -15,6 +15,7 @@ from mer_r1_jax.config.schema import MeshConfig, RlConfig
 from mer_r1_jax.evaluation.answering import Answerer
 from mer_r1_jax.omni.batch import PADDING, PROMPT, Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
+from mer_r1_jax.omni.lora import AdapterConfig
 from mer_r1_jax.parallel import processes
 from mer_r1_jax.parallel.mesh import make_mesh
 from mer_r1_jax.parallel.rows import local_rows, put, row_share
@@ -46,8 +47,8 @@ def main(data: int, fsdp: int, decode_tensor: int, tensor: int, file: str) -> No
         np.savez(file, **found)
 
 
-def small_backbone(mesh: MeshConfig, devices=None) -> Backbone:
-    config = ThinkerConfig.tiny(vocab_size=512, remat="nothing")
+def small_backbone(mesh: MeshConfig, devices=None, adapters: AdapterConfig | None = None) -> Backbone:
+    config = ThinkerConfig.tiny(vocab_size=512, remat="nothing", adapters=adapters)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=1))
     return OmniBackbone.create(config, make_mesh(mesh, devices))
 
