@@ -1,6 +1,6 @@
 """Plans a run on hardware nobody has yet: mer-r1 plan --config=omni_7b --topology=v5p:2x2x4[,v5e:16x16]
 
-    mer-r1 plan --config=omni_3b --topology=h100:1[,h100:8,a100:1,l4:1,rtx4090:1]
+    mer-r1 plan --config=omni_3b:h100:1 --topology=h100:1[,a100:1]
     mer-r1 plan --config=omni_3b --topology=v5e:1x1 --answering
 
 Compiles every program of the run with the real compiler for that TPU slice, or for so many cards of a GPU, on this

@@ -279,7 +279,7 @@ class MeshConfig:
     data: MeshSize = -1  # devices the batch is cut over; each holds all parameters
     fsdp: MeshSize = 1  # devices both batch and parameters are cut over
     tensor: MeshSize = 1  # devices that share heads, feed-forward width and vocabulary
-    decode_tensor: Count = 1  # as fsdp in training, as tensor while decoding (TRL: vllm_tensor_parallel_size)
+    decode_tensor: Rows = 1  # as fsdp in training, as tensor while decoding (TRL: vllm_tensor_parallel_size)
     sparse_core_collectives: bool = False  # sums of gradients on the sparse cores of TPU v5p; never run on hardware
 
 

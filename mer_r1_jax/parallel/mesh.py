@@ -55,11 +55,13 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...] | None:
     return tuple(sizes) if math.prod(sizes) == devices else None
 
 
-def for_asking(config: MeshConfig) -> MeshConfig:
-    """The layout of a model that nobody trains: `decode_tensor` is `tensor`, so that a question takes fewer rows."""
-    if config.decode_tensor == 1 or config.tensor == -1:
-        return config
-    return dataclasses.replace(config, decode_tensor=1, tensor=config.tensor * config.decode_tensor)
+def for_devices(config: MeshConfig, devices: int) -> MeshConfig:
+    """The layout of a model that nobody trains, which may have been laid out for another number of devices.
+
+    Where so many cannot be laid out like that, but can without `decode_tensor`, it goes without.
+    """
+    plain = dataclasses.replace(config, decode_tensor=1)
+    return plain if mesh_sizes(config, devices) is None and mesh_sizes(plain, devices) is not None else config
 
 
 def row_cut(mesh: Mesh, rules: Rules = TRAIN_RULES) -> int:

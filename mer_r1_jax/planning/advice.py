@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.planning.chips import GIB, MOST_GPUS, Chip
 from mer_r1_jax.planning.compilation import TRITON
 from mer_r1_jax.planning.sheet import ProgramSheet
 from mer_r1_jax.planning.workload import ANSWERING
-from mer_r1_jax.training.omni_backbone import thinker_config
+from mer_r1_jax.training.backbone import Backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +92,47 @@ UNKNOWN = Refusal(
 )
 
 
+class Place(NamedTuple):
+    """What a run is laid out on.
+
+    Attributes:
+        gpu: whether its devices are GPUs.
+        devices: how many there are.
+        tensor, decode_tensor: devices along these axes of the mesh.
+        key_heads: of the model; so many devices can share the heads at most, by both axes together.
+    """
+
+    gpu: bool
+    devices: int
+    tensor: int
+    decode_tensor: int
+    key_heads: int
+
+    @classmethod
+    def of(cls, backbone: Backbone, gpu: bool) -> Place:
+        """That of a model."""
+        mesh = backbone.mesh
+        cuts = (mesh.shape.get(axis, 1) for axis in ("tensor", "decode_tensor"))
+        return cls(gpu, mesh.size, *cuts, backbone.config.text.num_key_value_heads)
+
+    @property
+    def most(self) -> int:
+        """Devices that can share the heads."""
+        return min(self.devices, self.key_heads)
+
+
 def refusal_of(message: str) -> Refusal:
     """What a compiler's message means; UNKNOWN where nothing is like it."""
     return next((one for one in REFUSALS if re.search(one.pattern, message, re.IGNORECASE)), UNKNOWN)
 
 
-def advise(config: RunConfig, programs: Sequence[ProgramSheet], chip: Chip, chips: int) -> tuple[str, ...]:
+def advise(config: RunConfig, programs: Sequence[ProgramSheet], chip: Chip, place: Place) -> tuple[str, ...]:
     """One line for each program that does not fit: what is wrong, by how much, and what would mend it."""
-    return tuple(_line(config, program, chip, chips) for program in programs if not program.fits)
+    return tuple(_line(config, program, chip, place) for program in programs if not program.fits)
 
 
-def _line(config: RunConfig, program: ProgramSheet, chip: Chip, chips: int) -> str:
-    cures = cures_of(config, program.phase, program.name, program.held, bool(chip.cuda), chips)
+def _line(config: RunConfig, program: ProgramSheet, chip: Chip, place: Place) -> str:
+    cures = cures_of(config, program.phase, program.name, program.held, place)
     if program.error and not program.over:
         refusal = refusal_of(program.error)
         said = program.error.rstrip(".")
@@ -133,25 +163,24 @@ def largest(parts: Mapping[str, int], count: int = 3) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in ordered)
 
 
-def cures_of(config: RunConfig, phase: str, name: str, held: Mapping[str, int], gpu: bool, chips: int) -> list[str]:
+def cures_of(config: RunConfig, phase: str, name: str, held: Mapping[str, int], place: Place) -> list[str]:
     """Settings that would make up for too much memory, those that change nothing else first.
 
     Args:
         config: the configuration.
         phase, name: of the program that does not fit; `STATE` where the phase's state alone does not.
         held: bytes a chip that live while it runs, by part.
-        gpu: whether the chips are GPUs.
-        chips: how many there are.
+        place: what it is laid out on.
     """
     if phase == ANSWERING:
-        return _answering_cures(config, gpu, chips)
+        return _answering_cures(config, place)
     section, cures = getattr(config, phase), []
     if config.mesh.data > 1:
         cures.append(f"mesh.fsdp={config.mesh.data * max(config.mesh.fsdp, 1)} and mesh.data=1, which cut what is held")
-    if gpu and config.model.packed_rows and name in ("sft_step", "score", "reference", "update"):
+    if place.gpu and config.model.packed_rows and name in ("sft_step", "score", "reference", "update"):
         cures.append("model.packed_rows=False, as without a TPU's kernel a packed row scores every token against all")
     rows = section.prompts_per_step // section.gradient_accumulation_steps
-    cut = chips // config.mesh.tensor
+    cut = place.devices // place.tensor
     trains = name in ("sft_step", "update")
     if trains and rows > cut and rows % (2 * cut) == 0:
         more = 2 * section.gradient_accumulation_steps
@@ -163,13 +192,14 @@ def cures_of(config: RunConfig, phase: str, name: str, held: Mapping[str, int], 
         cures.append(f"rl.steps_per_generation={steps // 2}, which makes rollouts of fewer prompts")
     if not trains and name != STATE and section.prompts_per_step > cut and section.prompts_per_step % (2 * cut) == 0:
         cures.append(f"{phase}.prompts_per_step={section.prompts_per_step // 2}, which halves the rows of a chip")
-    tensor, decode_tensor, most = config.mesh.tensor, config.mesh.decode_tensor, _most_of_heads(config, chips)
-    if name in ("sample", "decode"):
-        if 2 * tensor * decode_tensor <= most:
-            cures.append(f"mesh.decode_tensor={2 * decode_tensor}, which cuts the weights that decoding takes")
-    elif rows <= cut and 2 * tensor <= most:
-        instead = f" and mesh.decode_tensor={most // (2 * tensor)}" if 2 * tensor * decode_tensor > most else ""
-        cures.append(f"mesh.tensor={2 * tensor}{instead}, as one row a chip cannot be cut further otherwise")
+    tensor = 2 * place.tensor
+    if name in ("cast", "sample", "decode"):
+        if tensor * place.decode_tensor <= place.most:
+            cures.append(f"mesh.decode_tensor={2 * place.decode_tensor}, which cuts the weights that decoding takes")
+    elif rows <= cut and tensor <= place.most:
+        fewer = place.most // tensor
+        instead = f" and mesh.decode_tensor={fewer}" if place.decode_tensor > fewer else ""
+        cures.append(f"mesh.tensor={tensor}{instead}, as one row a chip cannot be cut further otherwise")
     if section.optimizer.dtype == "float32":
         saved = held.get("optimizer", 0) / 2 / GIB
         cures.append(f"{phase}.optimizer.dtype=bfloat16, which saves {saved:.2f} GiB")
@@ -183,31 +213,24 @@ def cures_of(config: RunConfig, phase: str, name: str, held: Mapping[str, int], 
         parts = ("parameters", "reference", *(frozen if own else ()))
         saved = sum(held.get(part, 0) for part in parts) / 2 / GIB
         cures.append(f"model.param_dtype=bfloat16, which saves {saved:.2f} GiB and rounds every update")
-    cures.append(_more(gpu, chips))
+    cures.append(_more(place))
     return cures
 
 
-def _answering_cures(config: RunConfig, gpu: bool, chips: int) -> list[str]:
+def _answering_cures(config: RunConfig, place: Place) -> list[str]:
     cures = []
     if (rows := config.eval.prompts_per_batch) > 1:
         cures.append(f"eval.prompts_per_batch={rows // 2}, which halves the rows of a batch")
     if config.model.compute_dtype == "float32":
         cures.append("model.compute_dtype=bfloat16, in which weights are kept then")
-    if 2 * config.mesh.tensor <= _most_of_heads(config, chips):
-        cures.append(f"mesh.tensor={2 * config.mesh.tensor}, which cuts the weights that decoding takes")
-    return [*cures, _more(gpu, chips)]
+    if 2 * place.tensor * place.decode_tensor <= place.most:
+        cures.append(f"mesh.tensor={2 * place.tensor}, which cuts the weights that decoding takes")
+    return [*cures, _more(place)]
 
 
-def _most_of_heads(config: RunConfig, chips: int) -> int:
-    """Devices that can share the heads, by `tensor` and `decode_tensor` together: no more than there are key heads."""
-    if config.model.path:  # whose sizes are its own, and need not be there to plan
-        return chips
-    return min(chips, thinker_config(config.model, None).text.num_key_value_heads)
-
-
-def _more(gpu: bool, chips: int) -> str:
-    if not gpu:
-        return f"a larger slice: {2 * chips} chips halve what is held"
-    if 2 * chips <= MOST_GPUS:
-        return f"more cards: {2 * chips} halve what is held"
+def _more(place: Place) -> str:
+    if not place.gpu:
+        return f"a larger slice: {2 * place.devices} chips halve what is held"
+    if 2 * place.devices <= MOST_GPUS:
+        return f"more cards: {2 * place.devices} halve what is held"
     return "cards with more memory"

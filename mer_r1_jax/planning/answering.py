@@ -14,7 +14,7 @@ import numpy as np
 
 from mer_r1_jax.config.schema import LoraConfig, ModelConfig, RunConfig
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.parallel.mesh import for_asking, row_cut
+from mer_r1_jax.parallel.mesh import for_devices, row_cut
 from mer_r1_jax.planning.flops import tower_flops
 from mer_r1_jax.planning.programs import PlannedProgram, RunPrograms
 from mer_r1_jax.planning.workload import ANSWERING, Workload
@@ -25,8 +25,8 @@ from mer_r1_jax.training.prompts import plan_buckets
 from mer_r1_jax.training.state import partition
 
 
-def as_opened(config: RunConfig) -> RunConfig:
-    """The settings under which the export of such a run answers.
+def as_opened(config: RunConfig, devices: int) -> RunConfig:
+    """The settings under which the export of such a run answers on so many devices.
 
     Files of a released model are bfloat16, and so is what is kept of them where products are in it too
     (`model_memory.kept_dtype`); adapters are merged; settings of a layer's training are not asked for.
@@ -47,7 +47,7 @@ def as_opened(config: RunConfig) -> RunConfig:
         config,
         name=f"{config.name}_answering",
         model=model,
-        mesh=dataclasses.replace(for_asking(config.mesh), sparse_core_collectives=False),
+        mesh=dataclasses.replace(for_devices(config.mesh, devices), sparse_core_collectives=False),
         sft=dataclasses.replace(config.sft, max_steps=0),
         # One answer a clip, as long as evaluation lets it be.
         rl=dataclasses.replace(config.rl, max_steps=0, num_generations=1, max_completion_length=length),

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 from mer_r1_jax.config.schema import ConfigError, RunConfig
-from mer_r1_jax.planning.advice import advise, refusal_of
+from mer_r1_jax.planning.advice import Place, advise, refusal_of
 from mer_r1_jax.planning.answering import AnsweringPrograms, as_opened
 from mer_r1_jax.planning.chips import chip_of, topology_devices
 from mer_r1_jax.planning.compilation import compile_program, versions
@@ -51,8 +51,9 @@ def plan(
     if answering and try_others:
         raise ConfigError("--try_others compiles the RL update, which answering has not: leave one of the two out")
     chip = chip_of(topology)
-    config = as_opened(config) if answering else config
-    run = (AnsweringPrograms if answering else RunPrograms)(config, topology_devices(topology))
+    devices = topology_devices(topology)
+    config = as_opened(config, len(devices)) if answering else config
+    run = (AnsweringPrograms if answering else RunPrograms)(config, devices)
     if not run.phases():
         raise ConfigError(
             "nothing to plan: sft.max_steps and rl.max_steps are both 0, so the run trains nothing; --answering plans "
@@ -93,7 +94,7 @@ def plan(
         programs=tuple(sheets),
         epoch_steps={} if answering else {phase: run.epoch_steps(phase) for phase in buckets},
         missing=tuple(missing),
-        advice=advise(config, sheets, chip, mesh.size),
+        advice=advise(config, sheets, chip, Place.of(run.backbone, bool(chip.cuda))),
         alternatives=tuple(alternatives(config, update_of)) if try_others and "rl" in buckets else (),
     )
 

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from mer_r1_jax.config.bounds import is_bucket
 from mer_r1_jax.config.schema import RunConfig
 from mer_r1_jax.data.records import Record
@@ -20,7 +22,7 @@ from mer_r1_jax.evaluation.second_looks import SecondLooks
 from mer_r1_jax.media.opening import MediaError
 from mer_r1_jax.media.prompt import Prompt, PromptError
 from mer_r1_jax.omni.batch import BatchShape
-from mer_r1_jax.parallel.mesh import for_asking, row_cut
+from mer_r1_jax.parallel.mesh import for_devices, row_cut
 from mer_r1_jax.rl.sampling import greedy
 from mer_r1_jax.run.policy import (
     RUN_MARKER,
@@ -131,7 +133,8 @@ def open_policy(
     """
     require_model(path)
     # A clip without sound is answered from its frames, and counted.
-    overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir())
+    count = jax.device_count() if devices is None else len(devices)
+    overrides = _overrides(config, is_run=(pathlib.Path(path) / RUN_MARKER).is_dir(), devices=count)
     said = config or remembered(path)
     if said is None or said.media.missing_audio == "error":
         overrides["media.missing_audio"] = "skip"
@@ -139,11 +142,11 @@ def open_policy(
     return Policy(setup, params, model_fingerprint(path, setup.tokenizer_path, read), _held_out(path, config))
 
 
-def _overrides(config: RunConfig | None, is_run: bool) -> dict[str, Any]:
+def _overrides(config: RunConfig | None, is_run: bool, devices: int) -> dict[str, Any]:
     """The fields of a configuration that matter when a policy is used, dotted."""
     if config is None:
         return {}
-    values = dataclasses.asdict(dataclasses.replace(config, mesh=for_asking(config.mesh)))
+    values = dataclasses.asdict(dataclasses.replace(config, mesh=for_devices(config.mesh, devices)))
     used = {section: tuple(values[section]) for section in ("media", "emotion", "eval")}
     # How sums of gradients travel is a matter of training, and refused on chips without sparse cores.
     used["mesh"] = tuple(name for name in values["mesh"] if name != "sparse_core_collectives")

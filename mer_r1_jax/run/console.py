@@ -99,8 +99,8 @@ def _mesh_changes(saved_on: Mapping[str, int], mesh: Mesh) -> str:
         return ""
     now = dict(mesh.shape) | {"processes": processes.count()}
     # A mesh leaves an axis of one out.
-    before, after = (dict.fromkeys(AXES, 1) | dict(sizes) for sizes in (saved_on, now))
-    return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name])
+    before, after = (dict.fromkeys((*AXES, "processes"), 1) | dict(sizes) for sizes in (saved_on, now))
+    return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in after if before[name] != after[name])
 
 
 def _show_prompt(console: Console, setup: Setup) -> None:

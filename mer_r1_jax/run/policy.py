@@ -18,7 +18,7 @@ from mer_r1_jax.config.schema import ConfigError, MeshConfig, RunConfig
 from mer_r1_jax.foreign_text import printable
 from mer_r1_jax.omni.hf.foreign import path_problem
 from mer_r1_jax.omni.lora import is_adapter
-from mer_r1_jax.parallel.mesh import for_asking, mesh_sizes
+from mer_r1_jax.parallel.mesh import for_devices, mesh_sizes
 from mer_r1_jax.run.fingerprints import of_model
 from mer_r1_jax.run.model_memory import (
     MemoryNeed,
@@ -236,7 +236,7 @@ def open_step(
     path = pathlib.Path(path)
     require_model(path)
     if _is_run(path):
-        setup = make_setup(_without_data(_run_config(path), overrides), devices=devices)
+        setup = make_setup(_without_data(_run_config(path), overrides, devices), devices=devices)
         # A set-up allocates no weights, so a model that does not fit is refused before its checkpoint is read.
         need = need_of_backbone(setup.backbone, setup.config.model.param_dtype)
         try:
@@ -249,7 +249,7 @@ def open_step(
     # An export has sizes of its own, and adapters merged in: of the run's model settings only the dtypes apply.
     dtypes = {name: values["model"][name] for name in ("param_dtype", "compute_dtype")}
     values["model"] = {"path": str(path), **dtypes}
-    config = _without_data(from_mapping(values), overrides)
+    config = _without_data(from_mapping(values), overrides, devices)
     tensors = thinker_tensors(path)
     kept = kept_dtype(tensors.values(), config.model)
     model = dataclasses.replace(config.model, param_dtype=kept)
@@ -349,7 +349,9 @@ def _read_config(file: str | pathlib.Path) -> RunConfig:
         raise PolicyError(f"{file}: no run's configuration can be read there ({error})") from error
 
 
-def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunConfig:
+def _without_data(
+    config: RunConfig, overrides: dict[str, Any] | None, devices: Sequence[Any] | None = None
+) -> RunConfig:
     """The configuration without what only training needs: a policy is used on other clips."""
     values = dataclasses.asdict(config)
     for name in ("sft_path", "rl_path", "eval_path", "media_root", "cache_dir"):
@@ -358,9 +360,10 @@ def _without_data(config: RunConfig, overrides: dict[str, Any] | None) -> RunCon
         # The synthetic world's tokenizer was made with it.
         values["model"]["tokenizer_path"] = str(pathlib.Path(values["data"]["synthetic_dir"]) / "tokenizer")
     values["data"]["synthetic_dir"] = ""
-    # The first that these devices can be laid out as: it may have been trained on another number of them.
-    alike = for_asking(config.mesh), dataclasses.replace(config.mesh, decode_tensor=1), MeshConfig()
-    mesh = next(mesh for mesh in alike if mesh_sizes(mesh, jax.device_count()) is not None)
+    count = jax.device_count() if devices is None else len(devices)
+    mesh = for_devices(config.mesh, count)
+    if mesh_sizes(mesh, count) is None:
+        mesh = MeshConfig()  # trained on another number of devices
     values["mesh"] = dataclasses.asdict(mesh)
     values["mesh"]["sparse_core_collectives"] = False  # of gradients, which there are none of; refused elsewhere
     values["sft"]["max_steps"] = values["rl"]["max_steps"] = 0

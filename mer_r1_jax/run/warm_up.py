@@ -31,7 +31,7 @@ from mer_r1_jax.config.schema import RlConfig, SftConfig
 from mer_r1_jax.data.pipeline import Item
 from mer_r1_jax.data.prefetch import LoadedItem
 from mer_r1_jax.parallel.rows import put
-from mer_r1_jax.planning.advice import STATE, cures_of, largest, refusal_of, tried
+from mer_r1_jax.planning.advice import STATE, Place, cures_of, largest, refusal_of, tried
 from mer_r1_jax.planning.chips import GIB
 from mer_r1_jax.planning.compilation import first_lines
 from mer_r1_jax.planning.programs import RunPrograms, bytes_per_chip
@@ -170,8 +170,8 @@ def _explanation(setup: Setup, phase: Phase, name: str, message: str) -> str:
     config, devices = setup.config, setup.backbone.mesh.devices.flatten()
     refusal = refusal_of(message)
     held = _held(setup, phase, name)
-    gpu = devices[0].platform == "gpu"
-    cures = refusal.cures or cures_of(config, phase.name, name, held, gpu, len(devices))
+    place = Place.of(setup.backbone, gpu=devices[0].platform == "gpu")
+    cures = refusal.cures or cures_of(config, phase.name, name, held, place)
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
     room = f" of {limit / GIB:.1f} GiB" if limit else ""
     return (

@@ -112,6 +112,21 @@ def test_weights_are_cast_once_and_freed():
     assert not any(leaf.is_deleted() for leaf in params.values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_weight_is_brought_together_whole_on_its_way_to_decoding(dtype):
+    """A device gathers its part of the heads. In one step the compiler would gather the whole weight first."""
+    programs = programs_on(dict(data=1, fsdp=4, decode_tensor=2), compute_dtype=dtype)
+    params = params_on(programs.backbone)
+    recast = {name: params[name] for name in programs.backbone.recast}
+    instructions, entry = parse(programs.cast.lower(recast).compile().as_text())
+    gathered = [
+        array.bytes for one in instructions[entry].values() if "all-gather" in one.opcode for array in one.arrays
+    ]
+    # Of attention and the tables, which decoding does not cut over fsdp; in float32, as the CPU's collectives are.
+    whole = [4 * leaf.size for name, leaf in recast.items() if "attn" in name or "embed" in name or "head" in name]
+    assert gathered and max(gathered) == max(whole) // 2
+
+
 def test_nothing_is_copied_where_training_holds_the_weights_like_that():
     for mesh, devices in (({}, jax.devices()[:1]), (dict(data=8), None)):
         programs = programs_on(mesh, devices)

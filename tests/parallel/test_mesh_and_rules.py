@@ -85,7 +85,7 @@ def test_rows_are_moved_without_waiting_for_them():
         return jax.lax.fori_loop(0, 2000, lambda _, y_BD: jnp.sin(y_BD), x_BD)
 
     x_BD = np.ones((64, 20_000), np.float32)
-    jax.block_until_ready(slow(x_BD))  # compiled
+    moved({"x_BD": jax.block_until_ready(slow(x_BD))}, mesh, DECODE_RULES)  # compiles what follows
     batch = {"x_BD": slow(x_BD), "beta": jax.device_put(np.float32(2), replicated(mesh)), "none": None}
     there = moved(batch, mesh, DECODE_RULES)
     assert not there["x_BD"].is_ready()

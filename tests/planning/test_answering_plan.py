@@ -10,7 +10,7 @@ from support.jaxprs import program
 from support.small_run import visits_of
 from support.tiny_plan import tiny_config
 
-from mer_r1_jax.config.schema import ConfigError
+from mer_r1_jax.config.schema import ConfigError, MeshConfig
 from mer_r1_jax.planning.answering import AnsweringPrograms, as_opened
 from mer_r1_jax.planning.chips import CHIPS, GIB, chip_of
 from mer_r1_jax.planning.markdown import markdown
@@ -89,7 +89,7 @@ def sheet(config, cache):
 
 
 def test_one_chip_holds_the_weights_once_and_the_caches_of_a_batch(sheet, config):
-    backbone = AnsweringPrograms(as_opened(config), jax.devices()[:1]).backbone
+    backbone = AnsweringPrograms(as_opened(config, 1), jax.devices()[:1]).backbone
     assert not any("lora" in name for name in backbone.shapes)  # merged into the export
     values = sum(int(np.prod(leaf.shape)) for leaf in backbone.shapes.values())
     held = {program.name: program.held for program in sheet.programs}
@@ -108,18 +108,19 @@ def test_one_chip_holds_the_weights_once_and_the_caches_of_a_batch(sheet, config
 def test_an_opened_export_leaves_out_how_gradients_travel(config):
     """As what opens it does, whatever chip it is opened on."""
     trained = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sparse_core_collectives=True))
-    assert as_opened(trained) == as_opened(config) and not as_opened(trained).mesh.sparse_core_collectives
-    assert "mesh.fsdp" in asking._overrides(trained, is_run=True)
-    assert "mesh.sparse_core_collectives" not in asking._overrides(trained, is_run=True)
+    assert as_opened(trained, 1) == as_opened(config, 1)
+    assert not as_opened(trained, 1).mesh.sparse_core_collectives
+    assert "mesh.fsdp" in asking._overrides(trained, is_run=True, devices=1)
+    assert "mesh.sparse_core_collectives" not in asking._overrides(trained, is_run=True, devices=1)
 
 
-def test_an_opened_export_is_laid_out_for_decoding_alone(config):
-    """As what opens it does: nothing is trained as on `fsdp`, so a question takes fewer rows."""
-    trained = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=4, decode_tensor=2, tensor=1))
-    opened = as_opened(trained).mesh
-    assert (opened.fsdp, opened.decode_tensor, opened.tensor) == (4, 1, 2)
-    overrides = asking._overrides(trained, is_run=True)
-    assert (overrides["mesh.fsdp"], overrides["mesh.decode_tensor"], overrides["mesh.tensor"]) == (4, 1, 2)
+@pytest.mark.parametrize(("devices", "decode_tensor"), [(1, 1), (3, 1), (8, 2)])
+def test_a_layout_of_a_slice_answers_on_fewer_devices(config, devices, decode_tensor):
+    """As what opens it does: two of a slice decode together, one alone."""
+    trained = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1, decode_tensor=2))
+    assert as_opened(trained, devices).mesh == MeshConfig(data=1, fsdp=-1, decode_tensor=decode_tensor)
+    overrides = asking._overrides(trained, is_run=True, devices=devices)
+    assert (overrides["mesh.fsdp"], overrides["mesh.decode_tensor"]) == (-1, decode_tensor)
 
 
 def test_the_sheet_speaks_of_a_batch_and_not_of_epochs(sheet):

@@ -82,19 +82,25 @@ def hashes_of_reference(run, scratch):
 
 
 @pytest.mark.parametrize(
-    ("relaid", "told_of_run", "told_of_settings"),
+    ("relaid", "told_of_run", "told_of_settings", "saved_on"),
     [
-        ({}, "fsdp 2 -> 4", "mesh.fsdp: 2 in the run, 4 now"),
+        (
+            {},
+            "fsdp 2 -> 4",
+            "mesh.fsdp: 2 in the run, 4 now",
+            {"data": 1, "fsdp": 4, "tensor": 1, "processes": 1},
+        ),
         (
             {"mesh.fsdp": 2, "mesh.decode_tensor": 2},
             "decode_tensor 1 -> 2",
             "mesh.decode_tensor: 1 in the run, 2 now",
+            {"data": 1, "fsdp": 2, "decode_tensor": 2, "tensor": 1, "processes": 1},
         ),
     ],
     ids=["fsdp", "decode_tensor"],
 )
 def test_a_run_goes_on_on_another_mesh_with_the_same_losses(
-    on_two, copied, train, tmp_path, relaid, told_of_run, told_of_settings
+    on_two, copied, train, tmp_path, relaid, told_of_run, told_of_settings, saved_on
 ):
     run = copied(1)
     status, told = train(tmp_path, 4, **{"eval.prompts_per_batch": 4} | relaid)
@@ -109,7 +115,7 @@ def test_a_run_goes_on_on_another_mesh_with_the_same_losses(
         np.testing.assert_allclose(after["sft", 2][name], before["sft", 2][name], rtol=RELATIVE, err_msg=name)
     for name in ("entropy", "completions/mean_length", "sampling/sampling_logp_difference/mean"):
         np.testing.assert_allclose(after["rl", 1][name], before["rl", 1][name], rtol=RL_RELATIVE, err_msg=name)
-    assert json.loads((run / "checkpoints/4/host.json").read_text())["saved_on"]["fsdp"] == relaid.get("mesh.fsdp", 4)
+    assert json.loads((run / "checkpoints/4/host.json").read_text())["saved_on"] == saved_on
 
 
 def test_another_setting_than_of_layout_is_refused_still(copied, train, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from support.small_run import small_config_of
@@ -46,17 +47,35 @@ def test_settings_that_other_chips_refuse_are_those_of_training_alone(saved_run)
 @pytest.mark.parametrize(
     ("trained_on", "opened_on"),
     [
-        (dict(data=1, fsdp=-1, decode_tensor=2), dict(data=1, fsdp=4, tensor=2)),  # nothing is trained as on fsdp
+        (dict(data=1, fsdp=-1, decode_tensor=2), dict(data=1, fsdp=4, decode_tensor=2, tensor=1)),
         (dict(data=1, fsdp=-1, decode_tensor=3), dict(data=1, fsdp=8, tensor=1)),  # eight devices are no threes
         (dict(data=3, fsdp=1, decode_tensor=1), dict(data=8, fsdp=1, tensor=1)),
     ],
 )
 def test_a_model_is_opened_on_the_devices_there_are(saved_run, trained_on, opened_on):
     run, trained = saved_run(**trained_on)
-    setup, params = open_model(run)
+    setup, params = open_model(run)  # on eight
     try:
         assert dict(setup.backbone.mesh.shape) == opened_on
         for name, leaf in params.items():
             np.testing.assert_array_equal(np.asarray(leaf), np.asarray(trained[name]))
+    finally:
+        setup.close()
+
+
+def test_a_model_is_opened_on_one_of_many_devices(saved_run):
+    run, _ = saved_run(data=1, fsdp=-1, decode_tensor=2)
+    setup, _ = open_model(run, devices=jax.devices()[:1])
+    try:
+        assert dict(setup.backbone.mesh.shape) == dict(data=1, fsdp=1, tensor=1)
+    finally:
+        setup.close()
+
+
+def test_what_is_said_of_the_mesh_beside_a_model_is_heeded(saved_run):
+    run, _ = saved_run(data=1, fsdp=-1, decode_tensor=2)
+    setup, _ = open_model(run, {"mesh.decode_tensor": 1, "mesh.tensor": 2})
+    try:
+        assert dict(setup.backbone.mesh.shape) == dict(data=1, fsdp=4, tensor=2)
     finally:
         setup.close()
