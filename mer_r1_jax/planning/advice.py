@@ -112,8 +112,8 @@ class Place(NamedTuple):
     def of(cls, backbone: Backbone, gpu: bool) -> Place:
         """That of a model."""
         mesh = backbone.mesh
-        cuts = (mesh.shape.get(axis, 1) for axis in ("tensor", "decode_tensor"))
-        return cls(gpu, mesh.size, *cuts, backbone.config.text.num_key_value_heads)
+        tensor, decode_tensor = (mesh.shape.get(axis, 1) for axis in ("tensor", "decode_tensor"))
+        return cls(gpu, mesh.size, tensor, decode_tensor, backbone.config.text.num_key_value_heads)
 
     @property
     def most(self) -> int:
