@@ -267,7 +267,7 @@ class RunPrograms:
     def _rollout(self, args: tuple[Any, ...], planned: Any, bucket: BatchShape) -> list[PlannedProgram]:
         """Sampling in one program, or its first chunk and the others, at the size a batch begins with."""
         config, programs = self.config.rl, self.programs
-        args = (args[0], self._placed(args[1], rules=DECODE_RULES), *args[2:])
+        args = (args[0], self._moved(args[1]), *args[2:])
         length, chunk = config.max_completion_length, config.decode_chunk
         cache_bytes = self._cache_bytes(bucket, length, DECODE_RULES)
         static = (programs.sampling,)
@@ -356,6 +356,12 @@ class RunPrograms:
     def _scalar(self, value: Any) -> jax.ShapeDtypeStruct:
         """Something every chip holds whole."""
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=replicated(self.backbone.mesh))
+
+    def _moved(self, prompts: Prompts) -> Prompts:
+        """Prompts where a rollout has them: arrays of their own, or those that lie there, which count once."""
+        there = self._placed(prompts, rules=DECODE_RULES)
+        same = lambda one, other: one.sharding.is_equivalent_to(other.sharding, one.ndim)  # noqa: E731
+        return jax.tree.map(lambda one, other: one if same(one, other) else other, prompts, there)
 
     def _placed(self, tree: Any, name: str = "", rules: Rules = TRAIN_RULES) -> Any:
         """A batch as abstract arrays on the mesh, sharded as `put` shards it; `name` is that of a lone array."""

@@ -86,6 +86,13 @@ def test_every_program_is_watched(planned, called):
     assert sorted(planned) == sorted(called) == sorted(NAMES)
 
 
+def test_prompts_count_once_unless_a_rollout_has_its_own(cut, planned):
+    """Memory counts arrays of the plan, each once; where decoding cuts rows otherwise, there are two of each."""
+    score, sample = (jax.tree.leaves(planned[name][1]) for name in ("score", "sample"))
+    same = {one is other for one, other in zip(score, sample, strict=True)}
+    assert same == {"decode_tensor" not in cut.backbone.mesh.shape}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments_lie_where_the_run_puts_them(planned, called, name):
     wanted = jax.tree_util.tree_leaves_with_path(planned[name])
