@@ -19,7 +19,7 @@ from mer_r1_jax.omni.batch import FeatureLayout, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.thinker import abstract_thinker, bind
-from mer_r1_jax.parallel.rules import TRAIN_RULES, param_shardings
+from mer_r1_jax.parallel.rules import TRAIN_RULES, on, param_shardings
 
 MIB = 2**20
 
@@ -116,7 +116,7 @@ def test_the_decoder_runs_the_kernels_on_a_tpu():
     config = ThinkerConfig.tiny(hidden_size=512, compute_dtype="bfloat16")  # heads of 128
     text = config.text
     mesh = mesh_of_four("v5p", "fsdp")
-    rules = {name: tuple(axis for axis in axes if axis != "data") for name, axes in TRAIN_RULES.items()}
+    rules = on(mesh, TRAIN_RULES)
     graphdef, shapes, axes = abstract_thinker(config)
     shardings = param_shardings(shapes, axes, mesh, rules)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

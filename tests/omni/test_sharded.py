@@ -15,7 +15,7 @@ from mer_r1_jax.omni.batch import FeatureLayout
 from mer_r1_jax.omni.layers import axis_rules
 from mer_r1_jax.omni.thinker import abstract_thinker, bind
 from mer_r1_jax.parallel.mesh import make_mesh
-from mer_r1_jax.parallel.rules import TRAIN_RULES, param_shardings
+from mer_r1_jax.parallel.rules import TRAIN_RULES, on, param_shardings
 from mer_r1_jax.parity.processor_inputs import to_batch
 
 G, C = 2, 3
@@ -65,7 +65,7 @@ def test_mesh_equals_one_device():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     _, shapes, axes = abstract_thinker(port.config)
     params = jax.device_put(port.params, param_shardings(shapes, axes, mesh))
-    with axis_rules(TRAIN_RULES, mesh):
+    with axis_rules(on(mesh, TRAIN_RULES), mesh):
         logits, gradients, decoded, cache = quick_jit(lambda *arguments: step(*arguments))(
             params, batch, next_position_B
         )
