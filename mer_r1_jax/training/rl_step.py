@@ -618,11 +618,10 @@ class RlPrograms:
             completions = self._sample_in_chunks(params, prompts, key, how, stop, watch)
         else:
             completions = self.rollout(params, prompts, key, how)
-        completions = moved(completions, self.backbone.mesh, TRAIN_RULES)
         faults.here("sampled", how.num_generations)
-        # The wait is here, where a signal can end it; reading the tokens would block until the program is done.
+        # The wait is here, where a signal can end it; to read or to move tokens would block until the program is done.
         stop.wait(completions)
-        return completions
+        return moved(completions, self.backbone.mesh, TRAIN_RULES)
 
     def _sample_in_chunks(
         self,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 from support.loops import loops, token_loop
 
 from mer_r1_jax.config.schema import MeshConfig, RlConfig
+from mer_r1_jax.faults import StopRequested
 from mer_r1_jax.omni.batch import Prompts, Tokens
 from mer_r1_jax.omni.config import ThinkerConfig
 from mer_r1_jax.omni.thinker import abstract_thinker
@@ -23,6 +25,8 @@ from mer_r1_jax.rl.rollout import start
 from mer_r1_jax.rl.sampling import SamplingConfig
 from mer_r1_jax.training.omni_backbone import OmniBackbone
 from mer_r1_jax.training.rl_step import RlPrograms
+from mer_r1_jax.training.signals import StopSignals
+from mer_r1_jax.training.stopping import NEVER, Stop
 
 ROWS, TOKENS, GENERATIONS, LENGTH = 8, 6, 2, 10
 SAMPLING = SamplingConfig(max_completion_length=LENGTH, eos_ids=(3,), temperature=0.8, num_generations=GENERATIONS)
@@ -156,6 +160,36 @@ def decoded(mesh):
     with programs.rollout_params(params_on(backbone)) as weights:
         sampled = programs.sample(weights, rows, KEY)
         return jax.device_get((sampled, *fixed(weights, rows)))
+
+
+class SignalledAt(StopSignals):
+    """As if a signal had come at a moment of `time.monotonic`."""
+
+    def __init__(self, moment: float):
+        super().__init__()
+        self.moment = moment
+
+    def should_stop(self) -> bool:
+        return time.monotonic() > self.moment
+
+
+def test_a_signal_leaves_a_rollout_whose_rows_are_moved():
+    programs = programs_on(dict(data=1, fsdp=4, decode_tensor=2))
+    long = dataclasses.replace(SAMPLING, max_completion_length=1000)
+    rows = put(prompt_rows(), programs.backbone.mesh)
+    with programs.rollout_params(params_on(programs.backbone)) as weights:
+
+        def sampled(stop=NEVER):
+            return jax.block_until_ready(programs.sample(weights, rows, KEY, long, stop=stop))
+
+        sampled()  # compiled
+        began = time.monotonic()
+        sampled()
+        whole = time.monotonic() - began
+        began = time.monotonic()
+        with pytest.raises(StopRequested):
+            sampled(Stop(SignalledAt(began + whole / 8)))
+        assert time.monotonic() - began < whole / 2
 
 
 @pytest.mark.parametrize("mesh", MESHES)
