@@ -94,7 +94,7 @@ def local_rows(batch: Any, mesh: Mesh) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(batch)
     # A program's results lie as its compiler likes; here every process must hold the rows that are its own.
-    batch = _laid_out(mesh)(batch)
+    batch = moved(batch, mesh, TRAIN_RULES)
 
     def one(path, leaf):
         axis = row_axis(path)
@@ -104,14 +104,6 @@ def local_rows(batch: Any, mesh: Mesh) -> Any:
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis)
 
     return jax.tree_util.tree_map_with_path(one, batch)
-
-
-@functools.cache
-def _laid_out(mesh: Mesh) -> Callable[[Any], Any]:
-    def constrained(batch: Any) -> Any:
-        return jax.tree.map(jax.lax.with_sharding_constraint, batch, row_shardings(batch, mesh))
-
-    return jax.jit(constrained)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -359,9 +359,11 @@ class RunPrograms:
 
     def _moved(self, prompts: Prompts) -> Prompts:
         """Prompts where a rollout has them: arrays of their own, or those that lie there, which count once."""
-        there = self._placed(prompts, rules=DECODE_RULES)
-        same = lambda one, other: one.sharding.is_equivalent_to(other.sharding, one.ndim)  # noqa: E731
-        return jax.tree.map(lambda one, other: one if same(one, other) else other, prompts, there)
+
+        def one(here: jax.ShapeDtypeStruct, there: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return here if here.sharding.is_equivalent_to(there.sharding, here.ndim) else there
+
+        return jax.tree.map(one, prompts, self._placed(prompts, rules=DECODE_RULES))
 
     def _placed(self, tree: Any, name: str = "", rules: Rules = TRAIN_RULES) -> Any:
         """A batch as abstract arrays on the mesh, sharded as `put` shards it; `name` is that of a lone array."""

@@ -53,7 +53,8 @@ def test_one_axis_of_the_mesh_is_inferred(sizes, devices, expected):
 
 
 def test_mesh_that_does_not_fit_the_devices_is_refused_with_its_numbers():
-    with pytest.raises(ConfigError, match=r"mesh.data=3, .*mesh.tensor=2 cannot be laid out over 8 devices"):
+    wanted = "mesh.data=3, mesh.fsdp=1, mesh.decode_tensor=1, mesh.tensor=2"
+    with pytest.raises(ConfigError, match=wanted + " cannot be laid out over 8 devices"):
         make_mesh(MeshConfig(data=3, tensor=2))
 
 

@@ -116,7 +116,7 @@ def test_an_opened_export_leaves_out_how_gradients_travel(config):
 
 @pytest.mark.parametrize(("devices", "decode_tensor"), [(1, 1), (3, 1), (8, 2)])
 def test_a_layout_of_a_slice_answers_on_fewer_devices(config, devices, decode_tensor):
-    """As what opens it does: two of a slice decode together, one alone."""
+    """As what opens it does: without `decode_tensor`, where the devices are no multiple of it."""
     trained = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1, decode_tensor=2))
     assert as_opened(trained, devices).mesh == MeshConfig(data=1, fsdp=-1, decode_tensor=decode_tensor)
     overrides = asking._overrides(trained, is_run=True, devices=devices)
